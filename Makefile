@@ -1,0 +1,54 @@
+# Thresher's table of contents. Settings of a stage go in ARGS: make train ARGS="sae=gated sae.width=4096"
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV ?= .venv
+ARGS ?=
+PY := $(VENV)/bin/python
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo harvest train sweep evaluate test lint types test-slow clean
+
+help: ## list these targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: $(VENV)/ready ## make the environment in .venv
+
+$(VENV)/ready: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --disable-pip-version-check "$(TORCH)"
+	$(PY) -m pip install --quiet --disable-pip-version-check -e ".[dev]"
+	@touch $@
+
+demo: setup ## harvest, train six variants, evaluate; leaves outputs/demo/report.md
+	$(PY) -m harvest experiment=demo
+	$(PY) -m train -m experiment=demo sae=relu,topk,batchtopk,matryoshka,gated,jumprelu
+	$(PY) -m evaluate experiment=demo
+
+harvest: setup ## language model -> cached activations
+	$(PY) -m harvest $(ARGS)
+
+train: setup ## cached activations -> one SAE
+	$(PY) -m train $(ARGS)
+
+sweep: setup ## cached activations -> many SAEs, one for each combination of the values in ARGS
+	$(PY) -m train -m $(ARGS)
+
+evaluate: setup ## splice SAEs into the language model and score them
+	$(PY) -m evaluate $(ARGS)
+
+test: lint types ## lint, types and the fast tests
+	$(PY) -m pytest -q
+
+lint: setup
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+types: setup
+	$(PY) -m mypy
+
+test-slow: setup ## the slower proofs
+	$(PY) -m pytest -q -m slow
+
+clean: ## remove what the runs left in outputs/ (asks first)
+	@printf "remove outputs/ with its caches and SAEs? [y/N] "; read answer; [ "$$answer" = y ] && rm -r outputs

@@ -1,0 +1,61 @@
+"""How each stage starts: one Hydra main, settings from `conf/`, one sentence and exit code 1 for a user's mistake."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import hydra
+from omegaconf import DictConfig
+
+from data.errors import UserError
+
+CONF = Path(__file__).resolve().parents[1] / "conf"
+
+# glibc gives back large blocks to the kernel at once and takes each page as a fault again: a third of a CPU training step.
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
+
+
+def keep_freed_memory() -> None:
+    """Let the C allocator keep and reuse large blocks (Linux with glibc; elsewhere nothing happens)."""
+    if not sys.platform.startswith("linux"):
+        return
+    import ctypes
+
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(_M_MMAP_MAX, 0)
+        libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+        libc.mallopt(_M_TOP_PAD, 256 << 20)
+
+
+def sentence(error: Exception) -> str | None:
+    """What to tell a user of this error, or None where it is a fault of the program and deserves its traceback."""
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return f"the disk is full ({error.filename or 'while writing'}): free some space and run the same command again"
+    if isinstance(error, PermissionError | OSError) and error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
+        return f"{error.filename} cannot be written or read with your permissions: change them or choose another folder"
+    return None
+
+
+def run(main: Callable[[DictConfig], None], config_name: str) -> None:
+    """Run a stage's `main` under Hydra with `conf/<config_name>.yaml` and the command line's overrides."""
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")
+    keep_freed_memory()
+
+    def job(config: DictConfig) -> None:
+        try:
+            main(config)
+        except Exception as error:
+            told = sentence(error)
+            if told is None:
+                raise
+            print(f"error: {told}", file=sys.stderr)
+            raise SystemExit(1) from None
+
+    hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(job)()

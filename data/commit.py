@@ -1,0 +1,84 @@
+"""Commit records, and how files come to last: what a record names was on the disk before it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from data.manifest import Json, unseal
+from data.stats import Stats
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """One chunk file as it was written."""
+
+    key: str  # path below the store
+    rows: int  # valid rows; the file is padded with zeros
+    bytes: int
+    crc32c: str
+
+
+@dataclass(frozen=True)
+class Commit:
+    """What is true of one unit of one site; its JSON on disk. Statistics are empty for tokens and origin."""
+
+    split: str
+    unit: int
+    site: str
+    rows: int
+    chunks: tuple[Chunk, ...]
+    sum: list[float]
+    sum_sq: float
+    mean_norm: float
+    max_abs: float
+    nonfinite: int
+    made_by: Json
+
+    @classmethod
+    def read(cls, path: Path) -> Commit:
+        obj = unseal(path, "delete this file and run the same harvest again to make its unit anew")
+        return cls(**obj | {"chunks": tuple(Chunk(**chunk) for chunk in obj["chunks"])})
+
+    @property
+    def stats(self) -> Stats:
+        return Stats(self.rows, np.array(self.sum), self.sum_sq, self.mean_norm, self.max_abs)
+
+
+def fsync(folder: Path) -> None:
+    """Make the names in a folder (or a file's content) last through a power failure."""
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[BinaryIO]:
+    """Open a file to write and fsync it; what fails leaves no file, and an OSError names it."""
+    try:
+        with open(path, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+    except BaseException as error:
+        if isinstance(error, OSError):
+            error.filename = error.filename or str(path)
+        path.unlink(missing_ok=True)
+        raise
+
+
+def put(path: Path, data: bytes) -> None:
+    """Write a record: all of it under its name, or nothing."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with whole_file(temporary) as file:
+        file.write(data)
+    os.replace(temporary, path)
+    fsync(path.parent)

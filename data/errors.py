@@ -1,0 +1,5 @@
+"""The one exception for what a user can get wrong."""
+
+
+class UserError(ValueError):
+    """A mistake a user can mend; the message is one sentence that names the thing and says what to do."""

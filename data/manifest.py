@@ -1,0 +1,208 @@
+"""What a store is: its identity, the settings it was asked with, and the layout of its chunks."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from data.errors import UserError
+
+Json = dict[str, Any]
+
+FORMAT = 1
+TRAIN, HELDOUT = "train", "heldout"
+ITEMSIZE = {"bfloat16": 2, "float16": 2, "float32": 4}
+
+# 6 MiB is 4,096 rows of GPT-2 small in bfloat16: smaller chunks mix better in the same memory, larger ones read faster.
+_CHUNK_BYTES = 6 << 20
+_CHUNK_ROWS_MIN = 128
+_HELD_BYTES = 10**9
+_UNITS_MIN = 32
+_CHUNKS_PER_UNIT = (8, 16, 32, 64, 128)
+
+
+def canonical(obj: object) -> str:
+    """The one JSON text of a value: sorted keys, no spaces; NaN and infinities are refused."""
+    return json.dumps(obj, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
+def _digest(obj: object) -> str:
+    return hashlib.sha256(canonical(obj).encode()).hexdigest()
+
+
+def seal(obj: Json, indent: int | None = None) -> bytes:
+    """JSON bytes of `obj` with a `check` field over all others, so that any damage to the file shows."""
+    return (json.dumps(obj | {"check": _digest(obj)}, indent=indent, ensure_ascii=False) + "\n").encode()
+
+
+def unseal(path: Path, remedy: str) -> Json:
+    """Read what `seal` wrote; a UserError naming the file and the `remedy` where it is damaged."""
+    try:
+        obj = json.loads(path.read_bytes())
+        if isinstance(obj, dict) and obj.pop("check", None) == _digest(obj):
+            return obj
+    except ValueError:  # not JSON, or not UTF-8
+        pass
+    raise UserError(f"{path} is damaged: {remedy}")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How rows lie in chunks and chunks in units; part of the identity."""
+
+    dtype: str  # "bfloat16" | "float16" | "float32"
+    context: int  # T tokens of a context
+    chunk_rows: int
+    chunks_per_unit: int
+    mixing_seed: int
+
+    def __post_init__(self) -> None:
+        if self.dtype not in ITEMSIZE:
+            raise UserError(f"store.dtype {self.dtype!r} is unknown: choose one of {', '.join(ITEMSIZE)}")
+        for name in ("context", "chunk_rows", "chunks_per_unit"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.unit_rows % self.context:
+            raise UserError(
+                f"store.chunk_rows {self.chunk_rows} times store.chunks_per_unit {self.chunks_per_unit} must be "
+                f"a multiple of packing.context {self.context}: a unit holds whole contexts"
+            )
+
+    @property
+    def unit_rows(self) -> int:
+        return self.chunk_rows * self.chunks_per_unit
+
+    @property
+    def contexts_per_unit(self) -> int:
+        return self.unit_rows // self.context
+
+
+def _unit_target(rows: int, row_bytes: int, n_sites: int) -> int:
+    """The largest unit that leaves 32 in `rows`, holds at most 1 GB over all sites and has at most 128 chunks."""
+    held = _HELD_BYTES // (row_bytes * n_sites)
+    return min(rows // _UNITS_MIN, held, _CHUNKS_PER_UNIT[-1] * max(1, _CHUNK_BYTES // row_bytes))
+
+
+def choose_layout(
+    *,
+    rows: int,
+    d_model: int,
+    n_sites: int,
+    context: int,
+    dtype: str,
+    mixing_seed: int,
+    chunk_rows: int | None,
+    chunks_per_unit: int | None,
+) -> Layout:
+    """Fill what was not asked for (None) from the size of the run.
+
+    Units are as large as mixing wants them: a 32nd of the store, 1 GB over all sites, 128 chunks of 6 MiB, whichever is
+    least; then cut into the fewest chunks of at most 6 MiB, 8 to 128 of them, none below 128 rows.
+    """
+    sizes = {"rows": rows, "d_model": d_model, "the number of sites": n_sites, "packing.context": context}
+    sizes |= {"store.chunk_rows": chunk_rows or 1, "store.chunks_per_unit": chunks_per_unit or 1}
+    for name, value in sizes.items():
+        if value < 1:
+            raise UserError(f"{name} must be at least 1, not {value}")
+    row_bytes = d_model * ITEMSIZE.get(dtype, 4)
+    target = _unit_target(rows, row_bytes, n_sites)
+    if chunks_per_unit is None and chunk_rows is not None:
+        step = context // math.gcd(context, chunk_rows)
+        wanted = min(max(target // chunk_rows, _CHUNKS_PER_UNIT[0]), _CHUNKS_PER_UNIT[-1])
+        chunks_per_unit = max(1, wanted // step) * step
+    elif chunks_per_unit is None:
+        fits = (n for n in _CHUNKS_PER_UNIT if target * row_bytes <= n * _CHUNK_BYTES)
+        chunks_per_unit = next(fits, _CHUNKS_PER_UNIT[-1])
+    if chunk_rows is None:
+        step = context // math.gcd(context, chunks_per_unit)
+        wanted = max(target // chunks_per_unit, _CHUNK_ROWS_MIN)
+        chunk_rows = max(1, wanted // step) * step
+    return Layout(dtype, context, chunk_rows, chunks_per_unit, mixing_seed)
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The first file of a store.
+
+    `identity` is everything that determines the numbers; `settings` is what was asked for, before any hash, names only.
+    """
+
+    identity: Json
+    settings: Json
+    name: str  # short model name, for the folder
+    d_model: int  # width of the residual sites
+
+    def __post_init__(self) -> None:
+        assert re.fullmatch(r"\w[\w.-]*", self.name), f"{self.name!r} cannot name a folder"
+
+    @property
+    def fingerprint(self) -> str:
+        return _digest(self.identity)
+
+    @property
+    def folder(self) -> str:
+        return f"{self.name}-{self.fingerprint[:12]}"
+
+    @property
+    def layout(self) -> Layout:
+        return Layout(**self.identity["layout"])
+
+    def to_json(self) -> bytes:
+        return seal({"format": FORMAT, "fingerprint": self.fingerprint} | asdict(self), indent=2)
+
+    @classmethod
+    def from_json(cls, path: Path) -> Manifest:
+        """Read a manifest; a UserError naming the file where it is damaged or of a newer format."""
+        remedy = "restore it from a copy, or delete the folder and harvest again"
+        obj = unseal(path, remedy)
+        if obj.pop("format", 0) > FORMAT:
+            raise UserError(f"{path} is of a newer format than this version reads ({FORMAT}): update the program")
+        fingerprint = obj.pop("fingerprint")
+        manifest = cls(**obj)
+        if manifest.fingerprint != fingerprint:
+            raise UserError(f"{path} is damaged: {remedy}")
+        return manifest
+
+
+def _plain(value: Any) -> Any:
+    """Nested mappings and sequences (Hydra's included) as plain JSON, without `_target_`."""
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items() if k != "_target_"}
+    if isinstance(value, Sequence) and not isinstance(value, str | bytes):
+        return [_plain(v) for v in value]
+    return value if value is None or isinstance(value, str | bool | int | float) else str(value)
+
+
+def settings_of(cfg: Mapping[str, Any]) -> Json:
+    """The model, text and packing of a resolved configuration, less what does not name numbers (device, `_target_`)."""
+    settings: Json = {group: _plain(cfg[group]) for group in ("model", "text", "packing")}
+    for name in ("device", "device_map"):
+        settings["model"].pop(name, None)
+    return settings
+
+
+def _leaves(obj: object, prefix: str = "") -> dict[str, object]:
+    if not isinstance(obj, Mapping) or (prefix and not obj):
+        return {prefix: obj}
+    found: dict[str, object] = {}
+    for key, value in obj.items():
+        found |= _leaves(value, f"{prefix}.{key}" if prefix else str(key))
+    return found
+
+
+def differing(a: Json, b: Json) -> list[str]:
+    """Dotted names of the fields that differ, with both values: `packing.context: 128 here, 256 asked`."""
+    here, asked = _leaves(a), _leaves(b)
+
+    def show(side: dict[str, object], name: str) -> str:
+        return canonical(side[name]) if name in side else "absent"
+
+    names = sorted(here.keys() | asked.keys())
+    pairs = ((name, show(here, name), show(asked, name)) for name in names)
+    return [f"{name}: {ours} here, {theirs} asked" for name, ours, theirs in pairs if ours != theirs]

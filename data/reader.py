@@ -1,0 +1,130 @@
+"""Read the committed chunks of one site, in (unit, chunk) order: straight from their files, or through zarr."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from data.commit import Chunk
+from data.errors import UserError
+from data.order import Ints
+from data.store import Store
+
+_TORCH = {"uint16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "int32": torch.int32}
+_PLAIN = [{"name": "bytes", "configuration": {"endian": "little"}}]
+
+
+@runtime_checkable
+class Reader(Protocol):
+    """Chunks 0..n-1 of a site. Reads may run in several threads at once."""
+
+    @property
+    def width(self) -> int:
+        """Numbers in a row."""
+        ...
+
+    @property
+    def row_shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def sizes(self) -> Ints:
+        """Valid rows of each chunk."""
+        ...
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """In memory; uint16 are the bits of bfloat16."""
+        ...
+
+    @property
+    def torch_dtype(self) -> torch.dtype: ...
+
+    def read(self, chunk: int, out: NDArray[Any], start: int = 0) -> None:
+        """Fill `out` with the chunk's valid rows from `start` on, as many as there are and fit.
+
+        A UserError names a chunk file that is missing or of another length than was committed.
+        """
+        ...
+
+
+class _CommittedReader:
+    """What both readers know from the commit records alone."""
+
+    def __init__(self, store: Store, split: str, site: str) -> None:
+        self.store, self.split, self.site = store, split, site
+        self.row_shape = store.row_shape(split, site)
+        self.width = int(np.prod(self.row_shape))
+        self.dtype = store.dtype(site)
+        self.torch_dtype = _TORCH[self.dtype.name]
+        commits, per_unit = store.committed(split, site), store.layout.chunks_per_unit
+        numbered = [(unit * per_unit + i, c) for unit, commit in commits.items() for i, c in enumerate(commit.chunks)]
+        self.chunks: list[Chunk] = [chunk for _, chunk in numbered]
+        self.numbers: list[int] = [number for number, _ in numbered]  # in the array
+        self.sizes = np.array([chunk.rows for chunk in self.chunks], np.int64)
+
+    def _part(self, chunk: int, out: NDArray[Any], start: int) -> NDArray[Any]:
+        """The rows of `out` that a read fills."""
+        assert out.dtype == self.dtype and out.shape[1:] == self.row_shape, (out.dtype, out.shape)
+        assert 0 <= start <= self.sizes[chunk], (chunk, start)
+        return out[: int(self.sizes[chunk]) - start]
+
+    def _wrong(self, path: Path, what: str) -> UserError:
+        return UserError(f"{path} {what}: delete commits/{self.split}/*.{self.site}.json of its unit and harvest again")
+
+
+class DirectReader(_CommittedReader):
+    """Reads chunk files into place; for local stores without a codec, on little-endian machines."""
+
+    def read(self, chunk: int, out: NDArray[Any], start: int = 0) -> None:
+        part, record = self._part(chunk, out, start), self.chunks[chunk]
+        assert part.flags.c_contiguous
+        path = self.store.path / record.key
+        try:
+            with open(path, "rb", buffering=0) as file:
+                length = file.seek(0, 2)
+                if length == record.bytes:
+                    file.seek(start * self.width * self.dtype.itemsize)
+                    into = memoryview(part.reshape(-1).view(np.uint8).data)
+                    while into and (got := file.readinto(into)):
+                        into = into[got:]
+                    length -= len(into)
+        except FileNotFoundError:
+            raise self._wrong(path, "is missing") from None
+        if length != record.bytes:
+            raise self._wrong(path, f"has {length} bytes where {record.bytes} were committed")
+
+
+class ZarrReader(_CommittedReader):
+    """Reads through zarr-python: any codec it knows."""
+
+    def __init__(self, store: Store, split: str, site: str) -> None:
+        super().__init__(store, split, site)
+        import zarr
+
+        import data.bfloat16  # noqa: F401  registers the type
+
+        self._array = zarr.open_array(store.array_path(split, site), mode="r")
+
+    def read(self, chunk: int, out: NDArray[Any], start: int = 0) -> None:
+        from zarr.core.buffer.cpu import NDBuffer
+
+        part, path = self._part(chunk, out, start), self.store.path / self.chunks[chunk].key
+        if not path.is_file():  # zarr would give zeros
+            raise self._wrong(path, "is missing")
+        if path.stat().st_size != self.chunks[chunk].bytes:
+            raise self._wrong(path, f"has {path.stat().st_size} bytes where {self.chunks[chunk].bytes} were committed")
+        first = self.numbers[chunk] * self.store.layout.chunk_rows + start
+        self._array.get_basic_selection(slice(first, first + len(part)), out=NDBuffer.from_numpy_array(part))
+
+
+def open_reader(store: Store, split: str, site: str) -> Reader:
+    """The fastest reader that can read this site; a UserError where the store does not have it."""
+    plain = store.metadata(split, site)["codecs"] == _PLAIN
+    if sys.byteorder == "little" and plain:
+        return DirectReader(store, split, site)
+    return ZarrReader(store, split, site)

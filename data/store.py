@@ -1,0 +1,272 @@
+"""The store: a folder of Zarr v3 arrays, one chunk a file, where only what a commit record names counts.
+
+    manifest.json                            written first
+    <split>/<site>/                          array [capacity, width], plain chunks; rows of all sites align
+    <split>/tokens, <split>/origin           int32 [capacity], int32 [capacity, 2] (sequence, position)
+    commits/<split>/<unit>.<site>.json       written last: rows, bytes and crc32c of each chunk file, statistics
+    complete.json                            written when all that was asked for is committed
+
+A unit is `layout.chunks_per_unit` consecutive chunks, of which only those that hold rows are written. A committed unit
+is never written again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data.commit import Chunk, Commit, fsync, put, whole_file
+from data.errors import UserError
+from data.lock import writer_lock
+from data.manifest import Json, Layout, Manifest, differing, seal, unseal
+from data.order import Ints, seeded_permutation
+from data.stats import Stats
+
+TOKENS, ORIGIN = "tokens", "origin"
+_ROW_SHAPES: dict[str, tuple[int, ...]] = {TOKENS: (), ORIGIN: (2,)}
+_NATIVE = {"bfloat16": np.uint16, "float16": np.float16, "float32": np.float32}
+_SITE = re.compile(r"\w[\w.-]*")
+
+
+def _widen(rows: NDArray[Any]) -> NDArray[Any]:
+    """Stored rows as floats: uint16 are the bits of bfloat16."""
+    if rows.dtype != np.uint16:
+        return rows
+    from data.bfloat16 import to_float32
+
+    return to_float32(rows)
+
+
+class Store:
+    """One store, open. Reading needs no lock; all writing happens inside `with store.lock():`."""
+
+    def __init__(self, path: Path, manifest: Manifest) -> None:
+        self.path, self.manifest = path, manifest
+        self._commits: dict[Path, Commit] = {}  # a record never changes once it is there
+
+    @classmethod
+    def open(cls, path: Path | str) -> Store:
+        """Open a folder; a UserError where it is no store, its manifest is damaged or its format is newer."""
+        path = Path(path)
+        if not (path / "manifest.json").is_file():
+            raise UserError(f"{path} is not a store (it has no manifest.json): give the folder of a harvested cache")
+        return cls(path, Manifest.from_json(path / "manifest.json"))
+
+    @classmethod
+    def create_or_open(cls, cache: Path, manifest: Manifest) -> Store:
+        """Open `manifest`'s folder in `cache`, or make it, manifest first; a UserError names fields that differ."""
+        path = cache / manifest.folder
+        if not (path / "manifest.json").exists():
+            if (path / "commits").exists():
+                raise UserError(
+                    f"{path} has lost its manifest.json: restore it, or delete the folder and harvest again"
+                )
+            path.mkdir(parents=True, exist_ok=True)
+            put(path / "manifest.json", manifest.to_json())
+            fsync(cache)
+        store = cls.open(path)
+        fields = differing(store.manifest.identity, manifest.identity)
+        if fields:
+            raise UserError(f"{path} was made otherwise ({'; '.join(fields)}): ask for the same, or use another cache")
+        return store
+
+    @property
+    def layout(self) -> Layout:
+        return self.manifest.layout
+
+    def lock(self) -> contextlib.AbstractContextManager[None]:
+        """Be the one writer; a UserError where another process is. A dead process's lock is taken over."""
+        return writer_lock(self.path / "writer.lock")
+
+    def array_path(self, split: str, site: str) -> Path:
+        return self.path / split / site
+
+    def metadata(self, split: str, site: str) -> Json:
+        """The array's zarr.json; a UserError where the store has no such site."""
+        path = self.array_path(split, site) / "zarr.json"
+        if not path.is_file():
+            have = ", ".join(self.sites(split)) or "none"
+            raise UserError(f"{self.path} has no site {site} in split {split} (it has: {have}): harvest it first")
+        try:
+            found: Json = json.loads(path.read_bytes())
+        except ValueError:
+            raise UserError(f"{path} is damaged: delete the store and harvest again") from None
+        return found
+
+    def dtype(self, site: str) -> np.dtype[Any]:
+        """The in-memory type of a site's rows."""
+        return np.dtype(np.int32 if site in _ROW_SHAPES else _NATIVE[self.layout.dtype])
+
+    def row_shape(self, split: str, site: str) -> tuple[int, ...]:
+        return tuple(self.metadata(split, site)["shape"][1:])
+
+    def require(self, split: str, site: str, width: int, rows_capacity: int) -> None:
+        """Make the array of a site with room for `rows_capacity` rows in whole units, or let it grow; never shrinks."""
+        import zarr
+
+        from data.bfloat16 import BFloat16
+
+        assert _SITE.fullmatch(site), f"{site!r} cannot name a folder"
+        layout, path = self.layout, self.array_path(split, site)
+        capacity = -(-rows_capacity // layout.unit_rows) * layout.unit_rows
+        row_shape = _ROW_SHAPES.get(site, (width,))
+        if (path / "zarr.json").exists():
+            array = zarr.open_array(path, mode="r+")
+            assert array.shape[1:] == row_shape, f"{path} has rows of shape {array.shape[1:]}, not {row_shape}"
+            if array.shape[0] >= capacity:
+                return
+            array.resize((capacity, *row_shape))
+        else:
+            zarr.open_group(self.path, mode="a").require_group(split).create_array(
+                site,
+                shape=(capacity, *row_shape),
+                chunks=(layout.chunk_rows, *row_shape),
+                dtype=BFloat16() if self.dtype(site) == np.uint16 else self.dtype(site),
+                fill_value=0,
+                compressors=None,
+                filters=None,
+                # All chunks in one folder: one directory fsync a unit.
+                chunk_key_encoding={"name": "default", "separator": "."},
+            )
+        for written in (path / "zarr.json", path, path.parent, self.path):
+            fsync(written)
+
+    def _record(self, split: str, unit: int, site: str) -> Path:
+        return self.path / "commits" / split / f"{unit:06d}.{site}.json"
+
+    def _records(self, split: str) -> list[tuple[int, str, Path]]:
+        """(unit, site, file) of every commit of a split, by unit."""
+        names = (path.name.split(".", 1) for path in (self.path / "commits" / split).glob("[0-9]*.json"))
+        found = sorted((int(unit), rest.removesuffix(".json")) for unit, rest in names)
+        return [(unit, site, self._record(split, unit, site)) for unit, site in found]
+
+    def is_committed(self, split: str, unit: int, site: str) -> bool:
+        return self._record(split, unit, site).exists()
+
+    def committed(self, split: str, site: str) -> dict[int, Commit]:
+        """The commits of a site by unit, in order; a UserError names a damaged record."""
+        found = {}
+        for unit, name, path in self._records(split):
+            if name == site:
+                if path not in self._commits:
+                    self._commits[path] = Commit.read(path)
+                found[unit] = self._commits[path]
+        return found
+
+    def permutation(self, split: str, unit: int, n: int) -> Ints:
+        """The seeded order of a unit's `n` rows, the same for all its sites, tokens and origin."""
+        return seeded_permutation(n, "mixing", self.layout.mixing_seed, split, unit)
+
+    def write(self, split: str, unit: int, site: str, rows: NDArray[Any], made_by: Json) -> Commit:
+        """Write and commit a unit's rows, [n, width] in the native dtype and already permuted.
+
+        Chunks are on the disk before their record is. A UserError refuses values that are not finite.
+        """
+        layout, array = self.layout, self.array_path(split, site)
+        shape = self.metadata(split, site)["shape"]
+        assert not self.is_committed(split, unit, site), f"unit {unit} of {split}/{site} is committed"
+        assert rows.dtype == self.dtype(site) and list(rows.shape[1:]) == shape[1:], (rows.dtype, rows.shape, shape)
+        assert len(rows) <= layout.unit_rows and (unit + 1) * layout.unit_rows <= shape[0], (len(rows), unit, shape)
+        parts, chunks = [], []
+        for index, start in enumerate(range(0, len(rows), layout.chunk_rows)):
+            part = rows[start : start + layout.chunk_rows]
+            if site not in _ROW_SHAPES:
+                parts.append(Stats.of(_widen(part)))
+                if not np.isfinite(parts[-1].max_abs):
+                    raise UserError(f"unit {unit} of {split}/{site} holds values that are not finite: it is not stored")
+            number = unit * layout.chunks_per_unit + index
+            chunks.append(self._write_chunk(f"{split}/{site}/c.{number}" + ".0" * (rows.ndim - 1), part))
+        fsync(array)
+        stats = Stats.merge(parts) if parts else Stats(len(rows), np.zeros(0), 0.0, 0.0, 0.0)
+        moments = (stats.sum.tolist(), stats.sum_sq, stats.mean_norm, stats.max_abs)
+        commit = Commit(split, unit, site, len(rows), tuple(chunks), *moments, nonfinite=0, made_by=made_by)
+        record = self._record(split, unit, site)
+        record.parent.mkdir(parents=True, exist_ok=True)
+        put(record, seal(asdict(commit)))
+        return commit
+
+    def _write_chunk(self, key: str, rows: NDArray[Any]) -> Chunk:
+        """Write one chunk file as zarr's `bytes` codec would; without a record it does not count, so no rename."""
+        import google_crc32c
+
+        data = rows.astype(rows.dtype.newbyteorder("<"), copy=False).tobytes()
+        row_bytes = rows.dtype.itemsize * int(np.prod(rows.shape[1:]))
+        data += bytes(row_bytes * (self.layout.chunk_rows - len(rows)))
+        with whole_file(self.path / key) as file:
+            file.write(data)
+        return Chunk(key, len(rows), len(data), f"{google_crc32c.value(data):08x}")
+
+    def rows(self, split: str, site: str) -> int:
+        """Committed rows."""
+        return sum(commit.rows for commit in self.committed(split, site).values())
+
+    def sites(self, split: str) -> list[str]:
+        """Activation sites with something committed, without tokens and origin."""
+        return sorted({site for _, site, _ in self._records(split)} - _ROW_SHAPES.keys())
+
+    def stats(self, split: str, site: str) -> Stats:
+        """Statistics over all committed rows; a UserError where there are none."""
+        parts = [commit.stats for commit in self.committed(split, site).values() if commit.rows]
+        if not parts:
+            raise UserError(f"{self.path} holds no rows of {site} in split {split}: harvest them first")
+        return Stats.merge(parts)
+
+    def mark_complete(self, extent: Json) -> None:
+        """Record that all of `extent` is committed."""
+        put(self.path / "complete.json", seal(extent))
+
+    @property
+    def complete(self) -> Json | None:
+        """The extent last marked complete, or None."""
+        path = self.path / "complete.json"
+        return unseal(path, "delete it and run the same harvest again") if path.exists() else None
+
+
+def _stores(cache: Path) -> tuple[list[Store], list[UserError]]:
+    """All stores of a cache folder by name, and what is wrong with those that cannot be opened."""
+    found, wrong = [], []
+    for path in sorted(cache.glob("*/manifest.json")):
+        try:
+            found.append(Store.open(path.parent))
+        except UserError as error:
+            wrong.append(error)
+    return found, wrong
+
+
+def _matching(cache: Path, matches: Callable[[Store], bool]) -> list[Store]:
+    """The stores that match; where none does but some could not be opened, the first such error."""
+    stores, wrong = _stores(Path(cache))
+    found = [store for store in stores if matches(store)]
+    if not found and wrong:
+        raise wrong[0]
+    return found
+
+
+def find(cache: Path, settings: Json) -> list[Store]:
+    """All stores of a cache that were asked for with just these settings."""
+    return _matching(cache, lambda store: store.manifest.settings == settings)
+
+
+def find_fingerprint(cache: Path, fingerprint: str) -> Store:
+    """The store with this fingerprint; a UserError where there is none."""
+    found = _matching(cache, lambda store: store.manifest.fingerprint == fingerprint)
+    if not found:
+        raise UserError(f"no store in {cache} has the fingerprint {fingerprint[:12]}: harvest it again or set cache=")
+    return found[0]
+
+
+def pick(stores: Sequence[Store]) -> Store:
+    """The one store of `stores` (at least one); a UserError lists several, for nothing is guessed."""
+    assert stores, "no store to pick from"
+    if len(stores) > 1:
+        names = ", ".join(str(store.path) for store in stores)
+        raise UserError(f"{len(stores)} stores match these settings ({names}): choose one with store=<path>")
+    return stores[0]
