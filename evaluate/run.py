@@ -1,0 +1,184 @@
+"""`python -m evaluate`: which SAEs, the store and site of each, the LM and the held-out text, then the scores."""
+
+from __future__ import annotations
+
+import glob
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from data.errors import UserError
+from data.manifest import HELDOUT, TRAIN, Json, differing
+from data.store import Store, find_fingerprint
+from evaluate import report
+from harvest import lm
+from harvest.names import Site
+from harvest.text import source_from
+from harvest.tokens import Packed, Packing, pack
+from train.sae.io import WEIGHTS, load, load_config
+
+COUNTS = {"tokens": 1, "bootstrap": 2, "seed": 0}  # the least each may be
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A folder of a trained SAE and the record in it."""
+
+    folder: Path
+    config: Json
+
+
+def find_saes(patterns: str | Sequence[str]) -> list[Trained]:
+    """Every SAE in or below the folders that match, in order of their path; UserError for a pattern without any."""
+    folders: set[Path] = set()
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        # A folder's own name may hold brackets, so a name that exists is never read as a pattern.
+        matches = [pattern] if Path(pattern).exists() else glob.glob(pattern, recursive=True)
+        found = {file.parent for match in matches for file in Path(match).rglob(WEIGHTS)}
+        if not found:
+            raise UserError(
+                f"saes={pattern} holds no trained SAE (no {WEIGHTS} in or below it): train one or mend the path"
+            )
+        folders |= found
+    if not folders:
+        raise UserError("saes is empty: name at least one folder, as in saes=outputs/train")
+    return [Trained(folder, load_config(folder)) for folder in sorted(folders)]
+
+
+def by_place(saes: Iterable[Trained], cache: Path) -> list[tuple[Store, dict[str, list[Trained]]]]:
+    """The SAEs of each store by site; UserError where the cache has no such store, or it lacks the site."""
+    stores: dict[str, Store] = {}
+    places: dict[str, dict[str, list[Trained]]] = {}
+    for sae in saes:
+        fingerprint, site = sae.config.get("fingerprint"), sae.config.get("site")
+        if not isinstance(fingerprint, str) or not isinstance(site, str):
+            raise UserError(f"{sae.folder} does not say which store and site it was trained on: train it again")
+        if fingerprint not in stores:
+            stores[fingerprint] = find_fingerprint(cache, fingerprint)
+        stores[fingerprint].stats(TRAIN, site)
+        places.setdefault(fingerprint, {}).setdefault(site, []).append(sae)
+    return [(stores[fingerprint], sites) for fingerprint, sites in places.items()]
+
+
+def check(config: Mapping[str, Any]) -> None:
+    """What the settings say by themselves."""
+    for name, least in COUNTS.items():
+        value = config[name]
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise UserError(f"{name}={value} must be a whole number, {least} or more")
+    if config["lm_batch"] is not None and (not isinstance(config["lm_batch"], int) or config["lm_batch"] < 1):
+        raise UserError(f"lm_batch={config['lm_batch']} must be a whole number of contexts, or null for the store's")
+
+
+@dataclass(frozen=True)
+class Text:
+    """What the SAEs of a store are scored on, and the LM that reads it."""
+
+    model: Any
+    packed: Packed
+
+
+def open_text(store: Store, config: Mapping[str, Any]) -> Text:
+    """The LM and the held-out contexts `store` was made from, both proved to be the same; cheap checks first."""
+    settings, identity = store.manifest.settings, store.manifest.identity
+    model_cfg = {**settings["model"], "device": config["device"], "device_map": config["device_map"]}
+    packing, source = Packing.of(settings["packing"]), source_from(settings["text"])
+    if not packing.heldout:
+        raise UserError(
+            f"{store.path} was made with packing.heldout=0, so no text is held out: harvest with a share of it"
+        )
+    source.check()
+    lm.check_model(model_cfg)
+    now: Json = {"model": lm.identify(model_cfg), "text": source.identity()}
+    tokenizer = lm.load_tokenizer(model_cfg)
+    now["tokenizer"] = lm.tokenizer_hash(tokenizer)
+    fields = differing({name: identity[name] for name in now}, now)
+    if fields:
+        told = "; ".join(field.replace(" here,", " in the store,").replace(" asked", " now") for field in fields)
+        raise UserError(f"{store.path} was made from something else ({told}): restore it, or harvest and train again")
+    try:
+        packed = pack(source, tokenizer, packing, HELDOUT, config["tokens"])
+    except UserError as error:
+        raise UserError(f"tokens={config['tokens']:,} cannot be scored: {error}") from None
+    return Text(lm.load_model(model_cfg), packed)
+
+
+def score_site(store: Store, name: str, saes: Sequence[Trained], text: Text, config: Mapping[str, Any]) -> Json:
+    """One site's part of the report."""
+    import torch
+    from tqdm import tqdm
+
+    from evaluate.score import SiteScore
+    from evaluate.splice import Splice
+
+    contexts, keep = torch.from_numpy(text.packed.contexts).long(), torch.from_numpy(text.packed.keep)
+    mean_D = torch.from_numpy(store.stats(TRAIN, name).mean)
+    score = SiteScore(
+        Splice(text.model, Site.parse(name)),
+        [load(sae.folder) for sae in saes],
+        mean_D,
+        getattr(torch, store.layout.dtype),
+        (len(contexts), contexts.shape[1]),
+    )
+    size = config["lm_batch"] or store.manifest.identity["lm_batch"]
+    device = next(text.model.parameters()).device
+    label = f"evaluate {len(saes)} SAE{'s' * (len(saes) > 1)} at {name}"
+    with tqdm(total=int(keep.sum()), unit="tok", unit_scale=True, desc=label, mininterval=1.0) as bar:
+        for first in range(0, len(contexts), size):
+            ids_BT, keep_BT = contexts[first : first + size].to(device), keep[first : first + size].to(device)
+            score.batch(ids_BT, keep_BT, first)
+            bar.update(int(keep_BT.sum()))
+    results = score.result(samples=config["bootstrap"], seed=config["seed"])
+    rows = [describe(sae, result) for sae, result in zip(saes, results, strict=True)]
+    rows.sort(key=lambda row: (row["variant"], row["metrics"]["l0"]["value"], row["folder"]))
+    return {
+        "site": name,
+        "store": store.path.name,
+        "fingerprint": store.manifest.fingerprint,
+        "model": store.manifest.name,
+        "d_model": len(mean_D),
+        "split": HELDOUT,
+        "context": contexts.shape[1],
+        "sequences": len(contexts),
+        "tokens": int(keep.sum()),
+        "excluded": int((~keep).sum()),
+        "predicted": int(score.shared["predicted"].sum()),
+        "storage": {"dtype": store.layout.dtype, "nmse": score.storage_nmse()},
+        "saes": [{"number": number, **row} for number, row in enumerate(rows, 1)],
+    }
+
+
+def describe(sae: Trained, result: Json) -> Json:
+    """A row of the report: what the SAE is, and what was measured."""
+    settings = sae.config["settings"]
+    return {
+        "folder": str(sae.folder),
+        "variant": sae.config["variant"],
+        "width": settings["width"],
+        "expansion": settings["width"] / settings["d_in"],
+        "settings": settings,
+        "training": sae.config.get("training", {}),
+        **result,
+    }
+
+
+def evaluate(config: Mapping[str, Any]) -> Path:
+    """Score what a resolved configuration names; the path of the report."""
+    check(config)
+    places = by_place(find_saes(config["saes"] or ()), Path(config["cache"]))
+    sites = []
+    for store, by_site in places:
+        text = open_text(store, config)
+        sites += [score_site(store, name, saes, text, config) for name, saes in by_site.items()]
+    settings = {name: config[name] for name in ("tokens", "lm_batch", "bootstrap", "seed")}
+    return report.write({"format": report.FORMAT, "settings": settings, "sites": sites}, Path(config["out"]))
+
+
+def main(config: DictConfig) -> None:
+    """The stage, from Hydra's configuration."""
+    resolved = OmegaConf.to_container(config, resolve=True)
+    assert isinstance(resolved, dict)
+    print(f"report: {evaluate({str(name): value for name, value in resolved.items()})}")

@@ -1,0 +1,218 @@
+"""`python -m evaluate` from saved SAEs to the report, and the sentences for what a user can get wrong."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from data.errors import UserError
+from data.reader import open_reader
+from evaluate.run import evaluate, find_saes
+from train.sae.base import SAE
+from train.sae.io import save
+from train.sae.relu import ReLU
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def saved(harvested: dict[str, Any], tmp_path: Path) -> Callable[..., Path]:
+    """Saves an SAE as training does; `record` overrides its record."""
+
+    def make(name: str, sae: SAE, **record: Any) -> Path:
+        manifest = harvested["store"].manifest
+        known = {"site": "resid_post.0", "fingerprint": manifest.fingerprint, "store": manifest.folder}
+        training = {"tokens": 1000, "seed": 0, "dead": 2, "dead_after": 100}
+        save(
+            sae, tmp_path / "saes" / name, known | {"model": manifest.settings["model"], "training": training} | record
+        )
+        return tmp_path / "saes" / name
+
+    return make
+
+
+@pytest.fixture
+def config(harvested: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
+    return {
+        "saes": str(tmp_path / "saes"),
+        "cache": harvested["config"]["cache"],
+        "tokens": 250,
+        "lm_batch": None,
+        "bootstrap": 50,
+        "seed": 0,
+        "device": "cpu",
+        "device_map": None,
+        "out": str(tmp_path / "out"),
+    }
+
+
+def results(config: dict[str, Any]) -> dict[str, Any]:
+    path = evaluate(config)
+    found: dict[str, Any] = json.loads((path.parent / "report.json").read_text())
+    return found
+
+
+def test_several_saes_of_two_sites(
+    saved: Callable[..., Path],
+    config: dict[str, Any],
+    harvested: dict[str, Any],
+    identity_sae: Callable[[int], ReLU],
+    constant_sae: Callable[[Tensor], ReLU],
+    rough_sae: Callable[[int], ReLU],
+) -> None:
+    mean = torch.from_numpy(harvested["store"].stats("train", "resid_post.0").mean).float()
+    for name, sae in (("mean", constant_sae(mean)), ("rough", rough_sae(16)), ("same", identity_sae(16))):
+        saved(name, sae)
+    saved("other", rough_sae(16), site="mlp_out.1")
+    found = results(config)
+    by_site = {site["site"]: site for site in found["sites"]}
+    assert set(by_site) == {"resid_post.0", "mlp_out.1"}
+    site = by_site["resid_post.0"]
+    metrics = {Path(row["folder"]).name: row["metrics"] for row in site["saes"]}
+    assert [row["number"] for row in site["saes"]] == [1, 2, 3]
+    l0 = [row["metrics"]["l0"]["value"] for row in site["saes"]]
+    assert l0 == sorted(l0)
+    assert metrics["same"]["recovered_zero"]["value"] == 1 and metrics["mean"]["recovered_mean"]["value"] == 0
+    assert metrics["mean"]["nmse"]["value"] >= 1
+    assert len({row["ce_clean"]["value"] for row in metrics.values()}) == 1
+    assert 250 <= site["tokens"] < 250 + 16 and site["context"] == 16
+    assert site["excluded"] == site["sequences"]  # one BOS a context
+    assert site["predicted"] == site["tokens"]
+    assert site["storage"]["dtype"] == "bfloat16" and 0 < site["storage"]["nmse"] < 1e-4
+
+
+def test_the_tokens_scored_are_the_stores_held_out_rows(
+    saved: Callable[..., Path], config: dict[str, Any], harvested: dict[str, Any], rough_sae: Callable[[int], ReLU]
+) -> None:
+    """The rows harvested of held-out documents, taken from the store, give the same NMSE up to their rounding."""
+    sae = rough_sae(16)
+    saved("rough", sae)
+    store = harvested["store"]
+    rows = store.rows("heldout", "resid_post.0")
+    reader = open_reader(store, "heldout", "resid_post.0")
+    parts = []
+    for chunk, size in enumerate(reader.sizes):
+        out = np.empty((store.layout.chunk_rows, 16), dtype=np.uint16)
+        reader.read(chunk, out)
+        parts.append(torch.from_numpy(out[:size].view(np.int16)).view(torch.bfloat16))
+    x = torch.cat(parts).float()
+    x_hat = sae(x).detach()
+    expected = float((x - x_hat).double().square().sum() / (x.double() - x.double().mean(0)).square().sum())
+    found = results(config | {"tokens": rows})["sites"][0]
+    assert found["tokens"] == rows
+    assert found["saes"][0]["metrics"]["nmse"]["value"] == pytest.approx(expected, rel=2e-3)
+
+
+def test_one_sae_by_itself_and_another_batch_size(
+    saved: Callable[..., Path], config: dict[str, Any], rough_sae: Callable[[int], ReLU]
+) -> None:
+    folder = saved("rough", rough_sae(16))
+    saved("other", rough_sae(16))
+    one = results(config | {"saes": str(folder), "lm_batch": 3})
+    both = results(config | {"saes": [str(folder), str(folder.parent / "oth*")]})
+    (row,) = one["sites"][0]["saes"]
+    assert len(both["sites"][0]["saes"]) == 2
+    for name, entry in row["metrics"].items():
+        assert both["sites"][0]["saes"][0]["metrics"][name]["value"] == pytest.approx(entry["value"], rel=1e-5), name
+    assert row["l0"] == both["sites"][0]["saes"][0]["l0"]
+
+
+def test_a_folder_with_brackets_is_found(saved: Callable[..., Path], rough_sae: Callable[[int], ReLU]) -> None:
+    folder = saved("sae.k=[4]", rough_sae(16))
+    assert [sae.folder for sae in find_saes(str(folder))] == [folder]
+    assert [sae.folder for sae in find_saes([str(folder.parent), str(folder)])] == [folder]
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"saes": "nowhere"}, "saes=nowhere holds no trained SAE"),
+        ({"saes": []}, "saes is empty"),
+        ({"tokens": 0}, "tokens=0 must be a whole number"),
+        ({"tokens": 100_000}, r"tokens=100,000 .* holds"),
+        ({"bootstrap": 1}, "bootstrap=1 must be a whole number, 2 or more"),
+        ({"lm_batch": 0}, "lm_batch=0"),
+        ({"cache": "elsewhere"}, "no store in elsewhere has the fingerprint"),
+        ({"device": "cuda:77"}, "device=cuda:77"),
+    ],
+)
+def test_a_mistake_is_told_in_a_sentence(
+    saved: Callable[..., Path],
+    config: dict[str, Any],
+    rough_sae: Callable[[int], ReLU],
+    change: dict[str, Any],
+    told: str,
+) -> None:
+    saved("rough", rough_sae(16))
+    with pytest.raises(UserError, match=told):
+        evaluate(config | change)
+    assert not Path(config["out"]).exists()
+
+
+def test_records_that_lead_nowhere(
+    saved: Callable[..., Path], config: dict[str, Any], rough_sae: Callable[[int], ReLU]
+) -> None:
+    saved("rough", rough_sae(16), site="resid_post.1")
+    with pytest.raises(UserError, match=r"resid_post.1"):
+        evaluate(config)
+    saved("rough", rough_sae(16), fingerprint=None)
+    with pytest.raises(UserError, match="does not say which store"):
+        evaluate(config)
+
+
+def test_a_missing_or_other_model_is_refused(
+    saved: Callable[..., Path], config: dict[str, Any], harvested: dict[str, Any], rough_sae: Callable[[int], ReLU]
+) -> None:
+    saved("rough", rough_sae(16))
+    lm = harvested["root"] / "lm"
+    away = lm.rename(lm.with_name("away"))
+    try:
+        with pytest.raises(UserError, match="model folder"):
+            evaluate(config)
+    finally:
+        away.rename(lm)
+    weights = lm / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-4] + b"\0\0\0\0")
+    try:
+        with pytest.raises(UserError, match=r"made from something else .*model.safetensors"):
+            evaluate(config)
+    finally:
+        weights.write_bytes(whole)
+
+
+def test_changed_text_is_refused(
+    saved: Callable[..., Path], config: dict[str, Any], harvested: dict[str, Any], rough_sae: Callable[[int], ReLU]
+) -> None:
+    saved("rough", rough_sae(16))
+    extra = harvested["root"] / "text" / "extra.txt"
+    extra.write_text("w1 w2 w3")
+    try:
+        with pytest.raises(UserError, match=r"made from something else \(text.documents: 60 in the store, 61 now"):
+            evaluate(config)
+    finally:
+        extra.unlink()
+
+
+def test_the_command_ends_with_the_report(
+    saved: Callable[..., Path], config: dict[str, Any], rough_sae: Callable[[int], ReLU]
+) -> None:
+    saved("rough", rough_sae(16))
+    overrides = [f"{name}={value}" for name, value in config.items() if value is not None]
+    command = [sys.executable, "-m", "evaluate", *overrides, f"hydra.run.dir={config['out']}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == f"report: {config['out']}/report.md"
+    failed = subprocess.run([*command, "saes=nowhere"], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert failed.returncode == 1
+    assert failed.stderr.splitlines()[-1].startswith("error: saes=nowhere holds no trained SAE")
+    assert "Traceback" not in failed.stderr
