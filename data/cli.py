@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +14,7 @@ from data.errors import UserError
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 
-# glibc gives back large blocks to the kernel at once and takes each page as a fault again: a third of a CPU training step.
+# glibc gives large blocks back to the kernel at once and pays a page fault for each page of the next one.
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
 
 
@@ -38,14 +37,13 @@ def sentence(error: Exception) -> str | None:
         return str(error)
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return f"the disk is full ({error.filename or 'while writing'}): free some space and run the same command again"
-    if isinstance(error, PermissionError | OSError) and error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
+    if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
         return f"{error.filename} cannot be written or read with your permissions: change them or choose another folder"
     return None
 
 
 def run(main: Callable[[DictConfig], None], config_name: str) -> None:
     """Run a stage's `main` under Hydra with `conf/<config_name>.yaml` and the command line's overrides."""
-    os.environ.setdefault("HYDRA_FULL_ERROR", "1")
     keep_freed_memory()
 
     def job(config: DictConfig) -> None:

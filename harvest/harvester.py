@@ -1,0 +1,166 @@
+"""The unit loop: contexts through the language model, several sites at once, rows permuted, written, committed.
+
+A unit is run in fixed batches, so its bytes do not depend on what was harvested before it, on an interruption, or on
+which other sites are taken with it. Letters: B contexts in a batch, T tokens of a context, N rows of a unit, D width of
+a site.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from data.errors import UserError
+from data.manifest import Json
+from data.store import ORIGIN, TOKENS, Store
+from harvest.names import Site
+from harvest.plan import BOOK_WIDTHS, Unit, size
+from harvest.site import capture, run_to
+from harvest.tokens import Packed
+
+Rows = NDArray[Any]
+
+FLOAT16_LIMIT = 6e4  # float16 ends at 65,504; so near to it, other tokens are likely beyond
+
+
+def widths_of(model: nn.Module, sites: Sequence[Site], packed: Packed) -> dict[str, int]:
+    """The width of each site, by a forward of one context; UserError where the model has no such site."""
+    seen = run_to(model, sites, _ids(packed.contexts[:1], model))
+    return {name: x_BTD.shape[-1] for name, x_BTD in seen.items()}
+
+
+def made_by(model: nn.Module) -> Json:
+    """The device and the libraries that the last bits of an activation depend on."""
+    kinds = {p.device for p in model.parameters()}
+    return {
+        "device": ", ".join(sorted({_device_name(device) for device in kinds})),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type == "cpu":
+        return f"cpu {platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+    return device.type
+
+
+class Harvester:
+    """Runs the units that are left and commits them one by one.
+
+    model: in eval mode. packed: the contexts of each split. widths: D of each site. lm_batch: B. decode: token id
+    to text, for messages.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        model: nn.Module,
+        packed: Mapping[str, Packed],
+        widths: Mapping[str, int],
+        lm_batch: int,
+        decode: Callable[[int], str] = str,
+    ) -> None:
+        self.store, self.model, self.packed, self.widths = store, model, packed, widths
+        self.lm_batch, self.decode = lm_batch, decode
+        self.layout = store.layout
+        self.dtype: torch.dtype = getattr(torch, self.layout.dtype)
+        self.made_by = made_by(model)
+
+    def run(self, units: Sequence[Unit]) -> None:
+        """Harvest `units`, under the store's lock; each is committed before the next begins."""
+        self._require(units)
+        written, rows = 0, sum(unit.rows for unit in units)
+        with tqdm(total=rows, unit=" tokens", unit_scale=True, mininterval=1.0, desc="harvest") as bar:
+            for unit in units:
+                written += self._write(unit, self._books(unit) | self._activations(unit, bar))
+                bar.set_postfix_str(f"{size(written)} written", refresh=False)
+
+    def _write(self, unit: Unit, held: dict[str, Rows]) -> int:
+        """Permute, write and commit the rows of a unit; returns the bytes written. Empties `held`."""
+        order = self.store.permutation(unit.split, unit.index, unit.rows)
+        written = 0
+        for name in (*unit.sites, *unit.books):
+            # Taken out of `held`, so that one site's permuted copy is all that is there twice.
+            commit = self.store.write(unit.split, unit.index, name, held.pop(name)[order], self.made_by)
+            written += sum(chunk.bytes for chunk in commit.chunks)
+        return written
+
+    def _books(self, unit: Unit) -> dict[str, Rows]:
+        """Token id [N] and (sequence, position) [N, 2] of each row, in the order of the text."""
+        text = self.packed[unit.split]
+        keep = text.keep[unit.contexts]
+        sequence, position = np.nonzero(keep)
+        origin = np.stack([sequence + unit.contexts.start, position], axis=1).astype(np.int32)
+        return {TOKENS: text.contexts[unit.contexts][keep], ORIGIN: origin}
+
+    def _require(self, units: Sequence[Unit]) -> None:
+        """Make or grow the arrays, once for the whole run."""
+        for split in self.packed:
+            mine = [unit for unit in units if unit.split == split]
+            if mine:
+                capacity = (mine[-1].index + 1) * self.layout.unit_rows
+                for name in sorted({name for unit in mine for name in (*unit.sites, *unit.books)}):
+                    self.store.require(split, name, self.widths.get(name, BOOK_WIDTHS.get(name, 0)), capacity)
+
+    def _activations(self, unit: Unit, bar: Any) -> dict[str, Rows]:
+        """{site: rows [N, D] in the storage type}, in the order of the text."""
+        if not unit.sites:
+            bar.update(unit.rows)
+            return {}
+        text = self.packed[unit.split]
+        contexts, keep = text.contexts[unit.contexts], text.keep[unit.contexts]
+        bits = np.uint16 if self.dtype is torch.bfloat16 else np.dtype(self.layout.dtype)
+        held = {site: np.empty((unit.rows, self.widths[site]), bits) for site in unit.sites}
+        at = 0
+        with torch.no_grad(), capture(self.model, [Site.parse(site) for site in unit.sites]) as seen:
+            for first in range(0, len(contexts), self.lm_batch):
+                batch, mask = contexts[first : first + self.lm_batch], keep[first : first + self.lm_batch]
+                self.model(input_ids=_ids(batch, self.model), use_cache=False)
+                rows = int(mask.sum())
+                for site in unit.sites:
+                    x_ND = seen[site][torch.from_numpy(mask).to(seen[site].device)].to(self.dtype)
+                    self._refuse_unstorable(x_ND, site, unit, first, mask)
+                    held[site][at : at + rows] = _native(x_ND)
+                at += rows
+                bar.update(rows)
+        return held
+
+    def _refuse_unstorable(self, x_ND: Tensor, site: str, unit: Unit, first: int, mask: NDArray[np.bool_]) -> None:
+        """UserError names site, text and token of the first value that is not finite, or too large for float16."""
+        limit = FLOAT16_LIMIT if self.dtype is torch.float16 else torch.finfo(self.dtype).max
+        if not len(x_ND) or float(x_ND.abs().amax()) <= limit:  # amax keeps a NaN, and NaN compares false
+            return
+        row = int((~(x_ND.abs() <= limit)).any(1).nonzero()[0])
+        sequence, position = (int(axis[row]) for axis in np.nonzero(mask))
+        sequence += first + unit.contexts.start
+        text, largest = self.packed[unit.split], float(x_ND[row].abs().amax())
+        token = int(text.contexts[sequence, position])
+        remedy = "too large for float16: set store.dtype=bfloat16 or float32"
+        if self.dtype is not torch.float16:
+            remedy = "which is not finite: set model.dtype=float32, or leave this text out"
+        raise UserError(
+            f"site {site} has |x| = {largest:g} at token {position} ({self.decode(token)!r}) of {unit.split} sequence "
+            f"{sequence}, document {text.document(sequence, position)}, {remedy}"
+        )
+
+
+def _ids(contexts: NDArray[np.int32], model: nn.Module) -> Tensor:
+    """[B, T] int64 on the device of the model's first parameter, the embedding's."""
+    return torch.from_numpy(contexts).to(next(model.parameters()).device, torch.int64)
+
+
+def _native(x_ND: Tensor) -> Rows:
+    """numpy has no bfloat16: its bits."""
+    x_ND = x_ND.cpu()
+    return x_ND.view(torch.uint16).numpy() if x_ND.dtype is torch.bfloat16 else x_ND.numpy()

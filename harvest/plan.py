@@ -1,0 +1,107 @@
+"""What is left to do: the units a text makes, less those committed. No torch here.
+
+A unit is a fixed range of a split's contexts, the same whatever was asked for before it or with it, so that what is
+committed never has to be made again. Where the text ends, the last unit is shorter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import count, takewhile
+
+import numpy as np
+
+from data.errors import UserError
+from data.manifest import HELDOUT, ITEMSIZE, TRAIN, Json, Layout, differing
+from data.store import ORIGIN, TOKENS, Store
+from harvest.names import Site
+from harvest.tokens import Packed
+
+BOOK_WIDTHS = {TOKENS: 1, ORIGIN: 2}  # what each row is, in int32 values
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What is left to do of one unit: the `sites` and `books` (tokens, origin) that have no commit record."""
+
+    split: str
+    index: int
+    contexts: slice
+    rows: int
+    sites: tuple[str, ...]
+    books: tuple[str, ...]
+
+    def bytes(self, widths: Mapping[str, int], layout: Layout) -> int:
+        """Size on disk: whole chunks, the last one's tail included."""
+        stored = -(-self.rows // layout.chunk_rows) * layout.chunk_rows
+        values = sum(widths[site] for site in self.sites) * ITEMSIZE[layout.dtype]
+        return stored * (values + sum(BOOK_WIDTHS[book] for book in self.books) * np.dtype(np.int32).itemsize)
+
+
+def plan(store: Store | None, layout: Layout, packed: Mapping[str, Packed], sites: Sequence[Site]) -> list[Unit]:
+    """The units of `packed` with anything not yet committed in `store` (None: a store yet to be made), in order."""
+    units: list[Unit] = []
+    names = [*map(str, sites), *BOOK_WIDTHS]
+    for split, text in packed.items():
+        done = {name: set(store.committed(split, name)) if store else set() for name in names}
+        for index in range(-(-len(text.contexts) // layout.contexts_per_unit)):
+            contexts = slice(index * layout.contexts_per_unit, (index + 1) * layout.contexts_per_unit)
+            left = [name for name in names if index not in done[name]]
+            if left:
+                books = tuple(name for name in left if name in BOOK_WIDTHS)
+                rows = int(text.keep[contexts].sum())
+                units.append(Unit(split, index, contexts, rows, tuple(n for n in left if n not in books), books))
+    return units
+
+
+def covered(store: Store, sites: Sequence[Site], rows: Mapping[str, int]) -> bool:
+    """Whether the committed units, without a gap, hold the `rows` asked of each split at every site."""
+    for split, wanted in rows.items():
+        for name in [*map(str, sites), *BOOK_WIDTHS]:
+            commits = store.committed(split, name)
+            if sum(commits[index].rows for index in takewhile(commits.__contains__, count())) < wanted:
+                return False
+    return True
+
+
+def refuse_mixed(store: Store, mine: Json) -> None:
+    """UserError where a unit of the store was made on another device or by other versions."""
+    for split in (TRAIN, HELDOUT):
+        for site in store.sites(split):
+            for commit in store.committed(split, site).values():
+                if fields := differing(commit.made_by, mine):
+                    raise UserError(
+                        f"{store.path} was begun elsewhere ({'; '.join(fields)}) and the bits may differ: "
+                        "go on there, or set allow_mixed_devices=true"
+                    )
+
+
+def extent(store: Store) -> Json:
+    """{split: {site: committed rows}}."""
+    return {split: {site: store.rows(split, site) for site in store.sites(split)} for split in (TRAIN, HELDOUT)}
+
+
+def mark(store: Store) -> None:
+    """Write complete.json where it does not say what is committed."""
+    if store.complete != (now := extent(store)):
+        with store.lock():
+            store.mark_complete(now)
+
+
+def summary(store: Store) -> str:
+    """What a store holds, in a line."""
+    return "; ".join(
+        f"{split}: " + ", ".join(f"{site} {rows:,}" for site, rows in sites.items())
+        for split, sites in extent(store).items()
+        if sites
+    )
+
+
+def size(count: float) -> str:
+    """A number of bytes for people: `1.3 GB`."""
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:,.0f} bytes" if unit == "bytes" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"

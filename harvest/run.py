@@ -1,0 +1,192 @@
+"""`python -m harvest`: what was asked, checked cheapest first; the store it belongs to; then the unit loop."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from data.errors import UserError
+from data.manifest import FORMAT, HELDOUT, TRAIN, Json, Manifest, choose_layout, differing, settings_of
+from data.store import Store, find
+from harvest import lm
+from harvest.names import Site
+from harvest.plan import covered, mark, plan, refuse_mixed, size, summary
+from harvest.text import TextSource, source_from
+from harvest.tokens import Packing, check_tokenizer, pack
+
+LAYOUT_SETTINGS = ("dtype", "chunk_rows", "chunks_per_unit", "mixing_seed")
+DISK_MARGIN = 64 << 20  # records, metadata and what else the file system keeps
+
+
+@dataclass(frozen=True)
+class Request:
+    """What was asked for, in the program's own terms; making one refuses whatever can be refused without the model."""
+
+    settings: Json
+    model: Json
+    source: TextSource
+    packing: Packing
+    sites: tuple[Site, ...]
+    rows: dict[str, int]  # asked of each split; none for a split that is not
+    lm_batch: int
+    cache: Path
+    store: Json
+    allow_mixed_devices: bool
+
+    @classmethod
+    def of(cls, cfg: Mapping[str, Any]) -> Request:
+        """From a resolved configuration."""
+        names = [cfg["sites"]] if isinstance(cfg["sites"], str) else list(cfg["sites"] or ())
+        sites = tuple(dict.fromkeys(Site.parse(str(name)) for name in names))
+        if not sites:
+            raise UserError("sites is empty: name at least one, as in sites=[resid_post.3]")
+        rows = {TRAIN: whole(cfg, "tokens", 1), HELDOUT: whole(cfg, "heldout_tokens", 0)}
+        request = cls(
+            settings=settings_of(cfg),
+            model=dict(cfg["model"]),
+            source=source_from(cfg["text"]),
+            packing=Packing.of(cfg["packing"]),
+            sites=sites,
+            rows={split: count for split, count in rows.items() if count},
+            lm_batch=whole(cfg, "lm_batch", 1),
+            cache=Path(cfg["cache"]),
+            store={name: cfg["store"][name] for name in LAYOUT_SETTINGS},
+            allow_mixed_devices=bool(cfg["allow_mixed_devices"]),
+        )
+        if request.rows.get(HELDOUT) and not request.packing.heldout:
+            raise UserError("packing.heldout=0 leaves no held-out text: raise it, or set heldout_tokens=0")
+        request.check()
+        return request
+
+    def check(self) -> None:
+        """Look at the text and the model from outside."""
+        self.source.check()
+        lm.check_model(self.model)
+        limit = lm.context_limit(self.model)
+        if limit is not None and self.packing.context > limit:
+            raise UserError(
+                f"packing.context={self.packing.context} is longer than the model reads ({limit} tokens): lower it"
+            )
+
+
+def whole(cfg: Mapping[str, Any], name: str, least: int) -> int:
+    """A setting that counts something; 2e6 is a whole number too."""
+    value = cfg[name]
+    if isinstance(value, bool) or not isinstance(value, int | float) or value != int(value) or value < least:
+        raise UserError(f"{name}={value} must be a whole number, {least} or more")
+    return int(value)
+
+
+def identity_of(request: Request, tokenizer: Any) -> Json:
+    """Everything but the layout that determines the numbers; reads all of a local text and a local model's files."""
+    return {
+        "format": FORMAT,
+        "model": lm.identify(request.model),
+        "tokenizer": lm.tokenizer_hash(tokenizer),
+        "text": request.source.identity(),
+        "packing": dataclasses.asdict(request.packing),
+        "lm_batch": request.lm_batch,
+        "compute_dtype": lm.compute_dtype(request.model),
+    }
+
+
+def existing(request: Request, identity: Json) -> Store | None:
+    """The store of these settings, its layout kept unless another is asked for; UserError names what differs in it."""
+    asked = {name: value for name, value in request.store.items() if value is not None}
+    refused = []
+    for store in find(request.cache, request.settings):
+        layout = dataclasses.asdict(dataclasses.replace(store.layout, **asked))
+        fields = differing(store.manifest.identity, {**identity, "layout": layout})
+        if not fields:
+            return store
+        refused.append(f"{store.path} has these settings but was made otherwise ({'; '.join(fields)})")
+    if refused:
+        raise UserError(f"{refused[0]}: ask for the same, delete that folder, or choose another with cache=<folder>")
+    return None
+
+
+def new_manifest(request: Request, identity: Json, d_model: int) -> Manifest:
+    """The manifest of a store yet to be made, what is not asked of its layout chosen from the size of the run."""
+    defaults = {"dtype": identity["compute_dtype"], "chunk_rows": None, "chunks_per_unit": None, "mixing_seed": 0}
+    layout = choose_layout(
+        rows=request.rows[TRAIN],
+        d_model=d_model,
+        n_sites=len(request.sites),
+        context=request.packing.context,
+        **{**defaults, **{name: value for name, value in request.store.items() if value is not None}},
+    )
+    identity = {**identity, "layout": dataclasses.asdict(layout)}
+    return Manifest(identity, request.settings, lm.short_name(request.model), d_model)
+
+
+def check_disk(request: Request, needed: int) -> None:
+    """Print what the harvest will take on disk; UserError where the disk has not as much."""
+    folder = request.cache.absolute()
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    print(f"on disk: {size(needed)} to write, {size(free)} free in {request.cache}", flush=True)
+    if needed + DISK_MARGIN > free:
+        raise UserError(
+            f"the harvest needs {size(needed)} in {request.cache} and {size(free)} is free there: free some space, "
+            "ask for fewer tokens or sites, or choose another folder with cache=<folder>"
+        )
+
+
+def harvest(cfg: Mapping[str, Any]) -> Store:
+    """Do what a resolved configuration asks, as far as it is not done yet; returns the store."""
+    request = Request.of(cfg)
+    tokenizer = lm.load_tokenizer(request.model)
+    check_tokenizer(tokenizer, request.packing)
+    identity = identity_of(request, tokenizer)
+    store = existing(request, identity)
+    if store and covered(store, request.sites, request.rows):
+        mark(store)
+        print(f"nothing to do: {store.path} holds all of it ({summary(store)})")
+        return store
+    from harvest import harvester
+    from harvest.site import locate
+
+    model = lm.load_model(request.model)
+    for site in request.sites:
+        locate(model, site)
+    manifest = store.manifest if store else new_manifest(request, identity, model.config.get_text_config().hidden_size)
+    layout = manifest.layout
+    packed = {
+        split: pack(request.source, tokenizer, request.packing, split, rows, multiple=layout.contexts_per_unit)
+        for split, rows in request.rows.items()
+    }
+    widths = harvester.widths_of(model, request.sites, packed[TRAIN])
+    check_disk(request, sum(u.bytes(widths, layout) for u in plan(store, layout, packed, request.sites)))
+    store = store or Store.create_or_open(request.cache, manifest)
+    with store.lock():
+        # Planned under the lock: another harvest may have ended in between.
+        units = plan(store, layout, packed, request.sites)
+        worker = harvester.Harvester(store, model, packed, widths, request.lm_batch, lambda t: tokenizer.decode([t]))
+        if not request.allow_mixed_devices:
+            refuse_mixed(store, worker.made_by)
+        began = time.monotonic()
+        worker.run(units)
+    mark(store)
+    took = time.monotonic() - began
+    print(f"harvested {len(units)} units in {took:.0f} s into {store.path} ({summary(store)})")
+    return store
+
+
+def main(config: DictConfig) -> None:
+    """The stage, from Hydra's configuration."""
+    cfg = OmegaConf.to_container(config, resolve=True)
+    assert isinstance(cfg, dict)
+    try:
+        harvest({str(name): value for name, value in cfg.items()})
+    except KeyboardInterrupt:
+        print("stopped; every unit that was committed stays: run the same command again to go on", file=sys.stderr)
+        raise SystemExit(130) from None

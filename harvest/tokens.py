@@ -1,0 +1,192 @@
+"""Documents -> contexts of a fixed length: the packing rule, in one place.
+
+A split's documents become one token stream, cut into contexts of T tokens; what is left at the end is dropped, so
+nothing is padded. Where a token lies depends on text, tokenizer and packing, never on how many are wanted.
+"""
+
+from __future__ import annotations
+
+import bisect
+import dataclasses
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data.errors import UserError
+from harvest.text import HELDOUT, Document, TextSource, split_of, unique
+
+BOS_RULES = ("context", "document", "none")
+ENCODE_AT_ONCE = 64  # documents handed to the tokenizer together
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How documents become contexts.
+
+    context: tokens T of a context. bos: a BOS token before each `context`, before each `document`, or `none`.
+    separator: an EOS token after each document. keep_special: whether rows of special tokens are harvested too.
+    shuffle: a seed that orders the documents by sha256(seed, key), or None for the source's order.
+    heldout: fraction of the documents held out.
+    """
+
+    context: int
+    bos: str
+    separator: bool
+    keep_special: bool = False
+    shuffle: int | None = None
+    heldout: float = 0.1
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.context, int) or self.context < 2:
+            raise UserError(f"packing.context={self.context} must be a whole number of tokens, 2 or more")
+        if self.bos not in BOS_RULES:
+            raise UserError(f"packing.bos={self.bos} is unknown: choose one of {', '.join(BOS_RULES)}")
+        for name in ("separator", "keep_special"):
+            if not isinstance(getattr(self, name), bool):
+                raise UserError(f"packing.{name}={getattr(self, name)} must be true or false")
+        if self.shuffle is not None and not isinstance(self.shuffle, int):
+            raise UserError(f"packing.shuffle={self.shuffle} must be a whole number or null")
+        if not isinstance(self.heldout, int | float) or not 0 <= self.heldout < 1:
+            raise UserError(f"packing.heldout={self.heldout} must be a fraction, 0 or more and below 1")
+
+    @classmethod
+    def of(cls, settings: Mapping[str, Any]) -> Packing:
+        """From the configuration's group `packing`, or a manifest's; UserError for a key unknown or missing."""
+        fields = dataclasses.fields(cls)
+        if unknown := sorted(set(settings) - {field.name for field in fields}):
+            raise UserError(f"packing.{unknown[0]} is unknown: packing takes {', '.join(f.name for f in fields)}")
+        for field in fields:
+            if field.default is dataclasses.MISSING and field.name not in settings:
+                raise UserError(f"packing.{field.name} is missing: set it")
+        return cls(**settings)
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Contexts of one split: `contexts` [n, T] token ids, `keep` [n, T] whether the token's row is harvested.
+
+    starts, names: where in the stream each document begins, and its name; stride: tokens of the stream in a context.
+    """
+
+    contexts: NDArray[np.int32]
+    keep: NDArray[np.bool_]
+    starts: tuple[int, ...] = ()
+    names: tuple[str, ...] = ()
+    stride: int = 1
+
+    def document(self, sequence: int, position: int) -> str:
+        """The name of the document that token `position` of context `sequence` belongs to."""
+        within = position - (self.contexts.shape[1] - self.stride)
+        at = bisect.bisect_right(self.starts, sequence * self.stride + max(within, 0)) - 1
+        return self.names[at] if self.names else "unknown"
+
+
+def special_ids(tokenizer: Any) -> list[int]:
+    """Ids of the tokens that stand for no text: BOS, EOS, padding and their like, the unknown token not counted."""
+    ids = set(tokenizer.all_special_ids)
+    marks = {tokenizer.bos_token_id, tokenizer.eos_token_id}
+    return sorted(ids - {tokenizer.unk_token_id} | (marks & ids))
+
+
+def check_tokenizer(tokenizer: Any, packing: Packing) -> None:
+    """Refuse a packing that asks for tokens the tokenizer does not have."""
+    if packing.bos != "none" and tokenizer.bos_token_id is None:
+        raise UserError(f"packing.bos={packing.bos}, but this tokenizer has no BOS token: set packing.bos=none")
+    if packing.separator and tokenizer.eos_token_id is None:
+        raise UserError("packing.separator=true, but this tokenizer has no EOS token: set packing.separator=false")
+
+
+def ordered(source: TextSource, packing: Packing, split: str) -> Iterator[Document]:
+    """The unique documents of one split, in the packing's order; a shuffle holds them all in memory."""
+    mine = (doc for doc in unique(source.documents()) if split_of(doc.key, packing.heldout) == split)
+    if packing.shuffle is None:
+        return mine
+
+    def rank(doc: Document) -> bytes:
+        return hashlib.sha256(f"{packing.shuffle}:{doc.key}".encode("utf-8", "surrogatepass")).digest()
+
+    return iter(sorted(mine, key=rank))
+
+
+def encoded(documents: Iterable[Document], tokenizer: Any, packing: Packing) -> Iterator[tuple[str, NDArray[np.int32]]]:
+    """(name, tokens) of each document, with the BOS and EOS tokens that stand at its ends."""
+    head = [tokenizer.bos_token_id] if packing.bos == "document" else []
+    tail = [tokenizer.eos_token_id] if packing.separator else []
+    documents = iter(documents)
+    while batch := list(islice(documents, ENCODE_AT_ONCE)):
+        texts = [doc.text for doc in batch]
+        # verbose=False: a document longer than the model's context is no mistake here, it is cut.
+        ids = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+        for doc, tokens in zip(batch, ids, strict=True):
+            yield doc.name, np.array([*head, *tokens, *tail], np.int32)
+
+
+class _Cutter:
+    """Cuts the stream into contexts as it comes, and remembers where documents begin."""
+
+    def __init__(self, tokenizer: Any, packing: Packing) -> None:
+        self.head = [tokenizer.bos_token_id] if packing.bos == "context" else []
+        self.context, self.stride = packing.context, packing.context - len(self.head)
+        self.length = 0
+        self.starts: list[int] = []
+        self.names: list[str] = []
+
+    def blocks(self, documents: Iterable[tuple[str, NDArray[np.int32]]]) -> Iterator[NDArray[np.int32]]:
+        """[n, T] whole contexts, n of 1 or more."""
+        waiting: list[NDArray[np.int32]] = []
+        for name, tokens in documents:
+            self.starts.append(self.length)
+            self.names.append(name)
+            self.length += len(tokens)
+            waiting.append(tokens)
+            if sum(map(len, waiting)) >= self.stride:
+                stream = np.concatenate(waiting)
+                whole = len(stream) // self.stride
+                waiting = [stream[whole * self.stride :]]
+                cut = stream[: whole * self.stride].reshape(whole, self.stride)
+                head = np.tile(np.array(self.head, np.int32), (whole, 1))
+                yield np.concatenate([head, cut], axis=1)
+
+
+def pack(source: TextSource, tokenizer: Any, packing: Packing, split: str, rows: int, *, multiple: int = 1) -> Packed:
+    """The first contexts of a split that hold at least `rows` kept rows.
+
+    Their number is rounded up to a `multiple` where the text goes on that far, and is all there is where it does not.
+    Raises UserError where the text has fewer rows than asked, saying how many there are.
+    """
+    assert rows > 0 and multiple > 0
+    check_tokenizer(tokenizer, packing)
+    special = np.array(special_ids(tokenizer), np.int32)
+    cutter = _Cutter(tokenizer, packing)
+    contexts: list[NDArray[np.int32]] = []
+    keeps: list[NDArray[np.bool_]] = []
+    count, kept, goal = 0, 0, None
+    for block in cutter.blocks(encoded(ordered(source, packing, split), tokenizer, packing)):
+        keep = np.ones_like(block, np.bool_) if packing.keep_special else ~np.isin(block, special)
+        running = kept + np.cumsum(keep.sum(1))
+        if goal is None and running[-1] >= rows:
+            needed = count + int(np.searchsorted(running, rows)) + 1
+            goal = -(-needed // multiple) * multiple
+        contexts.append(block)
+        keeps.append(keep)
+        count, kept = count + len(block), int(running[-1])
+        if goal is not None and count >= goal:
+            break
+    if goal is None:
+        raise UserError(_too_short(source, packing, split, rows, kept))
+    found, mask = np.concatenate(contexts)[:goal], np.concatenate(keeps)[:goal]
+    return Packed(found, mask, tuple(cutter.starts), tuple(cutter.names), cutter.stride)
+
+
+def _too_short(source: TextSource, packing: Packing, split: str, rows: int, kept: int) -> str:
+    setting = "heldout_tokens" if split == HELDOUT else "tokens"
+    has = f"{kept:,} rows in whole contexts of {packing.context} tokens" if kept else "no whole context"
+    return (
+        f"{setting}={rows:,} is more than the {source.kind} text's {split} split holds ({has}): "
+        f"ask for fewer, or give more text"
+    )

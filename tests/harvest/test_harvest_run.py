@@ -1,0 +1,303 @@
+"""python -m pytest tests/harvest/test_harvest_run.py: the stage from its configuration to a store on disk."""
+
+from __future__ import annotations
+
+import collections
+import itertools
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from omegaconf import OmegaConf
+
+from data.errors import UserError
+from data.manifest import HELDOUT, TRAIN, settings_of
+from data.store import Store, find
+from harvest.harvester import Harvester
+from harvest.run import Request, harvest, main
+from tests.harvest.corpus import ROOT, config, contents, save_model, story, write_stories
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_stories(tmp_path_factory.mktemp("texts") / "stories.jsonl", range(40))
+
+
+class Interrupted(Exception):
+    """Stands for a crash."""
+
+
+def interrupt_after(monkeypatch: pytest.MonkeyPatch, writes: int, error: BaseException) -> None:
+    """Fail in the midst of the write that follows `writes` whole ones: its chunks are on disk, its record is not."""
+    real, left = Store.write, iter(range(writes))
+
+    def write(self: Store, split: str, unit: int, site: str, rows: Any, made_by: Any) -> Any:
+        if next(left, None) is None:
+            self._write_chunk(f"{split}/{site}/c.{unit * 4}" + ".0" * (rows.ndim - 1), rows[:3])
+            raise error
+        return real(self, split, unit, site, rows, made_by)
+
+    monkeypatch.setattr(Store, "write", write)
+
+
+def test_the_store_holds_what_was_asked_and_says_so(
+    model: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cfg = config(model, text, tmp_path, "sites=[resid_post.1,blocks.0.hook_mlp_out,transformer.h.2.ln_1]")
+    store = harvest(cfg)
+    names = {"resid_post.1", "mlp_out.0", "transformer.h.2.ln_1"}
+    assert set(store.sites(TRAIN)) == set(store.sites(HELDOUT)) == names
+    assert min(store.rows(TRAIN, site) for site in names) >= 200
+    assert min(store.rows(HELDOUT, site) for site in names) >= 40
+    assert store.path.name.startswith("tiny-")
+    assert [found.path for found in find(tmp_path, settings_of(cfg))] == [store.path]
+    assert store.complete == {split: {site: store.rows(split, site) for site in names} for split in (TRAIN, HELDOUT)}
+    told = capsys.readouterr().out
+    written = sum(len(data) for name, data in contents(store.path).items() if "/c." in name)
+    assert f"on disk: {written / 1000:.1f} kB to write" in told
+    assert re.search(r"harvested \d+ units in .* s into ", told)
+
+
+def test_a_second_run_does_nothing_and_says_so(
+    model: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cfg = config(model, text, tmp_path)
+    store = harvest(cfg)
+    before = {name: (store.path / name).stat().st_mtime_ns for name in contents(store.path)}
+    capsys.readouterr()
+    monkeypatch.setattr("harvest.lm.load_model", None)  # not even the model is loaded
+    harvest(cfg)
+    assert capsys.readouterr().out.startswith(f"nothing to do: {store.path} holds all of it (train: resid_post.1 ")
+    assert {name: (store.path / name).stat().st_mtime_ns for name in contents(store.path)} == before
+
+
+SITES = "sites=[resid_post.1,attn_out.0]"
+
+
+@pytest.fixture(scope="module")
+def whole(model: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Store:
+    return harvest(config(model, text, tmp_path_factory.mktemp("whole"), SITES))
+
+
+@pytest.mark.parametrize("writes", [0, 1, 6, 17, 30])
+def test_interrupted_and_resumed_is_the_same_store(
+    model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: Store, writes: int
+) -> None:
+    cfg = config(model, text, tmp_path / "cut", SITES)
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        interrupt_after(patch, writes, Interrupted())
+        harvest(cfg)
+    cut = find(tmp_path / "cut", settings_of(cfg))[0]
+    assert cut.complete is None
+    assert len(list(cut.path.glob("commits/*/*.json"))) == writes
+    harvest(cfg)
+    assert contents(cut.path) == contents(whole.path)
+
+
+def committed(store: Store) -> dict[str, tuple[bytes, int]]:
+    """Records and chunks, with the time they were written."""
+    names = [name for name in contents(store.path) if name.startswith("commits/") or "/c." in name]
+    return {name: ((store.path / name).read_bytes(), (store.path / name).stat().st_mtime_ns) for name in names}
+
+
+def test_another_site_and_more_tokens_touch_nothing_committed(model: Path, text: Path, tmp_path: Path) -> None:
+    store = harvest(config(model, text, tmp_path / "grown"))
+    first = committed(store)
+    harvest(config(model, text, tmp_path / "grown", "sites=[resid_mid.2]"))
+    second = committed(Store.open(store.path))
+    assert second.items() > first.items()
+    assert {name for name in second if name not in first} == {
+        name.replace("resid_post.1", "resid_mid.2") for name in first if "resid_post.1" in name
+    }
+    everything = ("sites=[resid_post.1,resid_mid.2]", "tokens=500", "heldout_tokens=100")
+    grown = harvest(config(model, text, tmp_path / "grown", *everything))
+    assert grown.path == store.path
+    assert committed(grown).items() > second.items()
+    at_once = harvest(config(model, text, tmp_path / "at_once", *everything))
+    assert contents(grown.path) == contents(at_once.path)
+
+
+def test_the_layout_of_a_store_is_adopted_and_another_refused(model: Path, text: Path, tmp_path: Path) -> None:
+    store = harvest(config(model, text, tmp_path))
+    chosen = ("store.chunk_rows=null", "store.chunks_per_unit=null", "tokens=600")
+    assert harvest(config(model, text, tmp_path, *chosen)).path == store.path
+    for change, told in {
+        "store.chunk_rows=16": "layout.chunk_rows: 8 here, 16 asked",
+        "store.dtype=bfloat16": 'layout.dtype: "float32" here, "bfloat16" asked',
+        "store.mixing_seed=5": "layout.mixing_seed: 0 here, 5 asked",
+        "lm_batch=3": "lm_batch: 2 here, 3 asked",
+    }.items():
+        with pytest.raises(UserError, match=f"{store.path} has these settings but was made otherwise .{told}"):
+            harvest(config(model, text, tmp_path, change))
+    assert len(find(tmp_path, settings_of(config(model, text, tmp_path)))) == 1
+
+
+def test_other_settings_make_another_store(model: Path, text: Path, tmp_path: Path) -> None:
+    stores = {harvest(config(model, text, tmp_path, f"packing.bos={bos}")).path for bos in ("document", "context")}
+    assert len(stores) == 2
+
+
+def test_changed_text_is_refused_by_name(model: Path, tmp_path: Path) -> None:
+    text = write_stories(tmp_path / "a.jsonl", range(40))
+    harvest(config(model, text, tmp_path / "cache"))
+    write_stories(text, range(41))
+    with pytest.raises(UserError, match=r"text\.documents: 40 here, 41 asked; text\.sha256: "):
+        harvest(config(model, text, tmp_path / "cache"))
+
+
+def test_a_changed_model_is_refused_by_name(model: Path, text: Path, tmp_path: Path) -> None:
+    mine = Path(shutil.copytree(model, tmp_path / "tiny"))
+    harvest(config(mine, text, tmp_path / "cache"))
+    weights = bytearray((mine / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (mine / "model.safetensors").write_bytes(weights)
+    with pytest.raises(UserError, match=r"model\.files\.model\.safetensors: "):
+        harvest(config(mine, text, tmp_path / "cache"))
+
+
+def test_a_resume_elsewhere_needs_leave(
+    model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = harvest(config(model, text, tmp_path))
+    made = {"device": "an abacus", "torch": "0", "transformers": "0"}
+    monkeypatch.setattr("harvest.harvester.made_by", lambda model: made)
+    with pytest.raises(UserError, match=r'was begun elsewhere \(device: "cpu .*" here, "an abacus" asked'):
+        harvest(config(model, text, tmp_path, "tokens=400"))
+    harvest(config(model, text, tmp_path, "tokens=400", "allow_mixed_devices=true"))
+    devices = [commit.made_by["device"] for commit in Store.open(store.path).committed(TRAIN, "resid_post.1").values()]
+    assert devices[-1] == "an abacus" != devices[0]
+
+
+def test_a_disk_too_small_is_told_before_anything_is_written(
+    model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = collections.namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**8, 0, 10**6))
+    with pytest.raises(UserError, match=r"the harvest needs .* kB in .* and 1\.0 MB is free there"):
+        harvest(config(model, text, tmp_path / "cache"))
+    assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("sites=[resid_past.1]", "site 'resid_past.1' is not"),
+        ("sites=[]", "sites is empty"),
+        ("sites=[resid_post.3]", r"site resid_post\.3: this gpt2 model has layers 0 to 2"),
+        ("tokens=0", "tokens=0 must be a whole number, 1 or more"),
+        ("tokens=2.5", "tokens=2.5 must be a whole number"),
+        ("heldout_tokens=-1", "heldout_tokens=-1 must be a whole number, 0 or more"),
+        ("lm_batch=many", "lm_batch=many must be a whole number"),
+        ("tokens=1e6", "tokens=1,000,000 is more than the files text's train split holds"),
+        ("packing.context=65", r"packing\.context=65 is longer than the model reads \(64 tokens\)"),
+        ("packing.heldout=0", r"packing\.heldout=0 leaves no held-out text"),
+        ("packing.bos=once", r"packing\.bos=once is unknown"),
+        ("store.chunk_rows=7", r"store\.chunk_rows 7 times"),
+        ("store.dtype=int8", r"store\.dtype 'int8' is unknown"),
+        ("text.paths=[none.txt]", "no file matches 'none.txt'"),
+        ("text.kind=book", r"text\.kind=book is unknown"),
+        ("model.name=/no/such/folder", "/no/such/folder"),
+    ],
+)
+def test_what_a_user_gets_wrong_is_one_sentence(
+    model: Path, text: Path, tmp_path: Path, override: str, told: str
+) -> None:
+    with pytest.raises(UserError, match=told) as error:
+        harvest(config(model, text, tmp_path / "cache", override))
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "cache").exists()
+
+
+def test_whole_numbers_may_be_written_as_floats(model: Path, text: Path, tmp_path: Path) -> None:
+    request = Request.of(config(model, text, tmp_path, "tokens=2e2", "heldout_tokens=0"))
+    assert request.rows == {TRAIN: 200}
+    store = harvest(config(model, text, tmp_path, "tokens=2e2", "heldout_tokens=0"))
+    assert store.sites(HELDOUT) == []
+
+
+@pytest.mark.parametrize("packing", sorted(p.stem for p in (ROOT / "conf/packing").glob("*.yaml")))
+def test_every_packing_harvests(model: Path, text: Path, tmp_path: Path, packing: str) -> None:
+    assert harvest(config(model, text, tmp_path, f"packing={packing}")).rows(TRAIN, "resid_post.1") >= 200
+
+
+def test_the_standard_library_harvests(model: Path, text: Path, tmp_path: Path) -> None:
+    for number in range(40):
+        (tmp_path / f"module_{number}.py").write_text(story(number))
+    cfg: Mapping[str, Any] = config(model, text, tmp_path / "cache", "~text.paths", "~text.field")
+    cfg = {**cfg, "text": {"kind": "stdlib", "root": str(tmp_path)}}
+    store = harvest(cfg)
+    assert store.manifest.identity["text"]["documents"] == 40
+    assert store.manifest.settings["text"] == cfg["text"]
+
+
+def test_an_interrupt_says_how_to_go_on(
+    model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    interrupt_after(monkeypatch, 5, KeyboardInterrupt())
+    with pytest.raises(SystemExit) as stop:
+        main(OmegaConf.create(config(model, text, tmp_path)))
+    assert stop.value.code == 130
+    assert "run the same command again to go on" in capsys.readouterr().err
+    assert not list(tmp_path.glob("*/writer.lock"))
+
+
+def test_every_unit_is_committed_before_the_next_is_run(
+    model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, seen = Harvester._activations, []
+
+    def activations(self: Harvester, unit: Any, bar: Any) -> Any:
+        seen.append(sum(self.store.rows(split, "resid_post.1") for split in (TRAIN, HELDOUT)))
+        return real(self, unit, bar)
+
+    monkeypatch.setattr(Harvester, "_activations", activations)
+    harvest(config(model, text, tmp_path))
+    assert len(seen) > 5
+    assert all(earlier < later for earlier, later in itertools.pairwise(seen))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_a_process_that_is_stopped_goes_on(model: Path, text: Path, tmp_path: Path, number: signal.Signals) -> None:
+    long = write_stories(tmp_path / "long.jsonl", range(150))
+    command = [
+        *(sys.executable, "-m", "harvest", f"model.name={model}", "text=files", f"text.paths=[{long}]"),
+        *("tokens=4000", "heldout_tokens=500", "sites=[resid_post.1]", "packing.context=16", "model.device=cpu"),
+        *("store.chunk_rows=16", "store.chunks_per_unit=4", f"hydra.run.dir={tmp_path}/run"),
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+    def start(cache: str) -> subprocess.Popen[str]:
+        options: dict[str, Any] = {"cwd": ROOT, "env": environment, "text": True}
+        return subprocess.Popen(
+            [*command, f"cache={tmp_path / cache}"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options
+        )
+
+    cut = start("cut")
+    while len(list((tmp_path / "cut").glob("*/commits/train/*.json"))) < 9:
+        assert cut.poll() is None
+        time.sleep(0.02)
+    cut.send_signal(number)
+    _, told = cut.communicate(timeout=60)
+    assert cut.returncode == (130 if number == signal.SIGINT else -signal.SIGKILL)
+    assert ("run the same command again" in told) == (number == signal.SIGINT)
+    assert "Traceback" not in told
+    assert not list((tmp_path / "cut").glob("*/complete.json"))
+    for cache in ("cut", "whole"):
+        process = start(cache)
+        process.communicate(timeout=300)
+        assert process.returncode == 0
+    assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
