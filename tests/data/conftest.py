@@ -15,6 +15,7 @@ from data.store import Store
 
 SITE = "resid_post.1"
 
+
 def manifest(dtype: str = "bfloat16", name: str = "tiny", **identity: object) -> Manifest:
     layout = Layout(dtype, context=8, chunk_rows=4, chunks_per_unit=4, mixing_seed=3)
     settings = {"model": {"name": name}, "text": {"files": "a.txt"}, "packing": {"context": 8}}
