@@ -1,0 +1,56 @@
+"""metrics.csv: rows, a growing header, and what a continued run keeps."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+from train.loggers import CsvLogger
+
+
+def rows(folder: Path) -> list[dict[str, str]]:
+    with (folder / "metrics.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def test_the_header_grows_and_old_rows_stay(tmp_path: Path) -> None:
+    log = CsvLogger(tmp_path)
+    log.log_metrics({"train/loss": 0.5}, 10)
+    log.log_metrics({"val/nmse": 0.25}, 10)
+    log.log_metrics({"train/loss": 0.4}, 20)
+    assert rows(tmp_path) == [
+        {"step": "10", "train/loss": "0.5", "val/nmse": ""},
+        {"step": "10", "train/loss": "", "val/nmse": "0.25"},
+        {"step": "20", "train/loss": "0.4", "val/nmse": ""},
+    ]
+
+
+def test_a_continued_run_keeps_the_rows_up_to_its_step(tmp_path: Path) -> None:
+    first = CsvLogger(tmp_path)
+    for step in (10, 20, 30):
+        first.log_metrics({"a": step}, step)
+    second = CsvLogger(tmp_path)
+    second.cut(20)
+    second.log_metrics({"b": 1.0}, 30)
+    assert [(row["step"], row["a"], row["b"]) for row in rows(tmp_path)] == [
+        ("10", "10", ""),
+        ("20", "20", ""),
+        ("30", "", "1"),
+    ]
+
+
+def test_a_new_run_keeps_none(tmp_path: Path) -> None:
+    CsvLogger(tmp_path).log_metrics({"a": 1.0}, 10)
+    CsvLogger(tmp_path).cut(0)
+    assert rows(tmp_path) == []
+
+
+def test_half_a_line_of_a_killed_run_is_dropped(tmp_path: Path) -> None:
+    log = CsvLogger(tmp_path)
+    log.log_metrics({"a": 1.0, "b": 2.0}, 10)
+    with log.path.open("a") as file:
+        file.write("20,1")
+    again = CsvLogger(tmp_path)
+    again.cut(20)
+    again.log_metrics({"a": 3.0, "b": 4.0}, 20)
+    assert [(row["step"], row["a"], row["b"]) for row in rows(tmp_path)] == [("10", "1", "2"), ("20", "3", "4")]

@@ -1,0 +1,177 @@
+"""The cheap checks: each refusal is one sentence with its remedy, before Lightning is imported."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from data.errors import UserError
+from data.manifest import TRAIN
+from data.order import reserve
+from data.store import Store
+from train.plan import make_plan
+from train.run import build, train
+
+TOPK = {"_target_": "train.sae.topk.TopK", "k": 4, "width": None, "expansion": 8}
+
+
+def test_the_plan_of_the_small_store(short: Any) -> None:
+    plan = make_plan(short())
+    assert (plan.steps, plan.batch, plan.world, plan.tokens, plan.d_in) == (30, 64, 1, 1920, 16)
+    assert len(plan.reserved) == 8 and len(plan.chunks) == 56 and len(plan.heldout) == 8
+    assert not set(plan.reserved) & set(plan.chunks)
+
+
+def test_all_variants_get_the_same_chunks(short: Any) -> None:
+    plans = [make_plan(short(f"sae={variant}")) for variant in ("relu", "batchtopk")]
+    assert np.array_equal(plans[0].chunks, plans[1].chunks)
+    assert np.array_equal(plans[0].reserved, reserve(np.full(64, 64), 512, 0)[1])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["site=resid_post.9"], r"site resid_post\.9 is not among the sites \(resid_post\.3\)"),
+        (
+            ["tokens=4096"],
+            r"tokens=4096 with calibration_tokens=512 needs more than the 4096 training tokens in 1 pass",
+        ),
+        (["heldout_tokens=2000"], r"asks for more than the 1024 held-out tokens"),
+        (["calibration_tokens=4096"], r"needs more than the 4096"),
+        (["tokens=63"], r"less than one step of batch=64"),
+        (["tokens=0"], r"tokens=0 is not a count"),
+        (["calibration_tokens=-1"], r"calibration_tokens=-1 is not a count"),
+        (["lr_warmup=5"], r"lr_warmup=5 is a share"),
+        (["clip=0"], r"clip=0 would stop every step"),
+        (["trainer.devices=auto"], r"trainer\.devices=auto is not a number"),
+        (["+trainer.precision=bf16-true"], r"they stay 32-bit"),
+        (["store=/nowhere"], r"/nowhere is not a store"),
+    ],
+)
+def test_refusals(short: Any, overrides: list[str], says: str) -> None:
+    with pytest.raises(UserError, match=says) as caught:
+        make_plan(short(*overrides))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("extra", ["tensorboard", "wandb"])
+def test_a_missing_logger_names_its_extra(short: Any, extra: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=rf'pip install -e "\.\[{extra}\]"'):
+        make_plan(short(f"logger={extra}"))
+
+
+def test_no_store_prints_the_harvest_line(short: Any, tmp_path: Path) -> None:
+    overrides = [f"cache={tmp_path}", "packing.context=64", "sae.k=4", "site=resid_mid.2"]
+    with pytest.raises(UserError) as caught:
+        make_plan(short(*overrides), overrides)
+    line = f'make harvest ARGS="cache={tmp_path} packing.context=64 sites=[resid_mid.2] tokens=2554 heldout_tokens=512"'
+    assert line in str(caught.value)
+
+
+def test_what_the_harvest_line_asks_for_is_enough(short: Any, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="make harvest") as caught:
+        make_plan(short("tokens=4096"), ["model=embedded"])
+    rows = int(str(caught.value).split(" tokens=")[-1].split()[0])
+    sizes = np.full(-(-rows // 64), 64)
+    assert int(sizes[reserve(sizes, 512, 0)[0]].sum()) // 64 * 64 >= 4096
+
+
+def test_a_store_made_with_other_settings_is_named(short: Any, cache: Path) -> None:
+    store = next(cache.iterdir())
+    asked = [f"store={store}", "packing.context=64", "site=resid_mid.2"]
+    with pytest.raises(UserError, match=r"differ from yours: packing\.context: 256 here, 64 asked"):
+        make_plan(short(*asked), asked)
+    assert make_plan(short(f"store={store}", "packing.context=64")).store.path == store
+
+
+def test_several_stores_are_listed(short: Any, tmp_path: Path, store_maker: Callable[..., Store]) -> None:
+    for name in ("a", "b"):
+        store_maker(tmp_path / "two", short(), name=name)
+    with pytest.raises(UserError, match=r"2 stores match.*a-.*b-.*store=<path>"):
+        make_plan(short(f"cache={tmp_path / 'two'}"))
+
+
+def test_devices_in_a_sweep(short: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = short("trainer.devices=2")
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    with pytest.raises(UserError, match=r"inside a sweep.*torchrun"):
+        make_plan(settings, multirun=True)
+    assert make_plan(settings).world == 2
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    plan = make_plan(settings, multirun=True)
+    assert (plan.world, plan.steps) == (2, 15)
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"expansion": None}, "both null: give one of them"),
+        ({"expansion": 1.03}, "not a whole number"),
+        ({"width": 32, "k": 33}, r"k=33 .* width of 32"),
+        ({"sparsity": 1.0}, "variant topk has no setting sparsity"),
+        ({"_target_": "elsewhere.SAE"}, r"choose sae=relu\|topk"),
+    ],
+)
+def test_sae_refusals(settings: dict[str, Any], says: str) -> None:
+    with pytest.raises(UserError, match=says):
+        build({**TOPK, **settings}, d_in=16)
+
+
+def test_the_width_goes_before_the_default_expansion() -> None:
+    assert build(TOPK, d_in=16).width == 128
+    assert build({**TOPK, "width": 100}, d_in=16, overrides=["sae.width=100"]).width == 100
+    with pytest.raises(UserError, match=r"sae\.width=100 and sae\.expansion=8 both"):
+        build({**TOPK, "width": 100}, d_in=16, overrides=["sae.width=100", "sae.expansion=8"])
+
+
+def test_refused_before_lightning_is_imported(short: Any) -> None:
+    script = (
+        "import sys, json\n"
+        "from data.errors import UserError\n"
+        "from train.run import train\n"
+        "try:\n    train(json.load(sys.stdin))\n"
+        "except UserError as error:\n    print(error)\n"
+        "print([name for name in ('pytorch_lightning', 'transformers') if name in sys.modules])\n"
+    )
+    import json
+
+    asked = json.dumps(short("sae=topk", "sae.width=32", "sae.k=33"))
+    done = subprocess.run([sys.executable, "-c", script], input=asked, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[0].startswith("k=33 ")
+    assert done.stdout.splitlines()[1] == "[]"
+
+
+def test_calibration_rows_are_never_trained_on(short: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from data.reader import DirectReader
+
+    read: dict[str, set[int]] = {"train": set(), "calibrate": set()}
+    stage = "train"
+    plain = DirectReader.read
+
+    def note(self: DirectReader, chunk: int, *args: Any) -> None:
+        if self.split == TRAIN:
+            read[stage].add(chunk)
+        plain(self, chunk, *args)
+
+    from train import fit
+
+    calibrate = fit._calibrate
+
+    def calibrating(*args: Any) -> Any:
+        nonlocal stage
+        stage = "calibrate"
+        return calibrate(*args)
+
+    monkeypatch.setattr(DirectReader, "read", note)
+    monkeypatch.setattr(fit, "_calibrate", calibrating)
+    settings = short("sae=batchtopk", "tokens=3584")
+    train(settings)
+    plan = make_plan(settings)
+    assert read == {"train": set(plan.chunks), "calibrate": set(plan.reserved)}

@@ -1,0 +1,170 @@
+"""A run broken off and continued ends bit for bit where the uninterrupted one does."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from data.errors import UserError
+from train.callbacks import LastCheckpoint
+from train.run import LAST, train
+from train.sae import SAE, Step
+from train.sae.topk import TopK
+
+# 1,536 training rows in batches of 64: an epoch is 24 steps, the run 60. Validation every 8.
+LONG = ("tokens=3840", "epochs=3", "calibration_tokens=2560", "validate_every=8", "dead_after=256")
+
+
+class Broken(RuntimeError):
+    pass
+
+
+def leaves(obj: Any, at: str = "") -> dict[str, Any]:
+    """Every leaf of nested dicts and lists by its path."""
+    if isinstance(obj, dict):
+        return {k: v for name, part in obj.items() for k, v in leaves(part, f"{at}/{name}").items()}
+    if isinstance(obj, list | tuple):
+        return {k: v for i, part in enumerate(obj) for k, v in leaves(part, f"{at}/{i}").items()}
+    return {at: obj}
+
+
+def final_state(folder: Path) -> dict[str, Any]:
+    """What determines the numbers, from the last checkpoint: all but Lightning's counts of loops begun and ended."""
+    state = torch.load(folder / LAST, weights_only=True)
+    names = ("global_step", "state_dict", "optimizer_states", "lr_schedulers", "rng")
+    return leaves({name: state[name] for name in names} | {"loader": state["loops"]["fit_loop"]["state_dict"]})
+
+
+def assert_same(a: dict[str, Any], b: dict[str, Any]) -> None:
+    assert a.keys() == b.keys()
+    for name, value in a.items():
+        same = torch.equal(value, b[name]) if isinstance(value, Tensor) else value == b[name]
+        assert same, f"{name}: {value} and {b[name]}"
+
+
+def break_after(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """End the run right after the checkpoint of `step`."""
+    kept = LastCheckpoint.on_train_batch_end
+
+    def hook(self: LastCheckpoint, trainer: Any, *args: Any) -> None:
+        kept(self, trainer, *args)
+        if trainer.global_step == step:
+            raise Broken
+
+    monkeypatch.setattr(LastCheckpoint, "on_train_batch_end", hook)
+
+
+@pytest.fixture
+def noisy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A variant that draws a random number a step, so that the random state matters."""
+    plain = SAE.after_step
+
+    def after_step(self: SAE, step: Step) -> None:
+        plain(self, step)
+        with torch.no_grad():
+            self.b_dec += 1e-3 * torch.randn_like(self.b_dec)
+
+    monkeypatch.setattr(TopK, "after_step", after_step)
+
+
+# Mid-epoch off and on a validation step; around and on an epoch's last step (a validation step too); the very end.
+BREAKS = {"topk": (5, 16, 23, 24, 25, 48, 60), "batchtopk": (16, 24), "jumprelu": (40,)}
+
+
+@pytest.mark.parametrize("variant", BREAKS)
+def test_continued_equals_uninterrupted(
+    short: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, noisy: None, variant: str
+) -> None:
+    whole = short(*LONG, f"sae={variant}", f"out={tmp_path / 'whole'}")
+    train(whole)
+    for step in BREAKS[variant]:
+        folder = tmp_path / f"broken_{step}"
+        settings = short(*LONG, f"sae={variant}", f"out={folder}", f"checkpoint_every={step}")
+        with monkeypatch.context() as patch, pytest.raises(Broken):
+            break_after(patch, step)
+            train(settings)
+        assert not (folder / "config.json").exists()
+        torch.manual_seed(step)
+        train(settings)
+        assert_same(final_state(folder), final_state(tmp_path / "whole"))
+        assert (folder / "sae.safetensors").read_bytes() == (tmp_path / "whole" / "sae.safetensors").read_bytes()
+        assert heldout(folder) == heldout(tmp_path / "whole")
+
+
+def heldout(folder: Path) -> dict[str, float]:
+    found: dict[str, float] = json.loads((folder / "config.json").read_text())["training"]["heldout"]
+    return found
+
+
+def test_the_comparison_sees_a_difference(short: Any, tmp_path: Path) -> None:
+    for name, seed in (("a", 0), ("b", 1)):
+        train(short("sae=topk", f"seed={seed}", f"out={tmp_path / name}"))
+    with pytest.raises(AssertionError):
+        assert_same(final_state(tmp_path / "a"), final_state(tmp_path / "b"))
+
+
+def test_it_goes_on_from_the_last_checkpoint_not_from_the_start(
+    short: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with monkeypatch.context() as patch, pytest.raises(Broken):
+        break_after(patch, 20)
+        train(short("sae=topk"))
+    rates: list[float] = []
+    monkeypatch.setattr(TopK, "after_step", lambda self, step: rates.append(0.0))
+    train(short(f"resume={tmp_path / 'run'}"), [f"resume={tmp_path / 'run'}"])
+    assert len(rates) == 10
+    assert "going on with topk" in capsys.readouterr().out
+
+
+def test_resume_keeps_the_run_s_own_settings(short: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch, pytest.raises(Broken):
+        break_after(patch, 20)
+        train(short("sae=topk", "sae.k=3", "seed=4"))
+    train(short(f"resume={tmp_path / 'run'}"), [f"resume={tmp_path / 'run'}", "trainer.accelerator=cpu"])
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert (config["variant"], config["settings"]["k"], config["training"]["seed"]) == ("topk", 3, 4)
+
+
+def test_resume_refuses_what_it_would_ignore(short: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = tmp_path / "run"
+    with pytest.raises(UserError, match=r"is not the folder of a training run"):
+        train(short(f"resume={run}"), [f"resume={run}"])
+    train(short("sae=topk"))
+    with pytest.raises(UserError, match=r"would ignore sae\.k=3"):
+        train(short(f"resume={run}", "sae.k=3"), [f"resume={run}", "sae.k=3"])
+    (run / LAST).unlink()
+    with pytest.raises(UserError, match=r"last\.ckpt is missing"):
+        train(short(f"resume={run}"), [f"resume={run}"])
+
+
+def test_the_same_run_again_does_nothing_and_another_is_refused(
+    short: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(short("sae=topk", "sae.k=4"))
+    before = (tmp_path / "run" / "sae.safetensors").stat().st_mtime_ns
+    capsys.readouterr()
+    train(short("sae=topk", "sae.k=4", "log_every=7"))
+    assert "nothing to do" in capsys.readouterr().out
+    assert (tmp_path / "run" / "sae.safetensors").stat().st_mtime_ns == before
+    with pytest.raises(UserError, match=r"holds another run \(sae\.k: 4 here, 5 asked\).*hydra\.run\.dir"):
+        train(short("sae=topk", "sae.k=5"))
+
+
+def test_a_checkpoint_is_whole_or_the_one_before(short: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved = torch.save
+
+    def torn(state: Any, file: Any) -> None:
+        if isinstance(state, dict) and state.get("global_step") == 20:
+            file.write(b"half")
+            raise Broken
+        saved(state, file)
+
+    monkeypatch.setattr(torch, "save", torn)
+    with pytest.raises(Broken):
+        train(short("sae=topk"))
+    assert torch.load(tmp_path / "run" / LAST, weights_only=True)["global_step"] == 10

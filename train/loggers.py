@@ -1,0 +1,73 @@
+"""metrics.csv, and the check that an optional logger is installed."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pytorch_lightning.loggers.logger import Logger
+from pytorch_lightning.utilities import rank_zero_only
+
+Row = dict[str, str]
+
+
+class CsvLogger(Logger):
+    """`metrics.csv`: a row a logged step, written at once; the header grows with the names it meets.
+
+    A run that goes on keeps the rows up to its step (Lightning's own CSVLogger deletes the file).
+    """
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self.path = folder / "metrics.csv"
+        self.names = ["step"]
+        if self.path.exists():
+            self._rows()
+
+    @property
+    def name(self) -> str:
+        return "csv"
+
+    @property
+    def version(self) -> str:
+        return ""
+
+    @property
+    def save_dir(self) -> str:
+        return str(self.path.parent)
+
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+        """The settings stand in the run's config.json."""
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        row = {"step": str(step), **{name: f"{value:.7g}" for name, value in metrics.items()}}
+        fresh = [name for name in row if name not in self.names]
+        if fresh or not self.path.exists():
+            rows = self._rows() if self.path.exists() else []
+            self.names += fresh
+            self._write([*rows, row])
+        else:
+            with self.path.open("a", newline="") as file:
+                csv.DictWriter(file, self.names).writerow(row)
+
+    @rank_zero_only
+    def cut(self, step: int) -> None:
+        """Keep the rows up to and including `step`; of a run that starts at 0, none."""
+        if self.path.exists():
+            self._write([row for row in self._rows() if 0 < step >= int(row["step"])])
+
+    def _rows(self) -> list[Row]:
+        with self.path.open(newline="") as file:
+            reader = csv.DictReader(file)
+            self.names = list(reader.fieldnames or self.names)
+            return [row for row in reader if None not in row.values()]  # a killed run may leave half a line
+
+    def _write(self, rows: list[Row]) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, self.names)
+            writer.writeheader()
+            writer.writerows(rows)

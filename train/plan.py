@@ -1,0 +1,150 @@
+"""What a training run will read and for how long: every check that needs neither the device nor Lightning."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data import store as stores
+from data.errors import UserError
+from data.manifest import HELDOUT, TRAIN, differing, settings_of
+from data.order import batches_per_epoch, reserve
+from data.reader import Reader, open_reader
+
+Settings = dict[str, Any]
+
+EXTRAS = {"tensorboard": "tensorboard", "wandb": "wandb"}  # logger: module; the extra has the logger's name
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Chunk ids are of the split's reader; `steps` are optimizer steps of `batch` rows on each of `world` ranks."""
+
+    store: stores.Store
+    site: str
+    d_in: int
+    batch: int
+    world: int
+    steps: int
+    chunks: NDArray[np.int64]  # of train/: the optimizer's
+    reserved: NDArray[np.int64]  # of train/: calibration's, in a seeded order of their own
+    heldout: NDArray[np.int64]  # of heldout/: validation's
+
+    @property
+    def tokens(self) -> int:
+        """Tokens the optimizer sees, repeated passes counted."""
+        return self.steps * self.batch * self.world
+
+
+def world_size(trainer: Settings, multirun: bool) -> int:
+    """Ranks of the run; refuses what Lightning would start from inside a Hydra sweep."""
+    outside = "LOCAL_RANK" in os.environ or "SLURM_PROCID" in os.environ
+    devices, nodes = trainer["devices"], int(trainer.get("num_nodes", 1))
+    if not isinstance(devices, int) or devices < 1:
+        raise UserError(f"trainer.devices={devices} is not a number of devices: give an integer of at least 1")
+    if multirun and devices * nodes > 1 and not outside:
+        raise UserError(
+            f"trainer.devices={devices} inside a sweep would start the whole sweep again on every device: "
+            "use trainer.devices=1, or start the ranks yourself (torchrun -m train ...)"
+        )
+    return devices * nodes
+
+
+def check_settings(settings: Settings) -> None:
+    """What the settings say by themselves, with no file read."""
+    for name in ("tokens", "batch", "epochs", "log_every", "validate_every", "checkpoint_every"):
+        if not isinstance(settings[name], int) or settings[name] < 1:
+            raise UserError(f"{name}={settings[name]} is not a count: give an integer of at least 1")
+    for name in ("calibration_tokens", "heldout_tokens"):
+        if not isinstance(settings[name], int) or settings[name] < 0:
+            raise UserError(f"{name}={settings[name]} is not a count: give an integer of at least 0")
+    for name in ("lr_warmup", "lr_decay", "sparsity_warmup"):
+        if not 0 <= settings[name] <= 1:
+            raise UserError(f"{name}={settings[name]} is a share of the run: give a number between 0 and 1")
+    if settings["clip"] is not None and settings["clip"] <= 0:
+        raise UserError(f"clip={settings['clip']} would stop every step: give a positive norm, or null for no clipping")
+    precision = settings["trainer"].get("precision", "32-true")
+    if str(precision).endswith("-true") and precision != "32-true":
+        raise UserError(f"trainer.precision={precision} would hold weights and moments in it: they stay 32-bit here")
+    logger = settings["logger"]["name"]
+    if logger in EXTRAS and importlib.util.find_spec(EXTRAS[logger]) is None:
+        raise UserError(f'logger={logger} is not installed: pip install -e ".[{logger}]", or use logger=csv')
+
+
+def harvest_line(settings: Settings, overrides: Sequence[str], tokens: int) -> str:
+    """The command that makes what this training asks for: its model, text and packing, its site and enough tokens."""
+    groups = ("model", "text", "packing", "cache", "experiment")
+    kept = [item for item in overrides if item.lstrip("+~").split("=")[0].split(".")[0].split("@")[0] in groups]
+    parts = [*kept, f"sites=[{settings['site']}]", f"tokens={tokens}", f"heldout_tokens={settings['heldout_tokens']}"]
+    return f'make harvest ARGS="{" ".join(parts)}"'
+
+
+def find_store(settings: Settings, overrides: Sequence[str]) -> stores.Store:
+    """The store named by `store`, else the one in `cache` whose model, text and packing are the configured ones."""
+    if settings["store"]:
+        return stores.Store.open(Path(settings["store"]))
+    found = stores.find(Path(settings["cache"]), settings_of(settings))
+    if not found:
+        line = harvest_line(settings, overrides, wanted_rows(settings, margin=1.05))
+        raise UserError(f"no store in {settings['cache']} holds this model, text and packing; make it with: {line}")
+    return stores.pick(found)
+
+
+def wanted_rows(settings: Settings, margin: float = 1.0) -> int:
+    """Rows of train/ that one pass of the budget and the calibration need; `margin` leaves room for whole chunks."""
+    rows: float = settings["tokens"] / settings["epochs"] + settings["calibration_tokens"]
+    return math.ceil(rows * margin)
+
+
+def _too_few(settings: Settings, overrides: Sequence[str], store: stores.Store, why: str) -> UserError:
+    rows = wanted_rows(settings) + settings["batch"] + store.layout.chunk_rows
+    remedy = f"make them with: {harvest_line(settings, overrides, rows)}"
+    if settings["store"] and (fields := differing(store.manifest.settings, settings_of(settings))):
+        remedy = (
+            f"harvest them with the settings that store was made with (they differ from yours: {'; '.join(fields)})"
+        )
+    return UserError(f"{why} in {store.path}; {remedy}")
+
+
+def _first_chunks(reader: Reader, rows: int) -> NDArray[np.int64]:
+    count = int(np.searchsorted(np.cumsum(reader.sizes), rows)) + 1 if rows else 0
+    return np.arange(min(count, len(reader.sizes)))
+
+
+def make_plan(settings: Settings, overrides: Sequence[str] = (), multirun: bool = False) -> Plan:
+    """Find the store and check that it covers site, tokens and held-out tokens; raises UserError with the remedy."""
+    check_settings(settings)
+    world = world_size(settings["trainer"], multirun)
+    store, site, batch = find_store(settings, overrides), settings["site"], settings["batch"]
+    if site not in store.sites(TRAIN):
+        held = ", ".join(store.sites(TRAIN)) or "none"
+        raise _too_few(settings, overrides, store, f"site {site} is not among the sites ({held})")
+    if (have := store.rows(HELDOUT, site) if settings["heldout_tokens"] else 0) < settings["heldout_tokens"]:
+        why = f"heldout_tokens={settings['heldout_tokens']} asks for more than the {have} held-out tokens of {site}"
+        raise _too_few(settings, overrides, store, why)
+    reader = open_reader(store, TRAIN, site)
+    held_out = open_reader(store, HELDOUT, site) if settings["heldout_tokens"] else None
+    rows = int(reader.sizes.sum())
+    steps = settings["tokens"] // (batch * world)
+    if steps < 1:
+        raise UserError(
+            f"tokens={settings['tokens']} is less than one step of batch={batch} on {world} ranks: raise it"
+        )
+    enough = rows > settings["calibration_tokens"]
+    if enough:
+        chunks, reserved = reserve(reader.sizes, settings["calibration_tokens"], settings["seed"])
+        one_pass = batches_per_epoch(int(reader.sizes[chunks].sum()), batch=batch, world=world)
+    if not enough or one_pass * settings["epochs"] < steps:
+        asked = f"tokens={settings['tokens']} with calibration_tokens={settings['calibration_tokens']}"
+        passes = f" in {settings['epochs']} passes (epochs)"
+        raise _too_few(settings, overrides, store, f"{asked} needs more than the {rows} training tokens{passes}")
+    heldout = _first_chunks(held_out, settings["heldout_tokens"]) if held_out else np.arange(0)
+    return Plan(store, site, reader.width, batch, world, steps, chunks, reserved, heldout)
