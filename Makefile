@@ -21,9 +21,9 @@ $(VENV)/ready: pyproject.toml
 	@touch $@
 
 demo: setup ## harvest, train six variants, evaluate; leaves outputs/demo/report.md
-	$(PY) -m harvest experiment=demo
-	$(PY) -m train -m experiment=demo sae=relu,topk,batchtopk,matryoshka,gated,jumprelu
-	$(PY) -m evaluate experiment=demo
+	$(PY) -m harvest
+	$(PY) -m train -m sae=relu,topk,batchtopk,matryoshka,gated,jumprelu hydra.sweep.dir=outputs/demo/saes
+	$(PY) -m evaluate saes=outputs/demo/saes out=outputs/demo
 
 harvest: setup ## language model -> cached activations
 	$(PY) -m harvest $(ARGS)

@@ -1,0 +1,41 @@
+"""python -m pytest tests/train/sae/test_conf.py: conf/sae and conf/optimizer say all there is to set, nothing else."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+
+from data.cli import CONF
+from train.sae import VARIANTS
+
+
+def test_each_variant_has_its_files() -> None:
+    for group in ("sae", "optimizer"):
+        assert {path.stem for path in (CONF / group).glob("*.yaml")} == VARIANTS.keys()
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_the_yaml_holds_every_setting_of_its_class(name: str) -> None:
+    config = OmegaConf.to_container(OmegaConf.load(CONF / "sae" / f"{name}.yaml"))
+    assert isinstance(config, dict)
+    assert config.pop("expansion") == 8
+    assert config["width"] is None
+    sae = instantiate(config, d_in=16, width=128)
+    assert type(sae) is VARIANTS[name]
+    assert sae.settings().keys() - {"d_in"} == config.keys() - {"_target_"}
+    wanted = {key: value for key, value in config.items() if key not in ("_target_", "width")}
+    assert {key: sae.settings()[key] for key in wanted} == wanted
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_the_optimizer_holds_plain_values_in_its_state(name: str) -> None:
+    config = OmegaConf.load(CONF / "optimizer" / f"{name}.yaml")
+    parameter = torch.nn.Parameter(torch.ones(3))
+    optimizer = instantiate(config.optimizer)([parameter])
+    assert isinstance(optimizer, torch.optim.Adam)
+    group = optimizer.state_dict()["param_groups"][0]
+    assert type(group["betas"]) in (list, tuple)
+    assert group["eps"] == 6.25e-10
+    assert all(0 <= config[share] <= 1 for share in ("lr_warmup", "lr_decay", "sparsity_warmup"))

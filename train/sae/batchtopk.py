@@ -1,0 +1,136 @@
+"""BatchTopK, and what it shares with Matryoshka: the batch form in training, a threshold when it ships."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from data.errors import UserError
+from train.sae.base import Step
+from train.sae.calibrate import Calibration, calibrate, running_mean_
+from train.sae.sparse import top_of_batch
+from train.sae.topk import TopKFamily
+
+_DECAY = 0.999
+
+
+class BatchSelected(TopKFamily):
+    """Training: f = relu of the k * B largest z of the batch. Shipping: f = relu(z) 1[z > T].
+
+    Buffers: `threshold` T, `threshold_weight` (1 - decay^n of its running mean), `skipped_batches` (fewer than k * B
+    positives, not in the mean). T starts from the first sample, follows the training batches and is settled by
+    `calibrate`.
+    """
+
+    needs_calibration = True
+
+    threshold: Tensor
+    threshold_weight: Tensor
+    skipped_batches: Tensor
+
+    def __init__(
+        self,
+        d_in: int,
+        width: int,
+        *,
+        k: int,
+        input_norm: str = "dataset",
+        apply_b_dec_to_input: bool = True,
+        auxk_alpha: float = 1 / 32,
+        auxk_relu: bool = False,
+        auxk_norm: str = "variance",
+    ) -> None:
+        super().__init__(
+            d_in,
+            width,
+            k=k,
+            input_norm=input_norm,
+            apply_b_dec_to_input=apply_b_dec_to_input,
+            auxk_alpha=auxk_alpha,
+            auxk_relu=auxk_relu,
+            auxk_norm=auxk_norm,
+        )
+        self.register_buffer("threshold", torch.zeros(()))
+        self.register_buffer("threshold_weight", torch.zeros(()))
+        self.register_buffer("skipped_batches", torch.zeros((), dtype=torch.int64))
+
+    @abstractmethod
+    def reconstruct(
+        self, f_BF: Float[Tensor, "B F"], xn_BD: Float[Tensor, "B D"]
+    ) -> tuple[Float[Tensor, ""], Float[Tensor, ""], Float[Tensor, "B D"]]:
+        """The reconstruction's term of the loss, the full width's NMSE, and the full width's x_hat'."""
+
+    def activate(self, xn_BD: Float[Tensor, "B D"]) -> Float[Tensor, "B F"]:
+        z_BF = self.pre_activation(xn_BD)
+        return torch.where(z_BF > self.threshold, z_BF, 0.0)
+
+    def activate_batch(self, xn_BD: Float[Tensor, "B D"]) -> Float[Tensor, "B F"]:
+        """The training form, whose f of a token depends on the rest of its batch."""
+        z_BF = self.pre_activation(xn_BD)
+        return torch.where(top_of_batch(z_BF, self.k * z_BF.shape[0])[0], z_BF, 0.0)
+
+    def loss(
+        self, xn_BD: Float[Tensor, "B D"], *, dead_F: Bool[Tensor, " F"] | None = None, sparsity_scale: float = 1.0
+    ) -> Step:
+        z_BF = self.pre_activation(xn_BD)
+        kept_BF, smallest = top_of_batch(z_BF, self.k * z_BF.shape[0])
+        f_BF = torch.where(kept_BF, z_BF, 0.0)
+        reconstruction, nmse, xn_hat_BD = self.reconstruct(f_BF, xn_BD)
+        auxk = self.auxk(z_BF, (xn_BD - xn_hat_BD).detach(), dead_F)
+        parts = {
+            "nmse": nmse.detach(),
+            "l0": kept_BF.sum() / kept_BF.shape[0],
+            "auxk": auxk.detach(),
+            "min_kept": smallest,
+        }
+        return Step(loss=reconstruction + auxk, parts=parts, f_BF=f_BF.detach())
+
+    @torch.no_grad()
+    def after_step(self, step: Step) -> None:
+        smallest = step.parts["min_kept"]
+        running_mean_(self.threshold, self.threshold_weight, smallest, _DECAY)
+        self.skipped_batches += smallest <= 0
+
+    @torch.no_grad()
+    def initialise(
+        self,
+        sample_ND: Float[Tensor, "N D"],
+        *,
+        mean_sq_norm: float | None = None,
+        variance: float | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().initialise(sample_ND, mean_sq_norm=mean_sq_norm, variance=variance, seed=seed)
+        first_ND = self.norm.normalise(sample_ND[:1024])
+        self.threshold.copy_(self.loss(first_ND).parts["min_kept"])
+
+    @torch.no_grad()
+    def calibrate(self, batches: Sequence[Float[Tensor, "_ D"]]) -> Calibration:
+        """Settle T with frozen weights on batches (model units, of the training batch size) not used in training."""
+        if not batches:
+            raise UserError(
+                "the threshold is calibrated on reserved training batches, and there are none: set calibration_tokens"
+            )
+        found = calibrate(lambda x_BD: self.pre_activation(self.norm.normalise(x_BD)), batches, self.k)
+        self.threshold.fill_(found.threshold)
+        return found
+
+
+class BatchTopK(BatchSelected):
+    """f = relu of the k * B largest z of the batch; loss = NMSE + AuxK. Bussmann et al. 2412.06410.
+
+    When it ships f = relu(z) 1[z > T], T the mean over batches of the smallest positive value kept.
+    """
+
+    name = "batchtopk"
+
+    def reconstruct(
+        self, f_BF: Float[Tensor, "B F"], xn_BD: Float[Tensor, "B D"]
+    ) -> tuple[Float[Tensor, ""], Float[Tensor, ""], Float[Tensor, "B D"]]:
+        xn_hat_BD = self.decode_normalised(f_BF)
+        nmse = self.nmse(xn_hat_BD, xn_BD)
+        return nmse, nmse, xn_hat_BD

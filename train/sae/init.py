@@ -1,0 +1,35 @@
+"""What an SAE starts from: directions, the centre of the data, a first scale of the encoder."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as nnf
+from jaxtyping import Float
+from torch import Tensor
+
+SAMPLES = 32_768  # tokens the geometric median is taken over, as in OA
+
+
+def directions(width: int, d_in: int, seed: int) -> Float[Tensor, "F D"]:
+    """Random unit rows from a generator of their own: the same for every variant at a seed; no global state moves."""
+    rows_FD = torch.randn(width, d_in, generator=torch.Generator().manual_seed(seed))
+    return nnf.normalize(rows_FD, dim=1)
+
+
+def geometric_median(
+    x_ND: Float[Tensor, "N D"], *, iterations: int = 200, tolerance: float = 1e-6
+) -> Float[Tensor, " D"]:
+    """argmin_m sum_n ||x_n - m|| by Weiszfeld's iteration, until a step is below `tolerance` of the data's spread."""
+    median_D = x_ND.mean(0)
+    spread = torch.linalg.vector_norm(x_ND - median_D, dim=1).mean()
+    if spread == 0:
+        return median_D
+    floor = torch.finfo(x_ND.dtype).eps * spread  # a sample at the median itself has a bounded weight
+    for _ in range(iterations):
+        weight_N = torch.linalg.vector_norm(x_ND - median_D, dim=1).clamp_min_(floor).reciprocal_()
+        moved_D = (weight_N @ x_ND) / weight_N.sum()
+        step = torch.linalg.vector_norm(moved_D - median_D)
+        median_D = moved_D
+        if step <= tolerance * spread:
+            break
+    return median_D

@@ -1,0 +1,85 @@
+"""An SAE on disk: `sae.safetensors` and `config.json`, names only."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from data.errors import UserError
+from train.sae.base import SAE
+from train.sae.batchtopk import BatchTopK
+from train.sae.gated import Gated
+from train.sae.jumprelu import JumpReLU
+from train.sae.matryoshka import Matryoshka
+from train.sae.relu import ReLU
+from train.sae.topk import TopK
+
+FORMAT = 1
+WEIGHTS, CONFIG = "sae.safetensors", "config.json"
+
+VARIANTS: dict[str, type[SAE]] = {
+    variant.name: variant for variant in (ReLU, TopK, BatchTopK, Matryoshka, Gated, JumpReLU)
+}
+
+
+def save(sae: SAE, folder: str | Path, record: dict[str, Any]) -> None:
+    """Write the SAE into `folder`: weights first, then the config, so that a config means a whole SAE.
+
+    `record` (plain JSON) says what the SAE is of: site, fingerprint, store, model, training.
+    """
+    folder = Path(folder)
+    config = {"format": FORMAT, "variant": sae.name, "settings": sae.settings(), **record}
+    text = json.dumps(config, indent=2, allow_nan=False) + "\n"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / CONFIG).unlink(missing_ok=True)
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in sae.state_dict().items()}
+    part = folder / f"{WEIGHTS}.part"
+    save_file(tensors, part)
+    os.replace(part, folder / WEIGHTS)
+    part = folder / f"{CONFIG}.part"
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, folder / CONFIG)
+
+
+def load_config(folder: str | Path) -> dict[str, Any]:
+    """The record of the SAE in `folder`; UserError where there is none or it is damaged or of a newer format."""
+    path = Path(folder) / CONFIG
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(
+            f"{folder} holds no trained SAE ({CONFIG} is missing): name a folder that training has finished"
+        ) from None
+    except ValueError:
+        raise UserError(f"{path} is damaged: train this SAE again or restore the file") from None
+    if not isinstance(config, dict) or not {"format", "variant", "settings"} <= config.keys():
+        raise UserError(f"{path} does not describe an SAE: train this SAE again or restore the file")
+    if config["format"] != FORMAT:
+        raise UserError(
+            f"{path} has format {config['format']} and this version reads {FORMAT}: use the version that wrote it"
+        )
+    if config["variant"] not in VARIANTS:
+        raise UserError(f"{path} names the variant {config['variant']!r}: this version knows {', '.join(VARIANTS)}")
+    return config
+
+
+def load(folder: str | Path) -> SAE:
+    """The SAE in `folder`, on the CPU, bit for bit as saved; UserError where the folder is not whole."""
+    config = load_config(folder)
+    path = Path(folder) / WEIGHTS
+    try:
+        sae = VARIANTS[config["variant"]](**config["settings"])
+        sae.load_state_dict(load_file(path))
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing: train this SAE again or restore the file") from None
+    except (SafetensorError, RuntimeError, TypeError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"{path} does not fit its {CONFIG} ({reason}): train this SAE again or restore the files"
+        ) from None
+    return sae

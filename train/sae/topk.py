@@ -1,0 +1,121 @@
+"""TopK, and what the TopK family shares: k, and AuxK for dead latents."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from data.errors import UserError
+from train.sae.base import SAE, Step
+from train.sae.dead import auxk_error
+from train.sae.sparse import top_per_token
+
+_AUXK_NORMS = ("variance", "residual")
+
+
+class TopKFamily(SAE):
+    """k latents a token (or k * B a batch), and AuxK.
+
+    auxk_alpha: weight of AuxK (1/32). auxk_relu: take relu of its activations, the reference form. auxk_norm: divide
+    it by Vx (`variance`) or by the variance of the batch's residual (`residual`: OA and DL, heavier by 1 / NMSE).
+    """
+
+    uses_auxk = True
+
+    def __init__(
+        self,
+        d_in: int,
+        width: int,
+        *,
+        k: int,
+        input_norm: str = "dataset",
+        apply_b_dec_to_input: bool = True,
+        auxk_alpha: float = 1 / 32,
+        auxk_relu: bool = False,
+        auxk_norm: str = "variance",
+    ) -> None:
+        super().__init__(d_in, width, input_norm=input_norm, apply_b_dec_to_input=apply_b_dec_to_input)
+        if not 1 <= k <= width:
+            raise UserError(f"k={k} latents a token cannot be chosen from a width of {width}: take k from 1 to {width}")
+        if auxk_norm not in _AUXK_NORMS:
+            raise UserError(f"auxk_norm={auxk_norm!r} is unknown: choose one of {', '.join(_AUXK_NORMS)}")
+        if auxk_alpha < 0:
+            raise UserError(f"auxk_alpha={auxk_alpha} would reward silent latents: take 0 (off) or more")
+        self.k = k
+        self.auxk_alpha, self.auxk_relu, self.auxk_norm = auxk_alpha, auxk_relu, auxk_norm
+
+    def auxk(
+        self,
+        z_BF: Float[Tensor, "B F"],
+        residual_BD: Float[Tensor, "B D"],
+        dead_F: Bool[Tensor, " F"] | None,
+    ) -> Float[Tensor, ""]:
+        """alpha * AuxK's squared error over Vx (or over the residual's variance); `residual_BD` detached."""
+        if not self.auxk_alpha:
+            return z_BF.new_zeros(())
+        error = auxk_error(z_BF, residual_BD, dead_F, self.W_dec, relu=self.auxk_relu)
+        over = self.variance
+        if self.auxk_norm == "residual":
+            spread = (residual_BD - residual_BD.mean(0)).square().sum() / residual_BD.shape[0]
+            over = spread.clamp_min(torch.finfo(spread.dtype).eps * self.variance)
+        return self.auxk_alpha * error / over
+
+
+class TopK(TopKFamily):
+    """f = relu of the k largest z of each token; loss = NMSE + AuxK. Gao et al. 2406.04093.
+
+    `multi_topk` adds L(4k) / 8, the NMSE of the reconstruction by the 4k largest; its gradient reaches the encoder.
+    """
+
+    name = "topk"
+
+    def __init__(
+        self,
+        d_in: int,
+        width: int,
+        *,
+        k: int,
+        input_norm: str = "dataset",
+        apply_b_dec_to_input: bool = True,
+        auxk_alpha: float = 1 / 32,
+        auxk_relu: bool = False,
+        auxk_norm: str = "variance",
+        multi_topk: bool = False,
+    ) -> None:
+        super().__init__(
+            d_in,
+            width,
+            k=k,
+            input_norm=input_norm,
+            apply_b_dec_to_input=apply_b_dec_to_input,
+            auxk_alpha=auxk_alpha,
+            auxk_relu=auxk_relu,
+            auxk_norm=auxk_norm,
+        )
+        if multi_topk and 4 * k > width:
+            raise UserError(
+                f"multi_topk takes 4k={4 * k} latents a token from a width of {width}: lower k or widen the SAE"
+            )
+        self.multi_topk = multi_topk
+
+    def activate(self, xn_BD: Float[Tensor, "B D"]) -> Float[Tensor, "B F"]:
+        z_BF = self.pre_activation(xn_BD)
+        return torch.where(top_per_token(z_BF, self.k), z_BF, 0.0)
+
+    def loss(
+        self, xn_BD: Float[Tensor, "B D"], *, dead_F: Bool[Tensor, " F"] | None = None, sparsity_scale: float = 1.0
+    ) -> Step:
+        z_BF = self.pre_activation(xn_BD)
+        f_BF = torch.where(top_per_token(z_BF, self.k), z_BF, 0.0)
+        xn_hat_BD = self.decode_normalised(f_BF)
+        nmse = self.nmse(xn_hat_BD, xn_BD)
+        auxk = self.auxk(z_BF, (xn_BD - xn_hat_BD).detach(), dead_F)
+        parts = {"nmse": nmse.detach(), "l0": f_BF.count_nonzero() / f_BF.shape[0], "auxk": auxk.detach()}
+        loss = nmse + auxk
+        if self.multi_topk:
+            wide_BF = torch.where(top_per_token(z_BF, 4 * self.k), z_BF, 0.0)
+            multi = self.nmse(self.decode_normalised(wide_BF), xn_BD) / 8
+            parts["multi"] = multi.detach()
+            loss = loss + multi
+        return Step(loss=loss, parts=parts, f_BF=f_BF.detach())
