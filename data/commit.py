@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,9 +77,24 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
 
 
 def put(path: Path, data: bytes) -> None:
-    """Write a record: all of it under its name, or nothing."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    """Write a record, under the store's lock: all of it under its name, or nothing.
+
+    What a killed process leaves has the one name that the next one to write this record writes to.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
     with whole_file(temporary) as file:
         file.write(data)
     os.replace(temporary, path)
+    fsync(path.parent)
+
+
+def put_first(path: Path, data: bytes) -> None:
+    """Write a file that others may be writing at the same time, with the same bytes and without a lock."""
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    with contextlib.suppress(FileNotFoundError):  # another was first, and removed this one
+        with whole_file(temporary) as file:
+            file.write(data)
+        os.replace(temporary, path)
+    for left in path.parent.glob(f".{path.name}.*.tmp"):
+        left.unlink(missing_ok=True)
     fsync(path.parent)
