@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 
+from data.commit import naming
 from data.manifest import Json
 
 LEASE_S = 120.0  # above the 60 s for which an NFS client may show a file's old times
@@ -170,7 +171,8 @@ class Claims:
                 return False
             with file:
                 try:
-                    file.write(text)
+                    with naming(path):
+                        file.write(text)
                 except BaseException:
                     path.unlink(missing_ok=True)
                     self._remove_if_empty()

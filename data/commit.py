@@ -52,11 +52,22 @@ class Commit:
         return Stats(self.rows, np.array(self.sum), self.sum_sq, self.mean_norm, self.max_abs)
 
 
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Let an OSError say which file it is about, which calls on open files do not."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+
+
 def fsync(folder: Path) -> None:
-    """Make the names in a folder (or a file's content) last through a power failure."""
+    """Make the names in a folder (or a file's content) last through a power failure; an OSError names it."""
     fd = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(fd)
+        with naming(folder):
+            os.fsync(fd)
     finally:
         os.close(fd)
 
@@ -65,13 +76,11 @@ def fsync(folder: Path) -> None:
 def whole_file(path: Path) -> Iterator[BinaryIO]:
     """Open a file to write and fsync it; what fails leaves no file, and an OSError names it."""
     try:
-        with open(path, "wb") as file:
+        with naming(path), open(path, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-    except BaseException as error:
-        if isinstance(error, OSError):
-            error.filename = error.filename or str(path)
+    except BaseException:
         path.unlink(missing_ok=True)
         raise
 
