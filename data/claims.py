@@ -45,6 +45,14 @@ def _host() -> str:
     return socket.gethostname()
 
 
+def _is_zombie(pid: int) -> bool:
+    """Whether a process ended and its parent has not asked how, which in a container may be for ever (Linux only)."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except OSError:
+        return False
+
+
 def _is_gone(owner: Json) -> bool:
     """Whether the process of a claim is known to be gone; on another host that is never known."""
     if owner["host"] != _host():
@@ -56,8 +64,8 @@ def _is_gone(owner: Json) -> bool:
     except ProcessLookupError:
         return True
     except PermissionError:  # another user's, so it is there
-        return False
-    return False
+        pass
+    return _is_zombie(owner["pid"])
 
 
 @contextlib.contextmanager

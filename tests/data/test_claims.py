@@ -87,6 +87,20 @@ def test_a_dead_owner_s_claim_is_taken_over_with_what_it_staged(claims: Claims, 
     assert not claims.folder.exists()
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the heartbeat tells, later")
+def test_a_process_that_only_waits_to_be_reaped_is_dead(claims: Claims) -> None:
+    with subprocess.Popen([sys.executable, "-c", ""], stdout=subprocess.PIPE) as process:
+        plant(claims, process.pid)
+        assert process.stdout is not None and process.stdout.read() == b""  # it has ended, or is about to
+        deadline, mine = time.monotonic() + 10, False
+        while not mine and time.monotonic() < deadline:
+            with claims.take("train", 3, ["a"], ME) as mine:
+                pass
+            time.sleep(0.01)
+        assert mine
+        os.kill(process.pid, 0)
+
+
 @pytest.mark.parametrize("who", ["alive", "elsewhere", "another user's"])
 def test_a_living_or_unknown_owner_s_claim_is_not(claims: Claims, dead_pid: int, who: str) -> None:
     pids = {"alive": os.getppid(), "elsewhere": dead_pid, "another user's": 1}
