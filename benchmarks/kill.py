@@ -147,7 +147,7 @@ def main() -> int:
         folder = Path(name)
         path, text = save_model(folder / "tiny"), write_stories(folder / "stories.jsonl", range(200))
         model, tokenizer = lm.load_model({"name": str(path), "device": "cpu"}), lm.load_tokenizer({"name": str(path)})
-        lm.load_model, lm.load_tokenizer = lambda cfg: model, lambda cfg: tokenizer
+        lm.load_model, lm.load_tokenizer = lambda model_cfg: model, lambda model_cfg: tokenizer
         number = 0
         while total["killed"] < asked.kills or number < len(VARIANTS):
             variant = VARIANTS[number % len(VARIANTS)]
