@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,11 +52,22 @@ class Commit:
         return Stats(self.rows, np.array(self.sum), self.sum_sq, self.mean_norm, self.max_abs)
 
 
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Let an OSError say which file it is about, which calls on open files do not."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+
+
 def fsync(folder: Path) -> None:
-    """Make the names in a folder (or a file's content) last through a power failure."""
+    """Make the names in a folder (or a file's content) last through a power failure; an OSError names it."""
     fd = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(fd)
+        with naming(folder):
+            os.fsync(fd)
     finally:
         os.close(fd)
 
@@ -64,21 +76,34 @@ def fsync(folder: Path) -> None:
 def whole_file(path: Path) -> Iterator[BinaryIO]:
     """Open a file to write and fsync it; what fails leaves no file, and an OSError names it."""
     try:
-        with open(path, "wb") as file:
+        with naming(path), open(path, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-    except BaseException as error:
-        if isinstance(error, OSError):
-            error.filename = error.filename or str(path)
+    except BaseException:
         path.unlink(missing_ok=True)
         raise
 
 
 def put(path: Path, data: bytes) -> None:
-    """Write a record: all of it under its name, or nothing."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    """Write a record, under the store's lock: all of it under its name, or nothing.
+
+    What a killed process leaves has the one name that the next one to write this record writes to.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
     with whole_file(temporary) as file:
         file.write(data)
     os.replace(temporary, path)
+    fsync(path.parent)
+
+
+def put_first(path: Path, data: bytes) -> None:
+    """Write a file that others may be writing at the same time, with the same bytes and without a lock."""
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    with contextlib.suppress(FileNotFoundError):  # another was first, and removed this one
+        with whole_file(temporary) as file:
+            file.write(data)
+        os.replace(temporary, path)
+    for left in path.parent.glob(f".{path.name}.*.tmp"):
+        left.unlink(missing_ok=True)
     fsync(path.parent)

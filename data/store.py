@@ -5,15 +5,18 @@
     <split>/tokens, <split>/origin           int32 [capacity], int32 [capacity, 2] (sequence, position)
     commits/<split>/<unit>.<site>.json       written last: rows, bytes and crc32c of each chunk file, statistics
     complete.json                            written when all that was asked for is committed
+    claims/                                  there only while processes write: data/claims.py
 
 A unit is `layout.chunks_per_unit` consecutive chunks, of which only those that hold rows are written. A committed unit
-is never written again.
+is never written again. Any number of processes may write: each chunk is staged under a name of its own, and under the
+store's lock, which the kernel keeps, a unit's chunks come to their places and its record is written, once.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -23,9 +26,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data.commit import Chunk, Commit, fsync, put, whole_file
+from data.claims import Claims, Overtaken
+from data.commit import Chunk, Commit, fsync, put, put_first, whole_file
 from data.errors import UserError
-from data.lock import writer_lock
+from data.lock import alone
 from data.manifest import Json, Layout, Manifest, differing, seal, unseal
 from data.order import Ints, seeded_permutation
 from data.stats import Stats
@@ -46,10 +50,11 @@ def _widen(rows: NDArray[Any]) -> NDArray[Any]:
 
 
 class Store:
-    """One store, open. Reading needs no lock; all writing happens inside `with store.lock():`."""
+    """One store, open. Reading needs no lock; `require` and `write` take it themselves."""
 
     def __init__(self, path: Path, manifest: Manifest) -> None:
         self.path, self.manifest = path, manifest
+        self.claims = Claims(path / "claims", self.lock)
         self._commits: dict[Path, Commit] = {}  # a record never changes once it is there
 
     @classmethod
@@ -70,7 +75,7 @@ class Store:
                     f"{path} has lost its manifest.json: restore it, or delete the folder and harvest again"
                 )
             path.mkdir(parents=True, exist_ok=True)
-            put(path / "manifest.json", manifest.to_json())
+            put_first(path / "manifest.json", manifest.to_json())
             fsync(cache)
         store = cls.open(path)
         fields = differing(store.manifest.identity, manifest.identity)
@@ -83,8 +88,8 @@ class Store:
         return self.manifest.layout
 
     def lock(self) -> contextlib.AbstractContextManager[None]:
-        """Be the one writer; a UserError where another process is. A dead process's lock is taken over."""
-        return writer_lock(self.path / "writer.lock")
+        """Be the only one to change what the store holds, for a moment; not to be entered twice."""
+        return alone(self.path / "manifest.json")
 
     def array_path(self, split: str, site: str) -> Path:
         return self.path / split / site
@@ -112,32 +117,43 @@ class Store:
         """Make the array of a site with room for `rows_capacity` rows in whole units, or let it grow; never shrinks."""
         import zarr
 
-        from data.bfloat16 import BFloat16
+        import data.bfloat16  # noqa: F401  zarr opens a stored array by the types registered
 
         assert _SITE.fullmatch(site), f"{site!r} cannot name a folder"
-        layout, path = self.layout, self.array_path(split, site)
-        capacity = -(-rows_capacity // layout.unit_rows) * layout.unit_rows
+        path, unit_rows = self.array_path(split, site), self.layout.unit_rows
+        capacity = -(-rows_capacity // unit_rows) * unit_rows
         row_shape = _ROW_SHAPES.get(site, (width,))
-        if (path / "zarr.json").exists():
-            array = zarr.open_array(path, mode="r+")
-            assert array.shape[1:] == row_shape, f"{path} has rows of shape {array.shape[1:]}, not {row_shape}"
-            if array.shape[0] >= capacity:
-                return
-            array.resize((capacity, *row_shape))
-        else:
-            zarr.open_group(self.path, mode="a").require_group(split).create_array(
-                site,
-                shape=(capacity, *row_shape),
-                chunks=(layout.chunk_rows, *row_shape),
-                dtype=BFloat16() if self.dtype(site) == np.uint16 else self.dtype(site),
-                fill_value=0,
-                compressors=None,
-                filters=None,
-                # All chunks in one folder: one directory fsync a unit.
-                chunk_key_encoding={"name": "default", "separator": "."},
-            )
-        for written in (path / "zarr.json", path, path.parent, self.path):
-            fsync(written)
+        with self.lock():
+            if (path / "zarr.json").exists():
+                array = zarr.open_array(path, mode="r+")
+                assert array.shape[1:] == row_shape, f"{path} has rows of shape {array.shape[1:]}, not {row_shape}"
+                if array.shape[0] >= capacity:
+                    return
+                array.resize((capacity, *row_shape))
+            else:
+                self._create_array(split, site, (capacity, *row_shape))
+            for folder in (path, path.parent, self.path):
+                for left in folder.glob("zarr.*.partial"):  # zarr's temporary names, of a process killed in here
+                    left.unlink()
+            for written in (path / "zarr.json", path, path.parent, self.path):
+                fsync(written)
+
+    def _create_array(self, split: str, site: str, shape: tuple[int, ...]) -> None:
+        import zarr
+
+        from data.bfloat16 import BFloat16
+
+        zarr.open_group(self.path, mode="a").require_group(split).create_array(
+            site,
+            shape=shape,
+            chunks=(self.layout.chunk_rows, *shape[1:]),
+            dtype=BFloat16() if self.dtype(site) == np.uint16 else self.dtype(site),
+            fill_value=0,
+            compressors=None,
+            filters=None,
+            # All chunks in one folder: one directory fsync a unit.
+            chunk_key_encoding={"name": "default", "separator": "."},
+        )
 
     def _record(self, split: str, unit: int, site: str) -> Path:
         return self.path / "commits" / split / f"{unit:06d}.{site}.json"
@@ -168,13 +184,29 @@ class Store:
     def write(self, split: str, unit: int, site: str, rows: NDArray[Any], made_by: Json) -> Commit:
         """Write and commit a unit's rows, [n, width] in the native dtype and already permuted.
 
-        Chunks are on the disk before their record is. A UserError refuses values that are not finite.
+        Chunks are on the disk before their record is. Where the unit is committed by the time, that commit stands and
+        is returned. A UserError refuses values that are not finite; Overtaken tells that the claim was taken over.
         """
-        layout, array = self.layout, self.array_path(split, site)
+        layout = self.layout
         shape = self.metadata(split, site)["shape"]
-        assert not self.is_committed(split, unit, site), f"unit {unit} of {split}/{site} is committed"
         assert rows.dtype == self.dtype(site) and list(rows.shape[1:]) == shape[1:], (rows.dtype, rows.shape, shape)
         assert len(rows) <= layout.unit_rows and (unit + 1) * layout.unit_rows <= shape[0], (len(rows), unit, shape)
+        stage = self.claims.stage(split, unit, site)
+        try:
+            chunks, stats = self._stage(stage, split, unit, site, rows)
+            moments = (stats.sum.tolist(), stats.sum_sq, stats.mean_norm, stats.max_abs)
+            commit = Commit(split, unit, site, len(rows), tuple(chunks), *moments, nonfinite=0, made_by=made_by)
+            return self._settle(stage, commit)
+        except FileNotFoundError:
+            if self.array_path(split, site).is_dir():
+                raise Overtaken(f"unit {unit} of {split}/{site}") from None
+            raise
+        finally:
+            self.claims.unstage(stage)
+
+    def _stage(self, stage: Path, split: str, unit: int, site: str, rows: NDArray[Any]) -> tuple[list[Chunk], Stats]:
+        """Write the chunk files of a unit into `stage`."""
+        layout = self.layout
         parts, chunks = [], []
         for index, start in enumerate(range(0, len(rows), layout.chunk_rows)):
             part = rows[start : start + layout.chunk_rows]
@@ -183,24 +215,30 @@ class Store:
                 if not np.isfinite(parts[-1].max_abs):
                     raise UserError(f"unit {unit} of {split}/{site} holds values that are not finite: it is not stored")
             number = unit * layout.chunks_per_unit + index
-            chunks.append(self._write_chunk(f"{split}/{site}/c.{number}" + ".0" * (rows.ndim - 1), part))
-        fsync(array)
-        stats = Stats.merge(parts) if parts else Stats(len(rows), np.zeros(0), 0.0, 0.0, 0.0)
-        moments = (stats.sum.tolist(), stats.sum_sq, stats.mean_norm, stats.max_abs)
-        commit = Commit(split, unit, site, len(rows), tuple(chunks), *moments, nonfinite=0, made_by=made_by)
-        record = self._record(split, unit, site)
-        record.parent.mkdir(parents=True, exist_ok=True)
-        put(record, seal(asdict(commit)))
+            chunks.append(self._write_chunk(stage, f"{split}/{site}/c.{number}" + ".0" * (rows.ndim - 1), part))
+        return chunks, Stats.merge(parts) if parts else Stats(len(rows), np.zeros(0), 0.0, 0.0, 0.0)
+
+    def _settle(self, stage: Path, commit: Commit) -> Commit:
+        """Move staged chunks to their places and write the record, unless another process has."""
+        record = self._record(commit.split, commit.unit, commit.site)
+        with self.lock():
+            if record.exists():
+                return Commit.read(record)
+            for chunk in commit.chunks:
+                os.replace(stage / Path(chunk.key).name, self.path / chunk.key)
+            fsync(self.array_path(commit.split, commit.site))
+            record.parent.mkdir(parents=True, exist_ok=True)
+            put(record, seal(asdict(commit)))
         return commit
 
-    def _write_chunk(self, key: str, rows: NDArray[Any]) -> Chunk:
-        """Write one chunk file as zarr's `bytes` codec would; without a record it does not count, so no rename."""
+    def _write_chunk(self, stage: Path, key: str, rows: NDArray[Any]) -> Chunk:
+        """Write one chunk file as zarr's `bytes` codec would, into `stage`."""
         import google_crc32c
 
         data = rows.astype(rows.dtype.newbyteorder("<"), copy=False).tobytes()
         row_bytes = rows.dtype.itemsize * int(np.prod(rows.shape[1:]))
         data += bytes(row_bytes * (self.layout.chunk_rows - len(rows)))
-        with whole_file(self.path / key) as file:
+        with whole_file(stage / Path(key).name) as file:
             file.write(data)
         return Chunk(key, len(rows), len(data), f"{google_crc32c.value(data):08x}")
 
@@ -220,7 +258,7 @@ class Store:
         return Stats.merge(parts)
 
     def mark_complete(self, extent: Json) -> None:
-        """Record that all of `extent` is committed."""
+        """Record, under the lock, that all of `extent` is committed."""
         put(self.path / "complete.json", seal(extent))
 
     @property

@@ -1,4 +1,8 @@
-"""`python -m harvest <overrides>`; the settings are in conf/harvest.yaml."""
+"""`python -m harvest <overrides>`; the settings are in conf/harvest.yaml.
+
+Several processes share one harvest: `torchrun --nproc-per-node 4 -m harvest <overrides>`, each with its own GPU, or the
+same command started any number of times, at any time, on hosts that share the cache's folder.
+"""
 
 from data.cli import run
 from harvest.run import main

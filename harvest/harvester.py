@@ -7,7 +7,9 @@ a site.
 
 from __future__ import annotations
 
+import enum
 import platform
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -18,16 +20,18 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from data.claims import Overtaken
 from data.errors import UserError
 from data.manifest import Json
 from data.store import ORIGIN, TOKENS, Store
 from harvest.names import Site
-from harvest.plan import BOOK_WIDTHS, Unit, size
+from harvest.plan import BOOK_WIDTHS, Unit, refuse_mixed
 from harvest.site import capture, run_to
 from harvest.tokens import Packed
 
 Rows = NDArray[Any]
 
+POLL_S = 0.2  # between looks at units that other processes have
 FLOAT16_LIMIT = 6e4  # float16 ends at 65,504; so near to it, other tokens are likely beyond
 
 
@@ -55,11 +59,17 @@ def _device_name(device: torch.device) -> str:
     return device.type
 
 
+class State(enum.Enum):
+    """What became of a unit: committed here, found committed, or another process's."""
+
+    MADE, DONE, TAKEN = range(3)
+
+
 class Harvester:
-    """Runs the units that are left and commits them one by one.
+    """Runs the units that are left and commits them one by one, beside any other process that does so.
 
     model: in eval mode. packed: the contexts of each split. widths: D of each site. lm_batch: B. decode: token id
-    to text, for messages.
+    to text, for messages. quiet: without a progress bar.
     """
 
     def __init__(
@@ -70,31 +80,69 @@ class Harvester:
         widths: Mapping[str, int],
         lm_batch: int,
         decode: Callable[[int], str] = str,
+        *,
+        allow_mixed_devices: bool = False,
+        quiet: bool = False,
     ) -> None:
         self.store, self.model, self.packed, self.widths = store, model, packed, widths
         self.lm_batch, self.decode = lm_batch, decode
+        self.allow_mixed_devices, self.quiet = allow_mixed_devices, quiet
         self.layout = store.layout
         self.dtype: torch.dtype = getattr(torch, self.layout.dtype)
         self.made_by = made_by(model)
 
-    def run(self, units: Sequence[Unit]) -> None:
-        """Harvest `units`, under the store's lock; each is committed before the next begins."""
-        self._require(units)
-        written, rows = 0, sum(unit.rows for unit in units)
-        with tqdm(total=rows, unit=" tokens", unit_scale=True, mininterval=1.0, desc="harvest") as bar:
-            for unit in units:
-                written += self._write(unit, self._books(unit) | self._activations(unit, bar))
-                bar.set_postfix_str(f"{size(written)} written", refresh=False)
+    def run(self, units: Sequence[Unit]) -> int:
+        """Return when all of `units` are committed, by this process or another; returns how many were by this one.
 
-    def _write(self, unit: Unit, held: dict[str, Rows]) -> int:
-        """Permute, write and commit the rows of a unit; returns the bytes written. Empties `held`."""
+        Each is committed before the next begins. A unit that another process has is waited for, as that one may die.
+        """
+        self._refuse_mixed()
+        self._require(units)
+        mine, left, rows = 0, list(units), sum(unit.rows for unit in units)
+        options = {"unit": " tokens", "unit_scale": True, "mininterval": 1.0, "desc": "harvest", "disable": self.quiet}
+        with tqdm(total=rows, **options) as bar:
+            while left:
+                waiting = []
+                for unit in left:
+                    if (state := self._attempt(unit, bar, first=not mine)) is State.TAKEN:
+                        waiting.append(unit)
+                    mine += state is State.MADE
+                if len(waiting) == len(left):
+                    time.sleep(POLL_S)
+                left = waiting
+        return mine
+
+    def _attempt(self, unit: Unit, bar: Any, *, first: bool) -> State:
+        """Make a unit if it is neither committed nor another's. first: none has been made by this process yet."""
+        if not unit.left(self.store).names:
+            bar.update(unit.rows)
+            return State.DONE
+        with self.store.claims.take(unit.split, unit.index, unit.names, self.made_by) as mine:
+            if not mine:
+                return State.TAKEN
+            if first:  # of two that began an empty store at once, one at least sees the other here
+                self._refuse_mixed()
+            left = unit.left(self.store)
+            if not left.names:  # committed between the look and the claim
+                bar.update(unit.rows)
+                return State.DONE
+            try:
+                self._write(left, self._books(left) | self._activations(left, bar))
+            except Overtaken:
+                bar.update(-unit.rows)
+                return State.TAKEN
+            return State.MADE
+
+    def _refuse_mixed(self) -> None:
+        if not self.allow_mixed_devices:
+            refuse_mixed(self.store, self.made_by)
+
+    def _write(self, unit: Unit, held: dict[str, Rows]) -> None:
+        """Permute, write and commit the rows of a unit. Empties `held`."""
         order = self.store.permutation(unit.split, unit.index, unit.rows)
-        written = 0
-        for name in (*unit.sites, *unit.books):
+        for name in unit.names:
             # Taken out of `held`, so that one site's permuted copy is all that is there twice.
-            commit = self.store.write(unit.split, unit.index, name, held.pop(name)[order], self.made_by)
-            written += sum(chunk.bytes for chunk in commit.chunks)
-        return written
+            self.store.write(unit.split, unit.index, name, held.pop(name)[order], self.made_by)
 
     def _books(self, unit: Unit) -> dict[str, Rows]:
         """Token id [N] and (sequence, position) [N, 2] of each row, in the order of the text."""
@@ -105,12 +153,12 @@ class Harvester:
         return {TOKENS: text.contexts[unit.contexts][keep], ORIGIN: origin}
 
     def _require(self, units: Sequence[Unit]) -> None:
-        """Make or grow the arrays, once for the whole run."""
+        """Make or grow the arrays, once for the whole run and before anything is claimed."""
         for split in self.packed:
             mine = [unit for unit in units if unit.split == split]
             if mine:
                 capacity = (mine[-1].index + 1) * self.layout.unit_rows
-                for name in sorted({name for unit in mine for name in (*unit.sites, *unit.books)}):
+                for name in sorted({name for unit in mine for name in unit.names}):
                     self.store.require(split, name, self.widths.get(name, BOOK_WIDTHS.get(name, 0)), capacity)
 
     def _activations(self, unit: Unit, bar: Any) -> dict[str, Rows]:

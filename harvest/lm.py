@@ -33,6 +33,8 @@ _CONTEXT = ("max_position_embeddings", "n_positions", "n_ctx", "max_sequence_len
 class ModelSettings:
     """The `model` group. device "auto" is CUDA, then MPS, then the CPU; dtype "auto" is what the model's config says.
 
+    Under torchrun, which says so in LOCAL_RANK, "auto" and "cuda" are each process's own GPU of its host.
+
     `device_map` and `attn_implementation` are handed to transformers as they are.
     """
 
@@ -202,13 +204,17 @@ def _device(settings: ModelSettings) -> str:
     import torch
 
     has_mps = torch.backends.mps.is_available()
-    if settings.device == "auto":
-        return "cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu"
-    kind, _, index = settings.device.partition(":")
+    device = settings.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu"
+    if device == "cuda" and "LOCAL_RANK" in os.environ:
+        # More processes than GPUs share them.
+        device = f"cuda:{int(os.environ['LOCAL_RANK']) % max(1, torch.cuda.device_count())}"
+    kind, _, index = device.partition(":")
     count = {"cpu": 1, "mps": int(has_mps), "cuda": torch.cuda.device_count()}.get(kind, 0)
     if (index and not index.isdigit()) or int(index or 0) >= count:
         raise UserError(f"model.device={settings.device} is not on this machine: set model.device=cpu or auto")
-    return settings.device
+    return device
 
 
 def _resolve(settings: ModelSettings) -> Path:

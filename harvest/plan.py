@@ -7,7 +7,7 @@ committed never has to be made again. Where the text ends, the last unit is shor
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count, takewhile
 
 import numpy as np
@@ -31,6 +31,19 @@ class Unit:
     rows: int
     sites: tuple[str, ...]
     books: tuple[str, ...]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return (*self.sites, *self.books)
+
+    def left(self, store: Store) -> Unit:
+        """Less what has been committed since."""
+        left = {name for name in self.names if not store.is_committed(self.split, self.index, name)}
+        return replace(
+            self,
+            sites=tuple(site for site in self.sites if site in left),
+            books=tuple(book for book in self.books if book in left),
+        )
 
     def bytes(self, widths: Mapping[str, int], layout: Layout) -> int:
         """Size on disk: whole chunks, the last one's tail included."""
@@ -66,15 +79,18 @@ def covered(store: Store, sites: Sequence[Site], rows: Mapping[str, int]) -> boo
 
 
 def refuse_mixed(store: Store, mine: Json) -> None:
-    """UserError where a unit of the store was made on another device or by other versions."""
+    """UserError where a unit of the store was made, or is being made, on another device or by other versions."""
+    # Claims first: a unit that is committed in between is then seen at least once.
+    makers = [owner["made_by"] for owner in store.claims.owners()]
     for split in (TRAIN, HELDOUT):
         for site in store.sites(split):
-            for commit in store.committed(split, site).values():
-                if fields := differing(commit.made_by, mine):
-                    raise UserError(
-                        f"{store.path} was begun elsewhere ({'; '.join(fields)}) and the bits may differ: "
-                        "go on there, or set allow_mixed_devices=true"
-                    )
+            makers += [commit.made_by for commit in store.committed(split, site).values()]
+    for made_by in makers:
+        if fields := differing(made_by, mine):
+            raise UserError(
+                f"{store.path} was begun elsewhere ({'; '.join(fields)}) and the bits may differ: "
+                "go on there, or set allow_mixed_devices=true"
+            )
 
 
 def extent(store: Store) -> Json:
@@ -82,10 +98,13 @@ def extent(store: Store) -> Json:
     return {split: {site: store.rows(split, site) for site in store.sites(split)} for split in (TRAIN, HELDOUT)}
 
 
-def mark(store: Store) -> None:
-    """Write complete.json where it does not say what is committed."""
-    if store.complete != (now := extent(store)):
-        with store.lock():
+def finish(store: Store) -> None:
+    """Once all that was asked for is committed: write complete.json, and remove what killed processes left."""
+    if store.complete == extent(store) and not store.claims.folder.exists():
+        return  # without the lock, which a folder that can only be read does not give
+    with store.lock():
+        store.claims.sweep(store.is_committed)
+        if store.complete != (now := extent(store)):
             store.mark_complete(now)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import shutil
 import sys
 import time
@@ -18,7 +19,7 @@ from data.manifest import FORMAT, HELDOUT, TRAIN, Json, Manifest, choose_layout,
 from data.store import Store, find
 from harvest import lm
 from harvest.names import Site
-from harvest.plan import covered, mark, plan, refuse_mixed, size, summary
+from harvest.plan import covered, finish, plan, size, summary
 from harvest.text import TextSource, source_from
 from harvest.tokens import Packing, check_tokenizer, pack
 
@@ -127,13 +128,24 @@ def new_manifest(request: Request, identity: Json, d_model: int) -> Manifest:
     return Manifest(identity, request.settings, lm.short_name(request.model), d_model)
 
 
+def rank() -> int:
+    """This process's number among those that torchrun started; 0 without it."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def say(line: str) -> None:
+    """Tell the user, once of however many processes."""
+    if rank() == 0:
+        print(line, flush=True)
+
+
 def check_disk(request: Request, needed: int) -> None:
     """Print what the harvest will take on disk; UserError where the disk has not as much."""
     folder = request.cache.absolute()
     while not folder.exists():
         folder = folder.parent
     free = shutil.disk_usage(folder).free
-    print(f"on disk: {size(needed)} to write, {size(free)} free in {request.cache}", flush=True)
+    say(f"on disk: {size(needed)} to write, {size(free)} free in {request.cache}")
     if needed + DISK_MARGIN > free:
         raise UserError(
             f"the harvest needs {size(needed)} in {request.cache} and {size(free)} is free there: free some space, "
@@ -149,8 +161,8 @@ def harvest(cfg: Mapping[str, Any]) -> Store:
     identity = identity_of(request, tokenizer)
     store = existing(request, identity)
     if store and covered(store, request.sites, request.rows):
-        mark(store)
-        print(f"nothing to do: {store.path} holds all of it ({summary(store)})")
+        finish(store)
+        say(f"nothing to do: {store.path} holds all of it ({summary(store)})")
         return store
     from harvest import harvester
     from harvest.site import locate
@@ -167,17 +179,17 @@ def harvest(cfg: Mapping[str, Any]) -> Store:
     widths = harvester.widths_of(model, request.sites, packed[TRAIN])
     check_disk(request, sum(u.bytes(widths, layout) for u in plan(store, layout, packed, request.sites)))
     store = store or Store.create_or_open(request.cache, manifest)
-    with store.lock():
-        # Planned under the lock: another harvest may have ended in between.
-        units = plan(store, layout, packed, request.sites)
-        worker = harvester.Harvester(store, model, packed, widths, request.lm_batch, lambda t: tokenizer.decode([t]))
-        if not request.allow_mixed_devices:
-            refuse_mixed(store, worker.made_by)
-        began = time.monotonic()
-        worker.run(units)
-    mark(store)
-    took = time.monotonic() - began
-    print(f"harvested {len(units)} units in {took:.0f} s into {store.path} ({summary(store)})")
+    units = plan(store, layout, packed, request.sites)
+    worker = harvester.Harvester(
+        *(store, model, packed, widths, request.lm_batch, lambda token: tokenizer.decode([token])),
+        allow_mixed_devices=request.allow_mixed_devices,
+        quiet=rank() > 0,
+    )
+    began = time.monotonic()
+    mine = worker.run(units)
+    finish(store)
+    took, here = time.monotonic() - began, f" ({mine} by this process)" if mine < len(units) else ""
+    say(f"harvested {len(units)} units{here} in {took:.0f} s into {store.path} ({summary(store)})")
     return store
 
 

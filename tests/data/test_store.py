@@ -6,6 +6,8 @@ import errno
 import hashlib
 import json
 import os
+import shutil
+import threading
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -19,6 +21,8 @@ from hypothesis import strategies as st
 
 import data.bfloat16  # noqa: F401  registers the type
 from data import commit as module
+from data.claims import Overtaken
+from data.commit import Chunk, Commit
 from data.errors import UserError
 from data.manifest import HELDOUT, TRAIN
 from data.store import ORIGIN, TOKENS, Store, find, find_fingerprint, pick
@@ -149,10 +153,11 @@ def test_capacity_is_in_whole_units(tmp_path: Path) -> None:
 
 def test_a_committed_unit_is_never_written_again(build: Build) -> None:
     store = build([16])
-    before = contents(store.path)
-    with pytest.raises(AssertionError, match="is committed"):
-        store.write(TRAIN, 0, SITE, numbered(np.arange(3), "bfloat16"), {})
+    before, commit = contents(store.path), store.committed(TRAIN, SITE)[0]
+    again = store.write(TRAIN, 0, SITE, numbered(np.arange(3), "bfloat16"), {"device": "another"})
+    assert again == commit
     assert contents(store.path) == before
+    assert not (store.path / "claims").exists()
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
@@ -213,8 +218,11 @@ def test_chunks_are_on_the_disk_before_their_record(build: Build, monkeypatch: p
 
     monkeypatch.setattr(module.os, "fsync", fsync)
     store.write(TRAIN, 0, SITE, numbered(np.arange(16), "bfloat16"), {})
-    array = Path(TRAIN) / SITE
-    assert synced[:5] == [*(array / f"c.{n}.0" for n in range(4)), array]
+    staged = [path.relative_to("claims") for path in synced[:4]]
+    assert [(path.parent.name[:26], path.name) for path in staged] == [
+        (f"{TRAIN}.000000.{SITE}."[:26], f"c.{n}.0") for n in range(4)
+    ]
+    assert synced[4] == Path(TRAIN) / SITE
     assert synced[5].parent == synced[6] == Path("commits") / TRAIN
 
 
@@ -322,13 +330,90 @@ def test_complete_is_what_was_marked_last(build: Build) -> None:
         _ = store.complete
 
 
-def test_the_lock_is_the_store_s(build: Build) -> None:
+def test_what_a_growth_killed_half_way_left_is_removed(build: Build) -> None:
+    store = build([16])
+    left = [store.path / "zarr.0a1b.partial", store.path / TRAIN / SITE / "zarr.2c3d.partial"]
+    for path in left:
+        path.write_text("{")
+    store.require(TRAIN, SITE, 3, 32)
+    assert not any(path.exists() for path in left)
+
+
+def test_growth_and_commits_wait_for_the_lock(build: Build) -> None:
+    store = build([16])
+    acts: list[Callable[[], object]] = [
+        lambda: store.require(TRAIN, SITE, 3, 64),
+        lambda: store.write(TRAIN, 1, SITE, numbered(np.arange(16), "bfloat16"), {}),
+    ]
+    store.require(TRAIN, SITE, 3, 32)
+    for act in acts:
+        thread = threading.Thread(target=act)
+        before = {name: was for name, was in contents(store.path).items() if not name.startswith("claims/")}
+        with store.lock():
+            thread.start()
+            thread.join(0.2)
+            assert thread.is_alive()
+            now = {name: was for name, was in contents(store.path).items() if not name.startswith("claims/")}
+            assert now == before
+        thread.join(10)
+        assert contents(store.path) != before
+    assert list(store.committed(TRAIN, SITE)) == [0, 1]
+
+
+def test_two_writers_of_a_unit_leave_one_whole_commit(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The slower one, on another device with other bits, comes to commit when the faster one has: nothing changes."""
     store = build([])
-    with store.lock():
-        assert (store.path / "writer.lock").exists()
-        with pytest.raises(UserError, match="is writing to"), Store.open(store.path).lock():
-            pass
-    assert not (store.path / "writer.lock").exists()
+    settle, started = Store._settle, []
+
+    def late(self: Store, stage: Path, commit: Commit) -> Commit:
+        if not started:
+            started.append(1)
+            Store.open(store.path).write(TRAIN, 0, SITE, numbered(np.arange(16), "bfloat16"), {"device": "fast"})
+            started.append(contents(store.path / TRAIN))
+        return settle(self, stage, commit)
+
+    monkeypatch.setattr(Store, "_settle", late)
+    commit = store.write(TRAIN, 0, SITE, numbered(np.arange(1, 17), "bfloat16"), {"device": "slow"})
+    assert commit.made_by == {"device": "fast"} == store.committed(TRAIN, SITE)[0].made_by
+    assert contents(store.path / TRAIN) == started[1]
+    assert not (store.path / "claims").exists()
+
+
+@pytest.mark.parametrize("at", [1, 3])
+def test_a_writer_whose_chunks_were_cleared_away_is_told(
+    build: Build, monkeypatch: pytest.MonkeyPatch, at: int
+) -> None:
+    """Told when it writes the next chunk, or when it moves them to their places."""
+    store, write_chunk = build([]), Store._write_chunk
+
+    def cleared(self: Store, stage: Path, key: str, rows: np.ndarray) -> Chunk:
+        chunk = write_chunk(self, stage, key, rows)
+        if key.endswith(f"c.{at}.0"):
+            shutil.rmtree(stage)
+        return chunk
+
+    monkeypatch.setattr(Store, "_write_chunk", cleared)
+    with pytest.raises(Overtaken, match=f"unit 0 of {TRAIN}/{SITE}"):
+        store.write(TRAIN, 0, SITE, numbered(np.arange(16), "bfloat16"), {})
+    assert not store.is_committed(TRAIN, 0, SITE)
+    assert not (store.path / "claims").exists()
+
+
+def test_a_manifest_that_two_write_at_once_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    replaced, first = os.replace, []
+
+    def beaten(source: Path, target: Path) -> None:
+        if not first:
+            first.append(1)
+            Store.create_or_open(tmp_path, manifest())
+        replaced(source, target)
+
+    (tmp_path / manifest().folder).mkdir()
+    (tmp_path / manifest().folder / ".manifest.json.0a1b.tmp").write_text("of one that was killed")
+    monkeypatch.setattr(module.os, "replace", beaten)
+    assert Store.create_or_open(tmp_path, manifest()).manifest == manifest()
+    assert first
+    assert list(contents(tmp_path)) == [f"{manifest().folder}/manifest.json"]
 
 
 def test_find_by_settings(tmp_path: Path) -> None:

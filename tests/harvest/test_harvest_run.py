@@ -41,12 +41,13 @@ class Interrupted(Exception):
 
 
 def interrupt_after(monkeypatch: pytest.MonkeyPatch, writes: int, error: BaseException) -> None:
-    """Fail in the midst of the write that follows `writes` whole ones: its chunks are on disk, its record is not."""
+    """Fail in the midst of the write that follows `writes` whole ones: a chunk is at its place, its record is not."""
     real, left = Store.write, iter(range(writes))
 
     def write(self: Store, split: str, unit: int, site: str, rows: Any, made_by: Any) -> Any:
         if next(left, None) is None:
-            self._write_chunk(f"{split}/{site}/c.{unit * 4}" + ".0" * (rows.ndim - 1), rows[:3])
+            key = f"{split}/{site}/c.{unit * 4}" + ".0" * (rows.ndim - 1)
+            self._write_chunk((self.path / key).parent, key, rows[:3])
             raise error
         return real(self, split, unit, site, rows, made_by)
 
@@ -251,7 +252,7 @@ def test_an_interrupt_says_how_to_go_on(
         main(OmegaConf.create(config(model, text, tmp_path)))
     assert stop.value.code == 130
     assert "run the same command again to go on" in capsys.readouterr().err
-    assert not list(tmp_path.glob("*/writer.lock"))
+    assert not list(tmp_path.glob("*/claims"))
 
 
 def test_every_unit_is_committed_before_the_next_is_run(

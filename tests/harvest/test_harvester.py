@@ -43,8 +43,7 @@ def store_in(folder: Path, dtype: str = "float32") -> Store:
 def harvest(store: Store, model: Any, *names: str, packed: dict[str, Packed] = PACKED, lm_batch: int = 3) -> Harvester:
     sites = [Site.parse(name) for name in names]
     worker = Harvester(store, model, packed, widths_of(model, sites, packed[TRAIN]), lm_batch)
-    with store.lock():
-        worker.run(plan(store, store.layout, packed, sites))
+    worker.run(plan(store, store.layout, packed, sites))
     return worker
 
 

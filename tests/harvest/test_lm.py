@@ -249,3 +249,24 @@ def test_an_architecture_or_tokenizer_transformers_does_not_know_is_one_sentence
     (folder / "config.json").write_text(json.dumps({"model_type": "nonesuch"}))
     with pytest.raises(UserError, match=r"cannot be loaded: ValueError: .*nonesuch"):
         lm.load_model({"name": str(folder), "device": "cpu"})
+
+
+@pytest.mark.parametrize(
+    ("device", "rank", "found"),
+    [
+        ("auto", "1", "cuda:1"),
+        ("cuda", "2", "cuda:0"),
+        ("cuda:1", "0", "cuda:1"),
+        ("cpu", "1", "cpu"),
+        ("auto", None, "cuda"),
+    ],
+)
+def test_under_torchrun_each_process_has_its_own_gpu(
+    monkeypatch: pytest.MonkeyPatch, device: str, rank: str | None, found: str
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    if rank is not None:
+        monkeypatch.setenv("LOCAL_RANK", rank)
+    assert lm._device(lm.model_settings({"name": "gpt2", "device": device})) == found

@@ -1,0 +1,178 @@
+"""python -m benchmarks.kill --kills 100: the harvest under SIGKILL, with ever another number of processes.
+
+Each store is harvested by processes that come and are killed at random (seeded) until its share of the kills is spent:
+by the clock, or from within at a random change to the file system, so that the moments between two renames are met as
+well. Then a random number of processes ends the work. The store must equal the one that a single, uninterrupted process
+made, byte for byte, with no file or folder beyond it. Prints a line a store and exits 1 where one differs.
+
+Processes are forked from this one after the imports, so a kill costs a fraction of a second. fsync does nothing here:
+what a killed process has written stays.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from harvest import harvester, lm
+from harvest.run import harvest
+from tests.harvest.corpus import config, save_model, write_stories
+
+WORKERS = (1, 2, 3, 4)
+CALLS = ("open", "fsync", "mkdir", "replace", "unlink", "rmdir")  # of the module os, that writing a store goes through
+CALLS_TO_LIVE = 250
+VARIANTS = (  # the settings of one store each, taken in turn
+    ("sites=[resid_post.1]",),
+    ("sites=[resid_post.1,attn_out.0]", "store.dtype=bfloat16"),
+    ("sites=[resid_pre.0,mlp_out.2]", "packing.bos=context", "store.chunks_per_unit=8"),
+    ("sites=[resid_mid.1]", "packing.keep_special=true", "store.chunk_rows=16"),
+    ("sites=[resid_post.0,resid_post.1,resid_post.2]", "lm_batch=1"),
+)
+
+
+def die_at(call: int) -> None:
+    """Let this process kill itself in front of its `call`th call of `CALLS` from now."""
+    left = iter(range(call))
+
+    def counted(real: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapper(*args: Any, **options: Any) -> Any:
+            if next(left, None) is None:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return real(*args, **options)
+
+        return wrapper
+
+    for name in CALLS:
+        setattr(os, name, counted(getattr(os, name)))
+
+
+def start(cfg: dict[str, Any], call: int | None = None) -> int:
+    """Fork a process that harvests `cfg`, and dies at its `call`th call; returns its number."""
+    pid = os.fork()
+    if pid:
+        return pid
+    try:
+        if call is not None:
+            die_at(call)
+        harvest(cfg)
+        os._exit(0)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(1)
+
+
+def reap(pids: set[int], *, wait: bool) -> Counter[str]:
+    """Take out of `pids` the processes that ended, or all once they have: how many were killed, done, failed."""
+    ended: Counter[str] = Counter()
+    while True:
+        for pid in sorted(pids):
+            found, status = os.waitpid(pid, os.WNOHANG)
+            if found:
+                pids.discard(pid)
+                killed = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
+                ended["killed" if killed else "done" if status == 0 else "failed"] += 1
+        if not (wait and pids):
+            return ended
+        time.sleep(0.01)
+
+
+def snapshot(cache: Path) -> dict[str, bytes | None]:
+    """Every name below a folder, with the bytes of those that are files."""
+    return {str(p.relative_to(cache)): p.read_bytes() if p.is_file() else None for p in cache.rglob("*")}
+
+
+def differing(whole: Path, cut: Path) -> list[str]:
+    """Names that one of two folders lacks, or whose bytes differ."""
+    here, there = snapshot(whole), snapshot(cut)
+    return sorted(name for name in here.keys() | there.keys() if here.get(name, "") != there.get(name, ""))
+
+
+def litter(cache: Path) -> Counter[str]:
+    """What now lies about that a finished store has not."""
+    found: Counter[str] = Counter()
+    for folder, folders, files in os.walk(cache):  # which minds no folder that goes away meanwhile
+        claims = os.path.basename(folder) == "claims"
+        found["stages"] += claims * len(folders)
+        found["claims"] += claims * len(files)
+        found["temporary files"] += sum(name.endswith((".tmp", ".partial")) for name in files)
+    return found
+
+
+def torment(cfg: dict[str, Any], kills: int, patience: float, rng: random.Random) -> tuple[Counter[str], Counter[str]]:
+    """Harvest `cfg` under about `kills` kills, then to its end; (how processes ended, litter met after kills)."""
+    pids: set[int] = set()
+    ended: Counter[str] = Counter()
+    met: Counter[str] = Counter()
+    while ended["killed"] < kills and not ended["done"] + ended["failed"]:
+        workers = rng.choice(WORKERS)
+        while len(pids) < workers:
+            pids.add(start(cfg, rng.randrange(CALLS_TO_LIVE) if rng.random() < 0.5 else None))
+        time.sleep(rng.uniform(0, patience))
+        if rng.random() < 0.5:
+            for pid in rng.sample(sorted(pids), rng.randint(1, len(pids))):
+                os.kill(pid, signal.SIGKILL)
+        now = reap(pids, wait=False)
+        if now["killed"]:
+            met += Counter({kind: 1 for kind, count in litter(Path(cfg["cache"])).items() if count})
+        ended += now
+    pids |= {start(cfg) for _ in range(rng.choice(WORKERS))}
+    last = reap(pids, wait=True)
+    if last["killed"]:  # by its count of calls, maybe after all others had gone: who is killed last cannot clean up
+        last += reap({start(cfg)}, wait=True)
+    return ended + last, met
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=0)
+    asked = parser.parse_args()
+    os.environ["RANK"] = "1"  # no bars and summaries
+    os.fsync = lambda fd: None
+    harvester.POLL_S = 0.02
+    rng, total, met, wrong = random.Random(asked.seed), Counter[str](), Counter[str](), 0
+    share = -(-asked.kills // len(VARIANTS))
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        path, text = save_model(folder / "tiny"), write_stories(folder / "stories.jsonl", range(200))
+        model, tokenizer = lm.load_model({"name": str(path), "device": "cpu"}), lm.load_tokenizer({"name": str(path)})
+        lm.load_model, lm.load_tokenizer = lambda model_cfg: model, lambda model_cfg: tokenizer
+        number = 0
+        while total["killed"] < asked.kills or number < len(VARIANTS):
+            variant = VARIANTS[number % len(VARIANTS)]
+            whole, cut = (
+                config(path, text, folder / f"{kind}{number}", "tokens=2000", "heldout_tokens=300", *variant)
+                for kind in ("whole", "cut")
+            )
+            began = time.monotonic()
+            alone = reap({start(whole)}, wait=True)
+            took = time.monotonic() - began
+            ended, litters = torment(cut, share, took / 2, rng)
+            differ = differing(Path(whole["cache"]), Path(cut["cache"]))
+            good = not differ and alone["done"] == 1 and not ended["failed"]
+            wrong += not good
+            print(
+                f"store {number}: {ended['killed']} killed, {ended['done']} ended, "
+                f"{'the same' if good else 'NOT THE SAME'} as in {took:.1f} s uninterrupted ({' '.join(variant)})",
+                *differ[:5],
+                flush=True,
+            )
+            total, met, number = total + ended, met + litters, number + 1
+    found = ", ".join(f"{kind} {count}" for kind, count in sorted(met.items()))
+    print(f"{total['killed']} kills over {number} stores, {wrong} stores wrong; moments that met {found}")
+    return int(wrong > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
