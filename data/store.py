@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from data.commit import Chunk, Commit, fsync, put, whole_file
 from data.errors import UserError
 from data.lock import writer_lock
-from data.manifest import Json, Layout, Manifest, differing, seal, unseal
+from data.manifest import Json, Layout, Manifest, differing, seal, seal_array, unseal
 from data.order import Ints, seeded_permutation
 from data.stats import Stats
 
@@ -36,7 +36,7 @@ _NATIVE = {"bfloat16": np.uint16, "float16": np.float16, "float32": np.float32}
 _SITE = re.compile(r"\w[\w.-]*")
 
 
-def _widen(rows: NDArray[Any]) -> NDArray[Any]:
+def widen(rows: NDArray[Any]) -> NDArray[Any]:
     """Stored rows as floats: uint16 are the bits of bfloat16."""
     if rows.dtype != np.uint16:
         return rows
@@ -118,13 +118,7 @@ class Store:
         layout, path = self.layout, self.array_path(split, site)
         capacity = -(-rows_capacity // layout.unit_rows) * layout.unit_rows
         row_shape = _ROW_SHAPES.get(site, (width,))
-        if (path / "zarr.json").exists():
-            array = zarr.open_array(path, mode="r+")
-            assert array.shape[1:] == row_shape, f"{path} has rows of shape {array.shape[1:]}, not {row_shape}"
-            if array.shape[0] >= capacity:
-                return
-            array.resize((capacity, *row_shape))
-        else:
+        if not (path / "zarr.json").exists():
             zarr.open_group(self.path, mode="a").require_group(split).create_array(
                 site,
                 shape=(capacity, *row_shape),
@@ -136,8 +130,14 @@ class Store:
                 # All chunks in one folder: one directory fsync a unit.
                 chunk_key_encoding={"name": "default", "separator": "."},
             )
-        for written in (path / "zarr.json", path, path.parent, self.path):
-            fsync(written)
+        found = self.metadata(split, site)
+        shape = (found["shape"][0], *row_shape)
+        assert tuple(found["shape"]) == shape, f"{path} has rows of shape {found['shape'][1:]}, not {row_shape}"
+        grown = seal_array(found | {"shape": [max(capacity, shape[0]), *row_shape]})
+        if grown != (path / "zarr.json").read_bytes():
+            put(path / "zarr.json", grown)
+            for written in (path.parent, self.path):
+                fsync(written)
 
     def _record(self, split: str, unit: int, site: str) -> Path:
         return self.path / "commits" / split / f"{unit:06d}.{site}.json"
@@ -179,7 +179,7 @@ class Store:
         for index, start in enumerate(range(0, len(rows), layout.chunk_rows)):
             part = rows[start : start + layout.chunk_rows]
             if site not in _ROW_SHAPES:
-                parts.append(Stats.of(_widen(part)))
+                parts.append(Stats.of(widen(part)))
                 if not np.isfinite(parts[-1].max_abs):
                     raise UserError(f"unit {unit} of {split}/{site} holds values that are not finite: it is not stored")
             number = unit * layout.chunks_per_unit + index
