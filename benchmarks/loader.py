@@ -14,6 +14,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,18 @@ class Rows(Dataset[Tensor]):
         return torch.from_numpy(rows.view(np.int16)).view(torch.bfloat16)
 
 
-def raw_reads(reader: DirectReader, blocks: int) -> Callable[[], int]:
+Method = Callable[[], tuple[int, float]]  # bytes, seconds
+
+
+def timed(run: Callable[[], int]) -> Method:
+    def method() -> tuple[int, float]:
+        began = time.perf_counter()
+        return run(), time.perf_counter() - began
+
+    return method
+
+
+def raw_reads(reader: DirectReader, blocks: int) -> Method:
     """Each chunk file read into a buffer of so many chunks, used again and again.
 
     A buffer of one chunk stays in the processor's cache; what is to be shuffled needs one that does not.
@@ -81,10 +93,10 @@ def raw_reads(reader: DirectReader, blocks: int) -> Callable[[], int]:
                 total += file.readinto(parts[index % blocks].data) or 0
         return total
 
-    return run
+    return timed(run)
 
 
-def memory_copies(total: int, block: int) -> Callable[[], int]:
+def memory_copies(total: int, block: int) -> Method:
     """As many bytes copied from block to block of memory, none of them in a processor's cache."""
     source, target = np.ones(16 * block, np.uint8), np.ones(16 * block, np.uint8)
 
@@ -95,43 +107,56 @@ def memory_copies(total: int, block: int) -> Callable[[], int]:
             done += len(source)
         return done
 
+    return timed(run)
+
+
+def loaded(reader: Reader, pool_chunks: int, threads: int) -> Method:
+    """The loader in the middle of a long epoch: ten pools, of which the third to the ninth are timed.
+
+    Each pool that is used is timed with the reading of a next one; buffers are warm, as they are after the first two.
+    """
+    chunks = np.resize(np.arange(len(reader.sizes)), 10 * pool_chunks)
+    loader = ActivationLoader(reader, batch=BATCH, chunks=chunks, pool_chunks=pool_chunks, threads=threads)
+
+    def run() -> tuple[int, float]:
+        batches = iter(loader)
+        for _ in islice(batches, len(loader) // 5):
+            pass
+        began = time.perf_counter()
+        total = sum(batch.nbytes for batch in islice(batches, 7 * len(loader) // 10))
+        return total, time.perf_counter() - began
+
     return run
 
 
-def loaded(reader: Reader, pool_chunks: int, threads: int) -> Callable[[], int]:
-    loader = ActivationLoader(reader, batch=BATCH, pool_chunks=pool_chunks, threads=threads)
-    return lambda: sum(batch.nbytes for batch in loader)
-
-
-def torch_rows(rows: Rows) -> Callable[[], int]:
+def torch_rows(rows: Rows) -> Method:
     """DataLoader as its manual has it: an item a row, shuffled, collated."""
 
     def run() -> int:
         sampler = RandomSampler(rows, num_samples=min(SLOW_ROWS, len(rows)))
         return sum(batch.nbytes for batch in DataLoader(rows, BATCH, sampler=sampler))
 
-    return run
+    return timed(run)
 
 
-def torch_batches(rows: Rows) -> Callable[[], int]:
+def torch_batches(rows: Rows) -> Method:
     """DataLoader at its best: a batch is one index of the memory map."""
 
     def run() -> int:
         sampler = BatchSampler(RandomSampler(rows), BATCH, drop_last=True)
         return sum(batch.nbytes for batch in DataLoader(rows, batch_size=None, sampler=sampler))
 
-    return run
+    return timed(run)
 
 
-def rates(methods: dict[str, Callable[[], int]], rounds: int) -> dict[str, list[float]]:
+def rates(methods: dict[str, Method], rounds: int) -> dict[str, list[float]]:
     """GB/s of each method in each round; a first round warms up and does not count."""
     found: dict[str, list[float]] = {name: [] for name in methods}
     for turn in range(rounds + 1):
         for name, method in methods.items():
-            began = time.perf_counter()
-            total = method()
+            total, seconds = method()
             if turn:
-                found[name].append(total / (time.perf_counter() - began) / 1e9)
+                found[name].append(total / seconds / 1e9)
     return found
 
 
