@@ -30,7 +30,7 @@ def _verify(args: argparse.Namespace) -> int:
         damaged = sum(not finding.leftover for finding in findings)
         damages += damaged
         sizes = file_sizes(path)
-        state = f"{damaged} damages" if damaged else f"sound, {Entry.of(path).state}"
+        state = f"{damaged} damaged" if damaged else f"sound, {Entry.of(path).state}"
         print(
             f"{path}: {state}; {len(sizes)} files, {size(sum(sizes.values()))}, {len(findings) - damaged} left over",
             flush=True,

@@ -50,7 +50,7 @@ def test_verify_of_sound_and_damaged(tmp_path: Path, capsys: pytest.CaptureFixtu
     (store.path / "writer.lock").write_text("x")
     code, out = told(capsys, "verify", tmp_path)
     assert code == 1 and f"damaged: {path} has the crc32c" in out
-    assert f"leftover: {store.path / 'writer.lock'}" in out and "1 damages" in out and "1 left over" in out
+    assert f"leftover: {store.path / 'writer.lock'}" in out and ": 1 damaged; " in out and "1 left over" in out
 
 
 def test_a_leftover_alone_is_exit_code_0(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
