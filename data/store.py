@@ -30,7 +30,7 @@ from data.claims import Claims, Overtaken
 from data.commit import Chunk, Commit, fsync, put, put_first, whole_file
 from data.errors import UserError
 from data.lock import alone
-from data.manifest import Json, Layout, Manifest, differing, seal, unseal
+from data.manifest import Json, Layout, Manifest, differing, seal, seal_array, unseal
 from data.order import Ints, seeded_permutation
 from data.stats import Stats
 
@@ -40,7 +40,7 @@ _NATIVE = {"bfloat16": np.uint16, "float16": np.float16, "float32": np.float32}
 _SITE = re.compile(r"\w[\w.-]*")
 
 
-def _widen(rows: NDArray[Any]) -> NDArray[Any]:
+def widen(rows: NDArray[Any]) -> NDArray[Any]:
     """Stored rows as floats: uint16 are the bits of bfloat16."""
     if rows.dtype != np.uint16:
         return rows
@@ -115,27 +115,24 @@ class Store:
 
     def require(self, split: str, site: str, width: int, rows_capacity: int) -> None:
         """Make the array of a site with room for `rows_capacity` rows in whole units, or let it grow; never shrinks."""
-        import zarr
-
-        import data.bfloat16  # noqa: F401  zarr opens a stored array by the types registered
-
         assert _SITE.fullmatch(site), f"{site!r} cannot name a folder"
         path, unit_rows = self.array_path(split, site), self.layout.unit_rows
         capacity = -(-rows_capacity // unit_rows) * unit_rows
         row_shape = _ROW_SHAPES.get(site, (width,))
         with self.lock():
-            if (path / "zarr.json").exists():
-                array = zarr.open_array(path, mode="r+")
-                assert array.shape[1:] == row_shape, f"{path} has rows of shape {array.shape[1:]}, not {row_shape}"
-                if array.shape[0] >= capacity:
-                    return
-                array.resize((capacity, *row_shape))
-            else:
+            if not (path / "zarr.json").exists():
                 self._create_array(split, site, (capacity, *row_shape))
+            found = self.metadata(split, site)
+            shape = (found["shape"][0], *row_shape)
+            assert tuple(found["shape"]) == shape, f"{path} has rows of shape {found['shape'][1:]}, not {row_shape}"
+            grown = seal_array(found | {"shape": [max(capacity, shape[0]), *row_shape]})
+            if grown == (path / "zarr.json").read_bytes():
+                return
+            put(path / "zarr.json", grown)
             for folder in (path, path.parent, self.path):
                 for left in folder.glob("zarr.*.partial"):  # zarr's temporary names, of a process killed in here
                     left.unlink()
-            for written in (path / "zarr.json", path, path.parent, self.path):
+            for written in (path.parent, self.path):
                 fsync(written)
 
     def _create_array(self, split: str, site: str, shape: tuple[int, ...]) -> None:
@@ -211,7 +208,7 @@ class Store:
         for index, start in enumerate(range(0, len(rows), layout.chunk_rows)):
             part = rows[start : start + layout.chunk_rows]
             if site not in _ROW_SHAPES:
-                parts.append(Stats.of(_widen(part)))
+                parts.append(Stats.of(widen(part)))
                 if not np.isfinite(parts[-1].max_abs):
                     raise UserError(f"unit {unit} of {split}/{site} holds values that are not finite: it is not stored")
             number = unit * layout.chunks_per_unit + index

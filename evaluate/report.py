@@ -11,7 +11,7 @@ from typing import Any
 Json = dict[str, Any]
 
 FORMAT = 1  # of report.json
-ASKED = ("k", "target_l0", "sparsity")  # the settings that say how sparse an SAE was asked to be
+ASKED = ("k", "sparsity")  # the settings that say how sparse an SAE was asked to be
 
 # One line a column: heading, how it is read from an SAE's row, definition.
 DEFINITIONS = {

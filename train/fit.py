@@ -72,7 +72,8 @@ def fit(settings: Settings, plan: Plan, sae: SAE, folder: Path, *, going_on: boo
 
 
 def _label(sae: SAE) -> str:
-    target = next((f" {name}={getattr(sae, name)}" for name in ("k", "sparsity") if hasattr(sae, name)), "")
+    asked = ((name, getattr(sae, name, None)) for name in ("k", "sparsity"))
+    target = next((f" {name}={value:g}" for name, value in asked if value is not None), "")
     return f"{sae.name}{target}"
 
 

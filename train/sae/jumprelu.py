@@ -52,9 +52,9 @@ class JumpReLU(SAE):
     """f = z 1[z > theta]; loss = NMSE + sparsity * E[L0]. Rajamanoharan et al. 2407.14435.
 
     With `k` the penalty is sparsity * (E[L0] / k - 1)^2, the paper's target form. Pseudo-derivatives with
-    K(u) = 1[|u| < 1/2], u = (z - theta) / eps, z before the jump: df/dtheta = -(theta / eps) K(u), d1[z > theta]/dtheta = -(1 / eps) K(u).
-    `bandwidth` eps and `initial_threshold` are given for E||x'||^2 = 1, as in the paper, and multiplied here by
-    sqrt(E||x'||^2). theta itself is the parameter, kept positive.
+    K(u) = 1[|u| < 1/2], u = (z - theta) / eps, z before the jump: df/dtheta = -(theta / eps) K(u),
+    d1[z > theta]/dtheta = -(1 / eps) K(u). `bandwidth` eps and `initial_threshold` are given for E||x'||^2 = 1, as in
+    the paper, and multiplied here by sqrt(E||x'||^2). theta itself is the parameter, kept positive.
     """
 
     name = "jumprelu"
@@ -76,9 +76,9 @@ class JumpReLU(SAE):
             raise UserError(f"bandwidth={bandwidth} and initial_threshold={initial_threshold} must both be above 0")
         if k is not None and not 0 < k <= width:
             raise UserError(f"k={k} cannot be met by {width} latents: take a number above 0 and at most the width")
-        self.sparsity, self.k = sparsity, k
-        self.weight = sparsity if sparsity is not None else _WEIGHT if k is None else _WEIGHT_OF_TARGET
-        check_sparsity(self.weight)
+        self.sparsity = sparsity if sparsity is not None else _WEIGHT if k is None else _WEIGHT_OF_TARGET
+        self.k = k
+        check_sparsity(self.sparsity)
         self.bandwidth, self.initial_threshold = bandwidth, initial_threshold
         self.theta = nn.Parameter(torch.full((width,), float(initial_threshold * self.mean_sq.sqrt())))
 
@@ -99,7 +99,7 @@ class JumpReLU(SAE):
         nmse = self.nmse(self.decode_normalised(f_BF), xn_BD)
         l0: Tensor = _MeanL0.apply(z_BF, self.theta, eps)  # type: ignore[no-untyped-call]
         penalty = l0 if self.k is None else (l0 / self.k - 1).square()
-        sparsity = sparsity_scale * self.weight * penalty
+        sparsity = sparsity_scale * self.sparsity * penalty
         parts = {"nmse": nmse.detach(), "l0": l0.detach(), "sparsity": sparsity.detach()}
         return Step(loss=nmse + sparsity, parts=parts, f_BF=f_BF.detach())
 

@@ -1,0 +1,115 @@
+"""`python -m data verify|info|list|gc`: look after the caches that harvests left."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from data.cli import sentence
+from data.contents import file_sizes, size, stores_below
+from data.errors import UserError
+
+CACHE, OUTPUTS = Path("outputs/cache"), Path("outputs")
+
+
+def _verify(args: argparse.Namespace) -> int:
+    """1 where anything is damaged."""
+    from data.inventory import Entry
+    from data.verify import verify
+
+    stores = [path for folder in args.folders or [CACHE] for path in stores_below(folder)]
+    if not stores:
+        raise UserError(f"no store in {', '.join(map(str, args.folders or [CACHE]))}: name the folder of one")
+    damages = 0
+    for path in stores:
+        findings = verify(path)
+        for finding in findings:
+            print(finding)
+        damaged = sum(not finding.leftover for finding in findings)
+        damages += damaged
+        sizes = file_sizes(path)
+        state = f"{damaged} damaged" if damaged else f"sound, {Entry.of(path).state}"
+        print(
+            f"{path}: {state}; {len(sizes)} files, {size(sum(sizes.values()))}, {len(findings) - damaged} left over",
+            flush=True,
+        )
+    return 1 if damages else 0
+
+
+def _info(args: argparse.Namespace) -> int:
+    from data.info import report
+
+    if args.outlier <= 0 or args.rows < 1:
+        raise UserError("--outlier must be above 0 and --rows at least 1")
+    for line in report(args.store, args.outlier, args.rows):
+        print(line, flush=True)
+    return 0
+
+
+def _list(args: argparse.Namespace) -> int:
+    from data.inventory import listing
+
+    print("\n".join(listing(args.folder)))
+    return 0
+
+
+def _gc(args: argparse.Namespace) -> int:
+    from data.gc import Candidate, collect
+
+    def ask(candidate: Candidate) -> bool:
+        return input(f"remove {candidate}? [y/N] ").strip().lower() == "y"
+
+    confirm: Callable[[Candidate], bool] | None = ask if sys.stdin.isatty() else None
+    if args.yes:
+
+        def confirm(candidate: Candidate) -> bool:
+            return True
+
+    print("\n".join(collect(args.folder, args.outputs, args.idle, confirm)))
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m data", description="Look after the caches that harvests left.")
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    verb = verbs.add_parser("verify", help="check every checksum, count and statistic; exit code 1 on damage")
+    verb.add_argument("folders", nargs="*", type=Path, help=f"stores, or folders that hold some (default {CACHE})")
+    verb.set_defaults(run=_verify)
+    verb = verbs.add_parser("info", help="identity, settings, sizes, statistics, norms by position, outlier tokens")
+    verb.add_argument("store", type=Path)
+    verb.add_argument("--outlier", type=float, default=10.0, metavar="C", help="norm above C times the median (10)")
+    verb.add_argument("--rows", type=int, default=1_000_000, help="rows of a site whose norms are looked at (1000000)")
+    verb.set_defaults(run=_info)
+    verb = verbs.add_parser("list", help="all caches below a folder and what made them")
+    verb.add_argument("folder", nargs="?", type=Path, default=CACHE, help=f"default {CACHE}")
+    verb.set_defaults(run=_list)
+    verb = verbs.add_parser("gc", help="show what no SAE needs and what was left over; remove it after asking")
+    verb.add_argument("folder", nargs="?", type=Path, default=CACHE, help=f"default {CACHE}")
+    verb.add_argument("--outputs", type=Path, default=OUTPUTS, help=f"where the trained SAEs are (default {OUTPUTS})")
+    verb.add_argument("--idle", type=float, default=60.0, metavar="MINUTES", help="spare stores written to since (60)")
+    verb.add_argument("--yes", action="store_true", help="do not ask")
+    verb.set_defaults(run=_gc)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The exit code: 0, or 1 for damage or a mistake, which is told in a sentence."""
+    args = _parser().parse_args(argv)
+    try:
+        code: int = args.run(args)
+        return code
+    except (KeyboardInterrupt, EOFError):
+        print("stopped", file=sys.stderr)
+        return 130
+    except Exception as error:
+        told = sentence(error)
+        if told is None:
+            raise
+        print(f"error: {told}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,87 @@
+"""What lies in a folder of stores, and which files belong to a store."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Collection
+from pathlib import Path
+
+from data.errors import UserError
+from data.manifest import HELDOUT, TRAIN, Json
+from data.store import Store
+
+SPLITS = (TRAIN, HELDOUT)
+RECORD = re.compile(r"(\d{6,})\.(\w[\w.-]*)\.json")
+
+
+def is_store(folder: Path) -> bool:
+    """Whether a folder is a store or what is left of one."""
+    return (folder / "manifest.json").is_file() or (folder / "commits").is_dir()
+
+
+def stores_below(folder: Path) -> list[Path]:
+    """The folder itself, if it is a store, else all stores below it, by path; a UserError where it does not exist."""
+    if not folder.is_dir():
+        raise UserError(f"{folder} is no folder: name a store, or a folder that holds some")
+    found = []
+    for at, folders, _ in os.walk(folder):
+        if is_store(Path(at)):
+            found.append(Path(at))
+            folders.clear()
+    return sorted(found)
+
+
+def file_sizes(folder: Path) -> dict[str, int]:
+    """{path below the folder: bytes} of every file; links count as themselves."""
+    found = {}
+    for at, _, names in os.walk(folder):
+        for name in names:
+            path = os.path.join(at, name)
+            found[os.path.relpath(path, folder)] = os.lstat(path).st_size
+    return found
+
+
+def leftovers(names: Collection[str], keys: Collection[str]) -> list[str]:
+    """Those of a store's files that are no part of it; `keys` are the chunk files its records name."""
+
+    def belongs(name: str) -> bool:
+        *folders, file = name.split("/")
+        if file == "zarr.json":
+            return len(folders) <= 2 and folders[:1] in ([], *([split] for split in SPLITS))
+        if folders[:1] == ["commits"]:
+            return len(folders) == 2 and folders[1] in SPLITS and bool(RECORD.fullmatch(file))
+        return name in ("manifest.json", "complete.json") or name in keys
+
+    return sorted(name for name in names if not belongs(name))
+
+
+def arrays(store: Store, split: str) -> list[str]:
+    """Every array of a split that has a commit record, tokens and origin among them."""
+    records = (RECORD.fullmatch(path.name) for path in (store.path / "commits" / split).glob("*.json"))
+    return sorted({record[2] for record in records if record})
+
+
+def chunk_keys(store: Store) -> set[str]:
+    """The chunk files that the commit records name; a UserError names a damaged record."""
+    return {
+        chunk.key
+        for split in SPLITS
+        for site in arrays(store, split)
+        for commit in store.committed(split, site).values()
+        for chunk in commit.chunks
+    }
+
+
+def extent(store: Store) -> Json:
+    """{split: {site: committed rows}}, as complete.json says it when all that was asked for is there."""
+    return {split: {site: store.rows(split, site) for site in store.sites(split)} for split in SPLITS}
+
+
+def size(count: float) -> str:
+    """A number of bytes for people: `1.3 GB`."""
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:,.0f} bytes" if unit == "bytes" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"

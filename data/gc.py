@@ -1,0 +1,111 @@
+"""Stores and files that nothing needs any more: shown with their sizes, removed only when told to."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from data.contents import chunk_keys, file_sizes, is_store, leftovers, size
+from data.errors import UserError
+from data.inventory import DAMAGED, UNFINISHED, Entry, entries
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A store (no `files`), or what is left over in one, that may be removed."""
+
+    path: Path
+    why: str
+    bytes: int
+    files: tuple[Path, ...] = ()
+
+    def __str__(self) -> str:
+        what = f"{len(self.files)} files in {self.path}" if self.files else str(self.path)
+        return f"{what}  {self.why}, {size(self.bytes)}"
+
+    def remove(self) -> None:
+        for file in self.files:
+            file.unlink(missing_ok=True)
+        if not self.files:
+            # First what says that it is whole: broken off in between, an unfinished store is left.
+            (self.path / "complete.json").unlink(missing_ok=True)
+            shutil.rmtree(self.path / "commits", ignore_errors=True)
+            shutil.rmtree(self.path)
+
+
+def references(outputs: Path) -> set[str]:
+    """The fingerprints that SAEs below a folder name; a UserError where one cannot be read, for nothing is guessed."""
+    if not outputs.is_dir():
+        raise UserError(f"{outputs} is no folder: name with --outputs where the trained SAEs are")
+    found = set()
+    for at, folders, names in os.walk(outputs):
+        if is_store(Path(at)):
+            folders.clear()
+        elif "config.json" in names:
+            path = Path(at) / "config.json"
+            try:
+                config = json.loads(path.read_bytes())
+            except ValueError:
+                raise UserError(f"{path} cannot be read, so what it needs is unknown: mend or remove it") from None
+            if isinstance(config, dict) and isinstance(config.get("fingerprint"), str):
+                found.add(config["fingerprint"])
+    return found
+
+
+def _idle(entry: Entry) -> float:
+    """Seconds since anything in a store was written."""
+    newest = max((os.lstat(entry.path / name).st_mtime for name in file_sizes(entry.path)), default=0.0)
+    return time.time() - newest
+
+
+def _leftovers(entry: Entry) -> list[Candidate]:
+    assert entry.store is not None
+    sizes = file_sizes(entry.path)
+    names = leftovers(sizes, chunk_keys(entry.store))
+    if not names:
+        return []
+    files = tuple(entry.path / name for name in names)
+    return [Candidate(entry.path, "left over", sum(sizes[name] for name in names), files)]
+
+
+def candidates(folder: Path, outputs: Path, idle_minutes: float) -> tuple[list[Candidate], list[str]]:
+    """What may go, and why other stores were not considered."""
+    needed, found, spared = references(outputs), list[Candidate](), []
+    for entry in entries(folder):
+        if entry.state == DAMAGED or entry.store is None:
+            spared.append(f"{entry.line}: whether it is needed cannot be read ({entry.wrong})")
+        elif entry.path.is_symlink():
+            spared.append(f"{entry.line}: a link")
+        elif _idle(entry) < 60 * idle_minutes:
+            spared.append(f"{entry.line}: written to in the last {idle_minutes:g} minutes")
+        elif entry.store.manifest.fingerprint in needed:
+            found += _leftovers(entry)
+        else:
+            why = f"unfinished and no SAE in {outputs} is of it"
+            why = why if entry.state == UNFINISHED else f"no SAE in {outputs} is of it"
+            found.append(Candidate(entry.path, why, entry.bytes))
+    return found, spared
+
+
+def collect(folder: Path, outputs: Path, idle_minutes: float, confirm: Callable[[Candidate], bool] | None) -> list[str]:
+    """Remove what `confirm` agrees to, each after it was shown; with None, only show. Returns the summary."""
+    found, spared = candidates(folder, outputs, idle_minutes)
+    for line in spared:
+        print(f"left alone: {line}")
+    for candidate in found:
+        print(f"may go: {candidate}", flush=True)
+    if not found:
+        return ["nothing to remove"]
+    if confirm is None:
+        return [
+            f"nothing was removed ({size(sum(c.bytes for c in found))} may go): run it in a terminal, or with --yes"
+        ]
+    gone = [candidate for candidate in found if confirm(candidate)]
+    for candidate in gone:
+        candidate.remove()
+    return [f"removed {len(gone)} of {len(found)}, {size(sum(c.bytes for c in gone))}"]
