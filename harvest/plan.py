@@ -12,6 +12,7 @@ from itertools import count, takewhile
 
 import numpy as np
 
+from data.contents import extent
 from data.errors import UserError
 from data.manifest import HELDOUT, ITEMSIZE, TRAIN, Json, Layout, differing
 from data.store import ORIGIN, TOKENS, Store
@@ -93,11 +94,6 @@ def refuse_mixed(store: Store, mine: Json) -> None:
             )
 
 
-def extent(store: Store) -> Json:
-    """{split: {site: committed rows}}."""
-    return {split: {site: store.rows(split, site) for site in store.sites(split)} for split in (TRAIN, HELDOUT)}
-
-
 def finish(store: Store) -> None:
     """Once all that was asked for is committed: write complete.json, and remove what killed processes left."""
     if store.complete == extent(store) and not store.claims.folder.exists():
@@ -115,12 +111,3 @@ def summary(store: Store) -> str:
         for split, sites in extent(store).items()
         if sites
     )
-
-
-def size(count: float) -> str:
-    """A number of bytes for people: `1.3 GB`."""
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:,.0f} bytes" if unit == "bytes" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} TB"

@@ -14,12 +14,13 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from data.contents import size
 from data.errors import UserError
 from data.manifest import FORMAT, HELDOUT, TRAIN, Json, Manifest, choose_layout, differing, settings_of
 from data.store import Store, find
 from harvest import lm
 from harvest.names import Site
-from harvest.plan import covered, finish, plan, size, summary
+from harvest.plan import covered, finish, plan, summary
 from harvest.text import TextSource, source_from
 from harvest.tokens import Packing, check_tokenizer, pack
 

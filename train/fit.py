@@ -23,8 +23,7 @@ from train.callbacks import DurableCheckpoints, LastCheckpoint, Progress, clock
 from train.datamodule import ActivationData
 from train.lit import LitSAE
 from train.loggers import CsvLogger
-from train.plan import Plan, Settings
-from train.run import LAST
+from train.plan import LAST, Plan, Settings
 from train.sae import SAE, default_window, save
 from train.sae.batchtopk import BatchSelected
 from train.sae.init import SAMPLES

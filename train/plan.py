@@ -22,6 +22,7 @@ from data.reader import Reader, open_reader
 Settings = dict[str, Any]
 
 EXTRAS = {"tensorboard": "tensorboard", "wandb": "wandb"}  # logger: module; the extra has the logger's name
+LAST = Path("checkpoints") / "last.ckpt"  # below the folder of a run
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ def check_settings(settings: Settings) -> None:
 
 def harvest_line(settings: Settings, overrides: Sequence[str], tokens: int) -> str:
     """The command that makes what this training asks for: its model, text and packing, its site and enough tokens."""
-    groups = ("model", "text", "packing", "cache", "experiment")
+    groups = ("model", "text", "packing", "cache")
     kept = [item for item in overrides if item.lstrip("+~").split("=")[0].split(".")[0].split("@")[0] in groups]
     parts = [*kept, f"sites=[{settings['site']}]", f"tokens={tokens}", f"heldout_tokens={settings['heldout_tokens']}"]
     return f'make harvest ARGS="{" ".join(parts)}"'

@@ -15,12 +15,12 @@ from omegaconf import DictConfig, OmegaConf
 
 from data.errors import UserError
 from data.manifest import canonical, differing
-from train.plan import Plan, Settings, make_plan
+from train.plan import LAST, Plan, Settings, make_plan
 
 if TYPE_CHECKING:
     from train.sae import SAE
 
-RUN, LAST = "run.json", Path("checkpoints") / "last.ckpt"
+RUN = "run.json"
 
 # What may differ between a run and its continuation: where things are, what is shown, what it runs on.
 _FREE = ("cache", "store", "out", "resume", "trainer", "logger", "log_every", "validate_every", "checkpoint_every")

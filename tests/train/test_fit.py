@@ -18,8 +18,8 @@ from data.loader import ActivationLoader
 from data.manifest import HELDOUT, TRAIN
 from data.reader import open_reader
 from train import lit
-from train.plan import make_plan
-from train.run import LAST, train
+from train.plan import LAST, make_plan
+from train.run import train
 from train.sae import VARIANTS, load, load_config
 from train.sae.topk import TopK
 

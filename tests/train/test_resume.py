@@ -12,7 +12,8 @@ from torch import Tensor
 
 from data.errors import UserError
 from train.callbacks import LastCheckpoint
-from train.run import LAST, train
+from train.plan import LAST
+from train.run import train
 from train.sae import SAE, Step
 from train.sae.topk import TopK
 

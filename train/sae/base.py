@@ -170,6 +170,10 @@ class SAE(nn.Module, ABC):
         wanted = (xn_BD - self.b_dec).square().sum()
         if explained > 0 and wanted > 0:
             self._start_encoder(float((wanted / explained).sqrt()))
+        self.start_variant(xn_ND)
+
+    def start_variant(self, xn_ND: Float[Tensor, "N D"]) -> None:
+        """The last of `initialise`: what a variant sets from normalised samples; default nothing."""
 
     def _measure(self, sample_ND: Tensor, mean_sq_norm: float | None, variance: float | None) -> None:
         """Set s, Vx and E||x'||^2."""

@@ -95,18 +95,8 @@ class BatchSelected(TopKFamily):
         running_mean_(self.threshold, self.threshold_weight, smallest, _DECAY)
         self.skipped_batches += smallest <= 0
 
-    @torch.no_grad()
-    def initialise(
-        self,
-        sample_ND: Float[Tensor, "N D"],
-        *,
-        mean_sq_norm: float | None = None,
-        variance: float | None = None,
-        seed: int = 0,
-    ) -> None:
-        super().initialise(sample_ND, mean_sq_norm=mean_sq_norm, variance=variance, seed=seed)
-        first_ND = self.norm.normalise(sample_ND[:1024])
-        self.threshold.copy_(self.loss(first_ND).parts["min_kept"])
+    def start_variant(self, xn_ND: Float[Tensor, "N D"]) -> None:
+        self.threshold.copy_(self.loss(xn_ND[:1024]).parts["min_kept"])
 
     @torch.no_grad()
     def calibrate(self, batches: Sequence[Float[Tensor, "_ D"]]) -> Calibration:

@@ -107,14 +107,5 @@ class JumpReLU(SAE):
     def after_step(self, step: Step) -> None:
         self.theta.clamp_(min=self.eps * 1e-3)
 
-    @torch.no_grad()
-    def initialise(
-        self,
-        sample_ND: Float[Tensor, "N D"],
-        *,
-        mean_sq_norm: float | None = None,
-        variance: float | None = None,
-        seed: int = 0,
-    ) -> None:
-        super().initialise(sample_ND, mean_sq_norm=mean_sq_norm, variance=variance, seed=seed)
+    def start_variant(self, xn_ND: Float[Tensor, "N D"]) -> None:
         self.theta.fill_(float(self.initial_threshold * self.mean_sq.sqrt()))
