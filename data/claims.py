@@ -39,9 +39,10 @@ class Overtaken(Exception):
 
 
 def _host() -> str:
-    """This host and, on Linux, this container: within it a process number says who."""
+    """This host and, on Linux, this boot and container: within them a process number says who."""
     with contextlib.suppress(OSError):
-        return f"{socket.gethostname()} {os.readlink('/proc/self/ns/pid')}"
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{socket.gethostname()} {boot} {os.readlink('/proc/self/ns/pid')}"
     return socket.gethostname()
 
 

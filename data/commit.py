@@ -86,7 +86,7 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
 
 
 def put(path: Path, data: bytes) -> None:
-    """Write a record, under the store's lock: all of it under its name, or nothing.
+    """Write a file that no other process writes now (in a store: under its lock): all of it or nothing.
 
     What a killed process leaves has the one name that the next one to write this record writes to.
     """

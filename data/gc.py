@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from data.contents import chunk_keys, file_sizes, is_store, leftovers, size
 from data.errors import UserError
@@ -42,19 +43,24 @@ def references(outputs: Path) -> set[str]:
     """The fingerprints that SAEs below a folder name; a UserError where one cannot be read, for nothing is guessed."""
     if not outputs.is_dir():
         raise UserError(f"{outputs} is no folder: name with --outputs where the trained SAEs are")
-    found = set()
+    found: set[object] = set()
     for at, folders, names in os.walk(outputs):
         if is_store(Path(at)):
             folders.clear()
-        elif "config.json" in names:
-            path = Path(at) / "config.json"
-            try:
-                config = json.loads(path.read_bytes())
-            except ValueError:
-                raise UserError(f"{path} cannot be read, so what it needs is unknown: mend or remove it") from None
-            if isinstance(config, dict) and isinstance(config.get("fingerprint"), str):
-                found.add(config["fingerprint"])
-    return found
+            continue
+        for name in {"config.json", "run.json"}.intersection(names):  # of an SAE, and of its training, ended or not
+            record = _object(Path(at) / name)
+            run = record.get("numbers")
+            found.update((record.get("fingerprint"), run.get("store") if isinstance(run, dict) else None))
+    return {fingerprint for fingerprint in found if isinstance(fingerprint, str)}
+
+
+def _object(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_bytes())
+    except ValueError:
+        raise UserError(f"{path} cannot be read, so what it needs is unknown: mend or remove it") from None
+    return found if isinstance(found, dict) else {}
 
 
 def _idle(entry: Entry) -> float:

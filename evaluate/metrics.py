@@ -20,7 +20,7 @@ from torch import Tensor
 Columns = dict[str, NDArray[np.float64]]
 
 TOKEN_EPS = 1e-5  # beside the standard deviation of a token's entries, as `input_norm: token` has it
-LOGITS_AT_ONCE = 1 << 24  # entries of a float32 log-softmax held beside the logits: 64 MB
+LOGITS_AT_ONCE = 1 << 24  # entries of the KL's float32 terms held at a time: 64 MB
 
 
 def double(x: Tensor) -> Tensor:

@@ -12,10 +12,11 @@ from omegaconf import DictConfig, OmegaConf
 
 from data.errors import UserError
 from data.manifest import HELDOUT, TRAIN, Json, differing
+from data.names import Site
+from data.settings import whole
 from data.store import Store, find_fingerprint
 from evaluate import report
 from harvest import lm
-from harvest.names import Site
 from harvest.text import source_from
 from harvest.tokens import Packed, Packing, pack
 from train.sae.io import WEIGHTS, load, load_config
@@ -34,7 +35,8 @@ class Trained:
 def find_saes(patterns: str | Sequence[str]) -> list[Trained]:
     """Every SAE in or below the folders that match, in order of their path; UserError for a pattern without any."""
     folders: set[Path] = set()
-    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+    several = isinstance(patterns, Sequence) and not isinstance(patterns, str)
+    for pattern in map(str, patterns if several else [patterns]):
         # A folder's own name may hold brackets, so a name that exists is never read as a pattern.
         matches = [pattern] if Path(pattern).exists() else glob.glob(pattern, recursive=True)
         found = {file.parent for match in matches for file in Path(match).rglob(WEIGHTS)}
@@ -63,14 +65,12 @@ def by_place(saes: Iterable[Trained], cache: Path) -> list[tuple[Store, dict[str
     return [(stores[fingerprint], sites) for fingerprint, sites in places.items()]
 
 
-def check(config: Mapping[str, Any]) -> None:
-    """What the settings say by themselves."""
-    for name, least in COUNTS.items():
-        value = config[name]
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise UserError(f"{name}={value} must be a whole number, {least} or more")
-    if config["lm_batch"] is not None and (not isinstance(config["lm_batch"], int) or config["lm_batch"] < 1):
-        raise UserError(f"lm_batch={config['lm_batch']} must be a whole number of contexts, or null for the store's")
+def checked(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings with their counts as whole numbers; UserError for what they cannot be."""
+    counts = {name: whole(config, name, least) for name, least in COUNTS.items()}
+    if config["lm_batch"] is not None:
+        counts["lm_batch"] = whole(config, "lm_batch", 1)
+    return {**config, **counts}
 
 
 @dataclass(frozen=True)
@@ -81,9 +81,20 @@ class Text:
     packed: Packed
 
 
+def pinned(store: Store) -> Json:
+    """The settings a store was asked with, what was then new on the hub replaced by the commits it was made from."""
+    settings, identity = store.manifest.settings, store.manifest.identity
+    model, text = dict(settings["model"]), dict(settings["text"])
+    if identity["model"].get("commit"):
+        model["revision"] = identity["model"]["commit"]
+    if "revision" in identity["text"]:
+        text["revision"] = identity["text"]["revision"]
+    return {**settings, "model": model, "text": text}
+
+
 def open_text(store: Store, config: Mapping[str, Any]) -> Text:
     """The LM and the held-out contexts `store` was made from, both proved to be the same; cheap checks first."""
-    settings, identity = store.manifest.settings, store.manifest.identity
+    settings, identity = pinned(store), store.manifest.identity
     model_cfg = {**settings["model"], "device": config["device"], "device_map": config["device_map"]}
     packing, source = Packing.of(settings["packing"]), source_from(settings["text"])
     if not packing.heldout:
@@ -167,7 +178,7 @@ def describe(sae: Trained, result: Json) -> Json:
 
 def evaluate(config: Mapping[str, Any]) -> Path:
     """Score what a resolved configuration names; the path of the report."""
-    check(config)
+    config = checked(config)
     places = by_place(find_saes(config["saes"] or ()), Path(config["cache"]))
     sites = []
     for store, by_site in places:

@@ -21,10 +21,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from data.claims import Overtaken
+from data.contents import size
 from data.errors import UserError
 from data.manifest import Json
+from data.names import Site
 from data.store import ORIGIN, TOKENS, Store
-from harvest.names import Site
 from harvest.plan import BOOK_WIDTHS, Unit, refuse_mixed
 from harvest.site import capture, run_to
 from harvest.tokens import Packed
@@ -90,6 +91,7 @@ class Harvester:
         self.layout = store.layout
         self.dtype: torch.dtype = getattr(torch, self.layout.dtype)
         self.made_by = made_by(model)
+        self.written = 0  # bytes, by this process
 
     def run(self, units: Sequence[Unit]) -> int:
         """Return when all of `units` are committed, by this process or another; returns how many were by this one.
@@ -128,6 +130,7 @@ class Harvester:
                 return State.DONE
             try:
                 self._write(left, self._books(left) | self._activations(left, bar))
+                bar.set_postfix_str(f"{size(self.written)} written", refresh=False)
             except Overtaken:
                 bar.update(-unit.rows)
                 return State.TAKEN
@@ -142,7 +145,8 @@ class Harvester:
         order = self.store.permutation(unit.split, unit.index, unit.rows)
         for name in unit.names:
             # Taken out of `held`, so that one site's permuted copy is all that is there twice.
-            self.store.write(unit.split, unit.index, name, held.pop(name)[order], self.made_by)
+            commit = self.store.write(unit.split, unit.index, name, held.pop(name)[order], self.made_by)
+            self.written += sum(chunk.bytes for chunk in commit.chunks)
 
     def _books(self, unit: Unit) -> dict[str, Rows]:
         """Token id [N] and (sequence, position) [N, 2] of each row, in the order of the text."""

@@ -15,8 +15,8 @@ import numpy as np
 from data.contents import extent
 from data.errors import UserError
 from data.manifest import HELDOUT, ITEMSIZE, TRAIN, Json, Layout, differing
+from data.names import Site
 from data.store import ORIGIN, TOKENS, Store
-from harvest.names import Site
 from harvest.tokens import Packed
 
 BOOK_WIDTHS = {TOKENS: 1, ORIGIN: 2}  # what each row is, in int32 values

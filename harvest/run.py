@@ -17,9 +17,10 @@ from omegaconf import DictConfig, OmegaConf
 from data.contents import size
 from data.errors import UserError
 from data.manifest import FORMAT, HELDOUT, TRAIN, Json, Manifest, choose_layout, differing, settings_of
+from data.names import Site
+from data.settings import whole
 from data.store import Store, find
 from harvest import lm
-from harvest.names import Site
 from harvest.plan import covered, finish, plan, summary
 from harvest.text import TextSource, source_from
 from harvest.tokens import Packing, check_tokenizer, pack
@@ -46,7 +47,7 @@ class Request:
     @classmethod
     def of(cls, cfg: Mapping[str, Any]) -> Request:
         """From a resolved configuration."""
-        names = [cfg["sites"]] if isinstance(cfg["sites"], str) else list(cfg["sites"] or ())
+        names = cfg["sites"] if isinstance(cfg["sites"], list) else [cfg["sites"]] if cfg["sites"] else []
         sites = tuple(dict.fromkeys(Site.parse(str(name)) for name in names))
         if not sites:
             raise UserError("sites is empty: name at least one, as in sites=[resid_post.3]")
@@ -77,14 +78,6 @@ class Request:
             raise UserError(
                 f"packing.context={self.packing.context} is longer than the model reads ({limit} tokens): lower it"
             )
-
-
-def whole(cfg: Mapping[str, Any], name: str, least: int) -> int:
-    """A setting that counts something; 2e6 is a whole number too."""
-    value = cfg[name]
-    if isinstance(value, bool) or not isinstance(value, int | float) or value != int(value) or value < least:
-        raise UserError(f"{name}={value} must be a whole number, {least} or more")
-    return int(value)
 
 
 def identity_of(request: Request, tokenizer: Any) -> Json:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from data.errors import UserError
-from harvest.names import KINDS, Site, choices
+from data.names import KINDS, Site, choices
 
 __all__ = ["KINDS", "Place", "Site", "capture", "locate", "replace", "run_to"]
 

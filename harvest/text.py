@@ -208,7 +208,7 @@ class DatasetText(TextSource):
             )
         if importlib.util.find_spec("datasets") is None:
             raise UserError(
-                "text=dataset needs the extra `datasets`, which is not installed: run `pip install datasets`"
+                "text=dataset needs the extra `datasets`, which is not installed: run `.venv/bin/pip install datasets`"
             )
 
     def identity(self) -> Json:

@@ -91,9 +91,7 @@ def _module(settings: Settings, plan: Plan, sae: SAE) -> LitSAE:
 def _trainer(settings: Settings, plan: Plan, folder: Path, progress: Progress) -> Trainer:
     device = settings["trainer"]
     if device["accelerator"] in ("gpu", "cuda") and not torch.cuda.is_available():
-        raise UserError(
-            f"trainer.accelerator={device['accelerator']} finds no GPU here: use trainer=auto or trainer=cpu"
-        )
+        raise UserError(f"trainer.accelerator={device['accelerator']} finds no GPU here: use trainer.accelerator=cpu")
     return Trainer(
         **device,
         max_steps=plan.steps,

@@ -16,11 +16,17 @@ from numpy.typing import NDArray
 from data import store as stores
 from data.errors import UserError
 from data.manifest import HELDOUT, TRAIN, differing, settings_of
+from data.names import Site
 from data.order import batches_per_epoch, reserve
 from data.reader import Reader, open_reader
+from data.settings import number, whole
 
 Settings = dict[str, Any]
 
+COUNTS = {  # the least each may be
+    **dict.fromkeys(("tokens", "batch", "epochs", "log_every", "validate_every", "checkpoint_every"), 1),
+    **dict.fromkeys(("calibration_tokens", "heldout_tokens", "seed"), 0),
+}
 EXTRAS = {"tensorboard": "tensorboard", "wandb": "wandb"}  # logger: module; the extra has the logger's name
 LAST = Path("checkpoints") / "last.ckpt"  # below the folder of a run
 
@@ -38,6 +44,8 @@ class Plan:
     chunks: NDArray[np.int64]  # of train/: the optimizer's
     reserved: NDArray[np.int64]  # of train/: calibration's, in a seeded order of their own
     heldout: NDArray[np.int64]  # of heldout/: validation's
+    stored_chunks: int  # of train/, as the run began: what is harvested later is not this run's
+    reserved_rows: int
 
     @property
     def tokens(self) -> int:
@@ -59,30 +67,28 @@ def world_size(trainer: Settings, multirun: bool) -> int:
     return devices * nodes
 
 
-def check_settings(settings: Settings) -> None:
-    """What the settings say by themselves, with no file read."""
-    for name in ("tokens", "batch", "epochs", "log_every", "validate_every", "checkpoint_every"):
-        if not isinstance(settings[name], int) or settings[name] < 1:
-            raise UserError(f"{name}={settings[name]} is not a count: give an integer of at least 1")
-    for name in ("calibration_tokens", "heldout_tokens"):
-        if not isinstance(settings[name], int) or settings[name] < 0:
-            raise UserError(f"{name}={settings[name]} is not a count: give an integer of at least 0")
+def checked(settings: Settings) -> Settings:
+    """The settings with their counts as whole numbers; UserError for what they cannot be. No file is read."""
+    counts = {name: whole(settings, name, least) for name, least in COUNTS.items()}
+    loader = {name: whole(settings["loader"], name, 1) for name in settings["loader"]}
     for name in ("lr_warmup", "lr_decay", "sparsity_warmup"):
-        if not 0 <= settings[name] <= 1:
-            raise UserError(f"{name}={settings[name]} is a share of the run: give a number between 0 and 1")
-    if settings["clip"] is not None and settings["clip"] <= 0:
-        raise UserError(f"clip={settings['clip']} would stop every step: give a positive norm, or null for no clipping")
+        number(settings, name, 0, 1)  # shares of the run
+    if settings["clip"] is not None and number(settings, "clip", 0, math.inf) == 0:
+        raise UserError("clip=0 would stop every step: give a positive norm, or null for no clipping")
+    if settings["dead_after"] is not None:
+        counts["dead_after"] = whole(settings, "dead_after", 1)
     precision = settings["trainer"].get("precision", "32-true")
     if str(precision).endswith("-true") and precision != "32-true":
         raise UserError(f"trainer.precision={precision} would hold weights and moments in it: they stay 32-bit here")
     logger = settings["logger"]["name"]
     if logger in EXTRAS and importlib.util.find_spec(EXTRAS[logger]) is None:
-        raise UserError(f'logger={logger} is not installed: pip install -e ".[{logger}]", or use logger=csv')
+        raise UserError(f'logger={logger} is not installed: .venv/bin/pip install -e ".[{logger}]", or use logger=csv')
+    return {**settings, **counts, "loader": loader}
 
 
 def harvest_line(settings: Settings, overrides: Sequence[str], tokens: int) -> str:
     """The command that makes what this training asks for: its model, text and packing, its site and enough tokens."""
-    groups = ("model", "text", "packing", "cache")
+    groups = ("model", "text", "packing", "cache", "lm_batch")
     kept = [item for item in overrides if item.lstrip("+~").split("=")[0].split(".")[0].split("@")[0] in groups]
     parts = [*kept, f"sites=[{settings['site']}]", f"tokens={tokens}", f"heldout_tokens={settings['heldout_tokens']}"]
     return f'make harvest ARGS="{" ".join(parts)}"'
@@ -105,9 +111,17 @@ def wanted_rows(settings: Settings, margin: float = 1.0) -> int:
     return math.ceil(rows * margin)
 
 
+def _kept_by(store: stores.Store) -> list[str]:
+    """What a harvest must be told to add to this store, beside its settings."""
+    lm_batch = store.manifest.identity.get("lm_batch")
+    return [] if lm_batch is None else [f"lm_batch={lm_batch}"]
+
+
 def _too_few(settings: Settings, overrides: Sequence[str], store: stores.Store, why: str) -> UserError:
-    rows = wanted_rows(settings) + settings["batch"] + store.layout.chunk_rows
-    remedy = f"make them with: {harvest_line(settings, overrides, rows)}"
+    world = int(settings["trainer"]["devices"]) * int(settings["trainer"].get("num_nodes", 1))
+    rows = wanted_rows(settings) + settings["batch"] * world + store.layout.chunk_rows
+    line = harvest_line(settings, [*overrides, *_kept_by(store)], rows)
+    remedy = f"make them with: {line}"
     if settings["store"] and (fields := differing(store.manifest.settings, settings_of(settings))):
         remedy = (
             f"harvest them with the settings that store was made with (they differ from yours: {'; '.join(fields)})"
@@ -120,11 +134,17 @@ def _first_chunks(reader: Reader, rows: int) -> NDArray[np.int64]:
     return np.arange(min(count, len(reader.sizes)))
 
 
-def make_plan(settings: Settings, overrides: Sequence[str] = (), multirun: bool = False) -> Plan:
-    """Find the store and check that it covers site, tokens and held-out tokens; raises UserError with the remedy."""
-    check_settings(settings)
+def make_plan(
+    settings: Settings, overrides: Sequence[str] = (), multirun: bool = False, stored_chunks: int | None = None
+) -> Plan:
+    """Find the store and check that it covers site, tokens and held-out tokens; raises UserError with the remedy.
+
+    `stored_chunks`: take only so many chunks of train/, the first, as a run did that goes on after the store grew.
+    """
+    settings = checked(settings)
     world = world_size(settings["trainer"], multirun)
-    store, site, batch = find_store(settings, overrides), settings["site"], settings["batch"]
+    site, batch = str(Site.parse(str(settings["site"]))), settings["batch"]
+    store = find_store(settings, overrides)
     if site not in store.sites(TRAIN):
         held = ", ".join(store.sites(TRAIN)) or "none"
         raise _too_few(settings, overrides, store, f"site {site} is not among the sites ({held})")
@@ -133,7 +153,8 @@ def make_plan(settings: Settings, overrides: Sequence[str] = (), multirun: bool 
         raise _too_few(settings, overrides, store, why)
     reader = open_reader(store, TRAIN, site)
     held_out = open_reader(store, HELDOUT, site) if settings["heldout_tokens"] else None
-    rows = int(reader.sizes.sum())
+    sizes = reader.sizes[:stored_chunks]
+    rows = int(sizes.sum())
     steps = settings["tokens"] // (batch * world)
     if steps < 1:
         raise UserError(
@@ -141,11 +162,12 @@ def make_plan(settings: Settings, overrides: Sequence[str] = (), multirun: bool 
         )
     enough = rows > settings["calibration_tokens"]
     if enough:
-        chunks, reserved = reserve(reader.sizes, settings["calibration_tokens"], settings["seed"])
-        one_pass = batches_per_epoch(int(reader.sizes[chunks].sum()), batch=batch, world=world)
+        chunks, reserved = reserve(sizes, settings["calibration_tokens"], settings["seed"])
+        one_pass = batches_per_epoch(int(sizes[chunks].sum()), batch=batch, world=world)
     if not enough or one_pass * settings["epochs"] < steps:
         asked = f"tokens={settings['tokens']} with calibration_tokens={settings['calibration_tokens']}"
         passes = f" in {settings['epochs']} passes (epochs)"
         raise _too_few(settings, overrides, store, f"{asked} needs more than the {rows} training tokens{passes}")
     heldout = _first_chunks(held_out, settings["heldout_tokens"]) if held_out else np.arange(0)
-    return Plan(store, site, reader.width, batch, world, steps, chunks, reserved, heldout)
+    kept = (len(sizes), int(sizes[reserved].sum()))
+    return Plan(store, site, reader.width, batch, world, steps, chunks, reserved, heldout, *kept)

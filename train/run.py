@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import inspect
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import UnionType
+from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
@@ -15,7 +17,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from data.errors import UserError
 from data.manifest import canonical, differing
-from train.plan import LAST, Plan, Settings, make_plan
+from data.settings import number, whole
+from train.plan import LAST, Plan, Settings, checked, make_plan
 
 if TYPE_CHECKING:
     from train.sae import SAE
@@ -43,12 +46,18 @@ def train(settings: Settings, overrides: Sequence[str] = (), multirun: bool = Fa
     if settings["resume"]:
         settings = resumed(settings, overrides)
     folder = Path(settings["out"])
-    plan = make_plan(settings, overrides, multirun)
+    settings = checked(settings)
+    plan = make_plan(settings, overrides, multirun, _stored_chunks(folder))
     found = standing(folder, settings, plan)
     if found == "done":
         print(f"{folder} holds this SAE already: nothing to do")
         return
     sae = build(settings["sae"], plan.d_in, overrides)
+    if sae.needs_calibration and plan.reserved_rows < plan.batch:
+        raise UserError(
+            f"calibration_tokens={settings['calibration_tokens']} sets {plan.reserved_rows} rows aside, fewer than one "
+            f"batch={plan.batch}, and the threshold of {sae.name} is calibrated on them: raise it"
+        )
     if int(os.environ.get("RANK", "0")) == 0:
         _write_run(folder, settings, plan)
     from train.fit import fit  # Lightning is imported here, after every check that can do without it
@@ -73,11 +82,28 @@ def build(settings: Mapping[str, Any], d_in: int, overrides: Sequence[str] = ())
         raise UserError(
             "sae.width and sae.expansion are both null: give one of them, the latents or latents/site width"
         )
+    name, value = ("sae.width", width) if width is not None else ("sae.expansion", expansion)
+    number({name: value}, name, 0, math.inf)
     if width is None and (width := expansion * d_in) != int(width):
         raise UserError(f"sae.expansion={expansion} times the width {d_in} is not a whole number of latents")
     if unknown := arguments.keys() - inspect.signature(variant).parameters.keys():
         raise UserError(f"variant {variant.name} has no setting {', '.join(sorted(unknown))}: leave it out")
-    return variant(d_in=d_in, width=int(width), **arguments)
+    hints = get_type_hints(variant.__init__)
+    for name, value in arguments.items():
+        if not _fits(value, hints[name]):
+            raise UserError(f"sae.{name}={value} is not of its type, {inspect.formatannotation(hints[name])}: mend it")
+    return variant(d_in=d_in, width=whole({"sae.width": width}, "sae.width", 1), **arguments)
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value from YAML is of the type that a variant's constructor states; whole numbers are floats too."""
+    if isinstance(hint, UnionType):
+        return any(_fits(value, one) for one in get_args(hint))
+    if get_origin(hint) is Sequence:
+        return isinstance(value, list) and all(_fits(one, get_args(hint)[0]) for one in value)
+    if isinstance(value, bool) or hint is bool:
+        return isinstance(value, bool) and hint is bool
+    return isinstance(value, int | float if hint is float else hint)
 
 
 def resumed(settings: Settings, overrides: Sequence[str]) -> Settings:
@@ -126,14 +152,22 @@ def numbers(settings: Settings, plan: Plan) -> Settings:
 
 def _write_run(folder: Path, settings: Settings, plan: Plan) -> None:
     folder.mkdir(parents=True, exist_ok=True)
+    record = {"settings": settings, "numbers": numbers(settings, plan), "stored_chunks": plan.stored_chunks}
     beside = folder / f"{RUN}.part"
-    beside.write_text(canonical({"settings": settings, "numbers": numbers(settings, plan)}) + "\n", encoding="utf-8")
+    beside.write_text(canonical(record) + "\n", encoding="utf-8")
     beside.replace(folder / RUN)
 
 
-def _read_run(folder: Path) -> dict[str, Settings]:
+def _read_run(folder: Path) -> dict[str, Any]:
     try:
-        found: dict[str, Settings] = json.loads((folder / RUN).read_text(encoding="utf-8"))
-    except ValueError:
-        raise UserError(f"{folder / RUN} is damaged: remove the folder and train anew") from None
-    return found
+        found: dict[str, Any] = json.loads((folder / RUN).read_text(encoding="utf-8"))
+        if {"settings", "numbers", "stored_chunks"} <= found.keys():
+            return found
+    except (ValueError, AttributeError):  # not JSON, or not an object
+        pass
+    raise UserError(f"{folder / RUN} is damaged: remove the folder and train anew")
+
+
+def _stored_chunks(folder: Path) -> int | None:
+    """How much of the store the run that stands in `folder` began with."""
+    return int(_read_run(folder)["stored_chunks"]) if (folder / RUN).is_file() else None

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from data.__main__ import main
+from data.gc import references
 from data.info import Norms
 from data.manifest import HELDOUT, TRAIN
 from data.store import ORIGIN, TOKENS, Store
@@ -223,3 +224,12 @@ def test_gc_guesses_nothing_about_what_is_needed(caches: Caches, capsys: pytest.
     assert "other/config.json cannot be read" in capsys.readouterr().err and all(caches.there())
     assert main(["gc", str(caches.cache), "--outputs", str(caches.outputs / "typo"), "--yes"]) == 1
     assert all(caches.there())
+
+
+def test_gc_counts_a_training_that_has_not_ended(tmp_path: Path) -> None:
+    store = harvested(tmp_path / "cache")
+    run = tmp_path / "outputs" / "run"
+    run.mkdir(parents=True)
+    assert references(tmp_path / "outputs") == set()
+    (run / "run.json").write_text(json.dumps({"numbers": {"store": store.manifest.fingerprint}}))
+    assert references(tmp_path / "outputs") == {store.manifest.fingerprint}

@@ -15,8 +15,10 @@ import torch
 from torch import Tensor
 
 from data.errors import UserError
+from data.manifest import Manifest
 from data.reader import open_reader
-from evaluate.run import evaluate, find_saes
+from data.store import Store
+from evaluate.run import evaluate, find_saes, pinned
 from train.sae.base import SAE
 from train.sae.io import save
 from train.sae.relu import ReLU
@@ -216,3 +218,14 @@ def test_the_command_ends_with_the_report(
     assert failed.returncode == 1
     assert failed.stderr.splitlines()[-1].startswith("error: saes=nowhere holds no trained SAE")
     assert "Traceback" not in failed.stderr
+
+
+def test_what_was_new_on_the_hub_then_is_asked_for_by_its_commit() -> None:
+    layout = {"dtype": "float32", "context": 4, "chunk_rows": 4, "chunks_per_unit": 1, "mixing_seed": 0}
+    text = {"kind": "dataset", "name": "stories", "revision": None}
+    identity = {"layout": layout, "model": {"commit": "m" * 40}, "text": {**text, "revision": "t" * 40}}
+    settings = {"model": {"name": "gpt2", "revision": None}, "text": text, "packing": {}}
+    found = pinned(Store(Path("nowhere"), Manifest(identity, settings, "gpt2", 4)))
+    assert (found["model"]["revision"], found["text"]["revision"]) == ("m" * 40, "t" * 40)
+    local = Manifest({**identity, "model": {"commit": None}, "text": {"kind": "stdlib"}}, settings, "gpt2", 4)
+    assert pinned(Store(Path("nowhere"), local)) == settings

@@ -13,9 +13,9 @@ from torch import Tensor
 from data.contents import size
 from data.errors import UserError
 from data.manifest import HELDOUT, TRAIN, Layout, Manifest
+from data.names import Site
 from data.store import ORIGIN, TOKENS, Store
 from harvest.harvester import Harvester, made_by, widths_of
-from harvest.names import Site
 from harvest.plan import covered, plan, refuse_mixed
 from harvest.tokens import Packed
 from tests.harvest.corpus import LAYERS, WIDTH, build, contents

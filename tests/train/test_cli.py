@@ -31,7 +31,7 @@ def test_a_sweep_reads_one_cache_and_repeats_nothing(cache: Path, tmp_path: Path
     trained = {(config["variant"], config["settings"]["k"]) for config in folders.values()}
     assert trained == {("topk", 2), ("topk", 4), ("batchtopk", 2), ("batchtopk", 4)}
     assert {folder.parent for folder in folders} == {tmp_path}
-    assert all(f"sae.k={config['settings']['k']}" in folder.name for folder, config in folders.items())
+    assert all(f"sae.k-{config['settings']['k']}" in folder.name for folder, config in folders.items())
     summaries = [line for line in done.stdout.splitlines() if "-> " in line]
     assert len(summaries) == 4
     assert "Warning" not in done.stderr and "\r" not in done.stderr

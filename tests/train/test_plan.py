@@ -45,10 +45,16 @@ def test_all_variants_get_the_same_chunks(short: Any) -> None:
         (["heldout_tokens=2000"], r"asks for more than the 1024 held-out tokens"),
         (["calibration_tokens=4096"], r"needs more than the 4096"),
         (["tokens=63"], r"less than one step of batch=64"),
-        (["tokens=0"], r"tokens=0 is not a count"),
-        (["calibration_tokens=-1"], r"calibration_tokens=-1 is not a count"),
-        (["lr_warmup=5"], r"lr_warmup=5 is a share"),
+        (["tokens=0"], r"tokens=0 must be a whole number, 1 or more"),
+        (["calibration_tokens=-1"], r"calibration_tokens=-1 must be a whole number"),
+        (["lr_warmup=5"], r"lr_warmup=5 must be a number from 0 to 1"),
+        (["lr_decay=null"], r"lr_decay=None must be a number"),
         (["clip=0"], r"clip=0 would stop every step"),
+        (["clip=abc"], r"clip=abc must be a number"),
+        (["dead_after=0"], r"dead_after=0 must be a whole number, 1 or more"),
+        (["seed=null"], r"seed=None must be a whole number"),
+        (["loader.pool_chunks=1.5"], r"pool_chunks=1\.5 must be a whole number"),
+        (["batch=.inf"], r"batch=\.?inf must be a whole number"),
         (["trainer.devices=auto"], r"trainer\.devices=auto is not a number"),
         (["+trainer.precision=bf16-true"], r"they stay 32-bit"),
         (["store=/nowhere"], r"/nowhere is not a store"),
@@ -65,6 +71,11 @@ def test_a_missing_logger_names_its_extra(short: Any, extra: str, monkeypatch: p
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match=rf'pip install -e "\.\[{extra}\]"'):
         make_plan(short(f"logger={extra}"))
+
+
+def test_counts_may_be_written_as_floats_and_sites_as_transformer_lens_names(short: Any) -> None:
+    plan = make_plan(short("tokens=1.92e3", "site=blocks.3.hook_resid_post"))
+    assert (plan.steps, plan.site) == (30, "resid_post.3")
 
 
 def test_no_store_prints_the_harvest_line(short: Any, tmp_path: Path) -> None:
@@ -114,6 +125,12 @@ def test_devices_in_a_sweep(short: Any, monkeypatch: pytest.MonkeyPatch) -> None
     [
         ({"expansion": None}, "both null: give one of them"),
         ({"expansion": 1.03}, "not a whole number"),
+        ({"expansion": "wide"}, r"sae\.expansion=wide must be a number"),
+        ({"width": 100.5}, r"sae\.width=100\.5 must be a whole number"),
+        ({"k": 1.5}, r"sae\.k=1\.5 is not of its type, int"),
+        ({"k": None}, r"sae\.k=None is not of its type, int"),
+        ({"k": True}, r"sae\.k=True is not of its type, int"),
+        ({"auxk_relu": 1}, r"sae\.auxk_relu=1 is not of its type, bool"),
         ({"width": 32, "k": 33}, r"k=33 .* width of 32"),
         ({"sparsity": 1.0}, "variant topk has no setting sparsity"),
         ({"_target_": "elsewhere.SAE"}, r"choose sae=relu\|topk"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from data.bfloat16 import from_float32
 from data.errors import UserError
+from data.manifest import TRAIN
+from data.store import Store
+from tests.train.conftest import SITE, D, activations
 from train.callbacks import LastCheckpoint
 from train.plan import LAST
 from train.run import train
@@ -169,3 +174,30 @@ def test_a_checkpoint_is_whole_or_the_one_before(short: Any, tmp_path: Path, mon
     with pytest.raises(Broken):
         train(short("sae=topk"))
     assert torch.load(tmp_path / "run" / LAST, weights_only=True)["global_step"] == 10
+
+
+def test_a_run_goes_on_bit_equal_after_its_store_grew(
+    short: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, store_maker: Callable[..., Store]
+) -> None:
+    settings = short(*LONG, "sae=batchtopk")
+    store = store_maker(tmp_path / "own", settings)
+    own = [*LONG, "sae=batchtopk", f"cache={tmp_path / 'own'}"]
+    train(short(*own, f"out={tmp_path / 'whole'}"))
+    with monkeypatch.context() as patch, pytest.raises(Broken):
+        break_after(patch, 20)
+        train(short(*own, f"out={tmp_path / 'broken'}"))
+    units, rows = len(store.committed(TRAIN, SITE)), store.layout.unit_rows
+    store.require(TRAIN, SITE, D, (units + 1) * rows)
+    store.write(TRAIN, units, SITE, from_float32(activations(rows, 9)), {"device": "cpu"})
+    train(short(*own, f"out={tmp_path / 'broken'}"))
+    assert_same(final_state(tmp_path / "whole"), final_state(tmp_path / "broken"))
+    weights = [(tmp_path / name / "sae.safetensors").read_bytes() for name in ("whole", "broken")]
+    assert weights[0] == weights[1]
+
+
+def test_too_few_rows_to_calibrate_are_refused_before_the_training(short: Any, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"calibration_tokens=0 sets 0 rows aside, fewer than one batch=64"):
+        train(short("sae=batchtopk", "calibration_tokens=0"))
+    assert not (tmp_path / "run").exists()
+    train(short("sae=topk", "calibration_tokens=0"))
+    assert (tmp_path / "run" / "sae.safetensors").exists()

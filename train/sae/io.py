@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from safetensors.torch import save as to_bytes
 
+from data.commit import put
 from data.errors import UserError
 from train.sae.base import SAE
 from train.sae.batchtopk import BatchTopK
@@ -38,12 +39,8 @@ def save(sae: SAE, folder: str | Path, record: dict[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / CONFIG).unlink(missing_ok=True)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in sae.state_dict().items()}
-    part = folder / f"{WEIGHTS}.part"
-    save_file(tensors, part)
-    os.replace(part, folder / WEIGHTS)
-    part = folder / f"{CONFIG}.part"
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, folder / CONFIG)
+    put(folder / WEIGHTS, to_bytes(tensors))
+    put(folder / CONFIG, text.encode())
 
 
 def load_config(folder: str | Path) -> dict[str, Any]:
