@@ -61,7 +61,7 @@ class Request:
             rows={split: count for split, count in rows.items() if count},
             lm_batch=whole(cfg, "lm_batch", 1),
             cache=Path(cfg["cache"]),
-            store={name: cfg["store"][name] for name in LAYOUT_SETTINGS},
+            store=layout_asked(cfg["store"]),
             allow_mixed_devices=bool(cfg["allow_mixed_devices"]),
         )
         if request.rows.get(HELDOUT) and not request.packing.heldout:
@@ -78,6 +78,13 @@ class Request:
             raise UserError(
                 f"packing.context={self.packing.context} is longer than the model reads ({limit} tokens): lower it"
             )
+
+
+def layout_asked(store: Mapping[str, Any]) -> Json:
+    """What is asked of the layout, None where nothing is."""
+    least = {"chunk_rows": 1, "chunks_per_unit": 1, "mixing_seed": 0}
+    counts = {name: whole(store, name, least[name]) for name in least if store[name] is not None}
+    return {**dict.fromkeys(LAYOUT_SETTINGS), "dtype": store["dtype"], **counts}
 
 
 def identity_of(request: Request, tokenizer: Any) -> Json:

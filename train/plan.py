@@ -27,6 +27,7 @@ COUNTS = {  # the least each may be
     **dict.fromkeys(("tokens", "batch", "epochs", "log_every", "validate_every", "checkpoint_every"), 1),
     **dict.fromkeys(("calibration_tokens", "heldout_tokens", "seed"), 0),
 }
+ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps")
 EXTRAS = {"tensorboard": "tensorboard", "wandb": "wandb"}  # logger: module; the extra has the logger's name
 LAST = Path("checkpoints") / "last.ckpt"  # below the folder of a run
 
@@ -77,6 +78,8 @@ def checked(settings: Settings) -> Settings:
         raise UserError("clip=0 would stop every step: give a positive norm, or null for no clipping")
     if settings["dead_after"] is not None:
         counts["dead_after"] = whole(settings, "dead_after", 1)
+    if (accelerator := settings["trainer"]["accelerator"]) not in ACCELERATORS:
+        raise UserError(f"trainer.accelerator={accelerator} is unknown: choose one of {', '.join(ACCELERATORS)}")
     precision = settings["trainer"].get("precision", "32-true")
     if str(precision).endswith("-true") and precision != "32-true":
         raise UserError(f"trainer.precision={precision} would hold weights and moments in it: they stay 32-bit here")

@@ -6,6 +6,7 @@ import inspect
 import json
 import math
 import os
+import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import UnionType
@@ -140,7 +141,20 @@ def standing(folder: Path, settings: Settings, plan: Plan) -> str:
         )
     if (folder / CONFIG).is_file():
         return "done"
-    return "interrupted" if (folder / LAST).is_file() else "new"
+    if not (folder / LAST).is_file():
+        return "new"
+    if not _is_whole(folder / LAST):
+        raise UserError(f"{folder / LAST} is damaged, so there is nothing to go on from: remove the folder, train anew")
+    return "interrupted"
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    """Whether every part of a checkpoint, which is a zip file, has its checksum."""
+    try:
+        with zipfile.ZipFile(checkpoint) as parts:
+            return parts.testzip() is None
+    except zipfile.BadZipFile:
+        return False
 
 
 def numbers(settings: Settings, plan: Plan) -> Settings:

@@ -201,6 +201,7 @@ def test_a_disk_too_small_is_told_before_anything_is_written(
         ("tokens=0", "tokens=0 must be a whole number, 1 or more"),
         ("tokens=2.5", "tokens=2.5 must be a whole number"),
         ("heldout_tokens=-1", "heldout_tokens=-1 must be a whole number, 0 or more"),
+        ("store.chunk_rows=abc", "chunk_rows=abc must be a whole number, 1 or more"),
         ("lm_batch=many", "lm_batch=many must be a whole number"),
         ("tokens=1e6", "tokens=1,000,000 is more than the files text's train split holds"),
         ("packing.context=65", r"packing\.context=65 is longer than the model reads \(64 tokens\)"),

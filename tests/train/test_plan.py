@@ -50,6 +50,7 @@ def test_all_variants_get_the_same_chunks(short: Any) -> None:
         (["lr_warmup=5"], r"lr_warmup=5 must be a number from 0 to 1"),
         (["lr_decay=null"], r"lr_decay=None must be a number"),
         (["clip=0"], r"clip=0 would stop every step"),
+        (["trainer.accelerator=tpu"], r"trainer\.accelerator=tpu is unknown: choose one of auto, cpu"),
         (["clip=abc"], r"clip=abc must be a number"),
         (["dead_after=0"], r"dead_after=0 must be a whole number, 1 or more"),
         (["seed=null"], r"seed=None must be a whole number"),

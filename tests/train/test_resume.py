@@ -201,3 +201,18 @@ def test_too_few_rows_to_calibrate_are_refused_before_the_training(short: Any, t
     assert not (tmp_path / "run").exists()
     train(short("sae=topk", "calibration_tokens=0"))
     assert (tmp_path / "run" / "sae.safetensors").exists()
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped"])
+def test_a_damaged_checkpoint_is_refused_by_name(
+    short: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str
+) -> None:
+    with monkeypatch.context() as patch, pytest.raises(Broken):
+        break_after(patch, 20)
+        train(short("sae=topk"))
+    path = tmp_path / "run" / LAST
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data if damage == "flipped" else data[:-100])
+    with pytest.raises(UserError, match=r"last\.ckpt is damaged"):
+        train(short("sae=topk"))
