@@ -17,12 +17,15 @@ import random
 import signal
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from tqdm import tqdm
 
 from harvest import harvester, lm
 from harvest.run import harvest
@@ -140,6 +143,9 @@ def main() -> int:
     asked = parser.parse_args()
     os.environ["RANK"] = "1"  # no bars and summaries
     os.fsync = lambda fd: None
+    # tqdm's own lock is one semaphore for all forked processes: who is killed while he holds it stops the others.
+    tqdm.set_lock(threading.RLock())
+    tqdm.monitor_interval = 0  # nor a thread that may hold the lock while a process is forked
     harvester.POLL_S = 0.02
     rng, total, met, wrong = random.Random(asked.seed), Counter[str](), Counter[str](), 0
     share = -(-asked.kills // len(VARIANTS))
