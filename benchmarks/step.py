@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -85,7 +86,7 @@ class Round:
         for name in self._running():
             try:
                 seconds = processes[name].run(1)["seconds"]
-                if seconds < SLOW:
+                if seconds < SLOW or self.spec.device != "cpu":  # a GPU's first step compiles kernels
                     seconds = processes[name].run(1)["seconds"]
             except Failed as error:
                 self.rows[name] = {"failed": str(error)}
@@ -120,12 +121,19 @@ def measured(spec: Spec, batches: Tensor, names: list[str], args: argparse.Names
         torch.save(batches, path)
         processes = {}
         for name in names:
-            process = Process(name, spec, path, peers_python=args.peers_python, threads=args.threads)
+            peer = ENTRIES[name].peer
+            python, kept = (args.peers_python, args.allocator == "ours") if peer else (Path(sys.executable), False)
+            process = Process(name, spec, path, python=python, threads=args.threads, kept=kept)
             processes[name] = stack.enter_context(process)
         rows = Round(spec, names, args.rounds, args.round_seconds).measure(processes)
     on_gpu = torch.device(spec.device).type == "cuda"
-    machine = torch.cuda.get_device_name(spec.device) if on_gpu else "CPU"
-    return {"spec": asdict(spec), "threads": args.threads, "machine": machine, "torch": torch.__version__, "rows": rows}
+    place = {
+        "machine": torch.cuda.get_device_name(spec.device) if on_gpu else "CPU",
+        "threads": args.threads,
+        "torch": torch.__version__,
+        "allocator": args.allocator,
+    }
+    return {"spec": asdict(spec), **place, "rows": rows}
 
 
 def specs(args: argparse.Namespace, d_model: int) -> Iterator[Spec]:
@@ -149,7 +157,7 @@ def stored(path: Path) -> list[Cell]:
 
 def keep(path: Path, cell: Cell) -> None:
     """Add a cell to the file, in place of one of the same spec on the same machine."""
-    same = ("spec", "machine", "threads")
+    same = ("spec", "machine", "threads", "allocator")
     cells = [old for old in stored(path) if any(old[key] != cell[key] for key in same)]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps([*cells, cell], indent=1))
@@ -175,6 +183,9 @@ def parsed() -> argparse.Namespace:
         "--precision", choices=["float32", "tf32", "bf16"], default="float32", help="of a GPU's products"
     )
     parser.add_argument("--peers-python", type=Path, default=Path(".venv-peers/bin/python"), help="`make peers`")
+    parser.add_argument(
+        "--allocator", choices=["own", "ours"], default="own", help="ours: peers keep freed memory as our stages do"
+    )
     parser.add_argument("--out", type=Path, default=Path("outputs/step.json"))
     parser.add_argument("--report", action="store_true", help="print what --out holds, measure nothing")
     args = parser.parse_args()

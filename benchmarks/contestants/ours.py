@@ -65,7 +65,7 @@ class Ours:
         with self.spec.autocast():
             step = sae.loss(sae.norm.normalise(x_BD), dead_F=dead_F)
         self.optimizer.zero_grad()
-        step.loss.backward()
+        step.loss.backward()  # type: ignore[no-untyped-call]
         if sae.unit_rows:
             project_gradient_(sae.W_dec)
         torch.nn.utils.clip_grad_norm_(sae.parameters(), 1.0)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -40,28 +39,32 @@ ENTRIES = {
 }
 
 
+_QUIET = {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled"}
+# data.cli.keep_freed_memory for a process that cannot call it.
+_KEPT = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1), "MALLOC_TOP_PAD_": str(256 << 20)}
+
+
 class Failed(Exception):
     """A contestant that ended instead of answering: its last words."""
 
 
 class Process:
-    """Asks a worker; a context manager that ends it."""
+    """Asks a worker; a context manager that ends it. `kept`: its C allocator keeps freed memory."""
 
-    def __init__(self, name: str, spec: Spec, batches: Path, *, peers_python: Path, threads: int) -> None:
+    def __init__(self, name: str, spec: Spec, batches: Path, *, python: Path, threads: int, kept: bool) -> None:
         entry = ENTRIES[name]
         self.name = name
         self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115
-        python = str(peers_python) if entry.peer else sys.executable
         module = f"benchmarks.contestants.{entry.module}"
         worker = ["-W", "ignore", "-m", "benchmarks.contestants.worker"]
         self.process = subprocess.Popen(
-            [python, *worker, name, module, json.dumps(asdict(spec)), str(batches)],
+            [str(python), *worker, name, module, json.dumps(asdict(spec)), str(batches)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self.log,
             text=True,
             cwd=ROOT,
-            env={**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled"},
+            env={**os.environ, **_QUIET, **(_KEPT if kept else {}), "OMP_NUM_THREADS": str(threads)},
         )
 
     def _ask(self, line: str) -> dict[str, Any]:

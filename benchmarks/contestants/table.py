@@ -9,13 +9,13 @@ from typing import Any
 from benchmarks.contestants.process import ENTRIES, FLOOR, OURS
 from benchmarks.contestants.spec import Spec
 
-Cell = dict[str, Any]  # {"spec", "threads", "machine", "rows": {contestant: row}}
+Cell = dict[str, Any]  # {"spec", "threads", "machine", "torch", "allocator" of peers, "rows": {contestant: row}}
 Row = dict[str, Any]  # {"ms": a round each, "steps", "peak_mb", "device_mb", "facts"} or {"failed": why}
 
 
 def ratio(row: Row, over: Row) -> float:
     """Median over the rounds of both of one's time over the other's."""
-    return statistics.median(a / b for a, b in zip(row["ms"], over["ms"], strict=False))
+    return float(statistics.median(a / b for a, b in zip(row["ms"], over["ms"], strict=False)))
 
 
 def valid(cell: Cell) -> dict[str, Row]:
@@ -39,6 +39,8 @@ def title(cell: Cell) -> str:
     spec = Spec(**cell["spec"])
     sparsity = f"k={spec.k}" if spec.activity == spec.k else f"L0={spec.l0:g}"
     place = f"{cell['machine']}, {cell['threads']} threads, {spec.precision}, torch {cell['torch']}"
+    if cell["allocator"] == "ours":
+        place += ", peers keeping freed memory as ours"
     sizes = f"d={spec.d_model} F={spec.width} B={spec.batch} {sparsity}, {spec.dead:.0%} dead"
     return f"{spec.variant}: {sizes} ({place})"
 
