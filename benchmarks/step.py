@@ -82,7 +82,12 @@ class Round:
         return [name for name, row in self.rows.items() if "failed" not in row]
 
     def warm(self, processes: dict[str, Process]) -> None:
-        """A first step each, a second of the fast; sets the steps of a round."""
+        """When all are ready, a first step each, a second of the fast; sets the steps of a round."""
+        for name, process in processes.items():
+            try:
+                process.ready()
+            except Failed as error:
+                self.rows[name] = {"failed": str(error)}
         for name in self._running():
             try:
                 seconds = processes[name].run(1)["seconds"]

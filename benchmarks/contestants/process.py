@@ -68,12 +68,16 @@ class Process:
         )
 
     def _ask(self, line: str) -> dict[str, Any]:
-        assert self.process.stdin is not None and self.process.stdout is not None
+        assert self.process.stdin is not None
         try:
             self.process.stdin.write(line + "\n")
             self.process.stdin.flush()
         except BrokenPipeError:
             pass  # its last words say more
+        return self._answer()
+
+    def _answer(self) -> dict[str, Any]:
+        assert self.process.stdout is not None
         answer = self.process.stdout.readline()
         if not answer:
             code = self.process.wait()
@@ -82,6 +86,10 @@ class Process:
             raise Failed(" / ".join(words[-2:]) or f"ended with {code}")
         found: dict[str, Any] = json.loads(answer)
         return found
+
+    def ready(self) -> None:
+        """Wait until it is made: called once, before anything is asked."""
+        self._answer()
 
     def run(self, steps: int) -> dict[str, float]:
         return self._ask(str(steps))

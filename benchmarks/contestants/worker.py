@@ -2,8 +2,9 @@
 
     python -m benchmarks.contestants.worker NAME MODULE SPEC BATCHES
 
-A line on stdin is answered by a line of JSON: a number n by {"seconds", "peak_mb", "device_mb"} of n steps, `facts` by
-the contestant's facts. SPEC is JSON; BATCHES a file of torch with the batches [n, B, D].
+It says when it is ready; then a line on stdin is answered by a line of JSON: a number n by {"seconds", "peak_mb",
+"device_mb"} of n steps, `facts` by the contestant's facts. SPEC is JSON; BATCHES a file of torch with the batches
+[n, B, D]. Memory is read as Linux tells it.
 """
 
 from __future__ import annotations
@@ -90,6 +91,7 @@ def main() -> None:
     make = importlib.import_module(module).make
     rehearse(make, name, spec)
     stepper = Stepper(make, name, spec, torch.load(path).to(spec.device))
+    print(json.dumps({"ready": True}), file=answers, flush=True)
     for line in sys.stdin:
         asked = line.strip()
         answer = stepper.facts() if asked == "facts" else stepper.run(int(asked))
