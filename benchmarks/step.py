@@ -5,12 +5,12 @@
     python -m benchmarks.step --report                                         # all that --out holds, and the goals
 
 Each contestant lives in a process of its own (the peers' in their own environment) and steps when asked, so that they
-take turns on a quiet machine: a round lasts about --round-seconds for each, their order rotates, ratios are medians
-over rounds. All get the same float32 batches with E||x||^2 = D, learning rate 1e-9 (activity and dead latents stay
-as set) and their own defaults otherwise. A dead latent's encoder row is made small so that it never fires, and its
-counter says that it has not for long; that AuxK then ran, on so many latents, is checked. Of relu, gated and jumprelu
-one bias or threshold for all latents, measured on 256 tokens, sets L0. Memory is the peak above what the process held
-before its SAE was made. Every cell is added to --out, which a later call extends.
+take turns on a quiet machine: --steps of each make a round, their order rotates, ratios are medians over rounds. All
+get the same float32 batches with E||x||^2 = D, learning rate 1e-9 (activity and dead latents stay as set) and their
+own defaults otherwise. A dead latent's encoder row is made small so that it never fires, and its counter says that it
+has not for long; that AuxK then ran, on so many latents, is checked. Of relu, gated and jumprelu one bias or threshold
+for all latents, measured on 256 tokens, sets L0. Memory is the peak above what the process held before its SAE was
+made. Every cell is added to --out, which a later call extends.
 """
 
 from __future__ import annotations
@@ -74,15 +74,15 @@ def failing(spec: Spec, name: str, facts: dict[str, float]) -> str | None:
 class Round:
     """The contestants of one cell, alive side by side."""
 
-    def __init__(self, spec: Spec, names: list[str], rounds: int, round_seconds: float) -> None:
-        self.spec, self.rounds, self.round_seconds = spec, rounds, round_seconds
-        self.rows: dict[str, Row] = {name: {"ms": [], "steps": 1} for name in names}
+    def __init__(self, spec: Spec, names: list[str], rounds: int, steps: int) -> None:
+        self.spec, self.rounds, self.steps = spec, rounds, steps
+        self.rows: dict[str, Row] = {name: {"ms": [], "steps": steps} for name in names}
 
     def _running(self) -> list[str]:
         return [name for name, row in self.rows.items() if "failed" not in row]
 
     def warm(self, processes: dict[str, Process]) -> None:
-        """When all are ready, a first step each, a second of the fast; sets the steps of a round."""
+        """When all are ready, a first step each, a second of the fast."""
         for name, process in processes.items():
             try:
                 process.ready()
@@ -95,8 +95,8 @@ class Round:
                     seconds = processes[name].run(1)["seconds"]
             except Failed as error:
                 self.rows[name] = {"failed": str(error)}
-                continue
-            self.rows[name] |= {"steps": max(1, min(50, round(self.round_seconds / seconds))), "slow": seconds > SLOW}
+            else:
+                self.rows[name]["slow"] = seconds > SLOW
 
     def turn(self, index: int, processes: dict[str, Process]) -> None:
         running = self._running()
@@ -104,8 +104,8 @@ class Round:
             row = self.rows[name]
             if index and row["slow"]:
                 continue
-            answer = processes[name].run(row["steps"])
-            row["ms"].append(1e3 * answer["seconds"] / row["steps"])
+            answer = processes[name].run(self.steps)
+            row["ms"].append(1e3 * answer["seconds"] / self.steps)
             row |= {"peak_mb": answer["peak_mb"], "device_mb": answer["device_mb"]}
 
     def measure(self, processes: dict[str, Process]) -> dict[str, Row]:
@@ -130,7 +130,7 @@ def measured(spec: Spec, batches: Tensor, names: list[str], args: argparse.Names
             python, kept = (args.peers_python, args.allocator == "ours") if peer else (Path(sys.executable), False)
             process = Process(name, spec, path, python=python, threads=args.threads, kept=kept)
             processes[name] = stack.enter_context(process)
-        rows = Round(spec, names, args.rounds, args.round_seconds).measure(processes)
+        rows = Round(spec, names, args.rounds, args.steps).measure(processes)
     on_gpu = torch.device(spec.device).type == "cuda"
     place = {
         "machine": torch.cuda.get_device_name(spec.device) if on_gpu else "CPU",
@@ -181,7 +181,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--store", type=Path, help="the folder of a store, for harvested activations; sets d")
     parser.add_argument("--site", help="of the store")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--round-seconds", type=float, default=1.0, help="a contestant's share of a round, at least")
+    parser.add_argument("--steps", type=int, default=2, help="of each contestant in a round; on a GPU take 20 or more")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of each contestant")
     parser.add_argument("--device", default="cpu")
     parser.add_argument(

@@ -97,7 +97,7 @@ def run(tmp_path: Path, *options: str) -> dict[str, Cell]:
     """Cells by variant, of a tiny size with a fifth of the latents dead."""
     out = tmp_path / "step.json"
     sizes = ["--d-model", "32", "--width", "256", "--k", "4", "--l0", "12", "--batches", "64", "--dead", "0.2"]
-    pace = ["--rounds", "2", "--round-seconds", "0.02", "--threads", "1", "--out", str(out)]
+    pace = ["--rounds", "2", "--steps", "3", "--threads", "1", "--out", str(out)]
     command = [sys.executable, "-m", "benchmarks.step", *sizes, *pace, *options]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
