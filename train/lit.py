@@ -118,7 +118,7 @@ class LitSAE(LightningModule):
         fired_F, world = self.last.fired_F, self.trainer.world_size
         if world > 1:
             fired_F = self.trainer.strategy.reduce(fired_F.int(), reduce_op="max").bool()
-        self.dead.update(fired_F, len(self.last.f_BF) * world)
+        self.dead.update(fired_F, self.last.tokens * world)
         done = self.global_step + 1  # Lightning counts this step when the hook returns
         if done % self.log_every == 0 or done == self.trainer.max_steps:
             self.check_finite()

@@ -16,8 +16,10 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from data.errors import UserError
+from train.sae.encode import Codes, encode
 from train.sae.init import SAMPLES, directions, geometric_median
 from train.sae.norm import InputNorm
+from train.sae.select import Selector
 
 _SCALING_ROWS = 1024  # tokens the first scale of the encoder is measured on
 
@@ -28,25 +30,30 @@ class Step:
 
     loss: the scalar to differentiate.
     parts: detached scalars, already weighted where they are terms of the loss; always `nmse` and `l0`.
-    f_BF: the training-form activations, detached, at least 0.
+    codes, xn_hat_BD: f and x_hat' of the training form, detached.
     """
 
     loss: Float[Tensor, ""]
     parts: dict[str, Tensor]
-    f_BF: Float[Tensor, "B F"]
+    codes: Codes
+    xn_hat_BD: Float[Tensor, "B D"]
+
+    @property
+    def tokens(self) -> int:
+        return self.codes.shape[0]
 
     @property
     def fired_F(self) -> Bool[Tensor, " F"]:
         """Latents that fired on any token of the batch."""
-        return self.f_BF.amax(0) > 0
+        return self.codes.fired(self.codes.values)
 
 
 class SAE(nn.Module, ABC):
     """x_hat' = f W_dec + b_dec with z = (x' - b_dec) W_enc + b_enc and f a variant's function of z.
 
-    W_enc [D, F], W_dec [F, D], b_dec [D], float32. Buffers: `norm.scale`, `variance` (Vx = E||x' - E x'||^2) and
-    `mean_sq` (E||x'||^2), both of the training tokens. Squared errors are summed over D, averaged over tokens and
-    divided by Vx; an L1 is divided by sqrt(Vx). So the reconstruction's term reads as an NMSE.
+    W_enc [D, F] (in memory as its transpose), W_dec [F, D], b_dec [D], float32. Buffers: `norm.scale`, `variance`
+    (Vx = E||x' - E x'||^2) and `mean_sq` (E||x'||^2), of the training tokens. Squared errors are summed over D,
+    averaged over tokens and divided by Vx; an L1 is divided by sqrt(Vx). So the reconstruction's term reads as an NMSE.
 
     The trainer's order: `step = loss(norm.normalise(x), dead_F=...)`, backward, `project_gradient_(W_dec)` where
     `unit_rows`, clipping, the optimizer's step, `renormalise_(W_dec)` where `unit_rows`, `after_step(step)`. Nothing
@@ -72,7 +79,7 @@ class SAE(nn.Module, ABC):
         self.unit_rows = True
         self.norm = InputNorm(input_norm, d_in)
         rows_FD = directions(width, d_in, seed=0)
-        self.W_enc = nn.Parameter(rows_FD.t().clone(memory_format=torch.contiguous_format))
+        self.W_enc = nn.Parameter(rows_FD.clone().t())  # latent by latent in memory, as the sparse gradients come
         self.W_dec = nn.Parameter(rows_FD)
         self.b_dec = nn.Parameter(torch.zeros(d_in))
         for name in self.bias_names:
@@ -83,8 +90,8 @@ class SAE(nn.Module, ABC):
     # What a variant defines.
 
     @abstractmethod
-    def activate(self, xn_BD: Float[Tensor, "B D"]) -> Float[Tensor, "B F"]:
-        """f of normalised input, in the form that ships."""
+    def active(self, xn_BD: Float[Tensor, "B D"]) -> tuple[Codes, Tensor]:
+        """Codes of normalised input and their f, in the form that ships."""
 
     @abstractmethod
     def loss(
@@ -111,6 +118,20 @@ class SAE(nn.Module, ABC):
         bias_F: Tensor = getattr(self, self.bias_names[0])
         return torch.addmm(bias_F, self.input_centred(xn_BD), self.W_enc)
 
+    def encoded(self, xn_BD: Float[Tensor, "B D"], selector: Selector, *aside: Any) -> tuple[Codes, Codes | None]:
+        """What `selector` keeps of z, and what `encode` gives of latents aside."""
+        bias_F: Tensor = getattr(self, self.bias_names[0])
+        return encode(xn_BD, self.W_enc, bias_F, self.b_dec if self.apply_b_dec_to_input else None, selector, *aside)
+
+    def decoded(self, codes: Codes, f: Tensor) -> Float[Tensor, "B D"]:
+        """x_hat' = f W_dec + b_dec of codes."""
+        return codes.decode(f, self.W_dec)[0] + self.b_dec
+
+    def activate(self, xn_BD: Float[Tensor, "B D"]) -> Float[Tensor, "B F"]:
+        """f of normalised input, in the form that ships."""
+        codes, f = self.active(xn_BD)
+        return codes.dense(f)
+
     def decode_normalised(self, f_BF: Float[Tensor, "B F"]) -> Float[Tensor, "B D"]:
         """x_hat' = f W_dec + b_dec."""
         return torch.addmm(self.b_dec, f_BF, self.W_dec)
@@ -121,8 +142,8 @@ class SAE(nn.Module, ABC):
 
     def run(self, x_BD: Float[Tensor, "B D"]) -> tuple[Float[Tensor, "B F"], Float[Tensor, "B D"]]:
         """f and x_hat of model-unit input, in the form that ships; x_hat in model units and the parameters' dtype."""
-        f_BF = self.encode(x_BD)
-        return f_BF, self.norm.denormalise(self.decode_normalised(f_BF), x_BD)
+        codes, f = self.active(self.norm.normalise(x_BD))
+        return codes.dense(f), self.norm.denormalise(self.decoded(codes, f), x_BD)
 
     def forward(self, x_BD: Float[Tensor, "B D"]) -> Float[Tensor, "B D"]:
         """x_hat in model units."""
@@ -134,9 +155,9 @@ class SAE(nn.Module, ABC):
             raise UserError(f"parameters in {self.W_dec.dtype} cannot follow small gradients: train the SAE in float32")
         return (xn_hat_BD - xn_BD).square().sum() / (xn_BD.shape[0] * self.variance)
 
-    def l1(self, f_BF: Float[Tensor, "B F"]) -> Float[Tensor, ""]:
-        """E over tokens of sum_j f_j / sqrt(Vx), for f at least 0."""
-        return f_BF.sum() / (f_BF.shape[0] * self.variance.sqrt())
+    def l1(self, f: Tensor, tokens: int) -> Float[Tensor, ""]:
+        """E over tokens of sum_j f_j / sqrt(Vx), for f at least 0, of the latents active on so many tokens."""
+        return f.sum() / (tokens * self.variance.sqrt())
 
     def after_step(self, step: Step) -> None:
         """After the optimizer's step, in training only: `step` is what `loss` gave for this batch."""
@@ -166,7 +187,7 @@ class SAE(nn.Module, ABC):
         self.W_dec.copy_(directions(self.width, self.d_in, seed))
         self._start_encoder(1.0)
         xn_BD = xn_ND[:_SCALING_ROWS]
-        explained = (self.loss(xn_BD).f_BF @ self.W_dec).square().sum()
+        explained = (self.loss(xn_BD).xn_hat_BD - self.b_dec).square().sum()
         wanted = (xn_BD - self.b_dec).square().sum()
         if explained > 0 and wanted > 0:
             self._start_encoder(float((wanted / explained).sqrt()))

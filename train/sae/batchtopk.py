@@ -12,7 +12,8 @@ from torch import Tensor
 from data.errors import UserError
 from train.sae.base import Step
 from train.sae.calibrate import Calibration, calibrate, running_mean_
-from train.sae.sparse import top_of_batch
+from train.sae.encode import Codes
+from train.sae.select import Above, TopOfBatch
 from train.sae.topk import TopKFamily
 
 _DECAY = 0.999
@@ -60,34 +61,33 @@ class BatchSelected(TopKFamily):
 
     @abstractmethod
     def reconstruct(
-        self, f_BF: Float[Tensor, "B F"], xn_BD: Float[Tensor, "B D"]
+        self, codes: Codes, xn_BD: Float[Tensor, "B D"]
     ) -> tuple[Float[Tensor, ""], Float[Tensor, ""], Float[Tensor, "B D"]]:
         """The reconstruction's term of the loss, the full width's NMSE, and the full width's x_hat'."""
 
-    def activate(self, xn_BD: Float[Tensor, "B D"]) -> Float[Tensor, "B F"]:
-        z_BF = self.pre_activation(xn_BD)
-        return torch.where(z_BF > self.threshold, z_BF, 0.0)
+    def active(self, xn_BD: Float[Tensor, "B D"]) -> tuple[Codes, Tensor]:
+        codes, _ = self.encoded(xn_BD, Above(self.threshold))
+        return codes, torch.where(codes.values > self.threshold, codes.values, 0.0)
 
     def activate_batch(self, xn_BD: Float[Tensor, "B D"]) -> Float[Tensor, "B F"]:
         """The training form, whose f of a token depends on the rest of its batch."""
-        z_BF = self.pre_activation(xn_BD)
-        return torch.where(top_of_batch(z_BF, self.k * z_BF.shape[0])[0], z_BF, 0.0)
+        codes, _ = self.encoded(xn_BD, TopOfBatch(self.k * len(xn_BD)))
+        return codes.dense(codes.values)
 
     def loss(
         self, xn_BD: Float[Tensor, "B D"], *, dead_F: Bool[Tensor, " F"] | None = None, sparsity_scale: float = 1.0
     ) -> Step:
-        z_BF = self.pre_activation(xn_BD)
-        kept_BF, smallest = top_of_batch(z_BF, self.k * z_BF.shape[0])
-        f_BF = torch.where(kept_BF, z_BF, 0.0)
-        reconstruction, nmse, xn_hat_BD = self.reconstruct(f_BF, xn_BD)
-        auxk = self.auxk(z_BF, (xn_BD - xn_hat_BD).detach(), dead_F)
+        wanted = self.k * len(xn_BD)
+        codes, aside = self.with_dead(xn_BD, TopOfBatch(wanted), dead_F)
+        reconstruction, nmse, xn_hat_BD = self.reconstruct(codes, xn_BD)
+        auxk = self.auxk(aside, (xn_BD - xn_hat_BD).detach())
         parts = {
             "nmse": nmse.detach(),
-            "l0": kept_BF.sum() / kept_BF.shape[0],
+            "l0": codes.l0(codes.values),
             "auxk": auxk.detach(),
-            "min_kept": smallest,
+            "min_kept": codes.values.detach().min() if len(codes.values) == wanted else nmse.new_zeros(()),
         }
-        return Step(loss=reconstruction + auxk, parts=parts, f_BF=f_BF.detach())
+        return Step(reconstruction + auxk, parts, codes.of(codes.values), xn_hat_BD.detach())
 
     @torch.no_grad()
     def after_step(self, step: Step) -> None:
@@ -119,8 +119,8 @@ class BatchTopK(BatchSelected):
     name = "batchtopk"
 
     def reconstruct(
-        self, f_BF: Float[Tensor, "B F"], xn_BD: Float[Tensor, "B D"]
+        self, codes: Codes, xn_BD: Float[Tensor, "B D"]
     ) -> tuple[Float[Tensor, ""], Float[Tensor, ""], Float[Tensor, "B D"]]:
-        xn_hat_BD = self.decode_normalised(f_BF)
+        xn_hat_BD = self.decoded(codes, codes.values)
         nmse = self.nmse(xn_hat_BD, xn_BD)
         return nmse, nmse, xn_hat_BD

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from train.sae.sparse import top_of_batch
+from train.sae.select import TopOfBatch, select
 
 
 def running_mean_(mean: Tensor, weight: Tensor, value: Tensor, decay: float) -> None:
@@ -42,6 +42,12 @@ class Calibration:
     tokens: int
 
 
+def _smallest_kept(z_BF: Tensor, count: int) -> float:
+    """The `count`-th largest of z, 0 where fewer are positive."""
+    values_n = select(TopOfBatch(count), z_BF).values_n
+    return float(values_n.min()) if len(values_n) == count else 0.0
+
+
 @torch.no_grad()
 def calibrate(
     pre_activation: Callable[[Tensor], Tensor], batches: Sequence[Float[Tensor, "_ D"]], k: int
@@ -51,7 +57,7 @@ def calibrate(
     Every batch keeps its k * B largest, all at least as large as the smallest value any batch kept. So at least k * N
     values of the set lie at or above that bound, and T_k is exact from those alone.
     """
-    kept = [float(top_of_batch(z_BF, k * z_BF.shape[0])[1]) for z_BF in map(pre_activation, batches)]
+    kept = [_smallest_kept(z_BF, k * z_BF.shape[0]) for z_BF in map(pre_activation, batches)]
     used = [value for value in kept if value > 0]
     threshold = sum(used) / len(used) if used else 0.0
     bound, above, tokens = min(kept, default=0.0), 0, 0

@@ -8,6 +8,11 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from train.sae.encode import Codes
+from train.sae.select import TopPerToken
+
+_HELD = 8  # times k_aux: up to so many dead latents dense products are the faster ones
+
 
 def default_window(tokens: int) -> int:
     """Silent tokens after which a latent is dead: the smaller of 10M training tokens and a tenth of the run."""
@@ -38,31 +43,26 @@ def auxk_size(d_in: int) -> int:
     return int(2 ** max(0, math.floor(math.log2(d_in / 2) + 0.5)))
 
 
+def auxk_selector(d_in: int, dead: int) -> TopPerToken | None:
+    """What picks AuxK's latents among so many dead ones as z passes by; None where all their z may be held."""
+    k = auxk_size(d_in)
+    return TopPerToken(k, positive=False) if dead > _HELD * k else None
+
+
 def auxk_error(
-    z_BF: Float[Tensor, "B F"],
-    residual_BD: Float[Tensor, "B D"],
-    dead_F: Bool[Tensor, " F"] | None,
-    W_dec_FD: Float[Tensor, "F D"],
-    *,
-    relu: bool,
+    codes: Codes, residual_BD: Float[Tensor, "B D"], W_dead_dD: Float[Tensor, "d D"], *, relu: bool
 ) -> Float[Tensor, ""]:
-    """AuxK (Gao et al. 2406.04093, A.2): E over tokens of ||r - a W_dec||^2, zero where nothing is dead.
+    """AuxK (Gao et al. 2406.04093, A.2): E over tokens of ||r - a W_dec||^2 of dead latents' z and decoder rows.
 
     a holds the k_aux largest pre-activations z of each token among the dead latents (live ones cannot win: they are
     not looked at) and zero elsewhere; no b_dec. `residual_BD` r = x' - x_hat' must be detached. Signed values of a
     give a gradient where z < 0; `relu` takes relu(a), the reference form, which gives none there.
     """
     assert not residual_BD.requires_grad, "AuxK explains the residual and must not change it"
-    if dead_F is None:
-        return z_BF.new_zeros(())
-    index = dead_F.nonzero().squeeze(1)
-    k = min(auxk_size(residual_BD.shape[1]), index.numel())
-    if k == 0:
-        return z_BF.new_zeros(())
-    a_Bn = z_BF.index_select(1, index)
-    if k < index.numel():
-        top_Bk = a_Bn.detach().topk(k, dim=1, sorted=False).indices
-        a_Bn = torch.where(torch.zeros_like(a_Bn, dtype=torch.bool).scatter_(1, top_Bk, True), a_Bn, 0.0)
+    a, k = codes.values, auxk_size(residual_BD.shape[1])
+    if codes.support is None and k < a.shape[1]:
+        top_Bk = a.detach().topk(k, dim=1, sorted=False).indices
+        a = torch.where(torch.zeros_like(a, dtype=torch.bool).scatter_(1, top_Bk, True), a, 0.0)
     if relu:
-        a_Bn = a_Bn.relu()
-    return (a_Bn @ W_dec_FD[index] - residual_BD).square().sum() / z_BF.shape[0]
+        a = a.relu()
+    return (codes.decode(a, W_dead_dD)[0] - residual_BD).square().sum() / len(residual_BD)

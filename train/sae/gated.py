@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from train.sae.base import Step
+from train.sae.encode import Codes, encode
 from train.sae.penalty import PenalisedSAE
+from train.sae.select import Above, Selector
 
 
 class Gated(PenalisedSAE):
@@ -39,28 +43,29 @@ class Gated(PenalisedSAE):
         )
         self.r_mag = nn.Parameter(torch.zeros(width))
 
-    def _gate_and_f(self, xn_BD: Float[Tensor, "B D"]) -> tuple[Float[Tensor, "B F"], Float[Tensor, "B F"]]:
-        """pi and f."""
-        h_BF = self.input_centred(xn_BD) @ self.W_enc
-        pi_BF = h_BF + self.b_gate
-        mag_BF = torch.addcmul(self.b_mag, h_BF, self.r_mag.exp())
-        return pi_BF, torch.where(pi_BF > 0, mag_BF.relu(), 0.0)
+    def encoded(self, xn_BD: Float[Tensor, "B D"], selector: Selector, *aside: Any) -> tuple[Codes, Codes | None]:
+        """Codes of h, which has no bias."""
+        return encode(xn_BD, self.W_enc, None, self.b_dec if self.apply_b_dec_to_input else None, selector, *aside)
 
-    def activate(self, xn_BD: Float[Tensor, "B D"]) -> Float[Tensor, "B F"]:
-        return self._gate_and_f(xn_BD)[1]
+    def _gate_and_f(self, xn_BD: Float[Tensor, "B D"]) -> tuple[Codes, Tensor, Tensor]:
+        """Codes of h, relu(pi) and f; h > -b_gate is just pi > 0, in floating point too."""
+        codes, _ = self.encoded(xn_BD, Above(-self.b_gate.detach()))
+        pi = codes.values + codes.at(self.b_gate)
+        mag = torch.addcmul(codes.at(self.b_mag), codes.values, codes.at(self.r_mag).exp())
+        return codes, pi.relu(), torch.where(pi > 0, mag.relu(), 0.0)
+
+    def active(self, xn_BD: Float[Tensor, "B D"]) -> tuple[Codes, Tensor]:
+        codes, _, f = self._gate_and_f(xn_BD)
+        return codes, f
 
     def loss(
         self, xn_BD: Float[Tensor, "B D"], *, dead_F: Bool[Tensor, " F"] | None = None, sparsity_scale: float = 1.0
     ) -> Step:
-        pi_BF, f_BF = self._gate_and_f(xn_BD)
-        nmse = self.nmse(self.decode_normalised(f_BF), xn_BD)
-        gate_BF = pi_BF.relu()
-        sparsity, told = self.penalised(self.l1(gate_BF), sparsity_scale)
-        auxiliary = self.nmse(torch.addmm(self.b_dec.detach(), gate_BF, self.W_dec.detach()), xn_BD)
-        parts = {
-            "nmse": nmse.detach(),
-            "l0": f_BF.count_nonzero() / f_BF.shape[0],
-            **told,
-            "auxiliary": auxiliary.detach(),
-        }
-        return Step(loss=nmse + sparsity + auxiliary, parts=parts, f_BF=f_BF.detach())
+        (codes, gate, f), tokens = self._gate_and_f(xn_BD), len(xn_BD)
+        xn_hat_BD = self.decoded(codes, f)
+        nmse = self.nmse(xn_hat_BD, xn_BD)
+        sparsity, told = self.penalised(self.l1(gate, tokens), sparsity_scale)
+        by_gate_BD = codes.decode(gate, self.W_dec.detach())[0] + self.b_dec.detach()
+        auxiliary = self.nmse(by_gate_BD, xn_BD)
+        parts = {"nmse": nmse.detach(), "l0": codes.l0(f), **told, "auxiliary": auxiliary.detach()}
+        return Step(nmse + sparsity + auxiliary, parts, codes.of(f), xn_hat_BD.detach())

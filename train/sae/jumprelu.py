@@ -11,41 +11,48 @@ from torch.autograd.function import once_differentiable
 
 from data.errors import UserError
 from train.sae.base import SAE, Step
+from train.sae.encode import Codes
 from train.sae.penalty import check_sparsity
+from train.sae.select import Above
 
 _WEIGHT, _WEIGHT_OF_TARGET = 0.001, 0.3  # of E[L0] and of (E[L0] / k - 1)^2, where `sparsity` is None
+
+
+def _of_theta(grad: Tensor, theta: Tensor) -> Tensor:
+    """A gradient beside z as one of theta: theta stands beside each z, or once for each latent."""
+    return grad if grad.shape == theta.shape else grad.sum(0)
 
 
 class _Jump(torch.autograd.Function):
     """f = z 1[z > theta]; df/dz = 1[z > theta], df/dtheta = -(theta / eps) K(u), u = (z - theta) / eps."""
 
     @staticmethod
-    def forward(ctx: Any, z_BF: Tensor, theta_F: Tensor, eps: Tensor) -> Tensor:
-        ctx.save_for_backward(z_BF, theta_F, eps)
-        return torch.where(z_BF > theta_F, z_BF, 0.0)
+    def forward(ctx: Any, z: Tensor, theta: Tensor, eps: Tensor) -> Tensor:
+        ctx.save_for_backward(z, theta, eps)
+        return torch.where(z > theta, z, 0.0)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_BF: Tensor) -> tuple[Tensor, Tensor, None]:
-        z_BF, theta_F, eps = ctx.saved_tensors
-        near_F = torch.where((z_BF - theta_F).abs() < eps / 2, grad_BF, 0.0).sum(0)
-        return torch.where(z_BF > theta_F, grad_BF, 0.0), -(theta_F / eps) * near_F, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        z, theta, eps = ctx.saved_tensors
+        near = torch.where((z - theta).abs() < eps / 2, grad, 0.0)
+        return torch.where(z > theta, grad, 0.0), -(theta / eps) * _of_theta(near, theta), None
 
 
 class _MeanL0(torch.autograd.Function):
     """Mean over tokens of sum_j 1[z_j > theta_j]; d1/dtheta = -(1 / eps) K((z - theta) / eps), nothing to z."""
 
     @staticmethod
-    def forward(ctx: Any, z_BF: Tensor, theta_F: Tensor, eps: Tensor) -> Tensor:
-        near_F = ((z_BF - theta_F).abs() < eps / 2).sum(0)
-        ctx.save_for_backward(near_F / (eps * z_BF.shape[0]))
-        return (z_BF > theta_F).sum() / z_BF.new_tensor(z_BF.shape[0])
+    def forward(ctx: Any, z: Tensor, theta: Tensor, eps: Tensor, tokens: int) -> Tensor:
+        near = _of_theta(((z - theta).abs() < eps / 2).to(z.dtype), theta)
+        ctx.save_for_backward(near / (eps * tokens))
+        return (z > theta).sum() / z.new_tensor(tokens)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, None]:
-        (slope_F,) = ctx.saved_tensors
-        return None, -grad * slope_F, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, None, None]:
+        (slope,) = ctx.saved_tensors
+        return None, -grad * slope, None, None
 
 
 class JumpReLU(SAE):
@@ -87,21 +94,24 @@ class JumpReLU(SAE):
         """The kernel's width in x' units."""
         return self.bandwidth * self.mean_sq.sqrt()
 
-    def activate(self, xn_BD: Float[Tensor, "B D"]) -> Float[Tensor, "B F"]:
-        z_BF = self.pre_activation(xn_BD)
-        return torch.where(z_BF > self.theta, z_BF, 0.0)
+    def active(self, xn_BD: Float[Tensor, "B D"]) -> tuple[Codes, Tensor]:
+        codes, _ = self.encoded(xn_BD, Above(self.theta.detach()))
+        return codes, torch.where(codes.values > codes.at(self.theta), codes.values, 0.0)
 
     def loss(
         self, xn_BD: Float[Tensor, "B D"], *, dead_F: Bool[Tensor, " F"] | None = None, sparsity_scale: float = 1.0
     ) -> Step:
-        z_BF, eps = self.pre_activation(xn_BD), self.eps
-        f_BF: Tensor = _Jump.apply(z_BF, self.theta, eps)  # type: ignore[no-untyped-call]
-        nmse = self.nmse(self.decode_normalised(f_BF), xn_BD)
-        l0: Tensor = _MeanL0.apply(z_BF, self.theta, eps)  # type: ignore[no-untyped-call]
+        tokens, eps = len(xn_BD), self.eps
+        codes, _ = self.encoded(xn_BD, Above(self.theta.detach() - eps))  # half of eps reaches theta, the rest rounding
+        theta = codes.at(self.theta)
+        f: Tensor = _Jump.apply(codes.values, theta, eps)  # type: ignore[no-untyped-call]
+        xn_hat_BD = self.decoded(codes, f)
+        nmse = self.nmse(xn_hat_BD, xn_BD)
+        l0: Tensor = _MeanL0.apply(codes.values, theta, eps, tokens)  # type: ignore[no-untyped-call]
         penalty = l0 if self.k is None else (l0 / self.k - 1).square()
         sparsity = sparsity_scale * self.sparsity * penalty
         parts = {"nmse": nmse.detach(), "l0": l0.detach(), "sparsity": sparsity.detach()}
-        return Step(loss=nmse + sparsity, parts=parts, f_BF=f_BF.detach())
+        return Step(nmse + sparsity, parts, codes.of(f), xn_hat_BD.detach())
 
     @torch.no_grad()
     def after_step(self, step: Step) -> None:

@@ -6,12 +6,12 @@ import math
 from collections.abc import Sequence
 from itertools import pairwise
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from data.errors import UserError
 from train.sae.batchtopk import BatchSelected
+from train.sae.encode import Codes
 
 # The paper's 2048, 6144, 14336, 30720 and 65536 latents of 65536.
 _PREFIXES = (0.03125, 0.09375, 0.21875, 0.46875, 1.0)
@@ -57,13 +57,8 @@ class Matryoshka(BatchSelected):
             )
 
     def reconstruct(
-        self, f_BF: Float[Tensor, "B F"], xn_BD: Float[Tensor, "B D"]
+        self, codes: Codes, xn_BD: Float[Tensor, "B D"]
     ) -> tuple[Float[Tensor, ""], Float[Tensor, ""], Float[Tensor, "B D"]]:
-        xn_hat_BD = self.b_dec.expand_as(xn_BD)
-        total = f_BF.new_zeros(())
-        nmse = total
-        for start, end in pairwise([0, *self.sizes]):
-            xn_hat_BD = torch.addmm(xn_hat_BD, f_BF[:, start:end], self.W_dec[start:end])
-            nmse = self.nmse(xn_hat_BD, xn_BD)
-            total = total + nmse
-        return total, nmse, xn_hat_BD
+        xn_hat_PBD = codes.decode(codes.values, self.W_dec, self.sizes) + self.b_dec
+        nmse_P = (xn_hat_PBD - xn_BD).square().sum((1, 2)) / (len(xn_BD) * self.variance)
+        return nmse_P.sum(), nmse_P[-1], xn_hat_PBD[-1]

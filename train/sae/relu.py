@@ -8,7 +8,9 @@ from torch import Tensor
 
 from data.errors import UserError
 from train.sae.base import Step
+from train.sae.encode import Codes
 from train.sae.penalty import PenalisedSAE
+from train.sae.select import Above
 
 _FORMS = ("april", "bricken")
 
@@ -41,19 +43,21 @@ class ReLU(PenalisedSAE):
         self.form = form
         self.unit_rows = form == "bricken"
 
-    def activate(self, xn_BD: Float[Tensor, "B D"]) -> Float[Tensor, "B F"]:
-        return self.pre_activation(xn_BD).relu()
+    def active(self, xn_BD: Float[Tensor, "B D"]) -> tuple[Codes, Tensor]:
+        codes, _ = self.encoded(xn_BD, Above(xn_BD.new_zeros(())))
+        return codes, codes.values.relu()
 
     def loss(
         self, xn_BD: Float[Tensor, "B D"], *, dead_F: Bool[Tensor, " F"] | None = None, sparsity_scale: float = 1.0
     ) -> Step:
-        f_BF = self.activate(xn_BD)
-        nmse = self.nmse(self.decode_normalised(f_BF), xn_BD)
+        (codes, f), tokens = self.active(xn_BD), len(xn_BD)
+        xn_hat_BD = self.decoded(codes, f)
+        nmse = self.nmse(xn_hat_BD, xn_BD)
         if self.form == "april":
-            mean_F = f_BF.mean(0)
-            l1 = mean_F @ torch.linalg.vector_norm(self.W_dec, dim=1) / self.variance.sqrt()
+            norm_F = torch.linalg.vector_norm(self.W_dec, dim=1)
+            l1 = codes.totals(f) @ norm_F / (tokens * self.variance.sqrt())
         else:
-            l1 = self.l1(f_BF)
+            l1 = self.l1(f, tokens)
         sparsity, told = self.penalised(l1, sparsity_scale)
-        parts = {"nmse": nmse.detach(), "l0": f_BF.count_nonzero() / f_BF.shape[0], **told}
-        return Step(loss=nmse + sparsity, parts=parts, f_BF=f_BF.detach())
+        parts = {"nmse": nmse.detach(), "l0": codes.l0(f), **told}
+        return Step(nmse + sparsity, parts, codes.of(f), xn_hat_BD.detach())

@@ -8,10 +8,13 @@ from torch import Tensor
 
 from data.errors import UserError
 from train.sae.base import SAE, Step
-from train.sae.dead import auxk_error
-from train.sae.sparse import top_per_token
+from train.sae.dead import auxk_error, auxk_selector
+from train.sae.encode import Codes
+from train.sae.select import Selector, TopPerToken
 
 _AUXK_NORMS = ("variance", "residual")
+
+Aside = tuple[Codes, Tensor]  # z of the dead latents, and which they are
 
 
 class TopKFamily(SAE):
@@ -45,16 +48,22 @@ class TopKFamily(SAE):
         self.k = k
         self.auxk_alpha, self.auxk_relu, self.auxk_norm = auxk_alpha, auxk_relu, auxk_norm
 
-    def auxk(
-        self,
-        z_BF: Float[Tensor, "B F"],
-        residual_BD: Float[Tensor, "B D"],
-        dead_F: Bool[Tensor, " F"] | None,
-    ) -> Float[Tensor, ""]:
+    def with_dead(
+        self, xn_BD: Float[Tensor, "B D"], selector: Selector, dead_F: Bool[Tensor, " F"] | None
+    ) -> tuple[Codes, Aside | None]:
+        """The z that `selector` keeps, and those that AuxK will want."""
+        dead_d = None if dead_F is None or not self.auxk_alpha else dead_F.nonzero().squeeze(1)
+        if dead_d is None or not len(dead_d):
+            return self.encoded(xn_BD, selector)[0], None
+        codes, aside = self.encoded(xn_BD, selector, dead_d, auxk_selector(self.d_in, len(dead_d)))
+        return codes, None if aside is None else (aside, dead_d)
+
+    def auxk(self, aside: Aside | None, residual_BD: Float[Tensor, "B D"]) -> Float[Tensor, ""]:
         """alpha * AuxK's squared error over Vx (or over the residual's variance); `residual_BD` detached."""
-        if not self.auxk_alpha:
-            return z_BF.new_zeros(())
-        error = auxk_error(z_BF, residual_BD, dead_F, self.W_dec, relu=self.auxk_relu)
+        if aside is None:
+            return residual_BD.new_zeros(())
+        codes, dead_d = aside
+        error = auxk_error(codes, residual_BD, self.W_dec.index_select(0, dead_d), relu=self.auxk_relu)
         over = self.variance
         if self.auxk_norm == "residual":
             spread = (residual_BD - residual_BD.mean(0)).square().sum() / residual_BD.shape[0]
@@ -99,23 +108,22 @@ class TopK(TopKFamily):
             )
         self.multi_topk = multi_topk
 
-    def activate(self, xn_BD: Float[Tensor, "B D"]) -> Float[Tensor, "B F"]:
-        z_BF = self.pre_activation(xn_BD)
-        return torch.where(top_per_token(z_BF, self.k), z_BF, 0.0)
+    def active(self, xn_BD: Float[Tensor, "B D"]) -> tuple[Codes, Tensor]:
+        codes, _ = self.encoded(xn_BD, TopPerToken(self.k))
+        return codes, codes.values
 
     def loss(
         self, xn_BD: Float[Tensor, "B D"], *, dead_F: Bool[Tensor, " F"] | None = None, sparsity_scale: float = 1.0
     ) -> Step:
-        z_BF = self.pre_activation(xn_BD)
-        f_BF = torch.where(top_per_token(z_BF, self.k), z_BF, 0.0)
-        xn_hat_BD = self.decode_normalised(f_BF)
+        codes, aside = self.with_dead(xn_BD, TopPerToken(4 * self.k if self.multi_topk else self.k), dead_F)
+        wide, codes = codes, codes.top_of_rows(self.k) if self.multi_topk else codes
+        xn_hat_BD = self.decoded(codes, codes.values)
         nmse = self.nmse(xn_hat_BD, xn_BD)
-        auxk = self.auxk(z_BF, (xn_BD - xn_hat_BD).detach(), dead_F)
-        parts = {"nmse": nmse.detach(), "l0": f_BF.count_nonzero() / f_BF.shape[0], "auxk": auxk.detach()}
+        auxk = self.auxk(aside, (xn_BD - xn_hat_BD).detach())
+        parts = {"nmse": nmse.detach(), "l0": codes.l0(codes.values), "auxk": auxk.detach()}
         loss = nmse + auxk
         if self.multi_topk:
-            wide_BF = torch.where(top_per_token(z_BF, 4 * self.k), z_BF, 0.0)
-            multi = self.nmse(self.decode_normalised(wide_BF), xn_BD) / 8
+            multi = self.nmse(self.decoded(wide, wide.values), xn_BD) / 8
             parts["multi"] = multi.detach()
             loss = loss + multi
-        return Step(loss=loss, parts=parts, f_BF=f_BF.detach())
+        return Step(loss, parts, codes.of(codes.values), xn_hat_BD.detach())

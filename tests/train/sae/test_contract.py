@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from data.errors import UserError
-from tests.train.sae.toy import FORMS, D, F, activations, make, train, train_step
+from tests.train.sae.toy import FORMS, D, F, activations, f_of, make, train, train_step
 from train.sae import SAE, VARIANTS, load, save
 
 
@@ -106,8 +106,8 @@ class TestContract:
         step = sae.loss(sae.norm.normalise(activations(64, seed=5)), dead_F=torch.arange(F) < 5)
         assert {"nmse", "l0"} <= step.parts.keys()
         assert all(part.shape == () and not part.requires_grad for part in step.parts.values())
-        assert not step.f_BF.requires_grad
-        assert step.parts["l0"].item() == pytest.approx((step.f_BF > 0).sum().item() / 64)
+        assert not step.codes.values.requires_grad
+        assert step.parts["l0"].item() == pytest.approx((f_of(step) > 0).sum().item() / 64)
         if form.startswith("matryoshka"):  # its reconstruction's term is the sum over prefixes
             return
         terms = sum(part for name, part in step.parts.items() if name not in ("l0", "min_kept", "coefficient"))
@@ -115,7 +115,7 @@ class TestContract:
 
     def test_fired_marks_the_latents_of_the_training_form(self, form: str) -> None:
         step = make(form).loss(activations(8, seed=5))
-        assert torch.equal(step.fired_F, (step.f_BF > 0).any(0))
+        assert torch.equal(step.fired_F, (f_of(step) > 0).any(0))
 
     def test_zero_dead_latents_are_zero_auxk_and_not_nan(self, form: str) -> None:
         sae, xn = make(form), activations(64, seed=5)

@@ -6,7 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from train.sae.dead import DeadLatents, auxk_error, auxk_size, default_window
+from train.sae.codes import Support
+from train.sae.dead import DeadLatents, auxk_error, auxk_selector, auxk_size, default_window
+from train.sae.encode import Codes
+from train.sae.select import TopPerToken, select
 
 
 def test_counters_by_hand() -> None:
@@ -41,27 +44,41 @@ def test_the_size_of_auxk(d_in: int, k: int) -> None:
 ROWS = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.6, 0.8]])
 
 
-def error(z: list[list[float]], r: list[list[float]], dead: list[bool], relu: bool = False) -> float:
-    return auxk_error(torch.tensor(z), torch.tensor(r), torch.tensor(dead), ROWS, relu=relu).item()
+def auxk(z: Tensor, r: Tensor, dead: Tensor, rows: Tensor, relu: bool, sparse: bool = False) -> Tensor:
+    """AuxK of all latents' z, through all of the dead ones' z or through those a selector keeps."""
+    dead_d = dead.nonzero().squeeze(1)
+    z_Bd = z[:, dead_d]
+    codes = Codes(z_Bd, None, tuple(z_Bd.shape))
+    if sparse:
+        rows_n, latents_n, _ = select(TopPerToken(auxk_size(r.shape[1]), positive=False), z_Bd.detach())
+        codes = Codes(z_Bd[rows_n, latents_n], Support(rows_n, latents_n, tuple(z_Bd.shape)), tuple(z_Bd.shape))
+    return auxk_error(codes, r, rows[dead_d], relu=relu)
 
 
-def test_auxk_by_hand() -> None:
+def error(
+    z: list[list[float]], r: list[list[float]], dead: list[bool], relu: bool = False, sparse: bool = False
+) -> float:
+    return auxk(torch.tensor(z), torch.tensor(r), torch.tensor(dead), ROWS, relu, sparse).item()
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+def test_auxk_by_hand(sparse: bool) -> None:
     """k_aux = 1 at D = 2. Dead: the second and third latent, though the first is larger."""
     z, r = [[9.0, 1.0, -3.0], [9.0, -2.0, -1.0]], [[0.0, 3.0], [1.0, 1.0]]
     # Taken: 1 of the second, and -1 of the third: (0, 1) and (-0.6, -0.8) against r.
-    assert error(z, r, [False, True, True]) == pytest.approx((2**2 + 1.6**2 + 1.8**2) / 2)
+    assert error(z, r, [False, True, True], sparse=sparse) == pytest.approx((2**2 + 1.6**2 + 1.8**2) / 2)
     # relu makes the second token's 0.
-    assert error(z, r, [False, True, True], relu=True) == pytest.approx((2**2 + 2) / 2)
-    assert error(z, r, [False, False, False]) == 0
+    assert error(z, r, [False, True, True], relu=True, sparse=sparse) == pytest.approx((2**2 + 2) / 2)
 
 
-def test_a_negative_pre_activation_gets_a_gradient_unless_relu() -> None:
+@pytest.mark.parametrize("sparse", [False, True])
+@pytest.mark.parametrize("relu", [False, True])
+def test_a_negative_pre_activation_gets_a_gradient_unless_relu(relu: bool, sparse: bool) -> None:
     r = torch.tensor([[1.0, 1.0]])
-    for relu in (False, True):
-        z = torch.tensor([[5.0, -2.0, 5.0]], requires_grad=True)
-        auxk_error(z, r, torch.tensor([False, True, False]), ROWS, relu=relu).backward()
-        assert z.grad is not None
-        assert z.grad.tolist() == [[0, 0 if relu else 2 * (-2 - 1), 0]]
+    z = torch.tensor([[5.0, -2.0, 5.0]], requires_grad=True)
+    auxk(z, r, torch.tensor([False, True, False]), ROWS, relu, sparse).backward()
+    assert z.grad is not None
+    assert z.grad.tolist() == [[0, 0 if relu else 2 * (-2 - 1), 0]]
 
 
 def test_fewer_dead_than_k_aux() -> None:
@@ -69,29 +86,29 @@ def test_fewer_dead_than_k_aux() -> None:
     rows, z, r = (torch.randn(n, m, generator=generator) for n, m in ((40, 16), (6, 40), (6, 16)))
     dead = torch.zeros(40, dtype=torch.bool)
     dead[[3, 17, 30]] = True  # k_aux = 8
-    found = auxk_error(z, r, dead, rows, relu=False)
+    found = auxk(z, r, dead, rows, relu=False)
     wanted = (z[:, [3, 17, 30]] @ rows[[3, 17, 30]] - r).square().sum() / 6
     torch.testing.assert_close(found, wanted)
 
 
-def test_auxk_is_a_true_derivative_of_z_and_rows() -> None:
+@pytest.mark.parametrize("sparse", [False, True])
+@pytest.mark.parametrize("relu", [False, True])
+def test_auxk_is_a_true_derivative_of_z_and_rows(relu: bool, sparse: bool) -> None:
     generator = torch.Generator().manual_seed(0)
     rows, z = (
         torch.randn(n, m, generator=generator, dtype=torch.float64).requires_grad_() for n, m in ((12, 8), (5, 12))
     )
     r = torch.randn(5, 8, generator=generator, dtype=torch.float64)
     dead = torch.arange(12) % 2 == 0  # 6 dead, k_aux = 4
+    assert torch.autograd.gradcheck(lambda z, rows: auxk(z, r, dead, rows, relu, sparse), (z, rows))
 
-    def signed(z: Tensor, rows: Tensor) -> Tensor:
-        return auxk_error(z, r, dead, rows, relu=False)
 
-    def reference(z: Tensor, rows: Tensor) -> Tensor:
-        return auxk_error(z, r, dead, rows, relu=True)
-
-    assert torch.autograd.gradcheck(signed, (z, rows))
-    assert torch.autograd.gradcheck(reference, (z, rows))
+def test_many_dead_latents_are_selected_as_z_passes() -> None:
+    assert auxk_selector(768, 8 * 512) is None
+    selector = auxk_selector(768, 8 * 512 + 1)
+    assert selector is not None and selector.k == 512 and not selector.positive
 
 
 def test_an_undetached_residual_is_a_fault() -> None:
     with pytest.raises(AssertionError, match="must not change"):
-        auxk_error(torch.ones(1, 3), torch.ones(1, 2, requires_grad=True), None, ROWS, relu=False)
+        auxk(torch.ones(1, 3), torch.ones(1, 2, requires_grad=True), torch.tensor([True, False, False]), ROWS, False)

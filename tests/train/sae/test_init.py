@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from data.errors import UserError
-from tests.train.sae.toy import FORMS, D, F, activations, make
+from tests.train.sae.toy import FORMS, D, F, activations, f_of, make
 from train.sae import VARIANTS
 from train.sae.batchtopk import BatchSelected
 from train.sae.init import directions, geometric_median
@@ -58,7 +58,7 @@ def test_an_initialised_sae_is_in_scale(form: str, norm: str) -> None:
     ratio = (sae.W_enc / sae.W_dec.t()).detach()
     torch.testing.assert_close(ratio, torch.full_like(ratio, float(ratio.mean())))
     first = xn[:1024]
-    made = sae.loss(first).f_BF @ sae.W_dec
+    made = f_of(sae.loss(first)) @ sae.W_dec
     lengths = made.square().sum() / (first - sae.b_dec).square().sum()
     assert lengths.item() == pytest.approx(1, rel=0.02 if form.startswith("jumprelu") else 1e-4)
 

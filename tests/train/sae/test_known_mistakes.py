@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from data.errors import UserError
-from tests.train.sae.toy import FORMS, D, F, K, activations, make, train, train_step
+from tests.train.sae.toy import FORMS, D, F, K, activations, f_of, make, train, train_step
 from train.sae import VARIANTS, DeadLatents, load, save
 from train.sae.batchtopk import BatchSelected
 from train.sae.decoder import project_gradient_, renormalise_
@@ -237,7 +237,7 @@ def test_mistake_08_the_auxiliary_decoder_of_gated_is_not_detached() -> None:
         sae.get_parameter("b_mag").fill_(-1e3)
     step = sae.loss(xn)
     step.loss.backward()
-    assert step.parts["auxiliary"] > 0 and not step.f_BF.any()
+    assert step.parts["auxiliary"] > 0 and not f_of(step).any()
     assert sae.W_dec.grad is not None and not sae.W_dec.grad.any()
     assert sae.W_enc.grad is not None and sae.W_enc.grad.any()
     # b_dec: the main loss's 2 (b_dec - x) / (B Vx), and -W_enc dpi through x' - b_dec, nothing as the output's bias.
@@ -284,7 +284,7 @@ def test_mistake_11_training_form_metrics_for_a_model_that_ships_a_threshold(for
     batch_form, shipped = sae.activate_batch(sae.norm.normalise(faint)), sae.run(faint)[0]
     assert l0(batch_form) == K
     assert l0(shipped) < K / 2
-    assert torch.equal(sae.loss(sae.norm.normalise(faint)).f_BF, batch_form)
+    assert torch.equal(f_of(sae.loss(sae.norm.normalise(faint))), batch_form)
 
 
 def test_mistake_12_bfloat16_master_weights() -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.train.sae import reference
+from tests.train.sae.toy import f_of
 from train.sae import SAE, VARIANTS
 
 # Two tokens, two dimensions, three latents: the axes and a direction between them. Tokens (3, 1) and (1, 2) give
@@ -50,7 +51,7 @@ def test_relu_april_by_hand() -> None:
 def test_topk_by_hand() -> None:
     step = worked("topk", k=1).loss(X)
     # (3, 0, 0) and (0, 0, 2.2): errors (0, -1) and (0.32, -0.24).
-    assert step.f_BF.tolist() == [[3, 0, 0], [0, 0, pytest.approx(2.2)]]
+    assert f_of(step).tolist() == [[3, 0, 0], [0, 0, pytest.approx(2.2)]]
     assert step.loss.item() == pytest.approx((1 + 0.16) / 2 / 4)
 
 
@@ -68,7 +69,7 @@ def test_multi_topk_by_hand() -> None:
 def test_batchtopk_by_hand() -> None:
     step = worked("batchtopk", k=1).loss(X)
     # The two largest of all six, 3 and 2.6, are both the first token's: errors (1.56, 1.08) and (-1, -2).
-    assert step.f_BF.tolist() == [[3, 0, pytest.approx(2.6)], [0, 0, 0]]
+    assert f_of(step).tolist() == [[3, 0, pytest.approx(2.6)], [0, 0, 0]]
     assert step.parts["min_kept"].item() == pytest.approx(2.6)
     assert step.loss.item() == pytest.approx((3.6 + 5) / 2 / 4)
     assert step.fired_F.tolist() == [True, False, True]
@@ -96,7 +97,7 @@ def test_gated_by_hand() -> None:
         sae.get_parameter("b_mag").copy_(torch.tensor([-1.0, -2.0, 0.0]))
     step = sae.loss(X)
     # pi (1, 1, 0.1), (-1, 2, -0.3); mag (5, -1, 2.6), (1, 0, 2.2): f (5, 0, 2.6), 0. Errors (3.56, 1.08), (-1, -2).
-    assert step.f_BF.tolist() == [[5, 0, pytest.approx(2.6)], [0, 0, 0]]
+    assert f_of(step).tolist() == [[5, 0, pytest.approx(2.6)], [0, 0, 0]]
     assert step.parts["nmse"].item() == pytest.approx((13.84 + 5) / 2 / 4)
     assert step.parts["sparsity"].item() == pytest.approx(0.1 * (2.1 + 2) / 2 / 2)
     # relu(pi) decodes to (1.06, 1.08) and (0, 2): errors (-1.94, 0.08) and (-1, 0).

@@ -64,3 +64,8 @@ def train_step(sae: SAE, optimizer: torch.optim.Optimizer, x_BD: Tensor, dead_F:
 def train(sae: SAE, steps: int, *, lr: float = 3e-3, batch: int = 128) -> list[Step]:
     optimizer = torch.optim.Adam(sae.parameters(), lr=lr)
     return [train_step(sae, optimizer, activations(batch, seed=1000 + i)) for i in range(steps)]
+
+
+def f_of(step: Step) -> Tensor:
+    """The training form's f [B, F]."""
+    return step.codes.dense(step.codes.values)

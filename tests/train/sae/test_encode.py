@@ -1,0 +1,134 @@
+"""python -m pytest tests/train/sae/test_encode.py: the sparse encoder and decoder against dense autograd in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from train.sae import encode as encoding
+from train.sae.codes import Support
+from train.sae.encode import Codes, encode
+from train.sae.select import Above, Selector, TopOfBatch, TopPerToken
+
+B, D, F = 12, 5, 96
+DEAD = torch.tensor([3, 7, 31, 32, 40, 64, 95])
+SELECTORS: dict[str, Callable[[], Selector]] = {
+    "topk": lambda: TopPerToken(3),
+    "batchtopk": lambda: TopOfBatch(3 * B),
+    "above": lambda: Above(torch.tensor(1.5, dtype=torch.float64)),
+    "above each": lambda: Above(torch.linspace(1, 2, F, dtype=torch.float64)),
+}
+
+
+@pytest.fixture(params=[1 << 24, B * 32, B * 70], ids=["one block", "three blocks", "two uneven blocks"])
+def blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(encoding._BLOCK, "cpu", request.param)
+
+
+@pytest.fixture(params=[False, True], ids=["sparse", "dense"])
+def dense(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether `Above` finds too many active entries."""
+    monkeypatch.setattr(encoding, "_DENSE", 0.0 if request.param else 1.0)
+    return bool(request.param)
+
+
+def weights(seed: int = 0) -> list[Tensor]:
+    """x, W_enc [D, F], bias, b_dec, W_dec [F, D]."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = [(B, D), (F, D), (F,), (D,), (F, D)]
+    x, W, bias, b_dec, W_dec = (torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in shapes)
+    return [part.requires_grad_() for part in (x, W.t(), bias, b_dec, W_dec)]
+
+
+def plain(codes: Codes, x: Tensor, W_enc: Tensor, bias: Tensor, b_dec: Tensor) -> Tensor:
+    """Dense z, zero where the codes keep nothing."""
+    z = (x - b_dec) @ W_enc + bias
+    kept = torch.ones_like(z) if codes.support is None else codes.support.dense(torch.ones_like(codes.values))
+    return z * kept.detach()
+
+
+@pytest.mark.usefixtures("blocks")
+@pytest.mark.parametrize("name", SELECTORS)
+@pytest.mark.parametrize("aside", [None, "held", "selected"])
+def test_values_and_every_gradient_are_those_of_the_dense_formula(name: str, aside: str | None, dense: bool) -> None:
+    x, W_enc, bias, b_dec, W_dec = parts = weights()
+    selector = TopPerToken(2, positive=False) if aside == "selected" else None
+    codes, beside = encode(x, W_enc, bias, b_dec, SELECTORS[name](), None if aside is None else DEAD, selector)
+    assert (codes.support is None) == (dense and name.startswith("above"))
+    assert codes.shape == (B, F)
+    loss = (codes.decode(codes.values.sin(), W_dec)[0] ** 2).sum() + codes.totals(codes.values).square().sum()
+    z = plain(codes, x, W_enc, bias, b_dec)
+    wanted = ((z.sin() @ W_dec) ** 2).sum() + z.sum(0).square().sum()
+    if beside is not None:
+        loss = loss + (beside.decode(beside.values.cos(), W_dec[DEAD])[0] ** 2).sum()
+        z_Bd = ((x - b_dec) @ W_enc + bias)[:, DEAD]
+        kept = torch.ones_like(z_Bd, dtype=torch.bool)
+        if aside == "selected":
+            kept = torch.zeros_like(kept).scatter_(1, z_Bd.topk(2, dim=1).indices, True)
+        wanted = wanted + (torch.where(kept, z_Bd.cos(), 0.0) @ W_dec[DEAD]).square().sum()
+    torch.testing.assert_close(loss, wanted)
+    found = torch.autograd.grad(loss, parts)
+    for one, other in zip(found, torch.autograd.grad(wanted, parts), strict=True):
+        torch.testing.assert_close(one, other)
+    assert found[1].stride() == W_enc.stride() == (1, D)  # so that the optimizer walks both alike
+
+
+@pytest.mark.usefixtures("blocks")
+@pytest.mark.parametrize("name", SELECTORS)
+def test_gradients_equal_finite_differences(name: str, dense: bool) -> None:
+    """The kept places do not move under a step of 1e-6."""
+
+    def of_all(x: Tensor, W_enc: Tensor, bias: Tensor, b_dec: Tensor, W_dec: Tensor) -> Tensor:
+        codes, beside = encode(x, W_enc, bias, b_dec, SELECTORS[name](), DEAD)
+        assert beside is not None
+        x_hat_PBD = codes.decode(codes.values, W_dec, [10, 11, F])
+        return torch.cat([x_hat_PBD.flatten(0, 1), beside.values @ W_dec[DEAD]])
+
+    assert torch.autograd.gradcheck(of_all, weights(3))
+
+
+def test_without_bias_and_b_dec() -> None:
+    x, W_enc, _, _, _ = weights()
+    codes, beside = encode(x, W_enc, None, None, TopPerToken(4))
+    assert beside is None
+    assert torch.allclose(codes.dense(codes.values), torch.where(codes.dense(codes.values) > 0, x @ W_enc, 0.0))
+    codes.values.sum().backward()
+    assert x.grad is not None and W_enc.grad is not None
+
+
+def test_a_prefix_decodes_its_own_latents_and_all_before() -> None:
+    x, W_enc, bias, b_dec, W_dec = weights(1)
+    codes, _ = encode(x, W_enc, bias, b_dec, TopPerToken(6))
+    f = codes.dense(codes.values)
+    for p, bound in enumerate(bounds := [1, 40, 41, F]):
+        torch.testing.assert_close(codes.decode(codes.values, W_dec, bounds)[p], f[:, :bound] @ W_dec[:bound])
+
+
+def test_nothing_kept_is_a_reconstruction_of_nothing() -> None:
+    x, W_enc, bias, b_dec, W_dec = parts = weights()
+    codes, _ = encode(x, W_enc, bias, b_dec, Above(torch.tensor(1e9, dtype=torch.float64)))
+    assert codes.values.shape == (0,)
+    assert not codes.fired(codes.values).any() and codes.l0(codes.values) == 0
+    x_hat = codes.decode(codes.values, W_dec)[0]
+    assert x_hat.shape == (B, D) and not x_hat.any()
+    for grad in torch.autograd.grad(x_hat.sum() + codes.values.sum(), parts, allow_unused=True, materialize_grads=True):
+        assert not grad.any()
+
+
+def test_a_support_by_hand() -> None:
+    """[[0, 5, 7], [0, 0, 0], [2, 0, 3]]"""
+    support = Support(torch.tensor([0, 0, 2, 2]), torch.tensor([1, 2, 0, 2]), (3, 3))
+    values = torch.tensor([5.0, 7.0, 2.0, 3.0])
+    assert support.dense(values).tolist() == [[0, 5, 7], [0, 0, 0], [2, 0, 3]]
+    assert support.row_ends.tolist() == [0, 2, 2, 4]
+    assert support.latent_ends.tolist() == [0, 1, 2, 4]
+    assert support.by_latent[0].tolist() == [2, 0, 1, 3]
+    rows = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
+    assert support.row_sums(values, rows).tolist() == [[7, 12], [0, 0], [5, 3]]
+    assert support.latent_sums(values, rows).tolist() == [[2, 2], [5, 0], [10, 3]]
+    assert support.latent_totals(values).tolist() == [2, 5, 10]
+    assert support.products(rows, rows).tolist() == [0, 1, 1, 2]
+    assert support.fired(torch.tensor([1.0, 0.0, 0.0, -1.0])).tolist() == [False, True, False]
