@@ -51,9 +51,10 @@ class Step:
 class SAE(nn.Module, ABC):
     """x_hat' = f W_dec + b_dec with z = (x' - b_dec) W_enc + b_enc and f a variant's function of z.
 
-    W_enc [D, F] (in memory as its transpose), W_dec [F, D], b_dec [D], float32. Buffers: `norm.scale`, `variance`
-    (Vx = E||x' - E x'||^2) and `mean_sq` (E||x'||^2), of the training tokens. Squared errors are summed over D,
-    averaged over tokens and divided by Vx; an L1 is divided by sqrt(Vx). So the reconstruction's term reads as an NMSE.
+    W_enc [D, F] (a view: the parameter is W_enc_FD), W_dec [F, D], b_dec [D], float32. Buffers: `norm.scale`,
+    `variance` (Vx = E||x' - E x'||^2) and `mean_sq` (E||x'||^2), of the training tokens. Squared errors are summed over
+    D, averaged over tokens and divided by Vx; an L1 is divided by sqrt(Vx). So the reconstruction's term reads as an
+    NMSE.
 
     The trainer's order: `step = loss(norm.normalise(x), dead_F=...)`, backward, `project_gradient_(W_dec)` where
     `unit_rows`, clipping, the optimizer's step, `renormalise_(W_dec)` where `unit_rows`, `after_step(step)`. Nothing
@@ -79,7 +80,7 @@ class SAE(nn.Module, ABC):
         self.unit_rows = True
         self.norm = InputNorm(input_norm, d_in)
         rows_FD = directions(width, d_in, seed=0)
-        self.W_enc = nn.Parameter(rows_FD.clone().t())  # latent by latent in memory, as the sparse gradients come
+        self.W_enc_FD = nn.Parameter(rows_FD.clone())  # latent by latent, as its gradients come and optimizers walk
         self.W_dec = nn.Parameter(rows_FD)
         self.b_dec = nn.Parameter(torch.zeros(d_in))
         for name in self.bias_names:
@@ -105,6 +106,11 @@ class SAE(nn.Module, ABC):
 
     # What all share.
 
+    @property
+    def W_enc(self) -> Float[Tensor, "D F"]:
+        """The encoder's weights as the formula has them."""
+        return self.W_enc_FD.t()
+
     def settings(self) -> dict[str, Any]:
         """The constructor's arguments as plain JSON: `type(sae)(**sae.settings())` is an SAE of the same form."""
         return {name: getattr(self, name) for name in inspect.signature(type(self)).parameters}
@@ -121,7 +127,7 @@ class SAE(nn.Module, ABC):
     def encoded(self, xn_BD: Float[Tensor, "B D"], selector: Selector, *aside: Any) -> tuple[Codes, Codes | None]:
         """What `selector` keeps of z, and what `encode` gives of latents aside."""
         bias_F: Tensor = getattr(self, self.bias_names[0])
-        return encode(xn_BD, self.W_enc, bias_F, self.b_dec if self.apply_b_dec_to_input else None, selector, *aside)
+        return encode(xn_BD, self.W_enc_FD, bias_F, self.b_dec if self.apply_b_dec_to_input else None, selector, *aside)
 
     def decoded(self, codes: Codes, f: Tensor) -> Float[Tensor, "B D"]:
         """x_hat' = f W_dec + b_dec of codes."""

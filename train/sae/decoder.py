@@ -6,14 +6,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+_ROWS = 1024  # rows taken together: both stay in the cache
+
 
 @torch.no_grad()
 def project_gradient_(W_dec_FD: nn.Parameter) -> None:
     """Take from the gradient of each (unit) row its parallel part; before clipping, which then does not count it."""
     grad_FD = W_dec_FD.grad
     assert grad_FD is not None, "the gradient is projected after backward"
-    along_F1 = torch.linalg.vecdot(grad_FD, W_dec_FD).unsqueeze(1)
-    grad_FD.addcmul_(along_F1, W_dec_FD, value=-1)
+    for grad_cD, rows_cD in zip(torch.split(grad_FD, _ROWS), torch.split(W_dec_FD, _ROWS), strict=True):
+        grad_cD.addcmul_((grad_cD * rows_cD).sum(1, keepdim=True), rows_cD, value=-1)
 
 
 @torch.no_grad()

@@ -110,18 +110,18 @@ class _Aside:
 
 
 def _choose(
-    xc_BD: Tensor, W_enc_DF: Tensor, bias_F: Tensor | None, selector: Selector, aside: _Aside | None, firsts: range
+    xc_BD: Tensor, W_enc_FD: Tensor, bias_F: Tensor | None, selector: Selector, aside: _Aside | None, firsts: range
 ) -> tuple[Tensor, Support | None]:
     """Values and where they stand; all of z and None where `Above` finds too many active entries."""
-    (rows, width), block = (len(xc_BD), W_enc_DF.shape[1]), firsts.step
+    (rows, width), block = (len(xc_BD), len(W_enc_FD)), firsts.step
     memory, whole_BF = xc_BD.new_empty(rows * block), None
     for i, first in enumerate(firsts):
         last = min(first + block, width)
         z_Bc = memory[: rows * (last - first)].view(rows, -1) if whole_BF is None else whole_BF[:, first:last]
         if bias_F is None:
-            torch.mm(xc_BD, W_enc_DF[:, first:last], out=z_Bc)
+            torch.mm(xc_BD, W_enc_FD[first:last].t(), out=z_Bc)
         else:
-            torch.addmm(bias_F[first:last], xc_BD, W_enc_DF[:, first:last], out=z_Bc)
+            torch.addmm(bias_F[first:last], xc_BD, W_enc_FD[first:last].t(), out=z_Bc)
         if aside is not None:
             aside.feed(z_Bc, first, i)
         if whole_BF is None:
@@ -142,7 +142,7 @@ class _Encode(torch.autograd.Function):
     def forward(
         ctx: Any,
         xn_BD: Tensor,
-        W_enc_DF: Tensor,
+        W_enc_FD: Tensor,
         bias_F: Tensor | None,
         b_dec_D: Tensor | None,
         xc_BD: Tensor,
@@ -151,30 +151,29 @@ class _Encode(torch.autograd.Function):
         aside_d: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:
         ctx.support, ctx.aside_support = found[1], beside and beside[1]
-        ctx.save_for_backward(xc_BD, W_enc_DF, aside_d)
+        ctx.save_for_backward(xc_BD, W_enc_FD, aside_d)
         ctx.set_materialize_grads(False)
         return found[0], beside and beside[0]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor | None, grad_aside: Tensor | None) -> tuple[Tensor | None, ...]:
-        xc_BD, W_enc_DF, aside_d = ctx.saved_tensors
-        W_FD = W_enc_DF.t()
+        xc_BD, W_enc_FD, aside_d = ctx.saved_tensors
         grad_x = torch.zeros_like(xc_BD) if ctx.needs_input_grad[0] else None
-        grad_FD, totals_F = torch.zeros_like(W_FD), W_FD.new_zeros(len(W_FD))
+        grad_FD, totals_F = torch.zeros_like(W_enc_FD), W_enc_FD.new_zeros(len(W_enc_FD))
         if grad is not None:
             grad_FD, totals_F = _weight_gradient(grad, ctx.support, xc_BD)
             if grad_x is not None:
-                grad_x += _input_gradient(grad, ctx.support, W_FD)
+                grad_x += _input_gradient(grad, ctx.support, W_enc_FD)
         if grad_aside is not None:
             grad_dD, totals_d = _weight_gradient(grad_aside, ctx.aside_support, xc_BD)
             grad_FD.index_add_(0, aside_d, grad_dD)
             totals_F.index_add_(0, aside_d, totals_d)
             if grad_x is not None:
-                grad_x += _input_gradient(grad_aside, ctx.aside_support, W_FD[aside_d])
+                grad_x += _input_gradient(grad_aside, ctx.aside_support, W_enc_FD[aside_d])
         grad_bias = totals_F if ctx.needs_input_grad[2] else None
-        grad_b_dec = -(totals_F @ W_FD) if ctx.needs_input_grad[3] else None
-        return grad_x, grad_FD.t(), grad_bias, grad_b_dec, None, None, None, None
+        grad_b_dec = -(totals_F @ W_enc_FD) if ctx.needs_input_grad[3] else None
+        return grad_x, grad_FD, grad_bias, grad_b_dec, None, None, None, None
 
 
 def _weight_gradient(grad: Tensor, support: Support | None, xc_BD: Tensor) -> tuple[Tensor, Tensor]:
@@ -190,7 +189,7 @@ def _input_gradient(grad: Tensor, support: Support | None, W_FD: Tensor) -> Tens
 
 def encode(
     xn_BD: Float[Tensor, "B D"],
-    W_enc_DF: Float[Tensor, "D F"],
+    W_enc_FD: Float[Tensor, "F D"],
     bias_F: Float[Tensor, " F"] | None,
     b_dec_D: Float[Tensor, " D"] | None,
     selector: Selector,
@@ -203,15 +202,15 @@ def encode(
     dense products are faster: then all of it comes back. Of the latents aside, counted from 0 to d - 1, all of z
     comes back, or what `aside_selector` keeps. Differentiable; a selection passes no gradient.
     """
-    rows, width = len(xn_BD), W_enc_DF.shape[1]
+    rows, width = len(xn_BD), len(W_enc_FD)
     firsts = range(0, width, _block_width(rows, width, xn_BD.device))
     beside: tuple[Tensor, Support | None] | None = None
     with torch.no_grad():
         xc_BD = xn_BD if b_dec_D is None else xn_BD - b_dec_D
         aside = None if aside_d is None else _Aside(aside_d, aside_selector, firsts, width)
-        found = _choose(xc_BD, W_enc_DF, bias_F, selector, aside, firsts)
+        found = _choose(xc_BD, W_enc_FD, bias_F, selector, aside, firsts)
         if aside is not None:
             beside = aside.finish(rows)
-    z, z_aside = _Encode.apply(xn_BD, W_enc_DF, bias_F, b_dec_D, xc_BD, found, beside, aside_d)  # type: ignore[no-untyped-call]
+    z, z_aside = _Encode.apply(xn_BD, W_enc_FD, bias_F, b_dec_D, xc_BD, found, beside, aside_d)  # type: ignore[no-untyped-call]
     codes = Codes(z, found[1], (rows, width))
     return codes, None if beside is None or aside_d is None else Codes(z_aside, beside[1], (rows, len(aside_d)))

@@ -45,7 +45,7 @@ class Gated(PenalisedSAE):
 
     def encoded(self, xn_BD: Float[Tensor, "B D"], selector: Selector, *aside: Any) -> tuple[Codes, Codes | None]:
         """Codes of h, which has no bias."""
-        return encode(xn_BD, self.W_enc, None, self.b_dec if self.apply_b_dec_to_input else None, selector, *aside)
+        return encode(xn_BD, self.W_enc_FD, None, self.b_dec if self.apply_b_dec_to_input else None, selector, *aside)
 
     def _gate_and_f(self, xn_BD: Float[Tensor, "B D"]) -> tuple[Codes, Tensor, Tensor]:
         """Codes of h, relu(pi) and f; h > -b_gate is just pi > 0, in floating point too."""

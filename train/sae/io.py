@@ -9,6 +9,7 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
+from torch import Tensor
 
 from data.commit import put
 from data.errors import UserError
@@ -22,10 +23,16 @@ from train.sae.topk import TopK
 
 FORMAT = 1
 WEIGHTS, CONFIG = "sae.safetensors", "config.json"
+_NAMES = ("W_enc_FD", "W_enc")  # of the parameter, in the file
 
 VARIANTS: dict[str, type[SAE]] = {
     variant.name: variant for variant in (ReLU, TopK, BatchTopK, Matryoshka, Gated, JumpReLU)
 }
+
+
+def _turned(state: dict[str, Tensor], old: str, new: str) -> dict[str, Tensor]:
+    """A state with the encoder's weights transposed and renamed: a file has them as the formula, [D, F]."""
+    return {new if name == old else name: tensor.t() if name == old else tensor for name, tensor in state.items()}
 
 
 def save(sae: SAE, folder: str | Path, record: dict[str, Any]) -> None:
@@ -38,7 +45,7 @@ def save(sae: SAE, folder: str | Path, record: dict[str, Any]) -> None:
     text = json.dumps(config, indent=2, allow_nan=False) + "\n"
     folder.mkdir(parents=True, exist_ok=True)
     (folder / CONFIG).unlink(missing_ok=True)
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in sae.state_dict().items()}
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in _turned(sae.state_dict(), *_NAMES).items()}
     put(folder / WEIGHTS, to_bytes(tensors))
     put(folder / CONFIG, text.encode())
 
@@ -71,7 +78,7 @@ def load(folder: str | Path) -> SAE:
     path = Path(folder) / WEIGHTS
     try:
         sae = VARIANTS[config["variant"]](**config["settings"])
-        sae.load_state_dict(load_file(path))
+        sae.load_state_dict(_turned(load_file(path), *reversed(_NAMES)))
     except FileNotFoundError:
         raise UserError(f"{path} is missing: train this SAE again or restore the file") from None
     except (SafetensorError, RuntimeError, TypeError) as error:

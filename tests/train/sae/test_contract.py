@@ -133,9 +133,9 @@ class TestContract:
             with torch.no_grad():
                 sae.get_parameter("b_enc")[dead_F] -= 0.5 if "reference" in form else 50.0
         plain, revived = sae.loss(xn), sae.loss(xn, dead_F=dead_F)
-        (before,) = torch.autograd.grad(plain.loss, sae.W_enc)
-        (after,) = torch.autograd.grad(revived.loss, sae.W_enc)
-        reached_F = ((after - before).abs() > 1e-7).any(0)
+        (before,) = torch.autograd.grad(plain.loss, sae.W_enc_FD)
+        (after,) = torch.autograd.grad(revived.loss, sae.W_enc_FD)
+        reached_F = ((after - before).abs() > 1e-7).any(1)
         assert torch.equal(reached_F, dead_F if sae.uses_auxk else torch.zeros_like(dead_F))
 
     def test_parameters_are_float32_whatever_the_store_holds(self, form: str) -> None:

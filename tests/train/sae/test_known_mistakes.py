@@ -95,9 +95,9 @@ def test_mistake_04_auxk_trains_no_encoder(form: str) -> None:
     with torch.no_grad():
         sae.get_parameter("b_enc")[dead_F] = -50.0
     sae.loss(xn, dead_F=dead_F).loss.backward()
-    grad_enc, grad_bias = sae.W_enc.grad, sae.get_parameter("b_enc").grad
+    grad_enc, grad_bias = sae.W_enc_FD.grad, sae.get_parameter("b_enc").grad
     assert grad_enc is not None and grad_bias is not None
-    assert (grad_enc[:, dead_F].abs().amax(0) > 0).all()
+    assert (grad_enc[dead_F].abs().amax(1) > 0).all()
     assert (grad_bias[dead_F] != 0).all()
 
 
@@ -113,9 +113,9 @@ def test_mistake_04_multi_topk_trains_no_encoder() -> None:
         order = plain.pre_activation(xn).argsort(dim=1, descending=True)[:, K : 4 * K]
     beyond_F &= torch.zeros(F, dtype=torch.bool).index_fill(0, order.flatten().unique(), True)
     assert beyond_F.any()  # latents among the 4k largest of some token and the k largest of none
-    assert plain.W_enc.grad is not None and multi.W_enc.grad is not None
-    assert not plain.W_enc.grad[:, beyond_F].any()
-    assert (multi.W_enc.grad[:, beyond_F].abs().amax(0) > 0).all()
+    assert plain.W_enc_FD.grad is not None and multi.W_enc_FD.grad is not None
+    assert not plain.W_enc_FD.grad[beyond_F].any()
+    assert (multi.W_enc_FD.grad[beyond_F].abs().amax(1) > 0).all()
 
 
 @pytest.mark.parametrize("form", TOPK_FAMILY)
@@ -160,9 +160,9 @@ def test_mistake_05_live_latents_win_auxk_because_dead_ones_are_negative(form: s
         sae.zero_grad()
         sae.auxk_alpha = alpha
         sae.loss(xn, dead_F=dead_F).loss.backward()
-        assert sae.W_enc.grad is not None
-        grads.append(sae.W_enc.grad.clone())
-    moved_F = (grads[1] - grads[0]).abs().amax(0) > 1e-6
+        assert sae.W_enc_FD.grad is not None
+        grads.append(sae.W_enc_FD.grad.clone())
+    moved_F = (grads[1] - grads[0]).abs().amax(1) > 1e-6
     assert moved_F[dead_F].sum() >= 8  # k_aux = 8 of them for each token
     assert not moved_F[~dead_F].any()
 
@@ -195,7 +195,7 @@ def test_mistake_06_the_penalty_counts_both_halves_of_the_kernel() -> None:
     grad = sae.get_parameter("theta").grad
     assert grad is not None
     assert grad.item() == pytest.approx(-2 / 0.4 / 4)
-    assert sae.W_enc.grad is not None and not sae.W_enc.grad.any()  # nothing to z through the step
+    assert sae.W_enc_FD.grad is not None and not sae.W_enc_FD.grad.any()  # nothing to z through the step
 
 
 def test_mistake_06_theta_is_trained_itself_and_stays_positive() -> None:
@@ -239,7 +239,7 @@ def test_mistake_08_the_auxiliary_decoder_of_gated_is_not_detached() -> None:
     step.loss.backward()
     assert step.parts["auxiliary"] > 0 and not f_of(step).any()
     assert sae.W_dec.grad is not None and not sae.W_dec.grad.any()
-    assert sae.W_enc.grad is not None and sae.W_enc.grad.any()
+    assert sae.W_enc_FD.grad is not None and sae.W_enc_FD.grad.any()
     # b_dec: the main loss's 2 (b_dec - x) / (B Vx), and -W_enc dpi through x' - b_dec, nothing as the output's bias.
     main = (2 * (sae.b_dec - xn) / (64 * sae.variance)).sum(0)
     pi_grad = sae.get_parameter("b_gate").grad
