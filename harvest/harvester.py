@@ -182,8 +182,7 @@ class Harvester:
                 # Found here: a GPU that looks for them itself makes the forward wait for their number.
                 kept = torch.from_numpy(np.flatnonzero(mask))
                 for site in unit.sites:
-                    x_ND = seen[site].flatten(0, 1)
-                    held.take(site, at, x_ND.index_select(0, send(kept, x_ND.device)).to(self.dtype))
+                    held.take(site, at, seen[site], kept)
                 at += len(kept)
                 bar.update(len(kept))
 

@@ -45,18 +45,24 @@ class Held:
         """Forget the unit before."""
         self._peaks.clear()
 
-    def take(self, site: str, at: int, x_ND: Tensor) -> None:
-        """Have row `at` and on of a site, in the dtype of storage; does not wait for a CUDA device, but `wait` does."""
-        if not len(x_ND):
+    def take(self, site: str, at: int, x_BTD: Tensor, kept: Tensor) -> None:
+        """Have the rows `kept` of the B*T rows of x, as row `at` and on; waits for no CUDA device, but `wait` does."""
+        if not len(kept):
             return
+        x_ND = x_BTD.flatten(0, 1)
         if site not in self._rooms:
             pinned = x_ND.device.type == "cuda"
             self._rooms[site] = torch.empty((self.capacity, x_ND.shape[1]), dtype=self.dtype, pin_memory=pinned)
             self._tops[site] = torch.empty((), pin_memory=pinned)
-        least, most = torch.aminmax(x_ND)  # NaN, both of them, where a value is
+        room = self._rooms[site][at : at + len(kept)]
+        if x_ND.device == room.device and x_ND.dtype == room.dtype:
+            rows = torch.index_select(x_ND, 0, kept, out=room)  # fresh memory costs more than the copy
+        else:
+            rows = x_ND.index_select(0, send(kept, x_ND.device)).to(self.dtype)
+            self._bring(rows, room)
+        least, most = torch.aminmax(rows)  # NaN, both of them, where a value is
         peak = torch.maximum(-least, most).float()
         self._peaks[site] = torch.maximum(self._peaks.get(site, peak), peak)
-        self._bring(x_ND, self._rooms[site][at : at + len(x_ND)])
         self._bring(self._peaks[site], self._tops[site])
 
     def _bring(self, x: Tensor, room: Tensor) -> None:
