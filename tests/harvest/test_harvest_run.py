@@ -15,11 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from omegaconf import OmegaConf
 
 from data.errors import UserError
 from data.manifest import HELDOUT, TRAIN, settings_of
 from data.store import Store, find
+from harvest import lm
 from harvest.harvester import Harvester
 from harvest.run import Request, harvest, main
 from tests.harvest.corpus import ROOT, config, contents, save_model, story, write_stories
@@ -196,7 +198,7 @@ def test_a_disk_too_small_is_told_before_anything_is_written(
     [
         ("sites=[resid_past.1]", "site 'resid_past.1' is not"),
         ("sites=[]", "sites is empty"),
-        ("sites=[resid_post.3]", r"site resid_post\.3: this gpt2 model has layers 0 to 2"),
+        ("sites=[resid_post.1,resid_post.3]", r"site resid_post\.3: model .*tiny has layers 0 to 2, choose one"),
         ("tokens=0", "tokens=0 must be a whole number, 1 or more"),
         ("tokens=2.5", "tokens=2.5 must be a whole number"),
         ("heldout_tokens=-1", "heldout_tokens=-1 must be a whole number, 0 or more"),
@@ -220,6 +222,36 @@ def test_what_a_user_gets_wrong_is_one_sentence(
         harvest(config(model, text, tmp_path / "cache", override))
     assert "\n" not in str(error.value)
     assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize("told_by_config", [True, False])
+def test_a_layer_out_of_range_is_told_before_the_weights_are_loaded(
+    model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, told_by_config: bool
+) -> None:
+    mine = Path(shutil.copytree(model, tmp_path / "tiny"))
+    if not told_by_config:  # then it has GPT-2's own 12
+        said = json.loads((mine / "config.json").read_text())
+        del said["n_layer"]
+        (mine / "config.json").write_text(json.dumps(said))
+    monkeypatch.setattr("harvest.lm.load_model", None)
+    last = 2 if told_by_config else 11
+    with pytest.raises(UserError, match=rf"site attn_out\.{last + 1}: .* has layers 0 to {last}, choose one"):
+        harvest(config(mine, text, tmp_path / "cache", f"sites=[resid_post.1,attn_out.{last + 1}]"))
+    Request.of(config(mine, text, tmp_path / "cache", f"sites=[resid_post.{last}]"))
+
+
+def test_no_logits_are_computed(model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    load = lm.load_model
+
+    def without_head(settings: Any) -> Any:
+        loaded = load(settings)
+        loaded.get_output_embeddings().forward = None
+        with pytest.raises(TypeError):
+            loaded(input_ids=torch.zeros(1, 1, dtype=torch.long))
+        return loaded
+
+    monkeypatch.setattr(lm, "load_model", without_head)
+    assert harvest(config(model, text, tmp_path, "sites=[resid_post.2]")).rows(TRAIN, "resid_post.2") >= 200
 
 
 def test_whole_numbers_may_be_written_as_floats(model: Path, text: Path, tmp_path: Path) -> None:
@@ -253,6 +285,34 @@ def test_an_interrupt_says_how_to_go_on(
     assert stop.value.code == 130
     assert "run the same command again to go on" in capsys.readouterr().err
     assert not list(tmp_path.glob("*/claims"))
+
+
+def test_an_interrupt_lets_the_unit_that_is_written_be_finished(
+    model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fill, write, units = Harvester._fill, Harvester._write, []
+
+    def filled(self: Harvester, unit: Any, *rest: Any) -> None:
+        units.append(unit)
+        if len(units) == 4:
+            raise KeyboardInterrupt
+        fill(self, unit, *rest)
+
+    def written(self: Harvester, unit: Any, held: Any) -> None:
+        while len(units) < 4 and unit is units[2]:
+            time.sleep(0.001)
+        write(self, unit, held)
+
+    monkeypatch.setattr(Harvester, "_fill", filled)
+    monkeypatch.setattr(Harvester, "_write", written)
+    cfg = config(model, text, tmp_path, SITES)
+    with pytest.raises(SystemExit):
+        main(OmegaConf.create(cfg))
+    assert "run the same command again to go on" in capsys.readouterr().err
+    store = find(tmp_path, settings_of(cfg))[0]
+    for name in ("resid_post.1", "attn_out.0", "tokens", "origin"):
+        assert list(store.committed(TRAIN, name)) == [0, 1, 2]
+    assert not (store.path / "claims").exists()
 
 
 def test_every_unit_is_committed_before_the_next_but_one_is_run(
