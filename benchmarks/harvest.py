@@ -98,8 +98,8 @@ def bare(trial: Trial) -> Method:
 
     def run() -> float:
         began = time.perf_counter()
-        for batch in ids.split(trial.lm_batch):
-            run_to(trial.model, site, batch)
+        for first in range(0, len(ids), trial.lm_batch):
+            run_to(trial.model, site, ids[first : first + trial.lm_batch])
         return time.perf_counter() - began
 
     return run
