@@ -4,8 +4,7 @@
 
 The limit is the bare forward: the same model and batches, ended after the last site, nothing kept. Ours is the real
 harvester with a real store on disk, synced as ever. The methods take turns, so that another load on the machine hits
-all of them; a share is the median over the rounds. Then the memory: the peak above what the loaded model takes, over a
-run of so many units and one four times as long.
+all of them; a share is the median over the rounds. First the memory: the peak above what the model and a forward take.
 """
 
 from __future__ import annotations
@@ -86,7 +85,7 @@ def embedded() -> Trial:
     model, context = lm.load_model(model_cfg), lm.context_limit(model_cfg)
     layers = model.config.get_text_config().num_hidden_layers
     sites = [f"{kind}.{layer}" for layer in reversed(range(layers)) for kind in ("resid_post", "mlp_out")]
-    return Trial("embedded", model, tuple(sites[:5]), context or 256, 16, 4096, 8, 4)
+    return Trial("embedded", model, tuple(sites[:5]), context or 256, 16, 4096, 4, 4)
 
 
 TRIALS = {"gpt2": gpt2, "embedded": embedded}
@@ -161,20 +160,22 @@ def peer(trial: Trial, folder: Path, python: str | None) -> Iterator[Method | st
             pipe.close()
 
 
-def speed(trial: Trial, methods: dict[str, Method], rounds: int) -> None:
-    """A line a method: median, least and most tokens/s, and the median share of the first one in the same round."""
+def speed(trial: Trial, methods: dict[str, Method], rounds: int) -> dict[str, float]:
+    """A line a method: median, least and most tokens/s, and its share of the first one in the same round, returned."""
     found: dict[str, list[float]] = {name: [] for name in methods}
     for turn in range(rounds + 1):  # the first warms up
         for name, method in methods.items():
             seconds = method()
             if turn:
                 found[name].append(trial.tokens / seconds)
-    limit = next(iter(found.values()))
+    limit, medians = next(iter(found.values())), {}
     print(f"{'':<34}{'tokens/s':>10}{'least':>9}{'most':>9}{'of bare':>9}{'least':>9}{'most':>9}")
     for name, values in found.items():
         shares = [value / bound for value, bound in zip(values, limit, strict=True)]
+        medians[name] = statistics.median(shares)
         line = f"{name:<34}{statistics.median(values):>10.0f}{min(values):>9.0f}{max(values):>9.0f}"
-        print(line + f"{statistics.median(shares):>9.3f}{min(shares):>9.3f}{max(shares):>9.3f}", flush=True)
+        print(line + f"{medians[name]:>9.3f}{min(shares):>9.3f}{max(shares):>9.3f}", flush=True)
+    return medians
 
 
 def resident(what: str) -> int:
@@ -186,24 +187,29 @@ def resident(what: str) -> int:
 def peak(method: Method) -> int:
     """How many bytes a method takes at most, above what is there before it."""
     gc.collect()
-    Path("/proc/self/clear_refs").write_text("5")  # the peak is now what is there
     before = resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is now what is there
     method()
-    return resident("VmHWM") - before
+    return max(0, resident("VmHWM") - before)
 
 
-def memory(trial: Trial, folder: Path, dtype: str) -> None:
+def memory(trial: Trial, folder: Path, dtype: str) -> tuple[int, int]:
+    """Peak bytes of a harvest of all sites above what the model and its forward took before, and of one twice as long
+    above that."""
+    bare(trial)()
+    n_sites = len(trial.sites)
+    first, longer = (peak(ours(trial, folder, dtype, n_sites, units)) for units in (trial.units, 2 * trial.units))
     rows = trial.unit_contexts * (trial.context - 1)
-    for n_sites in (1, len(trial.sites)):
-        unit = rows * n_sites * trial.config.hidden_size * ITEMSIZE[dtype]
-        peaks = [peak(ours(trial, folder, dtype, n_sites, units)) for units in (trial.units, 4 * trial.units)]
-        print(
-            f"peak memory, {n_sites} sites: {peaks[0] / 1e6:.0f} MB over {trial.units} units, {peaks[1] / 1e6:.0f} MB "
-            f"over {4 * trial.units}; bare forward {peak(bare(trial)) / 1e6:.0f} MB, a unit {unit / 1e6:.1f} MB"
-        )
+    unit = rows * n_sites * trial.config.hidden_size * ITEMSIZE[dtype]
+    print(
+        f"memory, {n_sites} sites: {first / 1e6:.0f} MB above the model and its forward, which is {first / unit:.1f} "
+        f"units of {unit / 1e6:.1f} MB; {longer / 1e6:.0f} MB more over twice the tokens"
+    )
+    return first, longer
 
 
-def run(trial: Trial, root: Path, dtype: str, rounds: int, python: str | None) -> None:
+def run(trial: Trial, root: Path, dtype: str, rounds: int, python: str | None) -> dict[str, float]:
+    """All of it for one model, printed; {method: share of the bare forward}."""
     with tempfile.TemporaryDirectory(dir=root) as name, peer(trial, Path(name), python) as other:
         folder = Path(name)
         print(
@@ -217,15 +223,14 @@ def run(trial: Trial, root: Path, dtype: str, rounds: int, python: str | None) -
             print(f"sae-lens skipped: {other}")
         else:
             methods["sae-lens, 1 site"] = other
-        speed(trial, methods, rounds)
         memory(trial, folder, dtype)
+        return speed(trial, methods, rounds)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--models", nargs="+", choices=TRIALS, default=list(TRIALS))
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--units", type=int, help="units of a turn (each model has its own)")
     parser.add_argument("--dtype", choices=ITEMSIZE, default="float32")
     parser.add_argument("--peer-python", help="an interpreter that has sae-lens")
     parser.add_argument("--folder", type=Path, default=Path("outputs"), help="where trial stores are put, for the run")
