@@ -300,7 +300,7 @@ def test_an_interrupt_lets_the_unit_that_is_written_be_finished(
         fill(self, unit, *rest)
 
     def written(self: Harvester, unit: Any, held: Any) -> None:
-        while len(units) < 4 and unit is units[2]:
+        while len(units) < 4 and unit.index == 2:
             time.sleep(0.001)
         write(self, unit, held)
 
