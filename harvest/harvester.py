@@ -1,16 +1,16 @@
 """The unit loop: contexts through the language model, several sites at once, rows permuted, written, committed.
 
 A unit is run in fixed batches, so its bytes do not depend on what was harvested before it, on an interruption, or on
-which other sites are taken with it. Letters: B contexts in a batch, T tokens of a context, N rows of a unit, D width of
-a site.
+which other sites are taken with it. It is written while the next is run (harvest/held.py). Letters: B contexts in a
+batch, T tokens of a context, N rows of a unit, D width of a site.
 """
 
 from __future__ import annotations
 
-import enum
 import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
@@ -20,17 +20,15 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from data.claims import Overtaken
 from data.contents import size
 from data.errors import UserError
 from data.manifest import Json
 from data.names import Site
 from data.store import ORIGIN, TOKENS, Store
+from harvest.held import Held, Rows, Writer, native, send
 from harvest.plan import BOOK_WIDTHS, Unit, refuse_mixed
 from harvest.site import capture, run_to
 from harvest.tokens import Packed
-
-Rows = NDArray[Any]
 
 POLL_S = 0.2  # between looks at units that other processes have
 FLOAT16_LIMIT = 6e4  # float16 ends at 65,504; so near to it, other tokens are likely beyond
@@ -60,12 +58,6 @@ def _device_name(device: torch.device) -> str:
     return device.type
 
 
-class State(enum.Enum):
-    """What became of a unit: committed here, found committed, or another process's."""
-
-    MADE, DONE, TAKEN = range(3)
-
-
 class Harvester:
     """Runs the units that are left and commits them one by one, beside any other process that does so.
 
@@ -92,60 +84,71 @@ class Harvester:
         self.dtype: torch.dtype = getattr(torch, self.layout.dtype)
         self.made_by = made_by(model)
         self.written = 0  # bytes, by this process
+        self._begun = False  # whether any unit was
 
     def run(self, units: Sequence[Unit]) -> int:
         """Return when all of `units` are committed, by this process or another; returns how many were by this one.
 
-        Each is committed before the next begins. A unit that another process has is waited for, as that one may die.
+        Each is committed before the next but one begins. A unit that another process has is waited for, as that one
+        may die.
         """
         self._refuse_mixed()
         self._require(units)
-        mine, left, rows = 0, list(units), sum(unit.rows for unit in units)
+        mine, left, again, rows = 0, list(units), list[Unit](), sum(unit.rows for unit in units)
         options = {"unit": " tokens", "unit_scale": True, "mininterval": 1.0, "desc": "harvest", "disable": self.quiet}
         with tqdm(total=rows, **options) as bar:
-            while left:
-                waiting = []
-                for unit in left:
-                    if (state := self._attempt(unit, bar, first=not mine)) is State.TAKEN:
-                        waiting.append(unit)
-                    mine += state is State.MADE
-                if len(waiting) == len(left):
-                    time.sleep(POLL_S)
-                left = waiting
+
+            def ended(unit: Unit, by_us: bool) -> None:
+                nonlocal mine
+                mine += by_us
+                bar.set_postfix_str(f"{size(self.written)} written", refresh=False)
+                if not by_us:
+                    bar.update(-unit.rows)
+                    again.append(unit)
+
+            with Writer(self._write, ended, self.layout.unit_rows, self.dtype) as writer:
+                while left:
+                    for unit in left:
+                        if not self._begin(unit, writer, bar):
+                            again.append(unit)
+                    writer.finish()
+                    if len(again) == len(left):
+                        time.sleep(POLL_S)
+                    left, again = again, []
         return mine
 
-    def _attempt(self, unit: Unit, bar: Any, *, first: bool) -> State:
-        """Make a unit if it is neither committed nor another's. first: none has been made by this process yet."""
+    def _begin(self, unit: Unit, writer: Writer, bar: Any) -> bool:
+        """Run a unit and have it written, unless it is committed; False where another process has it."""
         if not unit.left(self.store).names:
             bar.update(unit.rows)
-            return State.DONE
-        with self.store.claims.take(unit.split, unit.index, unit.names, self.made_by) as mine:
-            if not mine:
-                return State.TAKEN
-            if first:  # of two that began an empty store at once, one at least sees the other here
+            return True
+        with ExitStack() as claim:
+            if not claim.enter_context(self.store.claims.take(unit.split, unit.index, unit.names, self.made_by)):
+                return False
+            if not self._begun:  # of two that began an empty store at once, one at least sees the other here
                 self._refuse_mixed()
+            self._begun = True
             left = unit.left(self.store)
-            if not left.names:  # committed between the look and the claim
+            if left.names:  # else committed between the look and the claim
+                held = writer.room()
+                self._fill(left, held, bar)
+                writer.hand_over(left, held, claim.pop_all())
+            else:
                 bar.update(unit.rows)
-                return State.DONE
-            try:
-                self._write(left, self._books(left) | self._activations(left, bar))
-                bar.set_postfix_str(f"{size(self.written)} written", refresh=False)
-            except Overtaken:
-                bar.update(-unit.rows)
-                return State.TAKEN
-            return State.MADE
+        return True
 
     def _refuse_mixed(self) -> None:
         if not self.allow_mixed_devices:
             refuse_mixed(self.store, self.made_by)
 
-    def _write(self, unit: Unit, held: dict[str, Rows]) -> None:
-        """Permute, write and commit the rows of a unit. Empties `held`."""
+    def _write(self, unit: Unit, held: Held) -> None:
+        """Permute, write and commit the rows of a unit."""
+        self._refuse_unstorable(unit, held)
         order = self.store.permutation(unit.split, unit.index, unit.rows)
+        books = self._books(unit)
         for name in unit.names:
-            # Taken out of `held`, so that one site's permuted copy is all that is there twice.
-            commit = self.store.write(unit.split, unit.index, name, held.pop(name)[order], self.made_by)
+            rows = books[name] if name in books else native(held.rows(name, unit.rows))
+            commit = self.store.write(unit.split, unit.index, name, rows, self.made_by, order)
             self.written += sum(chunk.bytes for chunk in commit.chunks)
 
     def _books(self, unit: Unit) -> dict[str, Rows]:
@@ -165,54 +168,44 @@ class Harvester:
                 for name in sorted({name for unit in mine for name in unit.names}):
                     self.store.require(split, name, self.widths.get(name, BOOK_WIDTHS.get(name, 0)), capacity)
 
-    def _activations(self, unit: Unit, bar: Any) -> dict[str, Rows]:
-        """{site: rows [N, D] in the storage type}, in the order of the text."""
+    def _fill(self, unit: Unit, held: Held, bar: Any) -> None:
+        """Run a unit's contexts; `held` takes the rows of each site, in the order of the text."""
         if not unit.sites:
             bar.update(unit.rows)
-            return {}
-        text = self.packed[unit.split]
+            return
+        text, at = self.packed[unit.split], 0
         contexts, keep = text.contexts[unit.contexts], text.keep[unit.contexts]
-        bits = np.uint16 if self.dtype is torch.bfloat16 else np.dtype(self.layout.dtype)
-        held = {site: np.empty((unit.rows, self.widths[site]), bits) for site in unit.sites}
-        at = 0
         with torch.no_grad(), capture(self.model, [Site.parse(site) for site in unit.sites]) as seen:
             for first in range(0, len(contexts), self.lm_batch):
                 batch, mask = contexts[first : first + self.lm_batch], keep[first : first + self.lm_batch]
                 self.model(input_ids=_ids(batch, self.model), use_cache=False)
-                rows = int(mask.sum())
+                # Found here: a GPU that looks for them itself makes the forward wait for their number.
+                kept = torch.from_numpy(np.flatnonzero(mask))
                 for site in unit.sites:
-                    x_ND = seen[site][torch.from_numpy(mask).to(seen[site].device)].to(self.dtype)
-                    self._refuse_unstorable(x_ND, site, unit, first, mask)
-                    held[site][at : at + rows] = _native(x_ND)
-                at += rows
-                bar.update(rows)
-        return held
+                    held.take(site, at, seen[site], kept)
+                at += len(kept)
+                bar.update(len(kept))
 
-    def _refuse_unstorable(self, x_ND: Tensor, site: str, unit: Unit, first: int, mask: NDArray[np.bool_]) -> None:
+    def _refuse_unstorable(self, unit: Unit, held: Held) -> None:
         """UserError names site, text and token of the first value that is not finite, or too large for float16."""
         limit = FLOAT16_LIMIT if self.dtype is torch.float16 else torch.finfo(self.dtype).max
-        if not len(x_ND) or float(x_ND.abs().amax()) <= limit:  # amax keeps a NaN, and NaN compares false
+        site = next((site for site in unit.sites if not held.peak(site) <= limit), None)  # NaN compares false
+        if site is None:
             return
-        row = int((~(x_ND.abs() <= limit)).any(1).nonzero()[0])
-        sequence, position = (int(axis[row]) for axis in np.nonzero(mask))
-        sequence += first + unit.contexts.start
-        text, largest = self.packed[unit.split], float(x_ND[row].abs().amax())
+        largest_N = torch.linalg.vector_norm(held.rows(site, unit.rows), float("inf"), dim=1)
+        row = int((~(largest_N <= limit)).nonzero()[0])
+        sequence, position = map(int, self._books(unit)[ORIGIN][row])
+        text = self.packed[unit.split]
         token = int(text.contexts[sequence, position])
         remedy = "too large for float16: set store.dtype=bfloat16 or float32"
         if self.dtype is not torch.float16:
             remedy = "which is not finite: set model.dtype=float32, or leave this text out"
         raise UserError(
-            f"site {site} has |x| = {largest:g} at token {position} ({self.decode(token)!r}) of {unit.split} sequence "
-            f"{sequence}, document {text.document(sequence, position)}, {remedy}"
+            f"site {site} has |x| = {float(largest_N[row]):g} at token {position} ({self.decode(token)!r}) of "
+            f"{unit.split} sequence {sequence}, document {text.document(sequence, position)}, {remedy}"
         )
 
 
 def _ids(contexts: NDArray[np.int32], model: nn.Module) -> Tensor:
     """[B, T] int64 on the device of the model's first parameter, the embedding's."""
-    return torch.from_numpy(contexts).to(next(model.parameters()).device, torch.int64)
-
-
-def _native(x_ND: Tensor) -> Rows:
-    """numpy has no bfloat16: its bits."""
-    x_ND = x_ND.cpu()
-    return x_ND.view(torch.uint16).numpy() if x_ND.dtype is torch.bfloat16 else x_ND.numpy()
+    return send(torch.from_numpy(contexts), next(model.parameters()).device).long()

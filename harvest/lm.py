@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 EMBEDDED = Path(__file__).resolve().parent / "embedded"
 DTYPES = ("float32", "bfloat16", "float16")
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+_LAYERS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 _CONTEXT = ("max_position_embeddings", "n_positions", "n_ctx", "max_sequence_length", "max_seq_len", "seq_length")
 
 
@@ -114,17 +115,27 @@ def short_name(model_cfg: Mapping[str, Any]) -> str:
 
 def context_limit(model_cfg: Mapping[str, Any]) -> int | None:
     """The longest context in tokens that the model's config allows; None where it sets no bound."""
+    return _count(model_cfg, _CONTEXT)
+
+
+def layer_count(model_cfg: Mapping[str, Any]) -> int | None:
+    """The number of blocks by the model's config; None where it does not say."""
+    return _count(model_cfg, _LAYERS)
+
+
+def _count(model_cfg: Mapping[str, Any], names: tuple[str, ...]) -> int | None:
+    """The first of the settings that the config has, that of its language model before the whole one's."""
     folder = _resolve(model_settings(model_cfg))
     config = read_config(folder)
     for level in (config.get("text_config") or {}, config):
-        for key in _CONTEXT:
+        for key in names:
             if isinstance(level.get(key), int):
                 return int(level[key])
     from transformers import AutoConfig  # a default that config.json leaves out
 
     full = AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config()
-    limits = [getattr(full, key, None) for key in _CONTEXT]
-    return next((limit for limit in limits if isinstance(limit, int)), None)
+    found = [getattr(full, key, None) for key in names]
+    return next((count for count in found if isinstance(count, int)), None)
 
 
 def compute_dtype(model_cfg: Mapping[str, Any]) -> str:

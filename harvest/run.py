@@ -78,6 +78,10 @@ class Request:
             raise UserError(
                 f"packing.context={self.packing.context} is longer than the model reads ({limit} tokens): lower it"
             )
+        layers = lm.layer_count(self.model)
+        for site in self.sites:
+            if layers is not None and site.layer is not None and site.layer >= layers:
+                raise UserError(f"site {site}: model {self.model['name']} has layers 0 to {layers - 1}, choose one")
 
 
 def layout_asked(store: Mapping[str, Any]) -> Json:

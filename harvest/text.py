@@ -39,6 +39,8 @@ __all__ = [
 # Not prose anyone wrote, or not on every machine: test packages, generated tables, installed packages, build settings.
 STDLIB_SKIP = frozenset({"test", "tests", "idle_test", "encodings", "site-packages", "dist-packages", "__pycache__"})
 
+PARQUET_ROWS = 256  # documents in memory at once
+
 
 @dataclass(frozen=True)
 class Document:
@@ -127,7 +129,7 @@ class StdlibText(TextSource):
 
 @dataclass(frozen=True)
 class FilesText(TextSource):
-    """Local UTF-8 files or globs: a `.txt` is one document, a `.jsonl` one a line, under the name `field`."""
+    """Local files or globs: `.txt` is one document, `.jsonl` and `.parquet` have one a row, in the column `field`."""
 
     kind: ClassVar[str] = "files"
     paths: Sequence[str] = ()
@@ -153,14 +155,18 @@ class FilesText(TextSource):
 
     def check(self) -> None:
         for path in self.files():
-            if path.suffix not in (".txt", ".jsonl"):
-                raise UserError(f"{path} is neither .txt nor .jsonl: convert it, or narrow text.paths")
+            if path.suffix not in (".txt", ".jsonl", ".parquet"):
+                raise UserError(f"{path} is neither .txt, .jsonl nor .parquet: convert it, or narrow text.paths")
+            if path.suffix == ".parquet" and importlib.util.find_spec("pyarrow") is None:
+                raise UserError(
+                    f"{path} needs the extra `parquet`, which is not installed: run `.venv/bin/pip install pyarrow`"
+                )
 
     def documents(self) -> Iterator[Document]:
         self.check()
         for path in self.files():
             try:
-                yield from self._lines(path) if path.suffix == ".jsonl" else self._whole(path)
+                yield from {".txt": self._whole, ".jsonl": self._lines, ".parquet": self._rows}[path.suffix](path)
             except UnicodeDecodeError as error:
                 raise UserError(f"{path} is not UTF-8 ({error.reason} at byte {error.start}): convert it") from None
 
@@ -173,6 +179,25 @@ class FilesText(TextSource):
             for number, line in enumerate(lines, 1):
                 if line.strip():
                     yield _document(f"{path}:{number}", _parsed(f"{path}:{number}", line), self.field)
+
+    def _rows(self, path: Path) -> Iterator[Document]:
+        """A batch of rows at a time, so that not even a row group has to fit in memory."""
+        import pyarrow
+        from pyarrow import parquet
+
+        try:
+            with parquet.ParquetFile(path) as file:
+                if self.field not in file.schema_arrow.names:
+                    raise UserError(f"{path} has no column {self.field!r} ({file.schema_arrow.names}): set text.field")
+                batches = file.iter_batches(PARQUET_ROWS, columns=[self.field], use_threads=False)
+                rows = (row for batch in batches for row in batch.to_pylist())
+                for number, row in enumerate(rows, 1):
+                    yield _document(f"{path}:{number}", row, self.field)
+        except (pyarrow.ArrowException, OSError) as error:
+            if isinstance(error, OSError) and error.errno:  # the system's, not pyarrow's
+                raise
+            told = str(error).strip().splitlines()[0].rstrip(".")
+            raise UserError(f"{path} is damaged or no parquet file ({told}): download or convert it again") from None
 
 
 def _parsed(name: str, line: str) -> object:

@@ -6,11 +6,10 @@ nothing is padded. Where a token lies depends on text, tokenizer and packing, ne
 
 from __future__ import annotations
 
-import bisect
 import dataclasses
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
@@ -18,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data.errors import UserError
+from harvest.spool import Spool, Texts
 from harvest.text import HELDOUT, Document, TextSource, split_of, unique
 
 BOS_RULES = ("context", "document", "none")
@@ -58,11 +58,11 @@ class Packing:
     def of(cls, settings: Mapping[str, Any]) -> Packing:
         """From the configuration's group `packing`, or a manifest's; UserError for a key unknown or missing."""
         fields = dataclasses.fields(cls)
-        if unknown := sorted(set(settings) - {field.name for field in fields}):
+        if unknown := sorted(set(settings) - {known.name for known in fields}):
             raise UserError(f"packing.{unknown[0]} is unknown: packing takes {', '.join(f.name for f in fields)}")
-        for field in fields:
-            if field.default is dataclasses.MISSING and field.name not in settings:
-                raise UserError(f"packing.{field.name} is missing: set it")
+        for needed in fields:
+            if needed.default is dataclasses.MISSING and needed.name not in settings:
+                raise UserError(f"packing.{needed.name} is missing: set it")
         return cls(**settings)
 
 
@@ -71,19 +71,20 @@ class Packed:
     """Contexts of one split: `contexts` [n, T] token ids, `keep` [n, T] whether the token's row is harvested.
 
     starts, names: where in the stream each document begins, and its name; stride: tokens of the stream in a context.
+    Of a long text all of these are in files (harvest/spool.py), and so in memory as far as the system likes.
     """
 
     contexts: NDArray[np.int32]
     keep: NDArray[np.bool_]
-    starts: tuple[int, ...] = ()
-    names: tuple[str, ...] = ()
+    starts: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
+    names: Sequence[str] | Texts = ()
     stride: int = 1
 
     def document(self, sequence: int, position: int) -> str:
         """The name of the document that token `position` of context `sequence` belongs to."""
         within = position - (self.contexts.shape[1] - self.stride)
-        at = bisect.bisect_right(self.starts, sequence * self.stride + max(within, 0)) - 1
-        return self.names[at] if self.names else "unknown"
+        at = int(np.searchsorted(self.starts, sequence * self.stride + max(within, 0), side="right")) - 1
+        return self.names[at] if len(self.names) else "unknown"
 
 
 def special_ids(tokenizer: Any) -> list[int]:
@@ -101,29 +102,39 @@ def check_tokenizer(tokenizer: Any, packing: Packing) -> None:
         raise UserError("packing.separator=true, but this tokenizer has no EOS token: set packing.separator=false")
 
 
-def ordered(source: TextSource, packing: Packing, split: str) -> Iterator[Document]:
-    """The unique documents of one split, in the packing's order; a shuffle holds them all in memory."""
+def ordered(source: TextSource, packing: Packing, split: str) -> Iterator[tuple[str, str]]:
+    """(name, text) of each unique document of a split, as they are packed; a shuffle keeps them in temporary files."""
     mine = (doc for doc in unique(source.documents()) if split_of(doc.key, packing.heldout) == split)
     if packing.shuffle is None:
-        return mine
-
-    def rank(doc: Document) -> bytes:
-        return hashlib.sha256(f"{packing.shuffle}:{doc.key}".encode("utf-8", "surrogatepass")).digest()
-
-    return iter(sorted(mine, key=rank))
+        return ((doc.name, doc.text) for doc in mine)
+    return _shuffled(mine, packing.shuffle)
 
 
-def encoded(documents: Iterable[Document], tokenizer: Any, packing: Packing) -> Iterator[tuple[str, NDArray[np.int32]]]:
+def _shuffled(documents: Iterable[Document], seed: int) -> Iterator[tuple[str, str]]:
+    """By sha256(seed, key), compared as bytes."""
+    names, texts, ranks = Texts(), Texts(), Spool()
+    for doc in documents:
+        names.append(doc.name)
+        texts.append(doc.text)
+        ranks.write(hashlib.sha256(f"{seed}:{doc.key}".encode("utf-8", "surrogatepass")).digest())
+    words = ranks.array(">u8", len(names), 4)
+    for index in np.lexsort(words.T[::-1]):  # of lexsort's keys the last one counts first
+        yield names[index], texts[index]
+
+
+def encoded(
+    documents: Iterable[tuple[str, str]], tokenizer: Any, packing: Packing
+) -> Iterator[tuple[str, NDArray[np.int32]]]:
     """(name, tokens) of each document, with the BOS and EOS tokens that stand at its ends."""
     head = [tokenizer.bos_token_id] if packing.bos == "document" else []
     tail = [tokenizer.eos_token_id] if packing.separator else []
     documents = iter(documents)
     while batch := list(islice(documents, ENCODE_AT_ONCE)):
-        texts = [doc.text for doc in batch]
+        texts = [text for _, text in batch]
         # verbose=False: a document longer than the model's context is no mistake here, it is cut.
         ids = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
-        for doc, tokens in zip(batch, ids, strict=True):
-            yield doc.name, np.array([*head, *tokens, *tail], np.int32)
+        for (name, _), tokens in zip(batch, ids, strict=True):
+            yield name, np.array([*head, *tokens, *tail], np.int32)
 
 
 class _Cutter:
@@ -133,14 +144,13 @@ class _Cutter:
         self.head = [tokenizer.bos_token_id] if packing.bos == "context" else []
         self.context, self.stride = packing.context, packing.context - len(self.head)
         self.length = 0
-        self.starts: list[int] = []
-        self.names: list[str] = []
+        self.starts, self.names = Spool(), Texts()
 
     def blocks(self, documents: Iterable[tuple[str, NDArray[np.int32]]]) -> Iterator[NDArray[np.int32]]:
         """[n, T] whole contexts, n of 1 or more."""
         waiting: list[NDArray[np.int32]] = []
         for name, tokens in documents:
-            self.starts.append(self.length)
+            self.starts.write(np.array([self.length], np.int64))
             self.names.append(name)
             self.length += len(tokens)
             waiting.append(tokens)
@@ -163,8 +173,7 @@ def pack(source: TextSource, tokenizer: Any, packing: Packing, split: str, rows:
     check_tokenizer(tokenizer, packing)
     special = np.array(special_ids(tokenizer), np.int32)
     cutter = _Cutter(tokenizer, packing)
-    contexts: list[NDArray[np.int32]] = []
-    keeps: list[NDArray[np.bool_]] = []
+    contexts, keeps = Spool(), Spool()
     count, kept, goal = 0, 0, None
     for block in cutter.blocks(encoded(ordered(source, packing, split), tokenizer, packing)):
         keep = np.ones_like(block, np.bool_) if packing.keep_special else ~np.isin(block, special)
@@ -172,15 +181,16 @@ def pack(source: TextSource, tokenizer: Any, packing: Packing, split: str, rows:
         if goal is None and running[-1] >= rows:
             needed = count + int(np.searchsorted(running, rows)) + 1
             goal = -(-needed // multiple) * multiple
-        contexts.append(block)
-        keeps.append(keep)
+        contexts.write(block)
+        keeps.write(keep)
         count, kept = count + len(block), int(running[-1])
         if goal is not None and count >= goal:
             break
     if goal is None:
         raise UserError(_too_short(source, packing, split, rows, kept))
-    found, mask = np.concatenate(contexts)[:goal], np.concatenate(keeps)[:goal]
-    return Packed(found, mask, tuple(cutter.starts), tuple(cutter.names), cutter.stride)
+    shape = min(goal, count), packing.context
+    starts = cutter.starts.array(np.int64, len(cutter.names))
+    return Packed(contexts.array(np.int32, *shape), keeps.array(np.bool_, *shape), starts, cutter.names, cutter.stride)
 
 
 def _too_short(source: TextSource, packing: Packing, split: str, rows: int, kept: int) -> str:

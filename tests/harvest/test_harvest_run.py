@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import collections
-import itertools
+import json
 import os
 import re
 import shutil
@@ -16,11 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from omegaconf import OmegaConf
 
 from data.errors import UserError
 from data.manifest import HELDOUT, TRAIN, settings_of
 from data.store import Store, find
+from harvest import lm
 from harvest.harvester import Harvester
 from harvest.run import Request, harvest, main
 from tests.harvest.corpus import ROOT, config, contents, save_model, story, write_stories
@@ -44,12 +46,12 @@ def interrupt_after(monkeypatch: pytest.MonkeyPatch, writes: int, error: BaseExc
     """Fail in the midst of the write that follows `writes` whole ones: a chunk is at its place, its record is not."""
     real, left = Store.write, iter(range(writes))
 
-    def write(self: Store, split: str, unit: int, site: str, rows: Any, made_by: Any) -> Any:
+    def write(self: Store, split: str, unit: int, site: str, rows: Any, *rest: Any) -> Any:
         if next(left, None) is None:
             key = f"{split}/{site}/c.{unit * 4}" + ".0" * (rows.ndim - 1)
             self._write_chunk((self.path / key).parent, key, rows[:3])
             raise error
-        return real(self, split, unit, site, rows, made_by)
+        return real(self, split, unit, site, rows, *rest)
 
     monkeypatch.setattr(Store, "write", write)
 
@@ -197,7 +199,7 @@ def test_a_disk_too_small_is_told_before_anything_is_written(
     [
         ("sites=[resid_past.1]", "site 'resid_past.1' is not"),
         ("sites=[]", "sites is empty"),
-        ("sites=[resid_post.3]", r"site resid_post\.3: this gpt2 model has layers 0 to 2"),
+        ("sites=[resid_post.1,resid_post.3]", r"site resid_post\.3: model .*tiny has layers 0 to 2, choose one"),
         ("tokens=0", "tokens=0 must be a whole number, 1 or more"),
         ("tokens=2.5", "tokens=2.5 must be a whole number"),
         ("heldout_tokens=-1", "heldout_tokens=-1 must be a whole number, 0 or more"),
@@ -221,6 +223,36 @@ def test_what_a_user_gets_wrong_is_one_sentence(
         harvest(config(model, text, tmp_path / "cache", override))
     assert "\n" not in str(error.value)
     assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize("told_by_config", [True, False])
+def test_a_layer_out_of_range_is_told_before_the_weights_are_loaded(
+    model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, told_by_config: bool
+) -> None:
+    mine = Path(shutil.copytree(model, tmp_path / "tiny"))
+    if not told_by_config:  # then it has GPT-2's own 12
+        said = json.loads((mine / "config.json").read_text())
+        del said["n_layer"]
+        (mine / "config.json").write_text(json.dumps(said))
+    monkeypatch.setattr("harvest.lm.load_model", None)
+    last = 2 if told_by_config else 11
+    with pytest.raises(UserError, match=rf"site attn_out\.{last + 1}: .* has layers 0 to {last}, choose one"):
+        harvest(config(mine, text, tmp_path / "cache", f"sites=[resid_post.1,attn_out.{last + 1}]"))
+    Request.of(config(mine, text, tmp_path / "cache", f"sites=[resid_post.{last}]"))
+
+
+def test_no_logits_are_computed(model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    load = lm.load_model
+
+    def without_head(settings: Any) -> Any:
+        loaded = load(settings)
+        loaded.get_output_embeddings().forward = None
+        with pytest.raises(TypeError):
+            loaded(input_ids=torch.zeros(1, 1, dtype=torch.long))
+        return loaded
+
+    monkeypatch.setattr(lm, "load_model", without_head)
+    assert harvest(config(model, text, tmp_path, "sites=[resid_post.2]")).rows(TRAIN, "resid_post.2") >= 200
 
 
 def test_whole_numbers_may_be_written_as_floats(model: Path, text: Path, tmp_path: Path) -> None:
@@ -256,19 +288,72 @@ def test_an_interrupt_says_how_to_go_on(
     assert not list(tmp_path.glob("*/claims"))
 
 
-def test_every_unit_is_committed_before_the_next_is_run(
+def test_an_interrupt_lets_the_unit_that_is_written_be_finished(
+    model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fill, write, units = Harvester._fill, Harvester._write, []
+
+    def filled(self: Harvester, unit: Any, *rest: Any) -> None:
+        units.append(unit)
+        if len(units) == 4:
+            raise KeyboardInterrupt
+        fill(self, unit, *rest)
+
+    def written(self: Harvester, unit: Any, held: Any) -> None:
+        while len(units) < 4 and unit.index == 2:
+            time.sleep(0.001)
+        write(self, unit, held)
+
+    monkeypatch.setattr(Harvester, "_fill", filled)
+    monkeypatch.setattr(Harvester, "_write", written)
+    cfg = config(model, text, tmp_path, SITES)
+    with pytest.raises(SystemExit):
+        main(OmegaConf.create(cfg))
+    assert "run the same command again to go on" in capsys.readouterr().err
+    store = find(tmp_path, settings_of(cfg))[0]
+    for name in ("resid_post.1", "attn_out.0", "tokens", "origin"):
+        assert list(store.committed(TRAIN, name)) == [0, 1, 2]
+    assert not (store.path / "claims").exists()
+
+
+def test_every_unit_is_committed_before_the_next_but_one_is_run(
     model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, seen = Harvester._activations, []
+    real, units, seen = Harvester._fill, [], []
 
-    def activations(self: Harvester, unit: Any, bar: Any) -> Any:
-        seen.append(sum(self.store.rows(split, "resid_post.1") for split in (TRAIN, HELDOUT)))
-        return real(self, unit, bar)
+    def fill(self: Harvester, unit: Any, *rest: Any) -> None:
+        real(self, unit, *rest)
+        units.append((unit.split, unit.index))
+        seen.append({at for at in units if self.store.is_committed(*at, "origin")})  # the last to be written
 
-    monkeypatch.setattr(Harvester, "_activations", activations)
+    monkeypatch.setattr(Harvester, "_fill", fill)
     harvest(config(model, text, tmp_path))
-    assert len(seen) > 5
-    assert all(earlier < later for earlier, later in itertools.pairwise(seen))
+    assert len(units) > 5
+    assert all(set(units[: i - 1]) <= seen[i] for i in range(1, len(units)))
+
+
+def test_the_next_unit_is_run_while_one_is_written(
+    model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each write waits for the forward of the next unit, which would be for ever were they done by turns."""
+    fill, write, run, last = Harvester._fill, Harvester._write, [], []
+
+    def filled(self: Harvester, unit: Any, *rest: Any) -> None:
+        fill(self, unit, *rest)
+        run.append(unit)
+
+    def written(self: Harvester, unit: Any, held: Any) -> None:
+        deadline = time.monotonic() + 30
+        while run[-1] is unit and unit.split != HELDOUT:
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+        last.append(run[-1].index)
+        write(self, unit, held)
+
+    monkeypatch.setattr(Harvester, "_fill", filled)
+    monkeypatch.setattr(Harvester, "_write", written)
+    harvest(config(model, text, tmp_path))
+    assert len(last) > 5
 
 
 @pytest.mark.slow

@@ -29,7 +29,7 @@ def text(n: int, seed: int) -> Packed:
     rng = np.random.default_rng(seed)
     contexts = rng.integers(3, 40, (n, T), dtype=np.int32)
     contexts[rng.random((n, T)) < 0.16] = 1
-    return Packed(contexts, contexts != 1, (0, 3 * T), ("first", "second"), T)
+    return Packed(contexts, contexts != 1, np.array([0, 3 * T]), ("first", "second"), T)
 
 
 PACKED = {TRAIN: text(11, 0), HELDOUT: text(3, 1)}

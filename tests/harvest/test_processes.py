@@ -80,13 +80,13 @@ def test_harvests_started_at_once_share_the_work(
     model: Path, text: Path, tmp_path: Path, whole: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Threads stand for processes: claims tell them apart by token."""
-    real, made = Harvester._activations, Counter[tuple[str, int, str]]()
+    real, made = Harvester._fill, Counter[tuple[str, int, str]]()
 
-    def activations(self: Harvester, unit: Any, bar: Any) -> Any:
+    def fill(self: Harvester, unit: Any, *rest: Any) -> None:
         made[unit.split, unit.index, threading.current_thread().name] += 1
-        return real(self, unit, bar)
+        real(self, unit, *rest)
 
-    monkeypatch.setattr(Harvester, "_activations", activations)
+    monkeypatch.setattr(Harvester, "_fill", fill)
     load, one = lm.load_model, threading.Lock()
 
     def load_alone(settings: Any) -> Any:

@@ -157,15 +157,62 @@ def test_files_that_hold_no_text_are_named(tmp_path: Path, content: bytes, told:
 
 
 def test_files_that_are_not_there_or_of_another_kind_are_named(tmp_path: Path) -> None:
-    (tmp_path / "a.parquet").write_text("")
-    with pytest.raises(UserError, match=r"a\.parquet is neither \.txt nor \.jsonl"):
-        FilesText([str(tmp_path / "*.parquet")]).check()
+    (tmp_path / "a.csv").write_text("")
+    with pytest.raises(UserError, match=r"a\.csv is neither \.txt, \.jsonl nor \.parquet"):
+        FilesText([str(tmp_path / "*.csv")]).check()
     with pytest.raises(UserError, match=r"no file matches '.*none\.txt'"):
         FilesText([str(tmp_path / "none.txt")]).check()
     with pytest.raises(UserError, match=r"text\.paths names no file"):
         FilesText().check()
     with pytest.raises(UserError, match=r"text\.root=.* is not a folder"):
         StdlibText(str(tmp_path / "none")).check()
+
+
+def parquet(path: Path, rows: dict[str, list[Any]]) -> FilesText:
+    """Three rows a row group."""
+    import pyarrow
+    from pyarrow import parquet
+
+    parquet.write_table(pyarrow.table(rows), path, row_group_size=3)
+    return FilesText([str(path)])
+
+
+def test_files_read_parquet_by_row(tmp_path: Path) -> None:
+    texts = [f"story {i} é" for i in range(700)]
+    source = parquet(tmp_path / "a.parquet", {"id": list(range(700)), "text": texts})
+    docs = list(source.documents())
+    assert [doc.text for doc in docs] == [doc.key for doc in docs] == texts
+    assert [docs[0].name, docs[-1].name] == [f"{tmp_path}/a.parquet:1", f"{tmp_path}/a.parquet:700"]
+    lines = FilesText([str(stories(tmp_path / "a.jsonl", *texts))])
+    assert lines.identity()["sha256"] == source.identity()["sha256"]
+
+
+def test_parquet_that_holds_no_text_is_named(tmp_path: Path) -> None:
+    whose = r"a\.parquet has no column 'text' \(\['words'\]\): set text\.field"
+    with pytest.raises(UserError, match=whose):
+        parquet(tmp_path / "a.parquet", {"words": ["a"]}).identity()
+    with pytest.raises(UserError, match=r"b\.parquet:2 has no text under 'text'"):
+        parquet(tmp_path / "b.parquet", {"text": ["a", None]}).identity()
+    with pytest.raises(UserError, match=r"c\.parquet:1 has no text under 'text'"):
+        parquet(tmp_path / "c.parquet", {"text": [5]}).identity()
+
+
+@pytest.mark.parametrize("damage", ["no parquet", "cut", "a header of nothing"])
+def test_a_damaged_parquet_file_is_named(tmp_path: Path, damage: str) -> None:
+    source = parquet(tmp_path / "a.parquet", {"text": [f"story {i}" for i in range(9)]})
+    data = bytearray((tmp_path / "a.parquet").read_bytes())
+    data[4:40] = b"\xff" * 36 if damage == "a header of nothing" else data[4:40]
+    data = {"no parquet": b"words", "cut": data[:-9]}.get(damage, data)
+    (tmp_path / "a.parquet").write_bytes(data)
+    with pytest.raises(UserError, match=r"a\.parquet is damaged or no parquet file \(.*\): download or convert it"):
+        source.identity()
+
+
+def test_parquet_without_the_extra_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.parquet").write_bytes(b"")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"a\.parquet needs the extra `parquet`, .*install pyarrow`"):
+        FilesText([str(tmp_path / "a.parquet")]).check()
 
 
 def test_settings_rebuild_the_source(tmp_path: Path) -> None:
@@ -211,6 +258,21 @@ def test_dataset_reads_rows_at_the_commit(monkeypatch: pytest.MonkeyPatch) -> No
     assert docs == [Document("x/y:0", "a", "a"), Document("x/y:1", "b", "b")]
     with pytest.raises(UserError, match="x/y:0 has no text under 'text'"):
         list(DatasetText("x/y", revision=COMMIT).documents())
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_dataset_reads_a_folder_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, streaming: bool) -> None:
+    """The real library, on the files of a data set as they lie on the hub."""
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    (tmp_path / "x").mkdir()
+    texts = [f"story {i}" for i in range(9)]
+    parquet(tmp_path / "x" / "train-00000-of-00002.parquet", {"text": texts[:5]})
+    parquet(tmp_path / "x" / "train-00001-of-00002.parquet", {"text": texts[5:]})
+    source = DatasetText(str(tmp_path / "x"), revision=COMMIT, streaming=streaming)
+    assert [doc.text for doc in source.documents()] == [doc.text for doc in source.documents()] == texts
+    assert any((tmp_path / "cache").rglob("*.arrow")) != streaming  # a set that is streamed is not copied
 
 
 def test_dataset_identity_is_the_commit_a_branch_stands_for(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import tracemalloc
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -12,10 +20,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from data.cli import sentence
 from data.errors import UserError
+from harvest import spool
 from harvest.text import HELDOUT, TRAIN, Document, TextSource, split_of
 from harvest.tokens import Packed, Packing, check_tokenizer, pack, special_ids
-from tests.harvest.corpus import ids, story, tokenizer
+from tests.harvest.corpus import ROOT, ids, story, tokenizer
 
 TOKENIZER = tokenizer()
 A, B, C, D, E, F = ids("abcdef")
@@ -133,6 +143,79 @@ def test_seeds_give_other_orders_of_the_same_documents() -> None:
         return pack(Texts(STORIES), TOKENIZER, packing, TRAIN, 1, multiple=10**6).contexts.tolist()
 
     assert first(0) == first(0) != first(1) != first(None)
+
+
+@pytest.mark.parametrize("shuffle", [None, 0])
+def test_memory_does_not_grow_with_the_text(shuffle: int | None) -> None:
+    class Bytes:
+        """A token a byte; a real tokenizer's memory is its own."""
+
+        bos_token_id = eos_token_id = unk_token_id = 0
+        all_special_ids: ClassVar[list[int]] = [0]
+
+        def __call__(self, texts: list[str], **_: Any) -> dict[str, list[list[int]]]:
+            return {"input_ids": [list(text.encode()) for text in texts]}
+
+    @dataclass(frozen=True)
+    class Counting(Texts):
+        documents_: int = 0
+
+        def documents(self) -> Iterator[Document]:
+            for number in range(self.documents_):
+                text = f"{number:08d}" * 500
+                yield Document(f"doc {number}", text, text)
+
+    def peak(documents: int) -> int:
+        tracemalloc.start()
+        found = pack(Counting(documents_=documents), Bytes(), plain(64, shuffle=shuffle), TRAIN, documents * 3900)
+        assert found.document(0, 0).startswith("doc ")
+        most = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert found.contexts.size > documents * 3900
+        return most
+
+    short, long = peak(150), peak(600)
+    # 1.8M tokens more, five bytes each; what is remembered of a document are its digest and its place.
+    assert long - short < 450 * 500
+
+
+def test_what_a_text_needs_beside_memory_is_gone_with_its_process(tmp_path: Path) -> None:
+    code = """
+import os, signal, tempfile
+import numpy as np
+from harvest.spool import Spool, Texts
+spool, texts = Spool(), Texts()
+spool.write(np.arange(1000))
+texts.append("a")
+assert spool.array(np.int64, 3).tolist() == [0, 1, 2] and texts[0] == "a"
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env={**os.environ, "TMPDIR": str(tmp_path)})
+    assert ended.returncode == -signal.SIGKILL
+    assert not list(tmp_path.iterdir())
+
+
+def test_texts_are_found_by_their_number() -> None:
+    texts = spool.Texts()
+    given = ["", "a", "\n", "é\udc80", "", "the end"]
+    for text in given:
+        texts.append(text)
+    assert [texts[i] for i in range(len(texts))] == given
+
+
+def test_a_full_disk_for_temporary_files_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+
+    class Full:
+        def write(self, piece: Any) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        def close(self) -> None: ...
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", Full)
+    with pytest.raises(OSError) as error:
+        pack(Texts(["abcdef"]), TOKENIZER, plain(3), TRAIN, 1)
+    assert sentence(error.value) == f"the disk is full ({tmp_path}): free some space and run the same command again"
 
 
 def test_too_little_text_says_how_much_there_is() -> None:

@@ -1,0 +1,49 @@
+"""python -m pytest tests/benchmarks/test_harvest.py"""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks import harvest
+from benchmarks.harvest import Trial
+from tests.harvest.corpus import build
+
+linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the peak of memory is read from /proc")
+
+
+@linux
+def test_every_line_is_printed_and_a_missing_peer_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trial = Trial("tiny", build(), ("resid_post.1", "mlp_out.0"), 16, 2, 16, 2, 3)
+    shares = harvest.run(trial, tmp_path, "bfloat16", 1, str(tmp_path / "none"))
+    assert list(shares) == ["bare forward to resid_post.1", "ours, 1 sites", "ours, 2 sites"]
+    assert shares["bare forward to resid_post.1"] == 1.0
+    told = capsys.readouterr().out
+    assert re.search(r"^sae-lens skipped: .*No such file", told, re.M)
+    assert re.search(r"^memory, 2 sites: \d+ MB above the model .* units of 0\.0 MB; ", told, re.M)
+    assert all(re.search(rf"^{name} +\d+ ", told, re.M) for name in shares)
+    assert not list(tmp_path.iterdir())
+
+
+@linux
+def test_a_peer_without_the_library_is_told_why(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trial = Trial("tiny", build(), ("resid_post.1",), 16, 2, 16, 2, 1)
+    with harvest.peer(trial, tmp_path, sys.executable) as other:
+        assert other == "ModuleNotFoundError: No module named 'sae_lens'"
+
+
+@linux
+@pytest.mark.slow
+def test_the_harvest_costs_little_beside_the_forward(tmp_path: Path) -> None:
+    """Loose, for a machine that does other things too; the figures are in benchmarks/harvest.py's own table."""
+    trial = harvest.gpt2()
+    first, longer = harvest.memory(trial, tmp_path, "float32")
+    unit = trial.unit_contexts * trial.context * len(trial.sites) * trial.config.hidden_size * 4
+    assert first < 4 * unit and longer < unit / 2
+    shares = harvest.speed(
+        trial, {"bare": harvest.bare(trial), "ours": harvest.ours(trial, tmp_path, "float32", 5, trial.units)}, 1
+    )
+    assert shares["ours"] > 0.7
