@@ -58,65 +58,66 @@ class Part:
         return torch.empty(rows, self.reader.width, dtype=self.reader.torch_dtype, device=device)
 
 
-def _scattered_chunk(part: Part, chunk: int, starts: Ints, outs: list[NDArray[Any]]) -> None:
-    """Read rows from `starts[i]` on into `outs[i]`; `starts` ascend, and what follows on what is read at once."""
-    follows = starts[1:] == starts[:-1] + np.fromiter(map(len, outs[:-1]), np.int64, len(outs) - 1)
-    edges = [0, *(np.flatnonzero(~follows) + 1).tolist(), len(outs)]
-    for first, last in pairwise(edges):
-        scatter(part.reader, chunk, outs[first:last], int(starts[first]))
+@dataclass(frozen=True)
+class _Targets:
+    """Where rows of a chunk go: `rows[i]` rows from row `starts[i]` on to the rows from `places[i]` on of the epoch."""
+
+    chunk: int
+    starts: Ints
+    rows: Ints
+    places: Ints
 
 
-class _Filling:
-    """The pools of a part one after another, each read straight into the places of its rows in the batches."""
+def _targets(part: Part, pool: Pool) -> list[_Targets]:
+    """Those of each chunk of a pool, none over the border of a batch, in the order of the chunk's rows."""
+    end = pool.begin + pool.rows
+    first, last = max(pool.begin, part.at), min(end, part.stop)
+    borders = np.arange(-(-first // part.batch) * part.batch, last, part.batch)
+    runs = part.runs(pool).cut(np.array([first, *borders, *([last] if last < end else [])]) - pool.begin)
+    places = pool.begin + np.cumsum(runs.rows) - runs.rows
+    order = np.lexsort((runs.starts, runs.chunks))
+    order = order[(places[order] >= first) & (places[order] < last)]
+    edges = np.searchsorted(runs.chunks[order], np.arange(len(pool.chunks) + 1))
+    names, ofs = part.chunks[pool.chunks].tolist(), [order[a:b] for a, b in pairwise(edges)]
+    targets = [_Targets(name, runs.starts[of], runs.rows[of], places[of]) for name, of in zip(names, ofs, strict=True)]
+    return [target for target in targets if len(target.rows)]
 
-    def __init__(self, part: Part, threads: ThreadPoolExecutor) -> None:
-        self.part, self.threads = part, threads
-        self.open: list[Tensor] = []  # the batch that began in the pool before and needs more rows, if any
 
-    def pieces(self, pool: Pool) -> tuple[Runs, Ints]:
-        """The pool's rows of the part, cut where batches begin, and the row of the epoch at which each piece begins."""
-        part, end = self.part, pool.begin + pool.rows
-        first, last = max(pool.begin, part.at), min(end, part.stop)
-        borders = np.arange(-(-first // part.batch) * part.batch, last, part.batch)
-        cut = part.runs(pool).cut(np.array([first, *borders, *([last] if last < end else [])]) - pool.begin)
-        places = pool.begin + np.cumsum(cut.rows) - cut.rows
-        kept = (places >= first) & (places < last)
-        return Runs(cut.chunks[kept], cut.starts[kept], cut.rows[kept]), places[kept]
-
-    def start(self, pool: Pool) -> tuple[deque[Tensor], list[Future[None]]]:
-        """Begin to read a pool: the batches that are whole once the reads are done, and the reads."""
-        part = self.part
-        pieces, places = self.pieces(pool)
-        last = min(pool.begin + pool.rows, part.stop)
-        first_batch = int(places[0]) // part.batch
-        batches = self.open + [part.empty(rows) for rows in part.sizes(int(places[0]), last)]
-        whole = last == part.stop or last % part.batch == 0
-        arrays = list(map(bits, batches))
-        self.open = [] if whole else [batches.pop()]
-        order = np.lexsort((pieces.starts, pieces.chunks))
-        numbers, froms = np.divmod(places[order], part.batch)
-        tos = (froms + pieces.rows[order]).tolist()
-        ends = np.searchsorted(pieces.chunks[order], np.arange(len(pool.chunks)), side="right").tolist()
-        targets = zip((numbers - first_batch).tolist(), froms.tolist(), tos, strict=True)
-        outs = [arrays[number][begin:end] for number, begin, end in targets]
-        starts, reads = pieces.starts[order], []
-        for chunk, (begin, end) in zip(pool.chunks, zip([0, *ends], ends, strict=False), strict=True):
-            if begin < end:
-                name = int(part.chunks[chunk])
-                reads.append(self.threads.submit(_scattered_chunk, part, name, starts[begin:end], outs[begin:end]))
-        return deque(batches), reads
+def _fetch(part: Part, target: _Targets, batches: list[NDArray[Any]], first: int) -> None:
+    """Read a chunk's rows into their places; `batches[0]` is the batch number `first` of the epoch."""
+    numbers, froms = np.divmod(target.places, part.batch)
+    ends = (froms + target.rows).tolist()
+    outs = [batches[number - first][a:b] for number, a, b in zip(numbers.tolist(), froms.tolist(), ends, strict=True)]
+    gaps = np.flatnonzero(target.starts[1:] != target.starts[:-1] + target.rows[:-1]) + 1
+    for a, b in pairwise([0, *gaps.tolist(), len(outs)]):  # what lies together is read at once
+        scatter(part.reader, target.chunk, outs[a:b], int(target.starts[a]))
 
 
 def scattered(part: Part) -> Iterator[Tensor]:
-    """Batches in memory of their own, filled as the chunks are read; the next pool is read while one is used."""
+    """Batches in memory of their own, each chunk read straight into them; the next pool is read while one is used."""
+    last: list[Tensor] = []  # the batch that begins in one pool and goes on in the next, if any
+    reads: list[Future[None]] = []
+
+    def start(pool: Pool, targets: list[_Targets]) -> deque[Tensor]:
+        """Begin to read a pool; the batches that are whole when all is read."""
+        first, stop = max(pool.begin, part.at), min(pool.begin + pool.rows, part.stop)
+        batches = last + [part.empty(rows) for rows in part.sizes(first, stop)]
+        arrays = list(map(bits, batches))
+        reads[:] = [threads.submit(_fetch, part, target, arrays, first // part.batch) for target in targets]
+        last[:] = [] if stop == part.stop or stop % part.batch == 0 else [batches.pop()]
+        return deque(batches)
+
     with ThreadPoolExecutor(part.threads) as threads:
-        filling, reads = _Filling(part, threads), []
+        # What goes where is worked out while the pool before is read.
+        plans = deque(threads.submit(_targets, part, pool) for pool in part.pools[:1])
+        coming: deque[Tensor] = deque()
         try:
-            batches, reads = filling.start(part.pools[0])
-            for after in [*part.pools[1:], None]:
+            for pool, after in zip([*part.pools, None], [*part.pools[1:], None, None], strict=True):
                 for read in reads:
                     read.result()
-                ready, (batches, reads) = batches, filling.start(after) if after else (deque(), [])
+                ready, coming = coming, start(pool, plans.popleft().result()) if pool else deque()
+                if after:
+                    plans.append(threads.submit(_targets, part, after))
                 while ready:
                     yield ready.popleft()
         finally:
