@@ -54,18 +54,20 @@ def fit(settings: Settings, plan: Plan, sae: SAE, folder: Path, *, going_on: boo
         stats = plan.store.stats(TRAIN, plan.site)
         moments = {"mean_sq_norm": stats.mean_sq_norm, "variance": stats.variance}
         sae.initialise(data.sample(SAMPLES), **moments, seed=settings["seed"])
+    fitting = time.monotonic()
     try:
         trainer.fit(module, data, ckpt_path=folder / LAST if going_on else None, weights_only=True)
     except SystemExit:  # Lightning's answer to Ctrl-C
         if (folder / LAST).exists():
             print(f"interrupted; go on from the last checkpoint with: python -m train resume={folder}")
         raise
+    waited = {"waited": round(data.waited / (time.monotonic() - fitting), 4)}  # share of the time, for batches
     found = _calibrate(sae, data, trainer.strategy.root_device)
     if len(plan.heldout):
         trainer.validate(module, data, verbose=False)
     if not trainer.is_global_zero:
         return ""
-    training = _training(settings, plan, module) | found | {"seconds": round(time.monotonic() - began, 1)}
+    training = _training(settings, plan, module) | waited | found | {"seconds": round(time.monotonic() - began, 1)}
     save(sae, folder, _record(plan, training))
     return _closing(sae, training, folder)
 
@@ -186,5 +188,5 @@ def _closing(sae: SAE, training: dict[str, Any], folder: Path) -> str:
         figures += f"  threshold {training['calibration']['threshold']:.4g}"
     return (
         f"{_label(sae)}  width {sae.width}  {training['tokens']:,} tokens{figures}"
-        f"  dead {training['dead']}  {clock(training['seconds'])}  -> {folder}"
+        f"  dead {training['dead']}  {clock(training['seconds'])}, waited {training['waited']:.1%} for data  -> {folder}"
     )

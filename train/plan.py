@@ -71,7 +71,10 @@ def world_size(trainer: Settings, multirun: bool) -> int:
 def checked(settings: Settings) -> Settings:
     """The settings with their counts as whole numbers; UserError for what they cannot be. No file is read."""
     counts = {name: whole(settings, name, least) for name, least in COUNTS.items()}
-    loader = {name: whole(settings["loader"], name, 1) for name in settings["loader"]}
+    preload = settings["loader"]["preload"]
+    if preload not in (None, "ram", "device"):
+        raise UserError(f"loader.preload={preload} is unknown: choose null, ram or device")
+    loader = {name: whole(settings["loader"], name, 1) for name in settings["loader"] if name != "preload"}
     for name in ("lr_warmup", "lr_decay", "sparsity_warmup"):
         number(settings, name, 0, 1)  # shares of the run
     if settings["clip"] is not None and number(settings, "clip", 0, math.inf) == 0:
@@ -86,7 +89,7 @@ def checked(settings: Settings) -> Settings:
     logger = settings["logger"]["name"]
     if logger in EXTRAS and importlib.util.find_spec(EXTRAS[logger]) is None:
         raise UserError(f'logger={logger} is not installed: .venv/bin/pip install -e ".[{logger}]", or use logger=csv')
-    return {**settings, **counts, "loader": loader}
+    return {**settings, **counts, "loader": loader | {"preload": preload}}
 
 
 def harvest_line(settings: Settings, overrides: Sequence[str], tokens: int) -> str:
