@@ -3,9 +3,9 @@
     python -m benchmarks.shuffle [--rows 17_000_000] [--d-model 768] [--context 1024] [--memory-mb 800]
 
 A companion of a token is another token of its sequence in the same batch. Ours (units of H rows permuted at harvest,
-pools of K chunks dealt out in runs of 16 rows in the loader, two pools held) stands beside a uniform shuffle of everything and beside a
-buffer of the same memory that is permuted and half drained over and over, as other libraries mix. No activation is
-needed, so 17M tokens take a minute; 1e9 tokens are computed from the formula that the 17M test.
+pools of K chunks dealt out in runs of 16 rows in the loader, two pools held) stands beside a uniform shuffle of
+everything and beside a buffer of the same memory that is permuted and half drained over and over, as other libraries
+mix. No activation is needed, so 17M tokens take a minute; 1e9 tokens are computed from the formula that the 17M test.
 """
 
 from __future__ import annotations

@@ -16,7 +16,6 @@ from data.contents import size
 from data.errors import UserError
 from data.loader import ActivationLoader
 from data.manifest import HELDOUT, TRAIN
-from data.reader import open_reader
 from train.plan import Plan
 
 
@@ -58,9 +57,8 @@ class ActivationData(LightningDataModule):
         self.settings: dict[str, Any] = {"seed": seed, "pool_chunks": pool_chunks, "threads": threads}
 
     def _loader(self, split: str, chunks: NDArray[np.int64], **settings: Any) -> ActivationLoader:
-        reader = open_reader(self.plan.store, split, self.plan.site)
         settings = {"batch": self.plan.batch, "chunks": chunks, **self.settings, **settings}
-        return ActivationLoader(reader, **settings)
+        return ActivationLoader(self.plan.readers[split], **settings)
 
     def _share(self) -> dict[str, int]:
         return {"rank": self.trainer.global_rank, "world": self.trainer.world_size} if self.trainer else {}

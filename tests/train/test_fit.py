@@ -158,6 +158,35 @@ def test_rows_that_do_not_fit_are_refused_with_both_sizes(
     train(short("sae=topk", f"loader.preload={preload}"))
 
 
+def test_outliers_are_left_out_of_training_statistics_threshold_and_validation(
+    short: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    norms = [float(x) for x in torch.linalg.vector_norm(rows_of(short, TRAIN, np.arange(64)), dim=1)]
+    limit = 1.3 * float(np.median(norms))
+    seen: list[float] = []
+
+    def noting(plain: Any) -> Any:
+        def noted(self: Any) -> Any:
+            for batch in plain(self):
+                seen.append(float(torch.linalg.vector_norm(batch.double(), dim=1).max()))
+                yield batch
+
+        return noted
+
+    monkeypatch.setattr(ActivationLoader, "__iter__", noting(ActivationLoader.__iter__))
+    train(short("sae=batchtopk", "outliers=1.3"))
+    assert max(norms) > limit >= max(seen) and len(seen) > 30
+    training, sae = load_config(tmp_path / "run")["training"], load(tmp_path / "run")
+    kept = rows_of(short, TRAIN, np.arange(64))[torch.tensor(norms) <= limit]
+    assert training["outliers"]["left_out"]["train"] == 4096 - len(kept) > 0
+    assert (training["outliers"]["times"], 1.3 * training["outliers"]["median"]) == (1.3, pytest.approx(limit))
+    assert training["heldout"]["tokens"] >= 512
+    scale = math.sqrt(16 / float(kept.square().sum(1).mean()))
+    assert float(sae.norm.scale) == pytest.approx(scale, rel=1e-4)
+    spread = float((kept - kept.mean(0)).square().sum(1).mean())
+    assert float(sae.variance) == pytest.approx(scale**2 * spread, rel=1e-4)
+
+
 def test_free_memory_is_a_plausible_number() -> None:
     assert 10**6 < datamodule.free_bytes(torch.device("cpu")) < 10**15
 

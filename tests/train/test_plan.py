@@ -56,6 +56,11 @@ def test_all_variants_get_the_same_chunks(short: Any) -> None:
         (["seed=null"], r"seed=None must be a whole number"),
         (["loader.pool_chunks=1.5"], r"pool_chunks=1\.5 must be a whole number"),
         (["loader.preload=disk"], r"loader\.preload=disk is unknown: choose null, ram or device"),
+        (["outliers=0.5"], r"outliers=0\.5 must be a number from 1 to inf"),
+        (
+            ["outliers=1.3", "heldout_tokens=1024"],
+            r"heldout_tokens=1024 with outliers=1\.3 needs more than the \d+ held-out",
+        ),
         (["batch=.inf"], r"batch=\.?inf must be a whole number"),
         (["trainer.devices=auto"], r"trainer\.devices=auto is not a number"),
         (["+trainer.precision=bf16-true"], r"they stay 32-bit"),
