@@ -159,7 +159,7 @@ def hold(reader: Reader, chunks: Ints, device: torch.device, threads: int) -> Fl
             rows.copy_(here)
 
     with ThreadPoolExecutor(threads) as pool:
-        for done in pool.map(fetch, chunks.tolist(), held.split(sizes.tolist())):
+        for done in pool.map(fetch, chunks.tolist(), torch.split(held, sizes.tolist())):
             assert done is None
     return held
 
@@ -178,7 +178,7 @@ def through_device(part: Part, device: torch.device) -> Iterator[Tensor]:
 
 def _sent(part: Part, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
     """The pools on the device, the next one read and sent while one is used."""
-    stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+    stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
     shape = (max(pool.rows for pool in part.pools), part.reader.width)
     staging = torch.empty(shape, dtype=part.reader.torch_dtype, pin_memory=stream is not None)
 

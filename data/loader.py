@@ -122,10 +122,10 @@ class ActivationLoader:
         if at >= self._stop:
             return iter(())
         place = {"seed": self.seed, "epoch": epoch, "rank": self.rank}
-        settings = {"world": self.world, "pool_chunks": self.pool_chunks, "shuffle": self.shuffle}
+        settings = {"world": self.world, "pool_chunks": self.pool_chunks}
         pools = [
             pool
-            for pool in order.pools(self.sizes, **place, **settings)
+            for pool in order.pools(self.sizes, **place, **settings, shuffle=self.shuffle)
             if pool.begin < self._stop and pool.begin + pool.rows > at
         ]
         part = Part(self.reader, self.chunks, pools, place, self.shuffle, self.batch, at, self._stop, self.threads)

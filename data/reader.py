@@ -83,11 +83,11 @@ class _CommittedReader:
 def _missing(file: int, outs: Sequence[NDArray[Any]], at: int) -> int:
     """Fill `outs` one after another from byte `at` of a file on; the bytes that its end leaves unfilled."""
     wanted = sum(out.nbytes for out in outs)
-    got = os.preadv(file, outs, at)
+    got = os.preadv(file, outs, at)  # type: ignore[arg-type]  # numpy's arrays are buffers, which 3.11's types cannot say
     while got < wanted:  # some file systems give less than they have
         skipped, left = 0, []
         for out in outs:
-            left += [memoryview(out).cast("B")[max(got - skipped, 0) :]] if skipped + out.nbytes > got else []
+            left += [out.data.cast("B")[max(got - skipped, 0) :]] if skipped + out.nbytes > got else []
             skipped += out.nbytes
         more = os.preadv(file, left, at + got)
         if not more:
