@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import gc
+import hashlib
 import itertools
 import json
+import subprocess
+import sys
 import threading
 import time
 import weakref
 from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import hypothesis
@@ -19,10 +24,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data import order
+from data.cli import CONF
 from data.errors import UserError
 from data.loader import ActivationLoader
-from data.manifest import TRAIN
+from data.manifest import TRAIN, Layout, Manifest
 from data.reader import DirectReader, ZarrReader, open_reader
+from data.store import Store
 
 from .conftest import SITE, Build, ids_of, numbered
 
@@ -354,3 +361,48 @@ def test_a_missing_chunk_file_stops_the_epoch(build: Build) -> None:
     (store.path / TRAIN / SITE / "c.3.0").unlink()
     with pytest.raises(UserError, match=r"c\.3\.0 is missing"):
         epoch(loader)
+
+
+ONE_OF_MANY = """
+import hashlib, resource, sys
+from data.loader import ActivationLoader
+from data.manifest import TRAIN, Layout, Manifest
+from data.reader import open_reader
+from data.store import Store
+
+reader = open_reader(Store.open(sys.argv[1]), TRAIN, sys.argv[2])
+loader = ActivationLoader(reader, batch=512, pool_chunks=4, seed=int(sys.argv[3]))
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+digest = hashlib.sha256()
+for batch in loader:
+    digest.update(batch.float().numpy().tobytes())
+print(digest.hexdigest(), 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before))
+"""
+
+
+@pytest.mark.slow
+def test_eight_processes_read_one_store_each_in_its_own_order(tmp_path: Path) -> None:
+    """None waits for or changes another's; what each holds is a few pools, not the store."""
+    layout = Layout("bfloat16", context=64, chunk_rows=1024, chunks_per_unit=16, mixing_seed=0)
+    store = Store.create_or_open(tmp_path, Manifest({"layout": asdict(layout)}, {}, "many", 768))
+    store.require(TRAIN, SITE, 768, 8 * layout.unit_rows)
+    rng = np.random.default_rng(0)
+    for unit in range(8):
+        rows = rng.integers(0, 0x7F00, (layout.unit_rows, 768)).astype(np.uint16)
+        store.write(TRAIN, unit, SITE, rows, {"device": "cpu"})
+    pool_bytes, store_bytes = 4 * 1024 * 768 * 2, 8 * layout.unit_rows * 768 * 2
+    files = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    command = [sys.executable, "-c", ONE_OF_MANY, str(store.path), SITE]
+    processes = [
+        subprocess.Popen([*command, str(seed)], stdout=subprocess.PIPE, text=True, cwd=CONF.parent) for seed in range(8)
+    ]
+    for seed, process in enumerate(processes):
+        out, _ = process.communicate()
+        digest, grown = out.split()
+        alone = hashlib.sha256()
+        loader = ActivationLoader(open_reader(store, TRAIN, SITE), batch=512, pool_chunks=4, seed=seed)
+        for batch in loader:
+            alone.update(batch.float().numpy().tobytes())
+        assert digest == alone.hexdigest()
+        assert int(grown) < 6 * pool_bytes < store_bytes / 4
+    assert files == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
