@@ -9,12 +9,16 @@ the machine hits all of them; a figure is the median over the rounds.
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict
 from itertools import islice
+from multiprocessing import get_context
+from multiprocessing.queues import Queue
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
 from typing import Any
 
@@ -160,13 +164,41 @@ def rates(methods: dict[str, Method], rounds: int) -> dict[str, list[float]]:
     return found
 
 
+def _one_of_many(path: Path, pool_chunks: int, barrier: Barrier, spans: Queue[tuple[int, float, float]]) -> None:
+    """An epoch of one process among several; sends its bytes, and when it began and ended."""
+    keep_freed_memory()
+    reader = DirectReader(Store.open(path), TRAIN, SITE)
+    loader = ActivationLoader(reader, batch=BATCH, pool_chunks=pool_chunks, threads=1, seed=os.getpid())
+    for _ in loader:  # memory is warm after it
+        pass
+    barrier.wait()
+    began = time.monotonic()
+    total = sum(batch.nbytes for _ in range(3) for batch in loader)
+    spans.put((total, began, time.monotonic()))
+
+
+def together(path: Path, readers: int, pool_chunks: int) -> float:
+    """GB/s of so many processes, each with a loader of its own over one store, taken together."""
+    context = get_context("spawn")
+    barrier, spans = context.Barrier(readers), context.Queue()
+    arguments = (path, pool_chunks, barrier, spans)
+    processes = [context.Process(target=_one_of_many, args=arguments) for _ in range(readers)]
+    for process in processes:
+        process.start()
+    totals, begans, ends = zip(*(spans.get() for _ in processes), strict=True)
+    for process in processes:
+        process.join()
+    return float(sum(totals) / (max(ends) - min(begans)) / 1e9)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Loader throughput beside raw reads.")
     parser.add_argument("--megabytes", type=int, default=800)
     parser.add_argument("--d-model", type=int, default=768)
     parser.add_argument("--chunk-rows", type=int, default=4096)
-    parser.add_argument("--pool-chunks", type=int, nargs="+", default=[16, 40])
+    parser.add_argument("--pool-chunks", type=int, nargs="+", default=[16, 62])
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--readers", type=int, nargs="*", default=[1, 2, 8], help="processes that read at once")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument(
         "--folder", type=Path, default=Path("outputs"), help="where the trial store is put, for the run"
@@ -192,6 +224,9 @@ def main() -> None:
         print(f"{total / 1e6:.0f} MB in chunks of {chunk_bytes / 1e6:.1f} MB, batches of {BATCH}, {args.rounds} rounds")
         found = rates(methods, args.rounds)
         show(found)
+        for readers in args.readers:
+            rate = together(store.path, readers, args.pool_chunks[0])
+            print(f"{readers} process{'es' if readers > 1 else ''} with a loader each, together: {rate:.2f} GB/s")
 
 
 def show(found: dict[str, list[float]]) -> None:

@@ -3,9 +3,9 @@
     python -m benchmarks.shuffle [--rows 17_000_000] [--d-model 768] [--context 1024] [--memory-mb 800]
 
 A companion of a token is another token of its sequence in the same batch. Ours (units of H rows permuted at harvest,
-pools of K chunks permuted in the loader, two pools held) stands beside a uniform shuffle of everything and beside a
-buffer of the same memory that is permuted and half drained over and over, as other libraries mix. No activation is
-needed, so 17M tokens take a minute; 1e9 tokens are computed from the formula that the 17M test.
+pools of K chunks dealt out in runs of 16 rows in the loader, two pools held) stands beside a uniform shuffle of
+everything and beside a buffer of the same memory that is permuted and half drained over and over, as other libraries
+mix. No activation is needed, so 17M tokens take a minute; 1e9 tokens are computed from the formula that the 17M test.
 """
 
 from __future__ import annotations
@@ -74,8 +74,9 @@ def ours(setting: Setting, labels: Labels, pool_chunks: int) -> Iterator[Labels]
     per, rest = setting.layout.chunk_rows, np.empty(0, np.int32)
     for pool in order.pools(setting.sizes, seed=0, epoch=0, rank=0, world=1, pool_chunks=pool_chunks):
         rows = np.concatenate([labels[chunk * per : chunk * per + per] for chunk in pool.chunks])
-        mixed = rows[order.pool_permutation(pool.rows, seed=0, epoch=0, rank=0, index=pool.index)]
-        mixed = np.concatenate([rest, mixed])
+        sizes = setting.sizes[pool.chunks]
+        runs = order.pool_runs(pool, seed=0, epoch=0, rank=0)
+        mixed = np.concatenate([rest, rows[runs.indices(np.cumsum(sizes) - sizes)]])
         yield from cut(mixed)
         rest = mixed[len(mixed) // BATCH * BATCH :]
 
@@ -99,12 +100,18 @@ def uniform(setting: Setting) -> float:
 
 
 def computed(setting: Setting, pool_chunks: int) -> float:
-    """Expected companions of ours: of the pool's rows, those of the own chunk and those of other chunks of its unit."""
+    """Expected companions of ours: of a batch's rows, those of the own chunk and those of other chunks of its unit.
+
+    A batch is a window of W = B/16 runs; each of K chunks has one run at a random place in every K runs. Two runs of a
+    chunk are d < K apart as often as d/K of what chance alone gives, so a window that holds a run holds
+    W/K + K/(3W) runs of its chunk, itself among them (1 + W^2/(3 K^2) where W < K).
+    """
     layout, chunks = setting.layout, len(setting.sizes)
-    pool_chunks = min(pool_chunks, chunks)
-    share = layout.chunk_rows * (setting.context - 1) / (layout.unit_rows - 1)  # of a sequence, in a chunk of its unit
-    siblings = (pool_chunks - 1) * (layout.chunks_per_unit - 1) / max(chunks - 1, 1)  # of its unit, in the pool
-    return (BATCH - 1) * share * (1 + siblings) / (pool_chunks * layout.chunk_rows - 1)
+    pool_chunks, window = min(pool_chunks, chunks), BATCH / order.RUN
+    ratio = window / pool_chunks
+    own = min(order.RUN * (ratio + 1 / (3 * ratio) if ratio > 1 else 1 + ratio**2 / 3), layout.chunk_rows)
+    siblings = (layout.chunks_per_unit - 1) / max(chunks - 1, 1)  # of other chunks, those of the same unit
+    return (own - 1 + (BATCH - own) * siblings) * (setting.context - 1) / (layout.unit_rows - 1)
 
 
 def setting_of(rows: int, d_model: int, context: int, dtype: str) -> Setting:

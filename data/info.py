@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from data.contents import SPLITS, arrays, size
 from data.inventory import Entry, made_by
 from data.manifest import canonical, leaves
-from data.order import seeded_permutation
-from data.store import ORIGIN, Store, widen
+from data.outliers import read_norms, sampled_chunks
+from data.store import ORIGIN, Store
 
 Floats = NDArray[np.float64]
 
@@ -34,18 +34,12 @@ class Norms:
         places = _places(store, split, site)
         books = {place: index for index, place in enumerate(_places(store, split, ORIGIN))}
         origin = open_reader(store, split, ORIGIN) if books else None
-        for index in seeded_permutation(len(reader.sizes), "info"):
-            rows = int(reader.sizes[index])
-            x_ND = np.empty((rows, reader.width), reader.dtype)
-            reader.read(int(index), x_ND)
-            where = np.full((rows, 2), -1, np.int32)
+        for index in sampled_chunks(reader.sizes, most):
+            norms.append(read_norms(reader, index))
+            where = np.full((len(norms[-1]), 2), -1, np.int32)
             if origin and places[index] in books:
                 origin.read(books[places[index]], where)
-            wide = widen(x_ND).astype(np.float64)
-            norms.append(np.sqrt(np.einsum("nd,nd->n", wide, wide)))
             positions.append(where[:, 1])
-            if (most := most - rows) <= 0:
-                break
         return cls(np.concatenate(norms), np.concatenate(positions))
 
     def by_position(self) -> list[tuple[str, float]]:

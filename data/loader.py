@@ -3,52 +3,29 @@
 from __future__ import annotations
 
 import hashlib
-from collections import deque
+import time
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float
-from numpy.typing import NDArray
 from torch import Tensor
 
 from data import order
+from data.batches import Part, ahead, from_held, hold, scattered, through_device
 from data.errors import UserError
-from data.order import Ints, Pool
+from data.order import RUN, Ints
 from data.reader import Reader
-
-_AHEAD = 2  # batches made before they are asked for
-
-
-def _bits(x: Tensor) -> NDArray[Any]:
-    """A tensor's memory as numpy, bfloat16 as uint16."""
-    if x.dtype == torch.bfloat16:
-        return x.view(torch.int16).numpy().view(np.uint16)
-    array: NDArray[Any] = x.numpy()
-    return array
-
-
-def _ahead(batches: Iterator[Tensor]) -> Iterator[Tensor]:
-    """The same batches, the next ones made in a thread; its errors are raised here, in their place."""
-    with ThreadPoolExecutor(1) as maker:
-        waiting: deque[Future[Tensor | None]] = deque(maker.submit(next, batches, None) for _ in range(_AHEAD))
-        try:
-            while (batch := waiting.popleft().result()) is not None:
-                waiting.append(maker.submit(next, batches, None))
-                yield batch
-        finally:
-            for future in waiting:
-                future.cancel()
 
 
 class ActivationLoader:
     """Batches [B, D] in the storage dtype. Each row comes once an epoch, less the last rows that fill no batch.
 
-    `chunks` restricts it to some of the reader's chunks; pools of `pool_chunks` chunks are permuted as a whole (see
-    `data.order`); `threads` threads read the next pool while one is used; `limit_batches` caps an epoch. A batch
-    belongs to whoever took it: its memory is never used again.
+    `chunks` restricts it to some of the reader's chunks; pools of `pool_chunks` chunks are mixed (see `data.order`);
+    `threads` threads read the next pool while one is used; `limit_batches` caps an epoch. A batch belongs to whoever
+    took it: its memory is never used again. Batches are the same, bit for bit, wherever they come from: read into main
+    memory pool by pool, sent to `device` pool by pool, or, with `preload`, drawn from rows that are all read once, when
+    the first batch is asked for, and kept there (None: in main memory).
 
     Each iteration is an epoch of its own order. Broken off, it is over, and the next begins the next epoch; only after
     `load_state_dict` does it go on in the middle of one. UserError: a setting out of range, too few rows for a batch.
@@ -68,6 +45,8 @@ class ActivationLoader:
         shuffle: bool = True,
         drop_last: bool = True,
         limit_batches: int | None = None,
+        device: torch.device | None = None,
+        preload: bool = False,
     ) -> None:
         settings = {"batch": batch, "pool_chunks": pool_chunks, "threads": threads, "limit_batches": limit_batches or 1}
         for name, value in settings.items():
@@ -87,6 +66,9 @@ class ActivationLoader:
         self._length = count if limit_batches is None else min(count, limit_batches)
         self._stop = min(self._length * batch, self.rows // world)  # rows of an epoch
         self.epoch, self.delivered, self._goes_on = 0, 0, False
+        self.waited = 0.0  # seconds that batches were waited for
+        self.device, self.preload = device, preload
+        self._held: Tensor | None = None
 
     def __len__(self) -> int:
         """Batches of an epoch, the same on every rank."""
@@ -98,10 +80,13 @@ class ActivationLoader:
             self.epoch, self.delivered = self.epoch + 1, 0
         self._goes_on = False
         delivered = self.delivered
-        for batch in _ahead(self._batches(self.epoch, delivered * self.batch)):
+        began = time.perf_counter()
+        for batch in self._batches(self.epoch, delivered * self.batch):
             delivered += 1
             self.delivered = delivered
+            self.waited += time.perf_counter() - began
             yield batch
+            began = time.perf_counter()
 
     def sample(self, n: int) -> Float[Tensor, "N D"]:
         """The first `n` rows (or all there are) of the current epoch's order, without moving on."""
@@ -117,7 +102,7 @@ class ActivationLoader:
         """What the order of rows depends on, beside epoch and rank."""
         digest = hashlib.sha256(self.chunks.astype("<i8").tobytes() + self.sizes.astype("<i8").tobytes())
         fixed = ("seed", "world", "pool_chunks", "batch", "shuffle", "rows")
-        return {name: getattr(self, name) for name in fixed} | {"chunks": digest.hexdigest()[:16]}
+        return {name: getattr(self, name) for name in fixed} | {"chunks": digest.hexdigest()[:16], "run": RUN}
 
     def state_dict(self) -> dict[str, int | bool | str]:
         return {"epoch": self.epoch, "delivered": self.delivered} | self._order()
@@ -132,60 +117,20 @@ class ActivationLoader:
         self.epoch, self.delivered = int(state["epoch"]), int(state["delivered"])
         self._goes_on = self.delivered < len(self)
 
-    def _empty(self, rows: int) -> Float[Tensor, "B D"]:
-        return torch.empty(rows, self.reader.width, dtype=self.reader.torch_dtype)
-
     def _batches(self, epoch: int, at: int) -> Iterator[Tensor]:
         """The batches of an epoch from its row `at` on."""
-        out, filled = self._empty(min(self.batch, self._stop - at)), 0
-        for rows, wanted in self._permuted(epoch, at):
-            while len(wanted):
-                n = min(len(wanted), len(out) - filled)
-                # "clip" (all indices are in range) lets numpy write in place; "raise" would take a copy first.
-                np.take(rows, wanted[:n], axis=0, out=_bits(out)[filled : filled + n], mode="clip")
-                wanted, filled = wanted[n:], filled + n
-                if filled == len(out):
-                    yield out
-                    at += filled
-                    if at == self._stop:
-                        return
-                    out, filled = self._empty(min(self.batch, self._stop - at)), 0
-
-    def _permuted(self, epoch: int, at: int) -> Iterator[tuple[NDArray[Any], Ints]]:
-        """Pools from row `at` of the epoch on: the rows as read, and which to take one after another.
-
-        Two buffers: one is filled while the other is used.
-        """
+        if at >= self._stop:
+            return iter(())
         place = {"seed": self.seed, "epoch": epoch, "rank": self.rank}
-        settings = {"pool_chunks": self.pool_chunks, "world": self.world}
-        pools = order.pools(self.sizes, **place, **settings, shuffle=self.shuffle)
-        ends = np.cumsum([pool.rows for pool in pools])
-        first, last = np.searchsorted(ends, [at, self._stop - 1], side="right")
-        pools = pools[first : last + 1]
-        most = max(pool.rows for pool in pools)
-        buffers = [np.empty((most, self.reader.width), self.reader.dtype) for _ in pools[:2]]
-        with ThreadPoolExecutor(self.threads) as threads:
-            pending: list[Future[None]] = []
-            try:
-                pending = self._fill(threads, pools[0], buffers[0])
-                for i, pool in enumerate(pools):
-                    for future in pending:
-                        future.result()
-                    pending = self._fill(threads, pools[i + 1], buffers[(i + 1) % 2]) if i + 1 < len(pools) else []
-                    wanted = np.arange(pool.rows)
-                    if self.shuffle:
-                        wanted = order.pool_permutation(pool.rows, **place, index=pool.index)
-                    begin = int(ends[pool.index]) - pool.rows
-                    yield buffers[i % 2], wanted[max(at - begin, 0) :]
-            finally:
-                for future in pending:
-                    future.cancel()
-
-    def _fill(self, threads: ThreadPoolExecutor, pool: Pool, buffer: NDArray[Any]) -> list[Future[None]]:
-        """Start reading a pool's chunks one after another into a buffer."""
-        futures, row = [], 0
-        for chunk, start, stop in zip(pool.chunks, pool.starts, pool.stops, strict=True):
-            out = buffer[row : row + int(stop - start)]
-            futures.append(threads.submit(self.reader.read, int(self.chunks[chunk]), out, int(start)))
-            row += len(out)
-        return futures
+        settings = {"world": self.world, "pool_chunks": self.pool_chunks}
+        pools = [
+            pool
+            for pool in order.pools(self.sizes, **place, **settings, shuffle=self.shuffle)
+            if pool.begin < self._stop and pool.begin + pool.rows > at
+        ]
+        part = Part(self.reader, self.chunks, pools, place, self.shuffle, self.batch, at, self._stop, self.threads)
+        if self.preload:
+            if self._held is None:
+                self._held = hold(self.reader, self.chunks, self.device or torch.device("cpu"), self.threads)
+            return ahead(from_held(part, self._held))
+        return scattered(part) if self.device is None else ahead(through_device(part, self.device))

@@ -1,8 +1,11 @@
 """The order of rows: pure functions of (sizes, seed, epoch, rank, world).
 
 An epoch is one seeded order of the chunks, cut by rows into one part a rank; a rank's part is grouped into pools of K
-chunks, and each pool's rows are permuted as a whole. Batch i of a rank is rows [i*B, (i+1)*B) of its permuted pools one
-after another. `sizes` is the number of valid rows of each chunk.
+chunks. A pool is dealt out in runs of 16 rows as they are stored, each chunk's runs in a seeded order and spread evenly
+over the pool: rows are permuted within their unit when they are stored, so a run is 16 random rows of a unit, and a
+batch of 16*K rows or more has as many of each chunk as a permutation of all rows would give it, with less scatter.
+Batch i of a rank is rows [i*B, (i+1)*B) of its pools one after another. `sizes` is the number of valid rows of each
+chunk.
 """
 
 from __future__ import annotations
@@ -17,25 +20,37 @@ from data.errors import UserError
 
 Ints = NDArray[np.int64]
 
+RUN = 16  # rows copied as one block; at most this, less at a chunk's ends
+
+
+def _words(n: int, *key: int | str) -> NDArray[np.uint64]:
+    """Random words that depend on `key` alone: bit generators are stable between numpy versions."""
+    entropy = int.from_bytes(hashlib.sha256(repr(key).encode()).digest(), "little")
+    words: NDArray[np.uint64] = np.random.PCG64(entropy).random_raw(n)
+    return words
+
 
 def seeded_permutation(n: int, *key: int | str) -> Ints:
     """A permutation of 0..n-1 that depends on `key` alone, on any machine and numpy version.
 
-    Sorts random 64-bit words whose low bits carry the index: bit generators are stable between numpy versions where
-    `Generator.permutation` is not promised to be, and no two words are equal.
+    Sorts random 64-bit words whose low bits carry the index, so that no two are equal; `Generator.permutation` is not
+    promised to stay as it is.
     """
-    entropy = int.from_bytes(hashlib.sha256(repr(key).encode()).digest(), "little")
     bits = np.uint64(max(n - 1, 1).bit_length())
-    words: NDArray[np.uint64] = np.random.PCG64(entropy).random_raw(n)
+    words = _words(n, *key)
     words = np.sort((words >> bits << bits) | np.arange(n, dtype=np.uint64))
     return (words & ((np.uint64(1) << bits) - np.uint64(1))).astype(np.int64)
 
 
 @dataclass(frozen=True)
 class Pool:
-    """Rows [starts[i], stops[i]) of each of `chunks`, held and permuted together; the index-th pool of its rank."""
+    """Rows [starts[i], stops[i]) of each of `chunks`, held and mixed together.
+
+    The index-th pool of its rank; its first row is row `begin` of the rank's epoch.
+    """
 
     index: int
+    begin: int
     chunks: Ints
     starts: Ints
     stops: Ints
@@ -43,6 +58,29 @@ class Pool:
     @property
     def rows(self) -> int:
         return int((self.stops - self.starts).sum())
+
+
+@dataclass(frozen=True)
+class Runs:
+    """A pool's rows in their order: `rows[i]` rows from row `starts[i]` on of the pool's chunk number `chunks[i]`."""
+
+    chunks: Ints
+    starts: Ints
+    rows: Ints
+
+    def cut(self, at: Ints) -> Runs:
+        """The same rows in the same order, with a new run at each row of the pool's order that `at` names."""
+        ends = np.cumsum(self.rows)
+        begins = ends - self.rows
+        points = np.union1d(begins, at)
+        of = np.searchsorted(begins, points, side="right") - 1
+        return Runs(self.chunks[of], self.starts[of] + points - begins[of], np.diff(points, append=ends[-1:]))
+
+    def indices(self, begins: Ints) -> Ints:
+        """Where each row lies in an array in which the chunk at place i of the pool begins at row `begins[i]`."""
+        ends = np.cumsum(self.rows)
+        offsets = begins[self.chunks] + self.starts - (ends - self.rows)
+        return np.repeat(offsets, self.rows) + np.arange(int(ends[-1]))
 
 
 def reserve(sizes: Ints, rows: int, seed: int) -> tuple[Ints, Ints]:
@@ -73,13 +111,37 @@ def pools(
     first, last = total * rank // world, total * (rank + 1) // world
     starts, stops = np.maximum(first - begins, 0), np.minimum(last - begins, sizes[order])
     mine = np.flatnonzero(starts < stops)
-    groups = (mine[at : at + pool_chunks] for at in range(0, len(mine), pool_chunks))
-    return [Pool(index, order[group], starts[group], stops[group]) for index, group in enumerate(groups)]
+    found: list[Pool] = []
+    for at in range(0, len(mine), pool_chunks):
+        group = mine[at : at + pool_chunks]
+        begin = found[-1].begin + found[-1].rows if found else 0
+        found.append(Pool(len(found), begin, order[group], starts[group], stops[group]))
+    return found
 
 
-def pool_permutation(pool_rows: int, *, seed: int, epoch: int, rank: int, index: int) -> Ints:
-    """Row i of a permuted pool is row `result[i]` of its chunks one after another."""
-    return seeded_permutation(pool_rows, "pool", seed, epoch, rank, index)
+def pool_runs(pool: Pool, *, seed: int, epoch: int, rank: int, shuffle: bool = True) -> Runs:
+    """The order of a pool's rows.
+
+    Each chunk is cut at a random offset and then every RUN rows. Its n runs, in a random order, have one random place
+    each in the n-ths of the pool, and the runs of all chunks are sorted by place.
+    """
+    chunks, rows = np.arange(len(pool.chunks)), pool.stops - pool.starts
+    if not shuffle:
+        return Runs(chunks, pool.starts, rows)
+    most = int((rows // RUN + 2).sum())
+    words = _words(len(rows) + 2 * most, "pool", seed, epoch, rank, pool.index)
+    offsets = (words[: len(rows)] % np.uint64(RUN)).astype(np.int64)
+    counts = -(-(rows + offsets) // RUN)
+    of = np.repeat(chunks, counts)
+    number = np.arange(len(of)) - np.repeat(np.cumsum(counts) - counts, counts)
+    begins = (pool.starts - offsets)[of] + number * RUN
+    starts, stops = np.maximum(begins, pool.starts[of]), np.minimum(begins + RUN, pool.stops[of])
+    shuffled, jitter = words[len(rows) :][: len(of)], words[len(rows) + most :][: len(of)]
+    turns = np.empty_like(number)
+    turns[np.lexsort((shuffled, of))] = number
+    places = ((turns << 40) + (jitter >> np.uint64(24)).astype(np.int64)) // counts[of]
+    order = np.argsort(places, kind="stable")
+    return Runs(of[order], starts[order], (stops - starts)[order])
 
 
 def batches_per_epoch(rows: int, *, batch: int, world: int, drop_last: bool = True) -> int:
@@ -89,14 +151,13 @@ def batches_per_epoch(rows: int, *, batch: int, world: int, drop_last: bool = Tr
 
 
 def check(sizes: Ints, *, seed: int, epoch: int, world: int, pool_chunks: int, shuffle: bool = True) -> None:
-    """Prove that the ranks' permuted pools hold each row exactly once."""
+    """Prove that the ranks' pools, as they are dealt out, hold each row exactly once."""
     begins, seen = np.cumsum(sizes) - sizes, np.zeros(int(sizes.sum()), np.int64)
     for rank in range(world):
         order = {"seed": seed, "epoch": epoch, "rank": rank}
         for pool in pools(sizes, **order, world=world, pool_chunks=pool_chunks, shuffle=shuffle):
-            spans = zip(begins[pool.chunks], pool.starts, pool.stops, strict=True)
-            rows = np.concatenate([begin + np.arange(start, stop) for begin, start, stop in spans])
-            np.add.at(seen, rows[pool_permutation(pool.rows, **order, index=pool.index)], 1)
+            runs = pool_runs(pool, **order, shuffle=shuffle)
+            np.add.at(seen, runs.indices(begins[pool.chunks]), 1)
     assert (seen == 1).all(), f"{int((seen != 1).sum())} rows do not come exactly once"
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,30 +12,71 @@ from numpy.typing import NDArray
 from pytorch_lightning import LightningDataModule
 from torch import Tensor
 
+from data.contents import size
+from data.errors import UserError
 from data.loader import ActivationLoader
 from data.manifest import HELDOUT, TRAIN
-from data.reader import open_reader
 from train.plan import Plan
 
 
-class ActivationData(LightningDataModule):
-    """Batches [B, D] in the storage dtype of what a `Plan` says. Rank and world are the trainer's, if any."""
+def _must_fit(loader: ActivationLoader, device: torch.device, preload: str) -> None:
+    """Raises UserError where the rows that a loader is to keep on a device are more than it has room for."""
+    wanted, room = loader.rows * loader.reader.width * loader.reader.dtype.itemsize, free_bytes(device)
+    if wanted > room:
+        raise UserError(
+            f"loader.preload={preload} would keep {size(wanted)} of training rows on {device}, where {size(room)} are "
+            "free: use loader.preload=null, which reads them pool by pool"
+        )
 
-    def __init__(self, plan: Plan, *, seed: int, pool_chunks: int = 16, threads: int = 2) -> None:
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that can be had on a device now; what is not a CUDA device has the machine's."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():  # the page cache counts as free, as it is
+        lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
+        return int(lines["MemAvailable"].split()[0]) * 1024
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+class ActivationData(LightningDataModule):
+    """Batches [B, D] in the storage dtype of what a `Plan` says. Rank, world and device are the trainer's, if any.
+
+    preload: where the training rows are kept after they are read once, "ram" or "device"; a UserError where they do
+    not fit. Without it pools are read ahead into main memory, or sent to a GPU one by one.
+    """
+
+    def __init__(
+        self, plan: Plan, *, seed: int, pool_chunks: int = 16, threads: int = 2, preload: str | None = None
+    ) -> None:
         super().__init__()
         self.plan = plan
+        self.preload = preload
+        self.training: ActivationLoader | None = None
         self.settings: dict[str, Any] = {"seed": seed, "pool_chunks": pool_chunks, "threads": threads}
 
     def _loader(self, split: str, chunks: NDArray[np.int64], **settings: Any) -> ActivationLoader:
-        reader = open_reader(self.plan.store, split, self.plan.site)
         settings = {"batch": self.plan.batch, "chunks": chunks, **self.settings, **settings}
-        return ActivationLoader(reader, **settings)
+        return ActivationLoader(self.plan.readers[split], **settings)
 
     def _share(self) -> dict[str, int]:
         return {"rank": self.trainer.global_rank, "world": self.trainer.world_size} if self.trainer else {}
 
     def train_dataloader(self) -> ActivationLoader:
-        return self._loader(TRAIN, self.plan.chunks, **self._share())
+        device = self.trainer.strategy.root_device if self.trainer else torch.device("cpu")
+        settings: dict[str, Any] = {"device": device if device.type == "cuda" else None}
+        if self.preload:
+            settings = {"device": device if self.preload == "device" else torch.device("cpu"), "preload": True}
+        self.training = self._loader(TRAIN, self.plan.chunks, **self._share(), **settings)
+        if self.preload:
+            _must_fit(self.training, settings["device"], self.preload)
+        return self.training
+
+    @property
+    def waited(self) -> float:
+        """Seconds that the training's batches were waited for."""
+        return self.training.waited if self.training else 0.0
 
     def val_dataloader(self) -> ActivationLoader | list[Any]:
         """Held-out rows in the order of the store, the last batch short."""

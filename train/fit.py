@@ -51,21 +51,21 @@ def fit(settings: Settings, plan: Plan, sae: SAE, folder: Path, *, going_on: boo
     if trainer.is_global_zero:
         print(_opening(settings, plan, sae, going_on))
     if not going_on:
-        stats = plan.store.stats(TRAIN, plan.site)
-        moments = {"mean_sq_norm": stats.mean_sq_norm, "variance": stats.variance}
-        sae.initialise(data.sample(SAMPLES), **moments, seed=settings["seed"])
+        sae.initialise(data.sample(SAMPLES), **plan.moments(), seed=settings["seed"])
+    fitting = time.monotonic()
     try:
         trainer.fit(module, data, ckpt_path=folder / LAST if going_on else None, weights_only=True)
     except SystemExit:  # Lightning's answer to Ctrl-C
         if (folder / LAST).exists():
             print(f"interrupted; go on from the last checkpoint with: python -m train resume={folder}")
         raise
+    waited = {"waited": round(data.waited / (time.monotonic() - fitting), 4)}  # share of the time, for batches
     found = _calibrate(sae, data, trainer.strategy.root_device)
     if len(plan.heldout):
         trainer.validate(module, data, verbose=False)
     if not trainer.is_global_zero:
         return ""
-    training = _training(settings, plan, module) | found | {"seconds": round(time.monotonic() - began, 1)}
+    training = _training(settings, plan, module) | waited | found | {"seconds": round(time.monotonic() - began, 1)}
     save(sae, folder, _record(plan, training))
     return _closing(sae, training, folder)
 
@@ -152,6 +152,7 @@ def _training(settings: Settings, plan: Plan, module: LitSAE) -> dict[str, Any]:
         "dead_after": module.dead_after,
         "dead": int(module.dead.mask(module.dead_after).sum()),
         "last_step": module.figures_logged,
+        "outliers": asdict(plan.outliers) if plan.outliers else None,  # left out of all that stands here
         "heldout": module.validation,
     }
 
@@ -169,7 +170,7 @@ def _record(plan: Plan, training: dict[str, Any]) -> dict[str, Any]:
 
 
 def _opening(settings: Settings, plan: Plan, sae: SAE, going_on: bool) -> str:
-    rows = int(plan.store.rows(TRAIN, plan.site))
+    rows = int(plan.readers[TRAIN].sizes[: plan.stored_chunks].sum())
     span = mixing_span(plan.store.layout.unit_rows, settings["loader"]["pool_chunks"], rows)
     return (
         f"{'going on with' if going_on else 'training'} {_label(sae)}: width {sae.width}, {plan.tokens:,} tokens in "
@@ -186,5 +187,6 @@ def _closing(sae: SAE, training: dict[str, Any], folder: Path) -> str:
         figures += f"  threshold {training['calibration']['threshold']:.4g}"
     return (
         f"{_label(sae)}  width {sae.width}  {training['tokens']:,} tokens{figures}"
-        f"  dead {training['dead']}  {clock(training['seconds'])}  -> {folder}"
+        f"  dead {training['dead']}  {clock(training['seconds'])}"
+        f"  waited {training['waited']:.1%} for data  -> {folder}"
     )

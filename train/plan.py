@@ -18,6 +18,7 @@ from data.errors import UserError
 from data.manifest import HELDOUT, TRAIN, differing, settings_of
 from data.names import Site
 from data.order import batches_per_epoch, reserve
+from data.outliers import KeptReader, median_norm, moments
 from data.reader import Reader, open_reader
 from data.settings import number, whole
 
@@ -30,6 +31,15 @@ COUNTS = {  # the least each may be
 ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps")
 EXTRAS = {"tensorboard": "tensorboard", "wandb": "wandb"}  # logger: module; the extra has the logger's name
 LAST = Path("checkpoints") / "last.ckpt"  # below the folder of a run
+
+
+@dataclass(frozen=True)
+class Outliers:
+    """Rows with a norm above `times` the `median` of the training rows, which are left out everywhere."""
+
+    times: float
+    median: float
+    left_out: dict[str, int]  # rows, by split
 
 
 @dataclass(frozen=True)
@@ -47,11 +57,20 @@ class Plan:
     heldout: NDArray[np.int64]  # of heldout/: validation's
     stored_chunks: int  # of train/, as the run began: what is harvested later is not this run's
     reserved_rows: int
+    readers: dict[str, Reader]  # of train/ and, if there is validation, heldout/
+    outliers: Outliers | None = None
 
     @property
     def tokens(self) -> int:
         """Tokens the optimizer sees, repeated passes counted."""
         return self.steps * self.batch * self.world
+
+    def moments(self) -> dict[str, float]:
+        """E ||x||^2 and the variance of the training rows, less the outliers that are left out."""
+        stats, reader = self.store.stats(TRAIN, self.site), self.readers[TRAIN]
+        if isinstance(reader, KeptReader):
+            return moments(stats, reader.left_out)
+        return {"mean_sq_norm": stats.mean_sq_norm, "variance": stats.variance}
 
 
 def world_size(trainer: Settings, multirun: bool) -> int:
@@ -70,12 +89,17 @@ def world_size(trainer: Settings, multirun: bool) -> int:
 
 def checked(settings: Settings) -> Settings:
     """The settings with their counts as whole numbers; UserError for what they cannot be. No file is read."""
-    counts = {name: whole(settings, name, least) for name, least in COUNTS.items()}
-    loader = {name: whole(settings["loader"], name, 1) for name in settings["loader"]}
+    counts: Settings = {name: whole(settings, name, least) for name, least in COUNTS.items()}
+    preload = settings["loader"]["preload"]
+    if preload not in (None, "ram", "device"):
+        raise UserError(f"loader.preload={preload} is unknown: choose null, ram or device")
+    loader = {name: whole(settings["loader"], name, 1) for name in settings["loader"] if name != "preload"}
     for name in ("lr_warmup", "lr_decay", "sparsity_warmup"):
         number(settings, name, 0, 1)  # shares of the run
     if settings["clip"] is not None and number(settings, "clip", 0, math.inf) == 0:
         raise UserError("clip=0 would stop every step: give a positive norm, or null for no clipping")
+    if settings["outliers"] is not None:
+        counts["outliers"] = number(settings, "outliers", 1, math.inf)  # below the median is no outlier
     if settings["dead_after"] is not None:
         counts["dead_after"] = whole(settings, "dead_after", 1)
     if (accelerator := settings["trainer"]["accelerator"]) not in ACCELERATORS:
@@ -86,7 +110,7 @@ def checked(settings: Settings) -> Settings:
     logger = settings["logger"]["name"]
     if logger in EXTRAS and importlib.util.find_spec(EXTRAS[logger]) is None:
         raise UserError(f'logger={logger} is not installed: .venv/bin/pip install -e ".[{logger}]", or use logger=csv')
-    return {**settings, **counts, "loader": loader}
+    return {**settings, **counts, "loader": loader | {"preload": preload}}
 
 
 def harvest_line(settings: Settings, overrides: Sequence[str], tokens: int) -> str:
@@ -137,6 +161,16 @@ def _first_chunks(reader: Reader, rows: int) -> NDArray[np.int64]:
     return np.arange(min(count, len(reader.sizes)))
 
 
+def _kept_readers(readers: dict[str, Reader], settings: Settings, chunks: int) -> tuple[dict[str, Reader], Outliers]:
+    """The readers without the outliers that `outliers` names; reads every row once."""
+    median = median_norm(readers[TRAIN], chunks)
+    limit, threads = settings["outliers"] * median, settings["loader"]["threads"]
+    counts = {split: chunks if split == TRAIN else len(reader.sizes) for split, reader in readers.items()}
+    kept = {split: KeptReader(reader, counts[split], limit, threads=threads) for split, reader in readers.items()}
+    left_out = {split: reader.left_out.rows for split, reader in kept.items()}
+    return {**kept}, Outliers(settings["outliers"], median, left_out)
+
+
 def make_plan(
     settings: Settings, overrides: Sequence[str] = (), multirun: bool = False, stored_chunks: int | None = None
 ) -> Plan:
@@ -154,9 +188,14 @@ def make_plan(
     if (have := store.rows(HELDOUT, site) if settings["heldout_tokens"] else 0) < settings["heldout_tokens"]:
         why = f"heldout_tokens={settings['heldout_tokens']} asks for more than the {have} held-out tokens of {site}"
         raise _too_few(settings, overrides, store, why)
-    reader = open_reader(store, TRAIN, site)
-    held_out = open_reader(store, HELDOUT, site) if settings["heldout_tokens"] else None
-    sizes = reader.sizes[:stored_chunks]
+    readers = {TRAIN: open_reader(store, TRAIN, site)}
+    if settings["heldout_tokens"]:
+        readers[HELDOUT] = open_reader(store, HELDOUT, site)
+    stored_chunks = len(readers[TRAIN].sizes[:stored_chunks])
+    outliers = None
+    if settings["outliers"] is not None:
+        readers, outliers = _kept_readers(readers, settings, stored_chunks)
+    sizes = readers[TRAIN].sizes[:stored_chunks]
     rows = int(sizes.sum())
     steps = settings["tokens"] // (batch * world)
     if steps < 1:
@@ -171,6 +210,11 @@ def make_plan(
         asked = f"tokens={settings['tokens']} with calibration_tokens={settings['calibration_tokens']}"
         passes = f" in {settings['epochs']} passes (epochs)"
         raise _too_few(settings, overrides, store, f"{asked} needs more than the {rows} training tokens{passes}")
-    heldout = _first_chunks(held_out, settings["heldout_tokens"]) if held_out else np.arange(0)
-    kept = (len(sizes), int(sizes[reserved].sum()))
-    return Plan(store, site, reader.width, batch, world, steps, chunks, reserved, heldout, *kept)
+    heldout = _first_chunks(readers[HELDOUT], settings["heldout_tokens"]) if HELDOUT in readers else np.arange(0)
+    if outliers and int(readers[HELDOUT].sizes.sum() if HELDOUT in readers else 0) < settings["heldout_tokens"]:
+        asked = f"heldout_tokens={settings['heldout_tokens']} with outliers={settings['outliers']:g}"
+        have = int(readers[HELDOUT].sizes.sum())
+        raise _too_few(settings, overrides, store, f"{asked} needs more than the {have} held-out tokens that are left")
+    width, reserved_rows = readers[TRAIN].width, int(sizes[reserved].sum())
+    parts = (chunks, reserved, heldout, stored_chunks, reserved_rows, readers, outliers)
+    return Plan(store, site, width, batch, world, steps, *parts)

@@ -160,7 +160,7 @@ def _is_whole(checkpoint: Path) -> bool:
 def numbers(settings: Settings, plan: Plan) -> Settings:
     """What determines the numbers of a run, the store's identity with it."""
     kept = {name: value for name, value in settings.items() if name not in (*_FREE, "model", "text", "packing")}
-    kept["loader"] = {"pool_chunks": settings["loader"]["pool_chunks"]}  # threads change no number
+    kept["loader"] = {"pool_chunks": settings["loader"]["pool_chunks"]}  # the rest changes no number
     return {**kept, "store": plan.store.manifest.fingerprint, "world": plan.world}
 
 

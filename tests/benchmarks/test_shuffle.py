@@ -55,8 +55,13 @@ def test_the_formula_is_what_the_order_gives(pool_chunks: int) -> None:
     assert measured == pytest.approx(computed(SETTING, pool_chunks), rel=0.1)
 
 
-def test_one_pool_of_everything_is_uniform() -> None:
+def test_one_pool_of_everything_in_large_batches_is_uniform(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shuffle, "BATCH", 2 * 16 * 512)
     assert computed(SETTING, 512) == pytest.approx(uniform(SETTING), rel=0.02)
+    assert companions(ours(SETTING, stored(SETTING), 512)) == pytest.approx(uniform(SETTING), rel=0.02)
+
+
+def test_a_uniform_shuffle_is_counted_as_one() -> None:
     mixed = stored(SETTING)[np.random.default_rng(1).permutation(SETTING.rows)]
     assert companions(cut(mixed)) == pytest.approx(uniform(SETTING), rel=0.1)
 

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import gc
+import hashlib
 import itertools
 import json
+import subprocess
+import sys
 import threading
+import time
 import weakref
 from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import hypothesis
@@ -18,10 +24,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data import order
+from data.cli import CONF
 from data.errors import UserError
 from data.loader import ActivationLoader
-from data.manifest import TRAIN
+from data.manifest import TRAIN, Layout, Manifest
 from data.reader import DirectReader, ZarrReader, open_reader
+from data.store import Store
 
 from .conftest import SITE, Build, ids_of, numbered
 
@@ -93,7 +101,7 @@ def test_without_drop_last_every_row_comes(sizes: list[int], settings: dict[str,
 
 
 @given(sizes=sizes_st, settings=settings_st, data=st.data())
-def test_batches_are_cut_from_the_permuted_pools(
+def test_batches_are_cut_from_the_pools_one_after_another(
     sizes: list[int], settings: dict[str, Any], data: st.DataObject
 ) -> None:
     """The order, made again from its definition in `order`."""
@@ -108,9 +116,10 @@ def test_batches_are_cut_from_the_permuted_pools(
         expected: list[int] = []
         pools = order.pools(reader.sizes, **place, epoch=number, world=world, pool_chunks=settings["pool_chunks"])
         for pool in pools:
-            spans = zip(reader.begins[pool.chunks], pool.starts, pool.stops, strict=True)
-            rows = np.concatenate([begin + np.arange(start, stop) for begin, start, stop in spans])
-            expected += rows[order.pool_permutation(pool.rows, **place, epoch=number, index=pool.index)].tolist()
+            runs = order.pool_runs(pool, **place, epoch=number)
+            for chunk, start, rows in zip(runs.chunks, runs.starts, runs.rows, strict=True):
+                begin = int(reader.begins[pool.chunks[chunk]] + start)
+                expected += range(begin, begin + int(rows))
         assert flat(epoch(loader)) == expected[: sum(sizes) // world]
 
 
@@ -143,8 +152,65 @@ def test_epochs_and_seeds_differ() -> None:
     loader, other = (ActivationLoader(Rows(sizes), batch=128, seed=seed) for seed in (0, 1))
     orders = [flat(epoch(loader)), flat(epoch(loader)), flat(epoch(other))]
     assert len({tuple(o) for o in orders}) == 3
-    # Mixed, not merely rotated or blockwise: neighbours stay neighbours about once in 128.
-    assert sum(b - a == 1 for a, b in itertools.pairwise(orders[0])) < 10
+
+
+@given(sizes=sizes_st, settings=settings_st, data=st.data())
+@hypothesis.settings(max_examples=60)
+def test_the_same_batches_wherever_they_come_from(
+    sizes: list[int], settings: dict[str, Any], data: st.DataObject
+) -> None:
+    """Read pool by pool, sent to a device pool by pool, or drawn from rows read once; from any batch on."""
+    world = data.draw(st.integers(1, 2))
+    settings |= {"world": world, "rank": world - 1, "drop_last": data.draw(st.booleans()), "threads": 1}
+    settings["batch"] = min(settings["batch"], sum(sizes) // world)
+    if not settings["batch"]:
+        return
+    cpu = torch.device("cpu")
+    ways: list[dict[str, Any]] = [{}, {"device": cpu}, {"preload": True}, {"preload": True, "device": cpu}]
+    loaders = [ActivationLoader(Rows(sizes), **settings, **way) for way in ways]
+    state = loaders[0].state_dict() | {"delivered": data.draw(st.integers(0, len(loaders[0]) - 1))}
+    for loader in loaders:
+        loader.load_state_dict(state)
+    for _ in range(2):
+        plain, *others = map(epoch, loaders)
+        assert others == [plain] * 3
+
+
+@pytest.mark.parametrize("device", [None, torch.device("cpu")])
+def test_preloaded_rows_are_read_once(device: torch.device | None) -> None:
+    reader = Rows([8] * 8)
+    loader = ActivationLoader(reader, batch=4, chunks=np.arange(1, 7), preload=True, device=device)
+    assert reader.reads == []
+    epochs = [epoch(loader) for _ in range(3)]
+    assert sorted(reader.reads) == list(range(1, 7))
+    assert all(sorted(flat(e)) == list(range(8, 56)) for e in epochs)
+
+
+def test_the_time_waited_for_is_counted() -> None:
+    class Slow(Rows):
+        def read(self, chunk: int, out: np.ndarray, start: int = 0) -> None:
+            time.sleep(0.01)
+            super().read(chunk, out, start)
+
+    loader = ActivationLoader(Slow([4] * 8), batch=4, pool_chunks=1, threads=1)
+    began = time.perf_counter()
+    for _ in loader:
+        pass
+    assert 0.07 < loader.waited <= time.perf_counter() - began
+    quick = ActivationLoader(Rows([4] * 8), batch=4, pool_chunks=1)
+    for _ in quick:
+        time.sleep(0.01)
+    assert quick.waited < 0.07
+
+
+def test_a_batch_has_rows_of_every_chunk_of_its_pool() -> None:
+    reader = Rows([96] * 24)
+    loader = ActivationLoader(reader, batch=12 * 32, pool_chunks=12)
+    for number, batch in enumerate(epoch(loader)):
+        counts = np.bincount(np.array(batch) // 96, minlength=24)
+        # Of each chunk 32 rows, give or take what a run of 16 at either end brings or takes.
+        assert (counts > 0).sum() == 12, number
+        assert counts[counts > 0].max() <= 64
 
 
 def test_unshuffled_is_the_stored_order() -> None:
@@ -169,7 +235,7 @@ def test_limit_caps_an_epoch_and_what_is_read() -> None:
     free = ActivationLoader(Rows([4] * 32), batch=4, pool_chunks=2)
     assert len(loader) == 3
     assert epoch(loader) == epoch(free)[:3]
-    assert len(reader.reads) == 4
+    assert len(reader.reads) <= 4
     assert epoch(loader) == epoch(free)[:3]
     assert len(ActivationLoader(Rows([4]), batch=2, limit_batches=99)) == 2
 
@@ -207,6 +273,8 @@ def test_a_state_of_another_order_is_refused_by_name(name: str, value: int) -> N
 
 def test_a_state_of_other_rows_is_refused_by_name() -> None:
     state = ActivationLoader(Rows([4] * 8), batch=4).state_dict()
+    with pytest.raises(UserError, match="run was None, is 16"):
+        ActivationLoader(Rows([4] * 8), batch=4).load_state_dict({k: v for k, v in state.items() if k != "run"})
     with pytest.raises(UserError, match="rows was 32, is 36"):
         ActivationLoader(Rows([4] * 9), batch=4).load_state_dict(state)
     with pytest.raises(UserError, match="chunks was"):
@@ -271,7 +339,12 @@ def test_from_a_store_in_its_dtype(build: Build, dtype: str) -> None:
         ActivationLoader(cls(store, TRAIN, SITE), batch=5, pool_chunks=3, drop_last=False)
         for cls in (DirectReader, ZarrReader)
     ]
-    direct, by_zarr = (list(loader) for loader in loaders)
+    preloaded = {"preload": True, "device": torch.device("cpu")}
+    loaders.append(
+        ActivationLoader(open_reader(store, TRAIN, SITE), batch=5, pool_chunks=3, drop_last=False, **preloaded)
+    )
+    direct, by_zarr, held = (list(loader) for loader in loaders)
+    assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(direct, held, strict=True))
     assert all(batch.dtype == getattr(torch, dtype) and batch.shape[1] == 3 for batch in direct)
     assert all(torch.equal(a, b) for a, b in zip(direct, by_zarr, strict=True))
     assert sorted(row for batch in direct for row in ids(batch)) == list(range(38))
@@ -288,3 +361,48 @@ def test_a_missing_chunk_file_stops_the_epoch(build: Build) -> None:
     (store.path / TRAIN / SITE / "c.3.0").unlink()
     with pytest.raises(UserError, match=r"c\.3\.0 is missing"):
         epoch(loader)
+
+
+ONE_OF_MANY = """
+import hashlib, resource, sys
+from data.loader import ActivationLoader
+from data.manifest import TRAIN, Layout, Manifest
+from data.reader import open_reader
+from data.store import Store
+
+reader = open_reader(Store.open(sys.argv[1]), TRAIN, sys.argv[2])
+loader = ActivationLoader(reader, batch=512, pool_chunks=4, seed=int(sys.argv[3]))
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+digest = hashlib.sha256()
+for batch in loader:
+    digest.update(batch.float().numpy().tobytes())
+print(digest.hexdigest(), 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before))
+"""
+
+
+@pytest.mark.slow
+def test_eight_processes_read_one_store_each_in_its_own_order(tmp_path: Path) -> None:
+    """None waits for or changes another's; what each holds is a few pools, not the store."""
+    layout = Layout("bfloat16", context=64, chunk_rows=1024, chunks_per_unit=16, mixing_seed=0)
+    store = Store.create_or_open(tmp_path, Manifest({"layout": asdict(layout)}, {}, "many", 768))
+    store.require(TRAIN, SITE, 768, 8 * layout.unit_rows)
+    rng = np.random.default_rng(0)
+    for unit in range(8):
+        rows = rng.integers(0, 0x7F00, (layout.unit_rows, 768)).astype(np.uint16)
+        store.write(TRAIN, unit, SITE, rows, {"device": "cpu"})
+    pool_bytes, store_bytes = 4 * 1024 * 768 * 2, 8 * layout.unit_rows * 768 * 2
+    files = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    command = [sys.executable, "-c", ONE_OF_MANY, str(store.path), SITE]
+    processes = [
+        subprocess.Popen([*command, str(seed)], stdout=subprocess.PIPE, text=True, cwd=CONF.parent) for seed in range(8)
+    ]
+    for seed, process in enumerate(processes):
+        out, _ = process.communicate()
+        digest, grown = out.split()
+        alone = hashlib.sha256()
+        loader = ActivationLoader(open_reader(store, TRAIN, SITE), batch=512, pool_chunks=4, seed=seed)
+        for batch in loader:
+            alone.update(batch.float().numpy().tobytes())
+        assert digest == alone.hexdigest()
+        assert int(grown) < 6 * pool_bytes < store_bytes / 4
+    assert files == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import threading
 
 import numpy as np
@@ -8,7 +9,7 @@ import torch
 
 from data.errors import UserError
 from data.manifest import TRAIN
-from data.reader import DirectReader, Reader, ZarrReader, open_reader
+from data.reader import DirectReader, Reader, ZarrReader, open_reader, scatter
 from data.store import ORIGIN, TOKENS, Store
 
 from .conftest import SITE, Build, numbered
@@ -32,6 +33,26 @@ def test_gives_the_rows_that_were_written(build: Build, cls: type[DirectReader |
     assert reader.sizes.tolist() == [4, 4, 4, 4, 4, 4, 1, 3, 4, 4, 4, 4]
     assert (reader.width, reader.row_shape, reader.torch_dtype) == (3, (3,), getattr(torch, dtype))
     np.testing.assert_array_equal(all_rows(reader), numbered(np.arange(44), dtype))
+
+
+@pytest.mark.parametrize("cls", READERS)
+@pytest.mark.parametrize("most, part", [(1024, 1), (2, 1), (2, 3)])
+def test_rows_are_scattered(
+    build: Build, cls: type[DirectReader | ZarrReader], most: int, part: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever one call of the system takes, and where it gives less than it has."""
+    monkeypatch.setattr("data.reader._MOST_PARTS", most)
+    plain = os.preadv
+
+    def short(file: int, outs: list[np.ndarray], at: int) -> int:
+        first = memoryview(outs[0]).cast("B")
+        return plain(file, [first[: max(1, len(first) - 1)]], at)
+
+    monkeypatch.setattr(os, "preadv", short)
+    reader = cls(build(UNITS), TRAIN, SITE)
+    outs = [np.zeros((n, 3), np.uint16) for n in (part, 1, 4 - part - 1) if n]
+    scatter(reader, 1, outs, 0)
+    np.testing.assert_array_equal(np.concatenate(outs), numbered(np.arange(4, 8), "bfloat16"))
 
 
 def test_units_committed_out_of_order_are_read_in_order(build: Build) -> None:

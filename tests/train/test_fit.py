@@ -17,7 +17,7 @@ from data.errors import UserError
 from data.loader import ActivationLoader
 from data.manifest import HELDOUT, TRAIN
 from data.reader import open_reader
-from train import lit
+from train import datamodule, lit
 from train.plan import LAST, make_plan
 from train.run import train
 from train.sae import VARIANTS, load, load_config
@@ -137,6 +137,58 @@ def test_every_file_of_the_groups_runs(short: Any, tmp_path: Path, option: str) 
         assert "finds no GPU" in str(error) or "is not installed" in str(error)
     else:
         assert load_config(tmp_path / "run")["training"]["steps"] == 30
+
+
+def test_preloaded_rows_train_the_same_sae(short: Any, tmp_path: Path) -> None:
+    for preload in ("null", "ram", "device"):
+        train(short("sae=topk", "epochs=2", "tokens=5120", f"loader.preload={preload}", f"out={tmp_path / preload}"))
+        assert 0 < load_config(tmp_path / preload)["training"]["waited"] < 1
+    weights = [(tmp_path / name / "sae.safetensors").read_bytes() for name in ("null", "ram", "device")]
+    assert weights[0] == weights[1] == weights[2]
+
+
+@pytest.mark.parametrize("preload", ["ram", "device"])
+def test_rows_that_do_not_fit_are_refused_with_both_sizes(
+    short: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, preload: str
+) -> None:
+    monkeypatch.setattr(datamodule, "free_bytes", lambda device: 114_687)  # one byte less than 3,584 rows of 32
+    with pytest.raises(UserError, match=r"keep 114\.7 kB of training rows on cpu, where 114\.7 kB are free"):
+        train(short("sae=topk", f"loader.preload={preload}"))
+    monkeypatch.setattr(datamodule, "free_bytes", lambda device: 114_688)
+    train(short("sae=topk", f"loader.preload={preload}"))
+
+
+def test_outliers_are_left_out_of_training_statistics_threshold_and_validation(
+    short: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    norms = [float(x) for x in torch.linalg.vector_norm(rows_of(short, TRAIN, np.arange(64)), dim=1)]
+    limit = 1.3 * float(np.median(norms))
+    seen: list[float] = []
+
+    def noting(plain: Any) -> Any:
+        def noted(self: Any) -> Any:
+            for batch in plain(self):
+                seen.append(float(torch.linalg.vector_norm(batch.double(), dim=1).max()))
+                yield batch
+
+        return noted
+
+    monkeypatch.setattr(ActivationLoader, "__iter__", noting(ActivationLoader.__iter__))
+    train(short("sae=batchtopk", "outliers=1.3"))
+    assert max(norms) > limit >= max(seen) and len(seen) > 30
+    training, sae = load_config(tmp_path / "run")["training"], load(tmp_path / "run")
+    kept = rows_of(short, TRAIN, np.arange(64))[torch.tensor(norms) <= limit]
+    assert training["outliers"]["left_out"]["train"] == 4096 - len(kept) > 0
+    assert (training["outliers"]["times"], 1.3 * training["outliers"]["median"]) == (1.3, pytest.approx(limit))
+    assert training["heldout"]["tokens"] >= 512
+    scale = math.sqrt(16 / float(kept.square().sum(1).mean()))
+    assert float(sae.norm.scale) == pytest.approx(scale, rel=1e-4)
+    spread = float((kept - kept.mean(0)).square().sum(1).mean())
+    assert float(sae.variance) == pytest.approx(scale**2 * spread, rel=1e-4)
+
+
+def test_free_memory_is_a_plausible_number() -> None:
+    assert 10**6 < datamodule.free_bytes(torch.device("cpu")) < 10**15
 
 
 def test_a_gpu_asked_for_and_absent(short: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -55,6 +55,12 @@ def test_all_variants_get_the_same_chunks(short: Any) -> None:
         (["dead_after=0"], r"dead_after=0 must be a whole number, 1 or more"),
         (["seed=null"], r"seed=None must be a whole number"),
         (["loader.pool_chunks=1.5"], r"pool_chunks=1\.5 must be a whole number"),
+        (["loader.preload=disk"], r"loader\.preload=disk is unknown: choose null, ram or device"),
+        (["outliers=0.5"], r"outliers=0\.5 must be a number from 1 to inf"),
+        (
+            ["outliers=1.3", "heldout_tokens=1024"],
+            r"heldout_tokens=1024 with outliers=1\.3 needs more than the \d+ held-out",
+        ),
         (["batch=.inf"], r"batch=\.?inf must be a whole number"),
         (["trainer.devices=auto"], r"trainer\.devices=auto is not a number"),
         (["+trainer.precision=bf16-true"], r"they stay 32-bit"),
@@ -171,7 +177,7 @@ def test_calibration_rows_are_never_trained_on(short: Any, monkeypatch: pytest.M
 
     read: dict[str, set[int]] = {"train": set(), "calibrate": set()}
     stage = "train"
-    plain = DirectReader.read
+    plain = DirectReader.scatter
 
     def note(self: DirectReader, chunk: int, *args: Any) -> None:
         if self.split == TRAIN:
@@ -187,7 +193,7 @@ def test_calibration_rows_are_never_trained_on(short: Any, monkeypatch: pytest.M
         stage = "calibrate"
         return calibrate(*args)
 
-    monkeypatch.setattr(DirectReader, "read", note)
+    monkeypatch.setattr(DirectReader, "scatter", note)
     monkeypatch.setattr(fit, "_calibrate", calibrating)
     settings = short("sae=batchtopk", "tokens=3584")
     train(settings)
