@@ -13,7 +13,7 @@ from data.contents import SPLITS, arrays, size
 from data.inventory import Entry, made_by
 from data.manifest import canonical, leaves
 from data.order import seeded_permutation
-from data.store import ORIGIN, Store, widen
+from data.store import ORIGIN, Store
 
 Floats = NDArray[np.float64]
 
@@ -36,12 +36,12 @@ class Norms:
         origin = open_reader(store, split, ORIGIN) if books else None
         for index in seeded_permutation(len(reader.sizes), "info"):
             rows = int(reader.sizes[index])
-            x_ND = np.empty((rows, reader.width), reader.dtype)
-            reader.read(int(index), x_ND)
+            stored = np.empty((rows, reader.width), reader.dtype)
+            reader.read(int(index), stored)
             where = np.full((rows, 2), -1, np.int32)
             if origin and places[index] in books:
                 origin.read(books[places[index]], where)
-            wide = widen(x_ND).astype(np.float64)
+            wide = store.rows_of(site).values(stored).astype(np.float64)
             norms.append(np.sqrt(np.einsum("nd,nd->n", wide, wide)))
             positions.append(where[:, 1])
             if (most := most - rows) <= 0:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Real
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -44,7 +44,7 @@ def _ahead(batches: Iterator[Tensor]) -> Iterator[Tensor]:
 
 
 class ActivationLoader:
-    """Batches [B, D] in the storage dtype. Each row comes once an epoch, less the last rows that fill no batch.
+    """Batches [B, W] of rows as they are stored: `reader.decoder` makes activations [B, D] of them. Each row comes once an epoch, less the last rows that fill no batch.
 
     `chunks` restricts it to some of the reader's chunks; pools of `pool_chunks` chunks are permuted as a whole (see
     `data.order`); `threads` threads read the next pool while one is used; `limit_batches` caps an epoch. A batch
@@ -92,7 +92,7 @@ class ActivationLoader:
         """Batches of an epoch, the same on every rank."""
         return self._length
 
-    def __iter__(self) -> Iterator[Float[Tensor, "B D"]]:
+    def __iter__(self) -> Iterator[Real[Tensor, "B W"]]:
         # The epoch moves on here: what follows the last yield never runs when the consumer stops asking there.
         if not self._goes_on and self.delivered:
             self.epoch, self.delivered = self.epoch + 1, 0
@@ -103,7 +103,7 @@ class ActivationLoader:
             self.delivered = delivered
             yield batch
 
-    def sample(self, n: int) -> Float[Tensor, "N D"]:
+    def sample(self, n: int) -> Real[Tensor, "N W"]:
         """The first `n` rows (or all there are) of the current epoch's order, without moving on."""
         taken, rows = [], 0
         for batch in self._batches(self.epoch, 0):
@@ -132,7 +132,7 @@ class ActivationLoader:
         self.epoch, self.delivered = int(state["epoch"]), int(state["delivered"])
         self._goes_on = self.delivered < len(self)
 
-    def _empty(self, rows: int) -> Float[Tensor, "B D"]:
+    def _empty(self, rows: int) -> Real[Tensor, "B W"]:
         return torch.empty(rows, self.reader.width, dtype=self.reader.torch_dtype)
 
     def _batches(self, epoch: int, at: int) -> Iterator[Tensor]:

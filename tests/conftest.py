@@ -11,6 +11,7 @@ SHAPED = [
     "data.stats",
     "data.order",
     "data.reader",
+    "data.encoding",
     "data.loader",
     "train.sae",
     "harvest.site",

@@ -17,12 +17,24 @@ from train.plan import Plan
 
 
 class ActivationData(LightningDataModule):
-    """Batches [B, D] in the storage dtype of what a `Plan` says. Rank and world are the trainer's, if any."""
+    """Batches [B, D] of what a `Plan` says. Rank and world are the trainer's, if any.
+
+    The loaders give rows as they are stored; Lightning has them decoded on the training device, others call `decode`.
+    """
 
     def __init__(self, plan: Plan, *, seed: int, pool_chunks: int = 16, threads: int = 2) -> None:
         super().__init__()
         self.plan = plan
+        self._decoder = open_reader(plan.store, TRAIN, plan.site).decoder
         self.settings: dict[str, Any] = {"seed": seed, "pool_chunks": pool_chunks, "threads": threads}
+
+    def decode(self, rows: Tensor) -> Tensor:
+        """Stored rows as activations [B, D], on the rows' device."""
+        decoded: Tensor = self._decoder.to(rows.device)(rows)
+        return decoded
+
+    def on_after_batch_transfer(self, batch: Tensor, dataloader_idx: int) -> Tensor:
+        return self.decode(batch)
 
     def _loader(self, split: str, chunks: NDArray[np.int64], **settings: Any) -> ActivationLoader:
         reader = open_reader(self.plan.store, split, self.plan.site)
@@ -42,9 +54,9 @@ class ActivationData(LightningDataModule):
         return self._loader(HELDOUT, self.plan.heldout, shuffle=False, drop_last=False, **self._share())
 
     def calibration_loader(self) -> ActivationLoader:
-        """Rows of the training split that the optimizer never sees; every rank reads all of them."""
+        """Rows, as stored, of the training split that the optimizer never sees; every rank reads all of them."""
         return self._loader(TRAIN, self.plan.reserved)
 
     def sample(self, rows: int) -> Tensor:
         """Up to `rows` rows [N, D] of the first epoch's order, in float32; the loaders' positions do not move."""
-        return self._loader(TRAIN, self.plan.chunks).sample(rows).to(torch.float32)
+        return self.decode(self._loader(TRAIN, self.plan.chunks).sample(rows)).to(torch.float32)

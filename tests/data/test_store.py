@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -386,8 +386,8 @@ def test_a_writer_whose_chunks_were_cleared_away_is_told(
     """Told when it writes the next chunk, or when it moves them to their places."""
     store, write_chunk = build([]), Store._write_chunk
 
-    def cleared(self: Store, stage: Path, key: str, rows: np.ndarray) -> Chunk:
-        chunk = write_chunk(self, stage, key, rows)
+    def cleared(self: Store, stage: Path, key: str, pieces: Iterable[bytes]) -> tuple[int, str]:
+        chunk = write_chunk(self, stage, key, pieces)
         if key.endswith(f"c.{at}.0"):
             shutil.rmtree(stage)
         return chunk

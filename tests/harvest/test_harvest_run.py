@@ -47,7 +47,7 @@ def interrupt_after(monkeypatch: pytest.MonkeyPatch, writes: int, error: BaseExc
     def write(self: Store, split: str, unit: int, site: str, rows: Any, made_by: Any) -> Any:
         if next(left, None) is None:
             key = f"{split}/{site}/c.{unit * 4}" + ".0" * (rows.ndim - 1)
-            self._write_chunk((self.path / key).parent, key, rows[:3])
+            self._write_chunk((self.path / key).parent, key, [rows[:3].tobytes()])
             raise error
         return real(self, split, unit, site, rows, made_by)
 
