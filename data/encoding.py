@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float, Float32, Int8, Real
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from data.manifest import SCALE_BYTES, Json
@@ -95,14 +96,13 @@ class Decoder(nn.Module):
         return (rows[:, : self.width] * scale) * self.std + self.mean
 
 
-def rounded(rows: np.ndarray[Any, Any], bits: int) -> np.ndarray[Any, Any]:
+def rounded(rows: NDArray[Any], bits: int) -> NDArray[Any]:
     """Float rows (uint16: bfloat16) rounded to `bits` mantissa bits, half to even, in their own type."""
     from numcodecs.bitround import BitRound
 
     from data.bfloat16 import to_float32
 
-    wide = to_float32(rows) if rows.dtype == np.uint16 else rows
-    kept = BitRound(bits).encode(wide)
+    kept: NDArray[Any] = BitRound(bits).encode(to_float32(rows) if rows.dtype == np.uint16 else rows)
     if rows.dtype == np.uint16:  # what is left of the mantissa fits: nothing is rounded twice
         return (kept.view(np.uint32) >> 16).astype(np.uint16)
-    return np.asarray(kept).view(rows.dtype)
+    return kept.view(rows.dtype)

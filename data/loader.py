@@ -44,11 +44,12 @@ def _ahead(batches: Iterator[Tensor]) -> Iterator[Tensor]:
 
 
 class ActivationLoader:
-    """Batches [B, W] of rows as they are stored: `reader.decoder` makes activations [B, D] of them. Each row comes once an epoch, less the last rows that fill no batch.
+    """Batches [B, W] of rows as they are stored, of which `Store.decoder` makes activations [B, D].
 
-    `chunks` restricts it to some of the reader's chunks; pools of `pool_chunks` chunks are permuted as a whole (see
-    `data.order`); `threads` threads read the next pool while one is used; `limit_batches` caps an epoch. A batch
-    belongs to whoever took it: its memory is never used again.
+    Each row comes once an epoch, less the last rows that fill no batch. `chunks` restricts it to some of the reader's
+    chunks; pools of `pool_chunks` chunks are permuted as a whole (see `data.order`); `threads` threads read the next
+    pool while one is used; `limit_batches` caps an epoch. A batch belongs to whoever took it: its memory is never used
+    again.
 
     Each iteration is an epoch of its own order. Broken off, it is over, and the next begins the next epoch; only after
     `load_state_dict` does it go on in the middle of one. UserError: a setting out of range, too few rows for a batch.

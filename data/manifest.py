@@ -82,8 +82,8 @@ class Layout:
     shards: bool = False
 
     def __post_init__(self) -> None:
-        choices = {"dtype": [*ITEMSIZE], "encoding": [None, *ENCODINGS], "codec": [None, *CODECS]}
-        for name, known in {**choices, "shards": [False, True]}.items():
+        choices: dict[str, tuple[object, ...]] = {"dtype": tuple(ITEMSIZE), "shards": (False, True)}
+        for name, known in {**choices, "encoding": (None, *ENCODINGS), "codec": (None, *CODECS)}.items():
             value = getattr(self, name)
             if not any(type(value) is type(choice) and value == choice for choice in known):  # 1 == True
                 listed = ", ".join("null" if choice is None else str(choice).lower() for choice in known)

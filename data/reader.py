@@ -12,7 +12,6 @@ import torch
 from numpy.typing import NDArray
 
 from data.commit import Chunk
-from data.encoding import Decoder
 from data.errors import UserError
 from data.order import Ints
 from data.store import Store
@@ -29,16 +28,11 @@ class Reader(Protocol):
 
     @property
     def width(self) -> int:
-        """Numbers in a row as it is stored, which is how rows are read."""
+        """Numbers in a row as it is stored: rows are read so, and `Store.decoder` makes activations of them."""
         ...
 
     @property
     def row_shape(self) -> tuple[int, ...]: ...
-
-    @property
-    def decoder(self) -> Decoder:
-        """What turns rows [B, width] into activations [B, decoder.width], on any device; a module of one's own."""
-        ...
 
     @property
     def sizes(self) -> Ints:
@@ -84,10 +78,6 @@ class _CommittedReader:
                 self.within += range(len(rows))
                 sizes += rows
         self.sizes = np.array(sizes, np.int64)
-
-    @property
-    def decoder(self) -> Decoder:
-        return self.store.rows_of(self.site).decoder(self.store.rows_of(self.site).width(self.row_shape))
 
     def _part(self, chunk: int, out: NDArray[Any], start: int) -> NDArray[Any]:
         """The rows of `out` that a read fills."""

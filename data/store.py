@@ -1,16 +1,17 @@
 """The store: a folder of Zarr v3 arrays, one chunk a file, where only what a commit record names counts.
 
     manifest.json                            written first
-    <split>/<site>/                          array [capacity, width], rows of all sites align; in plain chunks, or, where
-                                             the layout says so, as int8 rows, compressed, a unit in one shard
+    <split>/<site>/                          array [capacity, width], rows of all sites align; plain chunks, or as the
+                                             layout says int8 rows, compressed, a unit in one shard
     <split>/tokens, <split>/origin           int32 [capacity], int32 [capacity, 2] (sequence, position)
     commits/<split>/<unit>.<site>.json       written last: rows, bytes and crc32c of each chunk file, statistics
     complete.json                            written when all that was asked for is committed
     claims/                                  there only while processes write: data/claims.py
 
-A unit is `layout.chunks_per_unit` consecutive chunks, of which only those that hold rows are written; what is said of
-chunk files holds for its shard too, where that is what they are in. A committed unit is never written again. Any number of processes may write: each chunk is staged under a name of its own, and under the
-store's lock, which the kernel keeps, a unit's chunks come to their places and its record is written, once.
+A unit is `layout.chunks_per_unit` consecutive chunks, of which only those that hold rows are written; with shards its
+one file is what is called a chunk file here. A committed unit is never written again. Any number of processes may
+write: each chunk is staged under a name of its own, and under the store's lock, which the kernel keeps, a unit's chunks
+come to their places and its record is written, once.
 """
 
 from __future__ import annotations

@@ -10,7 +10,6 @@ import json
 from dataclasses import dataclass
 from itertools import chain, count
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -18,8 +17,8 @@ from data.commit import Chunk, Commit
 from data.contents import RECORD, SPLITS, file_sizes, leftovers
 from data.errors import UserError
 from data.manifest import Json, Layout, Manifest, seal, seal_array, unseal
-from data.stats import Stats
 from data.rows import Rows
+from data.stats import Stats
 from data.store import ORIGIN, TOKENS, Store
 
 _GROUP = {"attributes": {}, "zarr_format": 3, "node_type": "group"}

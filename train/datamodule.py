@@ -25,7 +25,7 @@ class ActivationData(LightningDataModule):
     def __init__(self, plan: Plan, *, seed: int, pool_chunks: int = 16, threads: int = 2) -> None:
         super().__init__()
         self.plan = plan
-        self._decoder = open_reader(plan.store, TRAIN, plan.site).decoder
+        self._decoder = plan.store.decoder(TRAIN, plan.site)
         self.settings: dict[str, Any] = {"seed": seed, "pool_chunks": pool_chunks, "threads": threads}
 
     def decode(self, rows: Tensor) -> Tensor:

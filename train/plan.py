@@ -173,4 +173,4 @@ def make_plan(
         raise _too_few(settings, overrides, store, f"{asked} needs more than the {rows} training tokens{passes}")
     heldout = _first_chunks(held_out, settings["heldout_tokens"]) if held_out else np.arange(0)
     kept = (len(sizes), int(sizes[reserved].sum()))
-    return Plan(store, site, reader.decoder.width, batch, world, steps, chunks, reserved, heldout, *kept)
+    return Plan(store, site, store.decoder(TRAIN, site).width, batch, world, steps, chunks, reserved, heldout, *kept)

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 import data.bfloat16  # noqa: F401  registers the type
 from data import commit as module
 from data.claims import Overtaken
-from data.commit import Chunk, Commit
+from data.commit import Commit
 from data.errors import UserError
 from data.manifest import HELDOUT, TRAIN
 from data.store import ORIGIN, TOKENS, Store, find, find_fingerprint, pick
