@@ -38,7 +38,7 @@ from data.rows import BOOKS, Rows
 from data.stats import Stats
 
 if TYPE_CHECKING:  # it needs torch
-    from data.encoding import Standard
+    from data.encoding import Decoder, Standard
 
 TOKENS, ORIGIN = BOOKS
 _SITE = re.compile(r"\w[\w.-]*")
@@ -116,6 +116,11 @@ class Store:
         if rows.attributes or not rows.is_int8:
             self._rows[site] = rows
         return rows
+
+    def decoder(self, split: str, site: str) -> Decoder:
+        """A new module that turns stored rows [B, W] into activations [B, `decoder.width`], on any device."""
+        rows = self.rows_of(site)
+        return rows.decoder(rows.width(self.row_shape(split, site)))
 
     def require(self, split: str, site: str, width: int, rows_capacity: int, standard: Standard | None = None) -> None:
         """Make the array of a site with room for `rows_capacity` rows in whole units, or let it grow; never shrinks.
