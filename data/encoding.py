@@ -92,7 +92,8 @@ class Decoder(nn.Module):
         if not self.encoded:
             return rows
         assert sys.byteorder == "little" and rows.shape[1] == self.width + SCALE_BYTES, rows.shape
-        scale = rows[:, self.width :].contiguous().view(torch.float32)
+        # A copy, also where they lie together: a view as float32 must begin at a multiple of four bytes.
+        scale = rows[:, self.width :].clone(memory_format=torch.contiguous_format).view(torch.float32)
         return (rows[:, : self.width] * scale) * self.std + self.mean
 
 

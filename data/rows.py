@@ -17,6 +17,8 @@ from data.errors import UserError
 from data.manifest import SCALE_BYTES, Json, Layout
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from data.encoding import Decoder, Standard
 
 BOOKS: dict[str, tuple[int, ...]] = {"tokens": (), "origin": (2,)}  # what each row is, with the shape of theirs
@@ -82,27 +84,30 @@ class Rows:
     def values(self, stored: NDArray[Any]) -> NDArray[Any]:
         """Stored rows as the floats that readers get of them."""
         if self.is_int8:
-            import torch
-
-            decoded: NDArray[Any] = self.decoder(self.width(stored.shape[1:]))(torch.from_numpy(stored)).numpy()
+            decoded: NDArray[Any] = self.decoder(self.width(stored.shape[1:]))(_tensor(stored)).numpy()
             return decoded
         return _widen(stored)
 
     def stored(self, given: NDArray[Any]) -> NDArray[Any]:
         """Given rows as they are stored."""
         if self.is_int8:
-            import torch
-
             from data.encoding import encode
 
             assert self.standard is not None, f"no standard for {self.site}"
-            encoded: NDArray[Any] = encode(torch.from_numpy(_widen(given)), self.standard).numpy()
+            encoded: NDArray[Any] = encode(_tensor(_widen(given)), self.standard).numpy()
             return encoded
         if self.layout.bitround is not None and not self.is_book:
             from data.encoding import rounded
 
             return rounded(given, self.layout.bitround)
         return given
+
+
+def _tensor(array: NDArray[Any]) -> Tensor:
+    """torch takes no memory that may not be written to, such as that of bytes."""
+    import torch
+
+    return torch.from_numpy(array if array.flags.writeable else array.copy())
 
 
 def _widen(rows: NDArray[Any]) -> NDArray[Any]:

@@ -116,6 +116,15 @@ def test_no_value_is_off_by_more_than_half_a_step(x: np.ndarray, pilot: np.ndarr
     np.testing.assert_allclose(decoded, exact, rtol=1e-5, atol=float(slack.max()))
 
 
+@pytest.mark.parametrize("width", [3, 4, 6])
+def test_a_single_row_decodes_too(width: int) -> None:
+    """Its scale lies at any byte, and torch's views as float32 do not."""
+    x = torch.from_numpy(activations(5))[:, :width]
+    standard = Standard.of(x.numpy())
+    rows, decoder = encode(x, standard), Decoder(width, standard)
+    assert torch.equal(torch.cat([decoder(rows[i : i + 1]) for i in range(5)]), decoder(rows))
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_a_value_that_is_not_finite_is_not_stored(tmp_path: Path, bad: float) -> None:
     store, _ = stored(tmp_path, encoding="int8")

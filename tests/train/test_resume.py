@@ -20,7 +20,7 @@ from tests.train.conftest import SITE, D, activations, composed, make_store
 from train.callbacks import LastCheckpoint
 from train.plan import LAST, make_plan
 from train.run import train
-from train.sae import SAE, Step, load_config
+from train.sae import SAE, Step, load
 from train.sae.topk import TopK
 
 # 1,536 training rows in batches of 64: an epoch is 24 steps, the run 60. Validation every 8.
@@ -138,7 +138,7 @@ def test_training_over_int8_is_training_over_its_values(short: Any, tmp_path: Pa
             Store.open(plain.path).write(split, unit, SITE, x[512 * unit : 512 * (unit + 1)], {"device": "cpu"})
     for name, cache in (("int8", int8_cache), ("decoded", tmp_path / "plain")):
         train(short("sae=batchtopk", f"cache={cache}", f"out={tmp_path / name}"))
-    assert load_config(tmp_path / "int8")["d_in"] == D
+    assert load(tmp_path / "int8").d_in == D
     assert_same(
         *({k: v for k, v in final_state(tmp_path / name).items() if "state_dict/" in k} for name in ("int8", "decoded"))
     )
