@@ -68,7 +68,8 @@ class Norms:
 
 def _places(store: Store, split: str, site: str) -> list[tuple[int, int]]:
     """(unit, chunk of the unit) of each chunk, in the order in which a reader counts them."""
-    return [(unit, i) for unit, commit in store.committed(split, site).items() for i in range(len(commit.chunks))]
+    units = store.committed(split, site).items()
+    return [(unit, i) for unit, commit in units for i in range(len(store.layout.chunks(commit.rows)))]
 
 
 def _fields(title: str, obj: dict[str, object]) -> Iterator[str]:

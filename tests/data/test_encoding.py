@@ -22,6 +22,7 @@ from zarr.codecs import BloscCodec, ZstdCodec
 from data.bfloat16 import BFloat16, from_float32, to_float32
 from data.encoding import Decoder, Standard, encode, rounded
 from data.errors import UserError
+from data.info import Norms, report
 from data.loader import ActivationLoader
 from data.manifest import HELDOUT, TRAIN, Layout
 from data.reader import DirectReader, ZarrReader, open_reader
@@ -308,6 +309,15 @@ def test_both_splits_are_encoded_alike_and_an_array_keeps_what_it_says(tmp_path:
     store.require(TRAIN, SITE, D, 10 * 64, Standard.of(9 * x))
     said = [store.metadata(split, SITE)["attributes"]["encoding"] for split in (TRAIN, HELDOUT)]
     assert first is not None and said == [first.attributes(SITE)] * 2
+
+
+@pytest.mark.parametrize("layout", [FORMATS[6], FORMATS[11]], ids=name_of)
+def test_info_is_of_activations(tmp_path: Path, layout: dict[str, Any]) -> None:
+    store, x = stored(tmp_path, **layout)
+    norms = np.linalg.norm(x.astype(np.float64), axis=1)
+    found = Norms.of(store, TRAIN, SITE, 1000).norms
+    np.testing.assert_allclose(np.sort(found), np.sort(norms), rtol=0.02)
+    assert any("int8" in line for line in report(store.path, 10.0, 1000))
 
 
 def test_a_default_layout_is_written_as_it_always_was() -> None:
