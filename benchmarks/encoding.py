@@ -97,7 +97,7 @@ def main() -> int:
     )
     parser.add_argument("--text", type=Path, default=Path("../shared/text/tinystories.jsonl"), help="what it reads")
     asked = parser.parse_args()
-    texts = {"embedded": {"kind": "stdlib", "root": None}}
+    texts: dict[str, dict[str, Any]] = {"embedded": {"kind": "stdlib", "root": None}}
     texts[str(asked.stories)] = {"kind": "files", "paths": [str(asked.text)], "field": "text"}
     worst = 0.0
     for name, text in texts.items():
