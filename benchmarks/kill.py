@@ -40,6 +40,9 @@ VARIANTS = (  # the settings of one store each, taken in turn
     ("sites=[resid_pre.0,mlp_out.2]", "packing.bos=context", "store.chunks_per_unit=8"),
     ("sites=[resid_mid.1]", "packing.keep_special=true", "store.chunk_rows=16"),
     ("sites=[resid_post.0,resid_post.1,resid_post.2]", "lm_batch=1"),
+    ("sites=[resid_post.1,mlp_out.0]", "store.encoding=int8"),
+    ("sites=[attn_out.1]", "store.encoding=int8", "store.shards=true"),
+    ("sites=[resid_post.2]", "store.codec=blosc", "store.bitround=5", "store.shards=true"),
 )
 
 

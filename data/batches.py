@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Int64, Real
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -54,7 +54,7 @@ class Part:
         begins = range(-(-first // self.batch) * self.batch, last, self.batch)
         return [min(self.batch, self.stop - begin) for begin in begins]
 
-    def empty(self, rows: int, device: torch.device | None = None) -> Float[Tensor, "_ D"]:
+    def empty(self, rows: int, device: torch.device | None = None) -> Real[Tensor, "_ D"]:
         return torch.empty(rows, self.reader.width, dtype=self.reader.torch_dtype, device=device)
 
 
@@ -147,7 +147,7 @@ def _wanted(part: Part, pool: Pool, begins: Ints, device: torch.device) -> Int64
     return torch.from_numpy(indices[first:last]).to(device)
 
 
-def hold(reader: Reader, chunks: Ints, device: torch.device, threads: int) -> Float[Tensor, "_ D"]:
+def hold(reader: Reader, chunks: Ints, device: torch.device, threads: int) -> Real[Tensor, "_ D"]:
     """All rows of the chunks one after another on a device."""
     sizes = reader.sizes[chunks]
     held = torch.empty(int(sizes.sum()), reader.width, dtype=reader.torch_dtype, device=device)
@@ -164,7 +164,7 @@ def hold(reader: Reader, chunks: Ints, device: torch.device, threads: int) -> Fl
     return held
 
 
-def from_held(part: Part, held: Float[Tensor, "_ D"]) -> Iterator[Tensor]:
+def from_held(part: Part, held: Real[Tensor, "_ D"]) -> Iterator[Tensor]:
     """Batches from the rows that `hold` gives for the part's chunks."""
     sizes = part.reader.sizes[part.chunks]
     begins = np.cumsum(sizes) - sizes

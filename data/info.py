@@ -34,8 +34,9 @@ class Norms:
         places = _places(store, split, site)
         books = {place: index for index, place in enumerate(_places(store, split, ORIGIN))}
         origin = open_reader(store, split, ORIGIN) if books else None
+        decode = store.rows_of(site).values
         for index in sampled_chunks(reader.sizes, most):
-            norms.append(read_norms(reader, index))
+            norms.append(read_norms(reader, index, decode))
             where = np.full((len(norms[-1]), 2), -1, np.int32)
             if origin and places[index] in books:
                 origin.read(books[places[index]], where)
@@ -62,7 +63,8 @@ class Norms:
 
 def _places(store: Store, split: str, site: str) -> list[tuple[int, int]]:
     """(unit, chunk of the unit) of each chunk, in the order in which a reader counts them."""
-    return [(unit, i) for unit, commit in store.committed(split, site).items() for i in range(len(commit.chunks))]
+    units = store.committed(split, site).items()
+    return [(unit, i) for unit, commit in units for i in range(len(store.layout.chunks(commit.rows)))]
 
 
 def _fields(title: str, obj: dict[str, object]) -> Iterator[str]:

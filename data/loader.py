@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Real
 from torch import Tensor
 
 from data import order
@@ -19,13 +19,14 @@ from data.reader import Reader
 
 
 class ActivationLoader:
-    """Batches [B, D] in the storage dtype. Each row comes once an epoch, less the last rows that fill no batch.
+    """Batches [B, W] of rows as they are stored, of which `Store.decoder` makes activations [B, D].
 
-    `chunks` restricts it to some of the reader's chunks; pools of `pool_chunks` chunks are mixed (see `data.order`);
-    `threads` threads read the next pool while one is used; `limit_batches` caps an epoch. A batch belongs to whoever
-    took it: its memory is never used again. Batches are the same, bit for bit, wherever they come from: read into main
-    memory pool by pool, sent to `device` pool by pool, or, with `preload`, drawn from rows that are all read once, when
-    the first batch is asked for, and kept there (None: in main memory).
+    Each row comes once an epoch, less the last rows that fill no batch. `chunks` restricts it to some of the reader's
+    chunks; pools of `pool_chunks` chunks are mixed (see `data.order`); `threads` threads read the next pool while one
+    is used; `limit_batches` caps an epoch. A batch belongs to whoever took it: its memory is never used again. Batches
+    are the same, bit for bit, wherever they come from: read into main memory pool by pool, sent to `device` pool by
+    pool, or, with `preload`, drawn from rows that are all read once, when the first batch is asked for, and kept there
+    (None: in main memory).
 
     Each iteration is an epoch of its own order. Broken off, it is over, and the next begins the next epoch; only after
     `load_state_dict` does it go on in the middle of one. UserError: a setting out of range, too few rows for a batch.
@@ -74,7 +75,7 @@ class ActivationLoader:
         """Batches of an epoch, the same on every rank."""
         return self._length
 
-    def __iter__(self) -> Iterator[Float[Tensor, "B D"]]:
+    def __iter__(self) -> Iterator[Real[Tensor, "B W"]]:
         # The epoch moves on here: what follows the last yield never runs when the consumer stops asking there.
         if not self._goes_on and self.delivered:
             self.epoch, self.delivered = self.epoch + 1, 0
@@ -88,7 +89,7 @@ class ActivationLoader:
             yield batch
             began = time.perf_counter()
 
-    def sample(self, n: int) -> Float[Tensor, "N D"]:
+    def sample(self, n: int) -> Real[Tensor, "N W"]:
         """The first `n` rows (or all there are) of the current epoch's order, without moving on."""
         taken, rows = [], 0
         for batch in self._batches(self.epoch, 0):

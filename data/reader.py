@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from itertools import count
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -17,9 +18,11 @@ from data.errors import UserError
 from data.order import Ints
 from data.store import Store
 
-_TORCH = {"uint16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "int32": torch.int32}
 _MOST_PARTS = 1024  # that one preadv takes, on Linux and elsewhere
-_PLAIN = [{"name": "bytes", "configuration": {"endian": "little"}}]
+_TORCH = {
+    **{"uint16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32},
+    **{"int8": torch.int8, "int32": torch.int32},
+}
 
 
 @runtime_checkable
@@ -28,7 +31,7 @@ class Reader(Protocol):
 
     @property
     def width(self) -> int:
-        """Numbers in a row."""
+        """Numbers in a row as it is stored: rows are read so, and `Store.decoder` makes activations of them."""
         ...
 
     @property
@@ -62,13 +65,22 @@ class _CommittedReader:
         self.store, self.split, self.site = store, split, site
         self.row_shape = store.row_shape(split, site)
         self.width = int(np.prod(self.row_shape))
-        self.dtype = store.dtype(site)
+        self.dtype = store.rows_of(site).dtype
         self.torch_dtype = _TORCH[self.dtype.name]
-        commits, per_unit = store.committed(split, site), store.layout.chunks_per_unit
-        numbered = [(unit * per_unit + i, c) for unit, commit in commits.items() for i, c in enumerate(commit.chunks)]
-        self.chunks: list[Chunk] = [chunk for _, chunk in numbered]
-        self.numbers: list[int] = [number for number, _ in numbered]  # in the array
-        self.sizes = np.array([chunk.rows for chunk in self.chunks], np.int64)
+        self.chunks: list[Chunk] = []  # the file that each chunk is in
+        self.numbers: list[int] = []  # of each chunk in the array
+        self.within: list[int] = []  # and in its file
+        sizes: list[int] = []
+        layout = store.layout
+        for unit, commit in store.committed(split, site).items():
+            for file, number in zip(commit.chunks, count(unit * layout.files_per_unit)):
+                rows = layout.chunks(file.rows)
+                first = number * layout.file_rows // layout.chunk_rows
+                self.chunks += [file] * len(rows)
+                self.numbers += range(first, first + len(rows))
+                self.within += range(len(rows))
+                sizes += rows
+        self.sizes = np.array(sizes, np.int64)
 
     def _part(self, chunk: int, out: NDArray[Any], start: int) -> NDArray[Any]:
         """The rows of `out` that a read fills."""
@@ -97,7 +109,10 @@ def _missing(file: int, outs: Sequence[NDArray[Any]], at: int) -> int:
 
 
 class DirectReader(_CommittedReader):
-    """Reads chunk files into place; for local stores without a codec, on little-endian machines."""
+    """Reads chunks into place from their files or shards; for local stores without a codec, on little-endian machines.
+
+    In a shard without a codec the chunks lie one after another (`data.chunks`), so its index need not be read.
+    """
 
     def read(self, chunk: int, out: NDArray[Any], start: int = 0) -> None:
         self.scatter(chunk, [self._part(chunk, out, start)], start)
@@ -113,7 +128,7 @@ class DirectReader(_CommittedReader):
         try:
             length = os.fstat(file).st_size
             if length == record.bytes:
-                at = start * self.width * self.dtype.itemsize
+                at = (self.within[chunk] * self.store.layout.chunk_rows + start) * self.width * self.dtype.itemsize
                 for first in range(0, len(outs), _MOST_PARTS):
                     parts = outs[first : first + _MOST_PARTS]
                     length -= _missing(file, parts, at)
@@ -144,7 +159,10 @@ class ZarrReader(_CommittedReader):
         if path.stat().st_size != self.chunks[chunk].bytes:
             raise self._wrong(path, f"has {path.stat().st_size} bytes where {self.chunks[chunk].bytes} were committed")
         first = self.numbers[chunk] * self.store.layout.chunk_rows + start
-        self._array.get_basic_selection(slice(first, first + len(part)), out=NDBuffer.from_numpy_array(part))
+        try:
+            self._array.get_basic_selection(slice(first, first + len(part)), out=NDBuffer.from_numpy_array(part))
+        except (RuntimeError, ValueError):  # of codecs and of a shard's index
+            raise self._wrong(path, "is damaged") from None
 
 
 def scatter(reader: Reader, chunk: int, outs: Sequence[NDArray[Any]], start: int) -> None:
@@ -162,7 +180,9 @@ def scatter(reader: Reader, chunk: int, outs: Sequence[NDArray[Any]], start: int
 
 def open_reader(store: Store, split: str, site: str) -> Reader:
     """The fastest reader that can read this site; a UserError where the store does not have it."""
-    plain = store.metadata(split, site)["codecs"] == _PLAIN
+    metadata, layout = store.metadata(split, site), store.layout
+    as_written = store.rows_of(site).format(tuple(metadata["shape"][1:])).metadata()
+    plain = layout.codec is None and metadata["codecs"] == as_written["codecs"]
     if sys.byteorder == "little" and plain and hasattr(os, "preadv"):
         return DirectReader(store, split, site)
     return ZarrReader(store, split, site)

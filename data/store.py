@@ -1,15 +1,17 @@
 """The store: a folder of Zarr v3 arrays, one chunk a file, where only what a commit record names counts.
 
     manifest.json                            written first
-    <split>/<site>/                          array [capacity, width], plain chunks; rows of all sites align
+    <split>/<site>/                          array [capacity, width], rows of all sites align; plain chunks, or as the
+                                             layout says int8 rows, compressed, a unit in one shard
     <split>/tokens, <split>/origin           int32 [capacity], int32 [capacity, 2] (sequence, position)
     commits/<split>/<unit>.<site>.json       written last: rows, bytes and crc32c of each chunk file, statistics
     complete.json                            written when all that was asked for is committed
     claims/                                  there only while processes write: data/claims.py
 
-A unit is `layout.chunks_per_unit` consecutive chunks, of which only those that hold rows are written. A committed unit
-is never written again. Any number of processes may write: each chunk is staged under a name of its own, and under the
-store's lock, which the kernel keeps, a unit's chunks come to their places and its record is written, once.
+A unit is `layout.chunks_per_unit` consecutive chunks, of which only those that hold rows are written; with shards its
+one file is what is called a chunk file here. A committed unit is never written again. Any number of processes may
+write: each chunk is staged under a name of its own, and under the store's lock, which the kernel keeps, a unit's chunks
+come to their places and its record is written, once.
 """
 
 from __future__ import annotations
@@ -18,10 +20,10 @@ import contextlib
 import json
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,23 +32,16 @@ from data.claims import Claims, Overtaken
 from data.commit import Chunk, Commit, fsync, put, put_first, whole_file
 from data.errors import UserError
 from data.lock import alone
-from data.manifest import Json, Layout, Manifest, differing, seal, seal_array, unseal
+from data.manifest import HELDOUT, TRAIN, Json, Layout, Manifest, differing, seal, seal_array, unseal
 from data.order import Ints, seeded_permutation
+from data.rows import BOOKS, Rows
 from data.stats import Stats
 
-TOKENS, ORIGIN = "tokens", "origin"
-_ROW_SHAPES: dict[str, tuple[int, ...]] = {TOKENS: (), ORIGIN: (2,)}
-_NATIVE = {"bfloat16": np.uint16, "float16": np.float16, "float32": np.float32}
+if TYPE_CHECKING:  # it needs torch
+    from data.encoding import Decoder, Standard
+
+TOKENS, ORIGIN = BOOKS
 _SITE = re.compile(r"\w[\w.-]*")
-
-
-def widen(rows: NDArray[Any]) -> NDArray[Any]:
-    """Stored rows as floats: uint16 are the bits of bfloat16."""
-    if rows.dtype != np.uint16:
-        return rows
-    from data.bfloat16 import to_float32
-
-    return to_float32(rows)
 
 
 class Store:
@@ -56,6 +51,7 @@ class Store:
         self.path, self.manifest = path, manifest
         self.claims = Claims(path / "claims", self.lock)
         self._commits: dict[Path, Commit] = {}  # a record never changes once it is there
+        self._rows: dict[str, Rows] = {}  # nor does how a site's rows are encoded
 
     @classmethod
     def open(cls, path: Path | str) -> Store:
@@ -106,25 +102,45 @@ class Store:
             raise UserError(f"{path} is damaged: delete the store and harvest again") from None
         return found
 
-    def dtype(self, site: str) -> np.dtype[Any]:
-        """The in-memory type of a site's rows."""
-        return np.dtype(np.int32 if site in _ROW_SHAPES else _NATIVE[self.layout.dtype])
-
     def row_shape(self, split: str, site: str) -> tuple[int, ...]:
+        """Of rows as they are stored."""
         return tuple(self.metadata(split, site)["shape"][1:])
 
-    def require(self, split: str, site: str, width: int, rows_capacity: int) -> None:
-        """Make the array of a site with room for `rows_capacity` rows in whole units, or let it grow; never shrinks."""
+    def rows_of(self, site: str) -> Rows:
+        """The forms that the rows of a site or book have, in either split."""
+        rows = self._rows.get(site) or Rows(self.layout, site, {})
+        if rows.is_int8 and not rows.attributes:
+            for split in (TRAIN, HELDOUT):
+                if not rows.attributes and (self.array_path(split, site) / "zarr.json").is_file():
+                    rows = Rows(self.layout, site, self.metadata(split, site).get("attributes", {}))
+        if rows.attributes or not rows.is_int8:
+            self._rows[site] = rows
+        return rows
+
+    def decoder(self, split: str, site: str) -> Decoder:
+        """A new module that turns stored rows [B, W] into activations [B, `decoder.width`], on any device."""
+        rows = self.rows_of(site)
+        return rows.decoder(rows.width(self.row_shape(split, site)))
+
+    def require(self, split: str, site: str, width: int, rows_capacity: int, standard: Standard | None = None) -> None:
+        """Make the array of a site with room for `rows_capacity` rows in whole units, or let it grow; never shrinks.
+
+        standard: what int8 rows are encoded by, where no array of the site says it yet.
+        """
         assert _SITE.fullmatch(site), f"{site!r} cannot name a folder"
         path, unit_rows = self.array_path(split, site), self.layout.unit_rows
         capacity = -(-rows_capacity // unit_rows) * unit_rows
-        row_shape = _ROW_SHAPES.get(site, (width,))
+        row_shape = self.rows_of(site).shape(width)
         with self.lock():
             if not (path / "zarr.json").exists():
                 self._create_array(split, site, (capacity, *row_shape))
             found = self.metadata(split, site)
             shape = (found["shape"][0], *row_shape)
             assert tuple(found["shape"]) == shape, f"{path} has rows of shape {found['shape'][1:]}, not {row_shape}"
+            if self.rows_of(site).is_int8:
+                encoded_by = self.rows_of(site).standard or standard
+                assert encoded_by is not None and len(encoded_by.mean) == width, f"{site} has no standard for {width}"
+                found["attributes"] = {"encoding": encoded_by.attributes(site)}
             grown = seal_array(found | {"shape": [max(capacity, shape[0]), *row_shape]})
             if grown == (path / "zarr.json").read_bytes():
                 return
@@ -140,13 +156,15 @@ class Store:
 
         from data.bfloat16 import BFloat16
 
+        rows, files = self.rows_of(site), self.rows_of(site).format(shape[1:])
         zarr.open_group(self.path, mode="a").require_group(split).create_array(
             site,
             shape=shape,
             chunks=(self.layout.chunk_rows, *shape[1:]),
-            dtype=BFloat16() if self.dtype(site) == np.uint16 else self.dtype(site),
+            shards=(self.layout.unit_rows, *shape[1:]) if self.layout.shards else None,
+            dtype=BFloat16() if rows.dtype == np.uint16 else rows.dtype,
             fill_value=0,
-            compressors=None,
+            compressors=files.compressor,
             filters=None,
             # All chunks in one folder: one directory fsync a unit.
             chunk_key_encoding={"name": "default", "separator": "."},
@@ -188,11 +206,12 @@ class Store:
         """
         layout = self.layout
         shape = self.metadata(split, site)["shape"]
-        assert rows.dtype == self.dtype(site) and list(rows.shape[1:]) == shape[1:], (rows.dtype, rows.shape, shape)
+        kind = self.rows_of(site)
+        assert rows.dtype == kind.native and np.prod(rows.shape[1:]) == kind.width(shape[1:]), (rows.dtype, rows.shape)
         assert len(rows) <= layout.unit_rows and (unit + 1) * layout.unit_rows <= shape[0], (len(rows), unit, shape)
         stage = self.claims.stage(split, unit, site)
         try:
-            chunks, stats = self._stage(stage, split, unit, site, rows, order)
+            chunks, stats = self._stage(stage, split, unit, kind, rows, order, tuple(shape[1:]))
             moments = (stats.sum.tolist(), stats.sum_sq, stats.mean_norm, stats.max_abs)
             commit = Commit(split, unit, site, len(rows), tuple(chunks), *moments, nonfinite=0, made_by=made_by)
             return self._settle(stage, commit)
@@ -204,22 +223,42 @@ class Store:
             self.claims.unstage(stage)
 
     def _stage(
-        self, stage: Path, split: str, unit: int, site: str, rows: NDArray[Any], order: Ints | None
+        self,
+        stage: Path,
+        split: str,
+        unit: int,
+        kind: Rows,
+        rows: NDArray[Any],
+        order: Ints | None,
+        row_shape: tuple[int, ...],
     ) -> tuple[list[Chunk], Stats]:
-        """Write the chunk files of a unit into `stage`."""
-        layout = self.layout
-        parts, chunks = [], []
-        for index, start in enumerate(range(0, len(rows), layout.chunk_rows)):
-            chunk = slice(start, start + layout.chunk_rows)
-            # Only a chunk is there twice; and rows[order[chunk]] takes ten times as long.
-            part = rows[chunk] if order is None else rows.take(order[chunk], axis=0)
-            if site not in _ROW_SHAPES:
-                parts.append(Stats.of(widen(part)))
-                if not np.isfinite(parts[-1].max_abs):
-                    raise UserError(f"unit {unit} of {split}/{site} holds values that are not finite: it is not stored")
-            number = unit * layout.chunks_per_unit + index
-            chunks.append(self._write_chunk(stage, f"{split}/{site}/c.{number}" + ".0" * (rows.ndim - 1), part))
+        """Write the chunk files of a unit into `stage`; statistics are of the values that will be read."""
+        parts: list[Stats] = []
+
+        def stored(first: int, n: int) -> Iterator[NDArray[Any]]:
+            for at in range(first, first + n, self.layout.chunk_rows):
+                chunk = slice(at, min(at + self.layout.chunk_rows, first + n))
+                # Only a chunk is there twice; and rows[order[chunk]] takes ten times as long.
+                part = kind.stored(rows[chunk] if order is None else rows.take(order[chunk], axis=0))
+                if not kind.is_book:
+                    parts.append(Stats.of(kind.values(part)))
+                    if not np.isfinite(parts[-1].max_abs):
+                        at_site = f"unit {unit} of {split}/{kind.site}"
+                        raise UserError(f"{at_site} holds values that are not finite: it is not stored")
+                yield part
+
+        chunks, at = [], 0
+        for number, n in enumerate(self.layout.files(len(rows)), unit * self.layout.files_per_unit):
+            key = self.key(split, kind.site, number, row_shape)
+            pieces = kind.format(row_shape).pieces(stored(at, n))
+            chunks.append(Chunk(key, n, *self._write_chunk(stage, key, pieces)))
+            at += n
         return chunks, Stats.merge(parts) if parts else Stats(len(rows), np.zeros(0), 0.0, 0.0, 0.0)
+
+    @staticmethod
+    def key(split: str, site: str, number: int, row_shape: tuple[int, ...]) -> str:
+        """The path, below the store, of the number-th chunk file of an array."""
+        return f"{split}/{site}/c.{number}" + ".0" * len(row_shape)
 
     def _settle(self, stage: Path, commit: Commit) -> Commit:
         """Move staged chunks to their places and write the record, unless another process has."""
@@ -234,16 +273,16 @@ class Store:
             put(record, seal(asdict(commit)))
         return commit
 
-    def _write_chunk(self, stage: Path, key: str, rows: NDArray[Any]) -> Chunk:
-        """Write one chunk file as zarr's `bytes` codec would, into `stage`."""
+    def _write_chunk(self, stage: Path, key: str, pieces: Iterable[bytes]) -> tuple[int, str]:
+        """Write one chunk file into `stage`; returns its bytes and their crc32c."""
         import google_crc32c
 
-        data = rows.astype(rows.dtype.newbyteorder("<"), copy=False).tobytes()
-        row_bytes = rows.dtype.itemsize * int(np.prod(rows.shape[1:]))
-        data += bytes(row_bytes * (self.layout.chunk_rows - len(rows)))
+        crc, size = 0, 0
         with whole_file(stage / Path(key).name) as file:
-            file.write(data)
-        return Chunk(key, len(rows), len(data), f"{google_crc32c.value(data):08x}")
+            for data in pieces:
+                file.write(data)
+                crc, size = google_crc32c.extend(crc, data), size + len(data)
+        return size, f"{crc:08x}"
 
     def rows(self, split: str, site: str) -> int:
         """Committed rows."""
@@ -251,7 +290,7 @@ class Store:
 
     def sites(self, split: str) -> list[str]:
         """Activation sites with something committed, without tokens and origin."""
-        return sorted({site for _, site, _ in self._records(split)} - _ROW_SHAPES.keys())
+        return sorted({site for _, site, _ in self._records(split)} - BOOKS.keys())
 
     def stats(self, split: str, site: str) -> Stats:
         """Statistics over all committed rows; a UserError where there are none."""

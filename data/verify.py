@@ -7,21 +7,19 @@ crc32c and the statistics of its commit record; what complete.json counts must b
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain, count
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from data.commit import Commit
+from data.commit import Chunk, Commit
 from data.contents import RECORD, SPLITS, file_sizes, leftovers
 from data.errors import UserError
 from data.manifest import Json, Layout, Manifest, seal, seal_array, unseal
+from data.rows import Rows
 from data.stats import Stats
-from data.store import ORIGIN, TOKENS, Store, widen
+from data.store import ORIGIN, TOKENS, Store
 
 _GROUP = {"attributes": {}, "zarr_format": 3, "node_type": "group"}
 _TOLERANCE = 1e-9  # of float64 sums added in another order
@@ -47,26 +45,32 @@ def _sealed(path: Path, indent: int | None = None) -> Json:
     return obj
 
 
-def _row_shape(path: Path, layout: Layout, dtype: str) -> tuple[int, ...]:
-    """The row shape in an array's zarr.json; a UserError where that is not as it was written."""
+def _array(path: Path, layout: Layout, site: str) -> tuple[Rows, tuple[int, ...]]:
+    """The rows that an array's zarr.json tells of, and their shape; a UserError where it is not as it was written."""
     raw = path.read_bytes()
     try:
         found = json.loads(raw)
         sound = isinstance(found, dict) and raw == seal_array(found)
-    except ValueError:
+    except (ValueError, AttributeError):  # attributes that are no object
         sound = False
     if not sound:
         raise UserError("is not as it was written")
+    rows, shape = Rows(layout, site, found["attributes"]), tuple(found["shape"][1:])
     wanted = {
-        "data_type": dtype,
-        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [layout.chunk_rows, *found["shape"][1:]]}},
+        "data_type": "int8" if rows.is_int8 else "int32" if rows.is_book else layout.dtype,
         "chunk_key_encoding": {"name": "default", "configuration": {"separator": "."}},
-        "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}],
+        **rows.format(shape).metadata(),
     }
     for name, value in wanted.items():
         if found[name] != value:
             raise UserError(f"has {name} {found[name]} where the manifest wants {value}")
-    return tuple(found["shape"][1:])
+    if rows.is_int8:
+        standard = rows.standard
+        if standard is None or standard.attributes(site) != rows.attributes["encoding"]:
+            raise UserError(f"does not say how rows of {site} are encoded")
+        if {len(standard.mean), len(standard.std)} != {rows.width(shape)}:
+            raise UserError("is encoded by a mean or deviation of another width")
+    return rows, shape
 
 
 class Verifier:
@@ -75,7 +79,7 @@ class Verifier:
     def __init__(self, path: Path) -> None:
         self.path, self.findings = path, list[Finding]()
         self.commits: dict[tuple[str, str], dict[int, Commit | None]] = {}  # (split, site) -> unit; None: damaged
-        self.shapes: dict[tuple[str, str], tuple[int, ...]] = {}
+        self.arrays: dict[tuple[str, str], tuple[Rows, tuple[int, ...]]] = {}  # whose metadata is sound
         self.complete: Json | None = None
 
     def damaged(self, path: Path, what: str) -> None:
@@ -131,14 +135,10 @@ class Verifier:
             self.damaged(path, f"is the record of unit {commit.unit} of {commit.split}/{commit.site}")
             return None
         rows = [chunk.rows for chunk in commit.chunks]
-        if rows != self._chunk_rows(commit.rows) or commit.rows > self.layout.unit_rows:
+        if rows != self.layout.files(commit.rows) or commit.rows > self.layout.unit_rows:
             self.damaged(path, f"has chunks of {rows} rows for its {commit.rows}")
             return None
         return commit
-
-    def _chunk_rows(self, rows: int) -> list[int]:
-        """The valid rows of each chunk of a unit with `rows` rows."""
-        return [min(self.layout.chunk_rows, rows - at) for at in range(0, rows, self.layout.chunk_rows)]
 
     def _metadata(self) -> None:
         """Every zarr.json: of the store, of its splits, of the arrays that are there or have records."""
@@ -150,20 +150,23 @@ class Verifier:
                 self._group(self.path / split / "zarr.json")
             for site in sorted(sites):
                 path = self.path / split / site / "zarr.json"
-                dtype = "int32" if site in (TOKENS, ORIGIN) else self.layout.dtype
                 try:
-                    self.shapes[split, site] = _row_shape(path, self.layout, dtype)
+                    self.arrays[split, site] = _array(path, self.layout, site)
                 except FileNotFoundError:
                     self.damaged(path, "is missing")
                 except UserError as error:
                     self.damaged(path, str(error))
+        for (split, site), (rows, _) in self.arrays.items():
+            first, _ = self.arrays.get((SPLITS[0], site), (rows, ()))
+            if first.attributes.get("encoding") != rows.attributes.get("encoding"):
+                self.damaged(self.path / split / site / "zarr.json", f"is encoded otherwise than in {SPLITS[0]}/")
 
     def _group(self, path: Path) -> None:
         try:
             if json.loads(path.read_bytes()) != _GROUP:
                 self.damaged(path, "is not a plain group's")
         except FileNotFoundError:
-            if self.shapes or self.commits:
+            if self.arrays or self.commits:
                 self.damaged(path, "is missing")
         except ValueError:
             self.damaged(path, "is not as it was written")
@@ -177,49 +180,46 @@ class Verifier:
         settings = {"unit": "B", "unit_scale": True, "mininterval": 1.0, "desc": f"verify {self.path.name}"}
         with tqdm(total=total, disable=quiet, **settings) as bar:
             for commit in sound:
-                parts = []
-                for chunk in self._read(commit):
-                    bar.update(commit.chunks[0].bytes)
-                    if chunk is not None and len(commit.sum):
-                        parts.append(Stats.of(widen(chunk)))
-                if len(parts) == len(commit.chunks) and parts:
+                parts: list[Stats] | None = []
+                for number, chunk in enumerate(commit.chunks, commit.unit * self.layout.files_per_unit):
+                    found = self._read(commit, number, chunk)
+                    bar.update(chunk.bytes)
+                    parts = None if parts is None or found is None else parts + found
+                if parts:
                     self._statistics(commit, Stats.merge(parts))
 
-    def _read(self, commit: Commit) -> Iterator[NDArray[Any] | None]:
-        """The valid rows [N, D] of each chunk of a unit, None where its file is damaged or its shape unknown."""
+    def _read(self, commit: Commit, number: int, chunk: Chunk) -> list[Stats] | None:
+        """The statistics of a file's chunks, of a book's none; None where the file is damaged or its shape unknown."""
         import google_crc32c
 
-        shape, dtype = self.shapes.get((commit.split, commit.site)), self.store.dtype(commit.site).newbyteorder("<")
-        for index, chunk in enumerate(commit.chunks):
-            path = self.path / chunk.key
-            number = commit.unit * self.layout.chunks_per_unit + index
-            try:
-                content = path.read_bytes()
-            except FileNotFoundError:
-                self.damaged(path, "is missing")
-                yield None
-                continue
-            if len(content) != chunk.bytes:
-                self.damaged(path, f"has {len(content)} bytes where {chunk.bytes} were committed")
-            elif (crc := f"{google_crc32c.value(content):08x}") != chunk.crc32c:
-                self.damaged(path, f"has the crc32c {crc} where {chunk.crc32c} was committed")
-            elif shape is not None and self._is_chunk(commit, chunk.key, number, shape, len(content)):
-                yield np.frombuffer(content, dtype).reshape(-1, *shape)[: chunk.rows]
-                continue
-            yield None
+        path = self.path / chunk.key
+        try:
+            content = path.read_bytes()
+        except FileNotFoundError:
+            self.damaged(path, "is missing")
+            return None
+        if len(content) != chunk.bytes:
+            self.damaged(path, f"has {len(content)} bytes where {chunk.bytes} were committed")
+        elif (crc := f"{google_crc32c.value(content):08x}") != chunk.crc32c:
+            self.damaged(path, f"has the crc32c {crc} where {chunk.crc32c} was committed")
+        elif (commit.split, commit.site) in self.arrays:
+            rows, shape = self.arrays[commit.split, commit.site]
+            if self._is_named(commit, number, chunk, shape):
+                try:
+                    chunks = rows.format(shape).rows(content, self.layout.chunks(chunk.rows))
+                    found = [None if rows.is_book else Stats.of(rows.values(x)) for x in chunks]
+                    return [stats for stats in found if stats]
+                except ValueError as error:
+                    self.damaged(path, f"is as it was committed, but its array's metadata wants another: {error}")
+        return None
 
-    def _is_chunk(self, commit: Commit, key: str, number: int, shape: tuple[int, ...], length: int) -> bool:
-        """Whether a record names the right file, and one of the length that the array's metadata wants."""
-        record = self.path / "commits" / commit.split / f"{commit.unit:06d}.{commit.site}.json"
-        wanted = f"{commit.split}/{commit.site}/c.{number}" + ".0" * len(shape)
-        row_bytes = self.store.dtype(commit.site).itemsize * int(np.prod(shape))
-        if key != wanted:
-            self.damaged(record, f"names the chunk {key} where {wanted} belongs")
-        elif length != row_bytes * self.layout.chunk_rows:
-            self.damaged(record, f"has chunks of {length} bytes where rows of shape {list(shape)} need others")
-        else:
-            return True
-        return False
+    def _is_named(self, commit: Commit, number: int, chunk: Chunk, shape: tuple[int, ...]) -> bool:
+        """Whether a record names the right file."""
+        wanted = self.store.key(commit.split, commit.site, number, shape)
+        if chunk.key != wanted:
+            record = self.path / "commits" / commit.split / f"{commit.unit:06d}.{commit.site}.json"
+            self.damaged(record, f"names {chunk.key} where {wanted} belongs")
+        return chunk.key == wanted
 
     def _statistics(self, commit: Commit, stats: Stats) -> None:
         """Hold a unit's statistics against those of the values that were read."""
@@ -280,7 +280,7 @@ class Verifier:
 
     def _leftovers(self) -> None:
         """Files that no record names; of a damaged record's unit, all chunks may be its own."""
-        keys, per_unit = set[str](), self.layout.chunks_per_unit
+        keys, per_unit = set[str](), self.layout.files_per_unit
         for (split, site), units in self.commits.items():
             ends = ("", ".0", ".0.0")
             for unit in units:

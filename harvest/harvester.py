@@ -22,10 +22,11 @@ from tqdm import tqdm
 
 from data.contents import size
 from data.errors import UserError
-from data.manifest import Json
+from data.manifest import TRAIN, Json
 from data.names import Site
 from data.store import ORIGIN, TOKENS, Store
 from harvest.held import Held, Rows, Writer, native, send
+from harvest.pilot import standards
 from harvest.plan import BOOK_WIDTHS, Unit, refuse_mixed
 from harvest.site import capture, run_to
 from harvest.tokens import Packed
@@ -161,12 +162,16 @@ class Harvester:
 
     def _require(self, units: Sequence[Unit]) -> None:
         """Make or grow the arrays, once for the whole run and before anything is claimed."""
+        asked = sorted({site for unit in units for site in unit.sites})
+        new = [site for site in asked if (rows := self.store.rows_of(site)).is_int8 and rows.standard is None]
+        encoded_by = standards(self.model, self.packed[TRAIN], self.layout, self.lm_batch, new) if new else {}
         for split in self.packed:
             mine = [unit for unit in units if unit.split == split]
             if mine:
                 capacity = (mine[-1].index + 1) * self.layout.unit_rows
                 for name in sorted({name for unit in mine for name in unit.names}):
-                    self.store.require(split, name, self.widths.get(name, BOOK_WIDTHS.get(name, 0)), capacity)
+                    width = self.widths.get(name, BOOK_WIDTHS.get(name, 0))
+                    self.store.require(split, name, width, capacity, encoded_by.get(name))
 
     def _fill(self, unit: Unit, held: Held, bar: Any) -> None:
         """Run a unit's contexts; `held` takes the rows of each site, in the order of the text."""

@@ -14,7 +14,7 @@ import numpy as np
 
 from data.contents import extent
 from data.errors import UserError
-from data.manifest import HELDOUT, ITEMSIZE, TRAIN, Json, Layout, differing
+from data.manifest import HELDOUT, TRAIN, Json, Layout, differing
 from data.names import Site
 from data.store import ORIGIN, TOKENS, Store
 from harvest.tokens import Packed
@@ -47,9 +47,9 @@ class Unit:
         )
 
     def bytes(self, widths: Mapping[str, int], layout: Layout) -> int:
-        """Size on disk: whole chunks, the last one's tail included."""
+        """Size on disk before any codec: whole chunks, the last one's tail included."""
         stored = -(-self.rows // layout.chunk_rows) * layout.chunk_rows
-        values = sum(widths[site] for site in self.sites) * ITEMSIZE[layout.dtype]
+        values = sum(layout.row_bytes(widths[site]) for site in self.sites)
         return stored * (values + sum(BOOK_WIDTHS[book] for book in self.books) * np.dtype(np.int32).itemsize)
 
 

@@ -7,7 +7,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,16 +16,15 @@ from omegaconf import DictConfig, OmegaConf
 
 from data.contents import size
 from data.errors import UserError
-from data.manifest import FORMAT, HELDOUT, TRAIN, Json, Manifest, choose_layout, differing, settings_of
+from data.manifest import FORMAT, HELDOUT, TRAIN, Json, Layout, Manifest, choose_layout, differing, settings_of
 from data.names import Site
 from data.settings import whole
 from data.store import Store, find
 from harvest import lm
-from harvest.plan import covered, finish, plan, summary
+from harvest.plan import Unit, covered, finish, plan, summary
 from harvest.text import TextSource, source_from
 from harvest.tokens import Packing, check_tokenizer, pack
 
-LAYOUT_SETTINGS = ("dtype", "chunk_rows", "chunks_per_unit", "mixing_seed")
 DISK_MARGIN = 64 << 20  # records, metadata and what else the file system keeps
 
 
@@ -85,10 +84,12 @@ class Request:
 
 
 def layout_asked(store: Mapping[str, Any]) -> Json:
-    """What is asked of the layout, None where nothing is."""
-    least = {"chunk_rows": 1, "chunks_per_unit": 1, "mixing_seed": 0}
-    counts = {name: whole(store, name, least[name]) for name in least if store[name] is not None}
-    return {**dict.fromkeys(LAYOUT_SETTINGS), "dtype": store["dtype"], **counts}
+    """What is asked of the layout, None where nothing is; what else a field may be, `Layout` knows."""
+    asked = {field.name: store[field.name] for field in dataclasses.fields(Layout) if field.name != "context"}
+    for name, least in {"chunk_rows": 1, "chunks_per_unit": 1, "mixing_seed": 0, "bitround": 1}.items():
+        if asked[name] is not None:
+            asked[name] = whole(store, name, least)
+    return asked
 
 
 def identity_of(request: Request, tokenizer: Any) -> Json:
@@ -109,8 +110,8 @@ def existing(request: Request, identity: Json) -> Store | None:
     asked = {name: value for name, value in request.store.items() if value is not None}
     refused = []
     for store in find(request.cache, request.settings):
-        layout = dataclasses.asdict(dataclasses.replace(store.layout, **asked))
-        fields = differing(store.manifest.identity, {**identity, "layout": layout})
+        layout = dataclasses.replace(store.layout, **asked)
+        fields = differing(store.manifest.identity, {**identity, "layout": layout.json})
         if not fields:
             return store
         refused.append(f"{store.path} has these settings but was made otherwise ({'; '.join(fields)})")
@@ -129,7 +130,7 @@ def new_manifest(request: Request, identity: Json, d_model: int) -> Manifest:
         context=request.packing.context,
         **{**defaults, **{name: value for name, value in request.store.items() if value is not None}},
     )
-    identity = {**identity, "layout": dataclasses.asdict(layout)}
+    identity = {**identity, "layout": layout.json}
     return Manifest(identity, request.settings, lm.short_name(request.model), d_model)
 
 
@@ -144,18 +145,29 @@ def say(line: str) -> None:
         print(line, flush=True)
 
 
-def check_disk(request: Request, needed: int) -> None:
-    """Print what the harvest will take on disk; UserError where the disk has not as much."""
+def check_disk(request: Request, units: Sequence[Unit], widths: Mapping[str, int], layout: Layout) -> None:
+    """Print what the harvest will take on disk; UserError where the disk has not as much (before any codec)."""
+    needed = sum(unit.bytes(widths, layout) for unit in units)
     folder = request.cache.absolute()
     while not folder.exists():
         folder = folder.parent
     free = shutil.disk_usage(folder).free
-    say(f"on disk: {size(needed)} to write, {size(free)} free in {request.cache}")
+    say(f"on disk: {size(needed)} to write{_spared(units, widths, layout)}, {size(free)} free in {request.cache}")
     if needed + DISK_MARGIN > free:
         raise UserError(
             f"the harvest needs {size(needed)} in {request.cache} and {size(free)} is free there: free some space, "
             "ask for fewer tokens or sites, or choose another folder with cache=<folder>"
         )
+
+
+def _spared(units: Sequence[Unit], widths: Mapping[str, int], layout: Layout) -> str:
+    """What the size leaves out: what a codec will save, and what int8 would."""
+    if layout.encoding is not None:
+        return f" as {layout.encoding}{' before its codec' if layout.codec else ''}"
+    smaller = dataclasses.replace(layout, encoding="int8", bitround=None)
+    needed = sum(unit.bytes(widths, smaller) for unit in units)
+    before = f" before store.codec={layout.codec}" if layout.codec else ""
+    return f"{before} ({size(needed)} with store.encoding=int8)"
 
 
 def harvest(cfg: Mapping[str, Any]) -> Store:
@@ -182,7 +194,7 @@ def harvest(cfg: Mapping[str, Any]) -> Store:
         for split, rows in request.rows.items()
     }
     widths = harvester.widths_of(model, request.sites, packed[TRAIN])
-    check_disk(request, sum(u.bytes(widths, layout) for u in plan(store, layout, packed, request.sites)))
+    check_disk(request, plan(store, layout, packed, request.sites), widths, layout)
     store = store or Store.create_or_open(request.cache, manifest)
     units = plan(store, layout, packed, request.sites)
     worker = harvester.Harvester(

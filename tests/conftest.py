@@ -12,6 +12,7 @@ SHAPED = [
     "data.order",
     "data.reader",
     "data.batches",
+    "data.encoding",
     "data.loader",
     "train.sae",
     "harvest.site",

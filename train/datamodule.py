@@ -41,8 +41,9 @@ def free_bytes(device: torch.device) -> int:
 
 
 class ActivationData(LightningDataModule):
-    """Batches [B, D] in the storage dtype of what a `Plan` says. Rank, world and device are the trainer's, if any.
+    """Batches [B, D] of what a `Plan` says. Rank, world and device are the trainer's, if any.
 
+    The loaders give rows as they are stored; Lightning has them decoded on the training device, others call `decode`.
     preload: where the training rows are kept after they are read once, "ram" or "device"; a UserError where they do
     not fit. Without it pools are read ahead into main memory, or sent to a GPU one by one.
     """
@@ -54,7 +55,16 @@ class ActivationData(LightningDataModule):
         self.plan = plan
         self.preload = preload
         self.training: ActivationLoader | None = None
+        self._decoder = plan.store.decoder(TRAIN, plan.site)
         self.settings: dict[str, Any] = {"seed": seed, "pool_chunks": pool_chunks, "threads": threads}
+
+    def decode(self, rows: Tensor) -> Tensor:
+        """Stored rows as activations [B, D], on the rows' device."""
+        decoded: Tensor = self._decoder.to(rows.device)(rows)
+        return decoded
+
+    def on_after_batch_transfer(self, batch: Tensor, dataloader_idx: int) -> Tensor:
+        return self.decode(batch)
 
     def _loader(self, split: str, chunks: NDArray[np.int64], **settings: Any) -> ActivationLoader:
         settings = {"batch": self.plan.batch, "chunks": chunks, **self.settings, **settings}
@@ -85,9 +95,9 @@ class ActivationData(LightningDataModule):
         return self._loader(HELDOUT, self.plan.heldout, shuffle=False, drop_last=False, **self._share())
 
     def calibration_loader(self) -> ActivationLoader:
-        """Rows of the training split that the optimizer never sees; every rank reads all of them."""
+        """Rows, as stored, of the training split that the optimizer never sees; every rank reads all of them."""
         return self._loader(TRAIN, self.plan.reserved)
 
     def sample(self, rows: int) -> Tensor:
         """Up to `rows` rows [N, D] of the first epoch's order, in float32; the loaders' positions do not move."""
-        return self._loader(TRAIN, self.plan.chunks).sample(rows).to(torch.float32)
+        return self.decode(self._loader(TRAIN, self.plan.chunks).sample(rows)).to(torch.float32)

@@ -133,7 +133,7 @@ def _calibrate(sae: SAE, data: ActivationData, device: torch.device) -> dict[str
         return {}
     sae.to(device)
     followed = float(sae.threshold)
-    found = sae.calibrate([batch.to(device) for batch in data.calibration_loader()])
+    found = sae.calibrate([data.decode(batch.to(device)) for batch in data.calibration_loader()])
     skipped = int(sae.skipped_batches)
     return {"calibration": asdict(found), "running_threshold": followed, "skipped_batches": skipped}
 

@@ -18,7 +18,7 @@ from data.errors import UserError
 from data.manifest import HELDOUT, TRAIN, differing, settings_of
 from data.names import Site
 from data.order import batches_per_epoch, reserve
-from data.outliers import KeptReader, median_norm, moments
+from data.outliers import Decode, KeptReader, median_norm, moments
 from data.reader import Reader, open_reader
 from data.settings import number, whole
 
@@ -161,12 +161,14 @@ def _first_chunks(reader: Reader, rows: int) -> NDArray[np.int64]:
     return np.arange(min(count, len(reader.sizes)))
 
 
-def _kept_readers(readers: dict[str, Reader], settings: Settings, chunks: int) -> tuple[dict[str, Reader], Outliers]:
+def _kept_readers(
+    readers: dict[str, Reader], settings: Settings, chunks: int, decode: Decode
+) -> tuple[dict[str, Reader], Outliers]:
     """The readers without the outliers that `outliers` names; reads every row once."""
-    median = median_norm(readers[TRAIN], chunks)
+    median = median_norm(readers[TRAIN], chunks, decode)
     limit, threads = settings["outliers"] * median, settings["loader"]["threads"]
     counts = {split: chunks if split == TRAIN else len(reader.sizes) for split, reader in readers.items()}
-    kept = {split: KeptReader(reader, counts[split], limit, threads=threads) for split, reader in readers.items()}
+    kept = {split: KeptReader(one, counts[split], limit, decode, threads=threads) for split, one in readers.items()}
     left_out = {split: reader.left_out.rows for split, reader in kept.items()}
     return {**kept}, Outliers(settings["outliers"], median, left_out)
 
@@ -194,7 +196,7 @@ def make_plan(
     stored_chunks = len(readers[TRAIN].sizes[:stored_chunks])
     outliers = None
     if settings["outliers"] is not None:
-        readers, outliers = _kept_readers(readers, settings, stored_chunks)
+        readers, outliers = _kept_readers(readers, settings, stored_chunks, store.rows_of(site).values)
     sizes = readers[TRAIN].sizes[:stored_chunks]
     rows = int(sizes.sum())
     steps = settings["tokens"] // (batch * world)
@@ -215,6 +217,6 @@ def make_plan(
         asked = f"heldout_tokens={settings['heldout_tokens']} with outliers={settings['outliers']:g}"
         have = int(readers[HELDOUT].sizes.sum())
         raise _too_few(settings, overrides, store, f"{asked} needs more than the {have} held-out tokens that are left")
-    width, reserved_rows = readers[TRAIN].width, int(sizes[reserved].sum())
+    width, reserved_rows = store.decoder(TRAIN, site).width, int(sizes[reserved].sum())
     parts = (chunks, reserved, heldout, stored_chunks, reserved_rows, readers, outliers)
     return Plan(store, site, width, batch, world, steps, *parts)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
+from data.encoding import Standard
 from data.manifest import HELDOUT, TRAIN
 from data.store import ORIGIN, TOKENS, Store
 
@@ -17,13 +19,15 @@ SITES = {"resid_post.1": 3, "attn_out.0": 5}
 ROWS = {TRAIN: [16, 16, 9], HELDOUT: [16, 5]}
 
 
-def harvested(cache: Path, dtype: str = "bfloat16") -> Store:
+def harvested(cache: Path, dtype: str = "bfloat16", **layout: object) -> Store:
     """A complete store of two splits and two sites, as a harvest leaves it; no two chunks are alike."""
-    store, rng = Store.create_or_open(cache, manifest(dtype)), np.random.default_rng(0)
+    base, rng = manifest(dtype), np.random.default_rng(0)
+    store = Store.create_or_open(cache, replace(base, identity={"layout": replace(base.layout, **layout).json}))
     for split, units in ROWS.items():
         begin = 0
         for name, width in {**SITES, TOKENS: 1, ORIGIN: 2}.items():
-            store.require(split, name, width, len(units) * store.layout.unit_rows)
+            pilot = Standard.of(np.random.default_rng(width).standard_normal((9, width)).astype(np.float32))
+            store.require(split, name, width, len(units) * store.layout.unit_rows, pilot)
         for unit, n in enumerate(units):
             order = store.permutation(split, unit, n)
             for site, width in SITES.items():

@@ -38,7 +38,7 @@ def x_ND() -> np.ndarray:
 
 
 def test_the_rows_above_the_limit_are_left_out(x_ND: np.ndarray) -> None:
-    reader = KeptReader(Rows(x_ND, SIZES), len(SIZES), 160.0)
+    reader = KeptReader(Rows(x_ND, SIZES), len(SIZES), 160.0, np.asarray)
     kept = np.setdiff1d(np.arange(32), [3, 7, 20, 21, 22])
     assert reader.sizes.tolist() == [6, 0, 12, 6, 3] and reader.left_out.rows == 5
     for chunk, size in enumerate(reader.sizes):
@@ -51,12 +51,12 @@ def test_the_rows_above_the_limit_are_left_out(x_ND: np.ndarray) -> None:
                 np.testing.assert_array_equal(out[:filled], whole[start:][:filled])
                 assert (out[filled:] == -1).all()
     # At the limit itself a row stays.
-    assert KeptReader(Rows(x_ND, SIZES), 5, float(np.linalg.norm(x_ND[31]))).sizes.sum() == 27
-    assert KeptReader(Rows(x_ND, SIZES), 3, 160.0).sizes.tolist() == [6, 0, 12]
+    assert KeptReader(Rows(x_ND, SIZES), 5, float(np.linalg.norm(x_ND[31])), np.asarray).sizes.sum() == 27
+    assert KeptReader(Rows(x_ND, SIZES), 3, 160.0, np.asarray).sizes.tolist() == [6, 0, 12]
 
 
 def test_every_row_that_is_kept_comes_once_over_the_ranks(x_ND: np.ndarray) -> None:
-    reader = KeptReader(Rows(x_ND, SIZES), len(SIZES), 160.0)
+    reader = KeptReader(Rows(x_ND, SIZES), len(SIZES), 160.0, np.asarray)
     loaders = [ActivationLoader(reader, batch=4, rank=rank, world=2, pool_chunks=2) for rank in range(2)]
     for _ in range(2):
         got = (
@@ -66,7 +66,7 @@ def test_every_row_that_is_kept_comes_once_over_the_ranks(x_ND: np.ndarray) -> N
 
 
 def test_the_moments_are_those_of_the_rows_that_are_kept(x_ND: np.ndarray) -> None:
-    reader = KeptReader(Rows(x_ND, SIZES), len(SIZES), 160.0)
+    reader = KeptReader(Rows(x_ND, SIZES), len(SIZES), 160.0, np.asarray)
     kept = np.delete(x_ND.astype(np.float64), [3, 7, 20, 21, 22], axis=0)
     found = moments(Stats.of(x_ND), reader.left_out)
     assert found["mean_sq_norm"] == pytest.approx(float((kept**2).sum(1).mean()), rel=1e-12)
@@ -76,10 +76,10 @@ def test_the_moments_are_those_of_the_rows_that_are_kept(x_ND: np.ndarray) -> No
 def test_the_median_is_that_of_a_seeded_sample(x_ND: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = Rows(x_ND, SIZES)
     norms = np.linalg.norm(x_ND.astype(np.float64), axis=1)
-    assert median_norm(rows, 5) == pytest.approx(float(np.median(norms)), rel=1e-12)
-    assert median_norm(rows, 3) == pytest.approx(float(np.median(norms[:20])), rel=1e-12)
+    assert median_norm(rows, 5, np.asarray) == pytest.approx(float(np.median(norms)), rel=1e-12)
+    assert median_norm(rows, 3, np.asarray) == pytest.approx(float(np.median(norms[:20])), rel=1e-12)
     monkeypatch.setattr("data.outliers.SAMPLE", 8)
     chunks = list(sampled_chunks(SIZES, 8))
     assert SIZES[chunks].sum() >= 8 > SIZES[chunks[:-1]].sum()
     sample = np.concatenate([norms[b : b + n] for b, n in zip(rows.begins[chunks], SIZES[chunks], strict=True)])
-    assert median_norm(rows, 5) == pytest.approx(float(np.median(sample)), rel=1e-12)
+    assert median_norm(rows, 5, np.asarray) == pytest.approx(float(np.median(sample)), rel=1e-12)

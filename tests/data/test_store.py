@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 import data.bfloat16  # noqa: F401  registers the type
 from data import commit as module
 from data.claims import Overtaken
-from data.commit import Chunk, Commit
+from data.commit import Commit
 from data.errors import UserError
 from data.manifest import HELDOUT, TRAIN
 from data.store import ORIGIN, TOKENS, Store, find, find_fingerprint, pick
@@ -386,8 +386,8 @@ def test_a_writer_whose_chunks_were_cleared_away_is_told(
     """Told when it writes the next chunk, or when it moves them to their places."""
     store, write_chunk = build([]), Store._write_chunk
 
-    def cleared(self: Store, stage: Path, key: str, rows: np.ndarray) -> Chunk:
-        chunk = write_chunk(self, stage, key, rows)
+    def cleared(self: Store, stage: Path, key: str, pieces: Iterable[bytes]) -> tuple[int, str]:
+        chunk = write_chunk(self, stage, key, pieces)
         if key.endswith(f"c.{at}.0"):
             shutil.rmtree(stage)
         return chunk

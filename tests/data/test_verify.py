@@ -13,7 +13,7 @@ import pytest
 from data import verify as module
 from data.commit import Commit
 from data.errors import UserError
-from data.manifest import TRAIN, seal
+from data.manifest import HELDOUT, TRAIN, seal, seal_array
 from data.store import ORIGIN, TOKENS, Store
 from data.verify import Finding, verify
 
@@ -49,6 +49,57 @@ def plant(store: Store, count: int, seed: int) -> tuple[Counter[str], list[str]]
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 def test_a_sound_store_is_sound(tmp_path: Path, dtype: str) -> None:
     assert verify(harvested(tmp_path, dtype).path, quiet=True) == []
+
+
+ENCODED = {
+    "int8": {"encoding": "int8"},
+    "int8 shards": {"encoding": "int8", "shards": True},
+    "zstd": {"codec": "zstd", "bitround": 3},
+    "blosc shards": {"codec": "blosc", "shards": True},
+}
+
+
+@pytest.mark.parametrize("name", ENCODED)
+def test_planted_damages_of_encoded_stores_are_reported(tmp_path: Path, name: str) -> None:
+    store = harvested(tmp_path, **ENCODED[name])
+    assert verify(store.path, quiet=True) == []
+    planted, missed = plant(store, 28, seed=3)
+    assert missed == [] and planted.keys() == {damage.__name__ for damage in DAMAGES}
+    assert verify(store.path, quiet=True) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ENCODED)
+def test_hundreds_of_planted_damages_of_encoded_stores_are_reported(tmp_path: Path, name: str) -> None:
+    planted, missed = plant(harvested(tmp_path, **ENCODED[name]), 300, seed=4)
+    print(f"{name}: {300 - len(missed)} of 300 planted damages reported: {dict(planted)}")
+    assert missed == []
+
+
+def test_every_bit_of_what_says_how_rows_are_encoded(tmp_path: Path) -> None:
+    store = harvested(tmp_path, encoding="int8")
+    path = store.array_path(TRAIN, SITE) / "zarr.json"
+    whole = path.read_bytes()
+    begin = whole.index(b'"encoding"')
+    for bit in range(8 * begin, 8 * len(whole), 41):
+        content = bytearray(whole)
+        content[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(content)
+        with pytest.raises(UserError):
+            module._array(path, store.layout, SITE)
+    path.write_bytes(whole)
+    assert module._array(path, store.layout, SITE)
+
+
+def test_a_site_encoded_by_another_s_standard_is_named(tmp_path: Path) -> None:
+    """Metadata whose own check is right: of another site, of one split only, of none."""
+    store = harvested(tmp_path, encoding="int8")
+    path = store.array_path(HELDOUT, SITE) / "zarr.json"
+    metadata = json.loads(path.read_text())
+    said = metadata["attributes"]["encoding"]
+    for other in ({**said, "site": "mlp_out.0"}, {**said, "std": [2 * std for std in said["std"]]}, None):
+        path.write_bytes(seal_array(metadata | {"attributes": {} if other is None else {"encoding": other}}))
+        assert path in {finding.path for finding in damages(store)}
 
 
 def test_planted_damages_are_reported(store: Store) -> None:

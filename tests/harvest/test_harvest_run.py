@@ -15,13 +15,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from omegaconf import OmegaConf
 
 from data.errors import UserError
 from data.manifest import HELDOUT, TRAIN, settings_of
+from data.reader import open_reader
 from data.store import Store, find
+from data.verify import verify
 from harvest import lm
 from harvest.harvester import Harvester
 from harvest.run import Request, harvest, main
@@ -48,8 +51,8 @@ def interrupt_after(monkeypatch: pytest.MonkeyPatch, writes: int, error: BaseExc
 
     def write(self: Store, split: str, unit: int, site: str, rows: Any, *rest: Any) -> Any:
         if next(left, None) is None:
-            key = f"{split}/{site}/c.{unit * 4}" + ".0" * (rows.ndim - 1)
-            self._write_chunk((self.path / key).parent, key, rows[:3])
+            key = f"{split}/{site}/c.{unit * self.layout.files_per_unit}" + ".0" * (rows.ndim - 1)
+            self._write_chunk((self.path / key).parent, key, [rows[:3].tobytes()])
             raise error
         return real(self, split, unit, site, rows, *rest)
 
@@ -146,6 +149,68 @@ def test_the_layout_of_a_store_is_adopted_and_another_refused(model: Path, text:
         with pytest.raises(UserError, match=f"{store.path} has these settings but was made otherwise .{told}"):
             harvest(config(model, text, tmp_path, change))
     assert len(find(tmp_path, settings_of(config(model, text, tmp_path)))) == 1
+
+
+FORMS = ("store.encoding=int8", "store.codec=zstd", "store.shards=true", "store.bitround=5")
+
+
+def test_the_form_of_a_store_is_adopted_and_another_refused(model: Path, text: Path, tmp_path: Path) -> None:
+    plain = harvest(config(model, text, tmp_path / "plain"))
+    assert plain.manifest.identity["layout"].keys() == {
+        *("dtype", "context", "chunk_rows", "chunks_per_unit", "mixing_seed"),
+    }
+    for number, forms in enumerate((FORMS[:1], FORMS[1:])):
+        store = harvest(config(model, text, tmp_path / str(number), *forms))
+        grown = config(model, text, tmp_path / str(number), "tokens=300", "sites=[resid_mid.1]")
+        assert harvest(grown).path == store.path
+        assert verify(store.path, quiet=True) == []
+    for form in FORMS:
+        name = form.removeprefix("store.").split("=")[0]
+        with pytest.raises(UserError, match=rf"layout\.{name}: absent here, .* asked"):
+            harvest(config(model, text, tmp_path / "plain", form))
+
+
+def test_int8_of_any_number_of_harvests_is_the_same_store(
+    model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The pilot is of the first rows of train/, whatever is there when a site is added and however often it stops."""
+    both = ("sites=[resid_post.1,attn_out.0]", "store.encoding=int8", "store.shards=true", "tokens=300")
+    whole = harvest(config(model, text, tmp_path / "whole", *both))
+    grown = (*both[1:3], "tokens=100", "heldout_tokens=40")
+    harvest(config(model, text, tmp_path / "cut", "sites=[attn_out.0]", *grown))
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        interrupt_after(patch, 3, Interrupted())
+        harvest(config(model, text, tmp_path / "cut", *both))
+    cut = harvest(config(model, text, tmp_path / "cut", *both))
+    assert contents(cut.path) == contents(whole.path)
+    kind, width = cut.rows_of("attn_out.0"), cut.decoder(TRAIN, "attn_out.0").width
+    assert kind.standard is not None and width == 32
+    plain = harvest(config(model, text, tmp_path / "plain", both[0], both[3]))
+    first = open_reader(plain, TRAIN, "attn_out.0")
+    unit = np.zeros((plain.committed(TRAIN, "attn_out.0")[0].rows, 32), np.float32)
+    for chunk in range(4):
+        first.read(chunk, unit[8 * chunk :])
+    np.testing.assert_allclose(kind.standard.mean, unit.mean(0), rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(kind.standard.std, unit.std(0), rtol=1e-4)
+    a, b = (store.stats(TRAIN, "attn_out.0") for store in (cut, plain))
+    assert 0 < abs(a.sum_sq / b.sum_sq - 1) < 1e-3
+
+
+@pytest.mark.parametrize("form", ["", *FORMS[:2]])
+def test_the_size_line_says_what_int8_takes(
+    model: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], form: str
+) -> None:
+    store = harvest(config(model, text, tmp_path, *([form] if form else [])))
+    told = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("on disk: "))
+    chunks = sum(
+        -(-commit.rows // 8) for split in (TRAIN, HELDOUT) for commit in store.committed(split, "resid_post.1").values()
+    )
+    plain, int8 = (f"{8 * chunks * (row + 12) / 1000:.1f} kB" for row in (4 * 32, 32 + 4))
+    said = {
+        "store.encoding=int8": f"on disk: {int8} to write as int8, ",
+        "store.codec=zstd": f"on disk: {plain} to write before store.codec=zstd ({int8} with store.encoding=int8), ",
+    }
+    assert told.startswith(said.get(form, f"on disk: {plain} to write ({int8} with store.encoding=int8), "))
 
 
 def test_other_settings_make_another_store(model: Path, text: Path, tmp_path: Path) -> None:

@@ -50,7 +50,7 @@ def harvest(store: Store, model: Any, *names: str, packed: dict[str, Packed] = P
 
 def stored(store: Store, split: str, site: str) -> Tensor:
     """All committed rows by unit, read from the chunk files without the store's readers."""
-    dtype = store.dtype(site)
+    dtype = store.rows_of(site).dtype
     rows = []
     for _, commit in sorted(store.committed(split, site).items()):
         files = [np.frombuffer((store.path / chunk.key).read_bytes(), dtype) for chunk in commit.chunks]

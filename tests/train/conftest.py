@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from omegaconf import OmegaConf
 
 from data.bfloat16 import from_float32
 from data.cli import CONF
+from data.encoding import Standard
 from data.manifest import HELDOUT, TRAIN, Layout, Manifest, settings_of
 from data.store import Store
 
@@ -39,13 +39,13 @@ def activations(rows: int, seed: int) -> np.ndarray:
     return (codes @ directions + 3.0 + 0.05 * rng.normal(size=(rows, D))).astype(np.float32)
 
 
-def make_store(cache: Path, settings: Settings, name: str = "tiny", dtype: str = "bfloat16") -> Store:
-    layout = Layout(dtype, context=16, chunk_rows=64, chunks_per_unit=8, mixing_seed=0)
-    identity = {"format": 1, "layout": asdict(layout), "name": name}
+def make_store(cache: Path, settings: Settings, name: str = "tiny", dtype: str = "bfloat16", **encoded: Any) -> Store:
+    layout = Layout(dtype, context=16, chunk_rows=64, chunks_per_unit=8, mixing_seed=0, **encoded)
+    identity = {"format": 1, "layout": layout.json, "name": name}
     store = Store.create_or_open(cache, Manifest(identity, settings_of(settings), name, D))
     for seed, (split, rows) in enumerate(ROWS.items()):
-        store.require(split, SITE, D, rows)
         x = activations(rows, seed + 1)
+        store.require(split, SITE, D, rows, Standard.of(x))
         for unit in range(rows // layout.unit_rows):
             part = x[unit * layout.unit_rows : (unit + 1) * layout.unit_rows]
             native = from_float32(part) if dtype == "bfloat16" else part

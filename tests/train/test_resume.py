@@ -13,13 +13,14 @@ from torch import Tensor
 
 from data.bfloat16 import from_float32
 from data.errors import UserError
-from data.manifest import TRAIN
+from data.manifest import HELDOUT, TRAIN
+from data.reader import open_reader
 from data.store import Store
-from tests.train.conftest import SITE, D, activations
+from tests.train.conftest import SITE, D, activations, composed, make_store
 from train.callbacks import LastCheckpoint
-from train.plan import LAST
+from train.plan import LAST, make_plan
 from train.run import train
-from train.sae import SAE, Step
+from train.sae import SAE, Step, load
 from train.sae.topk import TopK
 
 # 1,536 training rows in batches of 64: an epoch is 24 steps, the run 60. Validation every 8.
@@ -100,6 +101,51 @@ def test_continued_equals_uninterrupted(
         assert_same(final_state(folder), final_state(tmp_path / "whole"))
         assert (folder / "sae.safetensors").read_bytes() == (tmp_path / "whole" / "sae.safetensors").read_bytes()
         assert heldout(folder) == heldout(tmp_path / "whole")
+
+
+@pytest.fixture(scope="module")
+def int8_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("int8")
+    make_store(path, composed("out=x"), dtype="float32", encoding="int8", shards=True)
+    return path
+
+
+def test_continued_equals_uninterrupted_over_int8(
+    short: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, int8_cache: Path
+) -> None:
+    over = ("sae=batchtopk", f"cache={int8_cache}")
+    train(short(*over, f"out={tmp_path / 'whole'}"))
+    with monkeypatch.context() as patch, pytest.raises(Broken):
+        break_after(patch, 20)
+        train(short(*over))
+    train(short(*over))
+    assert_same(final_state(tmp_path / "run"), final_state(tmp_path / "whole"))
+    assert heldout(tmp_path / "run") == heldout(tmp_path / "whole")
+
+
+def test_training_over_int8_is_training_over_its_values(short: Any, tmp_path: Path, int8_cache: Path) -> None:
+    """A store of the decoded values gives the same SAE, threshold and validation, bit for bit."""
+    store = make_plan(short(f"cache={int8_cache}")).store
+    plain = make_store(tmp_path / "plain", composed("out=x"), name="plain", dtype="float32")
+    for split, commits in ((split, plain.committed(split, SITE)) for split in (TRAIN, HELDOUT)):
+        reader = open_reader(store, split, SITE)
+        rows = torch.empty(int(reader.sizes.sum()), reader.width, dtype=torch.int8)
+        for chunk in range(len(reader.sizes)):
+            reader.read(chunk, rows.numpy()[64 * chunk :])
+        x = store.decoder(split, SITE)(rows).numpy()
+        for unit in commits:
+            (plain.path / f"commits/{split}/{unit:06d}.{SITE}.json").unlink()
+            Store.open(plain.path).write(split, unit, SITE, x[512 * unit : 512 * (unit + 1)], {"device": "cpu"})
+    for name, cache in (("int8", int8_cache), ("decoded", tmp_path / "plain")):
+        train(short("sae=batchtopk", f"cache={cache}", f"out={tmp_path / name}"))
+    assert load(tmp_path / "int8").d_in == D
+    assert_same(
+        *({k: v for k, v in final_state(tmp_path / name).items() if "state_dict/" in k} for name in ("int8", "decoded"))
+    )
+    assert heldout(tmp_path / "int8") == heldout(tmp_path / "decoded")
+    assert (tmp_path / "int8" / "sae.safetensors").read_bytes() == (
+        tmp_path / "decoded" / "sae.safetensors"
+    ).read_bytes()
 
 
 def heldout(folder: Path) -> dict[str, float]:

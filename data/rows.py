@@ -1,0 +1,119 @@
+"""The rows of one array in their three forms: as they are given to be written, as they are stored, as they are read.
+
+Only int8 rows, whose arithmetic is in `data.encoding`, need torch: it is not imported for others.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data.chunks import Format
+from data.errors import UserError
+from data.manifest import SCALE_BYTES, Json, Layout
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from data.encoding import Decoder, Standard
+
+BOOKS: dict[str, tuple[int, ...]] = {"tokens": (), "origin": (2,)}  # what each row is, with the shape of theirs
+_NATIVE = {"bfloat16": np.uint16, "float16": np.float16, "float32": np.float32}
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of a site in either split, or of a book. attributes: of its array, where that is made."""
+
+    layout: Layout
+    site: str
+    attributes: Json
+
+    @property
+    def is_book(self) -> bool:
+        return self.site in BOOKS
+
+    @property
+    def is_int8(self) -> bool:
+        return self.layout.encoding == "int8" and not self.is_book
+
+    @property
+    def native(self) -> np.dtype[Any]:
+        """In memory, as they are given; uint16 are the bits of bfloat16."""
+        return np.dtype(np.int32 if self.is_book else _NATIVE[self.layout.dtype])
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """In memory, as they are stored."""
+        return np.dtype(np.int8) if self.is_int8 else self.native
+
+    def shape(self, width: int) -> tuple[int, ...]:
+        """Of a stored row of `width` numbers."""
+        return BOOKS.get(self.site, (width + SCALE_BYTES if self.is_int8 else width,))
+
+    def width(self, shape: tuple[int, ...]) -> int:
+        """Numbers in a row that is stored in this shape."""
+        return int(np.prod(shape)) - (SCALE_BYTES if self.is_int8 else 0)
+
+    def format(self, shape: tuple[int, ...]) -> Format:
+        """How files of rows of this shape are made."""
+        return Format(self.layout, self.dtype, shape)
+
+    @cached_property
+    def standard(self) -> Standard | None:
+        """What int8 rows are encoded by; None where no array says it yet."""
+        from data.encoding import Standard
+
+        return Standard.from_attributes(self.attributes["encoding"]) if "encoding" in self.attributes else None
+
+    def decoder(self, width: int) -> Decoder:
+        """A new module that turns stored rows, as tensors, into activations."""
+        from data.encoding import Decoder
+
+        if self.is_int8 and self.standard is None:
+            raise UserError(
+                f"the arrays of site {self.site} do not say how their rows are encoded: delete the store and harvest "
+                "again"
+            )
+        return Decoder(width, self.standard if self.is_int8 else None)
+
+    def values(self, stored: NDArray[Any]) -> NDArray[Any]:
+        """Stored rows as the floats that readers get of them."""
+        if self.is_int8:
+            decoded: NDArray[Any] = self.decoder(self.width(stored.shape[1:]))(_tensor(stored)).numpy()
+            return decoded
+        return _widen(stored)
+
+    def stored(self, given: NDArray[Any]) -> NDArray[Any]:
+        """Given rows as they are stored."""
+        if self.is_int8:
+            from data.encoding import encode
+
+            assert self.standard is not None, f"no standard for {self.site}"
+            encoded: NDArray[Any] = encode(_tensor(_widen(given)), self.standard).numpy()
+            return encoded
+        if self.layout.bitround is not None and not self.is_book:
+            from data.encoding import rounded
+
+            return rounded(given, self.layout.bitround)
+        return given
+
+
+def _tensor(array: NDArray[Any]) -> Tensor:
+    """torch takes no memory that may not be written to, such as that of bytes."""
+    import torch
+
+    return torch.from_numpy(array if array.flags.writeable else array.copy())
+
+
+def _widen(rows: NDArray[Any]) -> NDArray[Any]:
+    """Native rows as floats."""
+    if rows.dtype != np.uint16:
+        return rows
+    from data.bfloat16 import to_float32
+
+    return to_float32(rows)
