@@ -18,7 +18,7 @@ from train.sae.select import Above, Entries, Selector, top_of_rows
 
 _BLOCK = {"cpu": 1 << 24}  # entries of z held at a time: 64 MiB, as large as a product needs to run at full speed
 _BLOCK_ELSEWHERE = 1 << 27
-_DENSE = 0.06  # share of active entries above which the dense products are the faster ones
+_DENSE = 0.15  # share of active entries above which the dense products are the faster ones
 
 
 class Codes:
