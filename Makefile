@@ -29,7 +29,7 @@ $(PEERS)/ready: benchmarks/peers.txt
 	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r $<
 	@touch $@
 
-demo: setup ## harvest, train six variants, evaluate; leaves outputs/demo/report.md
+demo: setup ## harvest, train six variants in one pass, evaluate; leaves outputs/demo/report.md
 	$(PY) -m harvest
 	$(PY) -m train -m sae=relu,topk,batchtopk,matryoshka,gated,jumprelu hydra.sweep.dir=outputs/demo/saes
 	$(PY) -m evaluate saes=outputs/demo/saes out=outputs/demo
@@ -40,7 +40,7 @@ harvest: setup ## language model -> cached activations
 train: setup ## cached activations -> one SAE
 	$(PY) -m train $(ARGS)
 
-sweep: setup ## cached activations -> many SAEs, one for each combination of the values in ARGS
+sweep: setup ## cached activations -> many SAEs in one pass, one for each combination of the values in ARGS
 	$(PY) -m train -m $(ARGS)
 
 evaluate: setup ## splice SAEs into the language model and score them

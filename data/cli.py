@@ -42,18 +42,31 @@ def sentence(error: Exception) -> str | None:
     return None
 
 
+_failed = False  # whether an error has been told that the process is to end with
+
+
+def attempt(act: Callable[[], None]) -> None:
+    """Do `act`; what a user can mend is told in one sentence, and the process will end with exit code 1."""
+    global _failed
+    try:
+        act()
+    except Exception as error:
+        told = sentence(error)
+        if told is None:
+            raise
+        print(f"error: {told}", file=sys.stderr)
+        _failed = True
+
+
 def run(main: Callable[[DictConfig], None], config_name: str) -> None:
     """Run a stage's `main` under Hydra with `conf/<config_name>.yaml` and the command line's overrides."""
     keep_freed_memory()
 
     def job(config: DictConfig) -> None:
-        try:
-            main(config)
-        except Exception as error:
-            told = sentence(error)
-            if told is None:
-                raise
-            print(f"error: {told}", file=sys.stderr)
-            raise SystemExit(1) from None
+        attempt(lambda: main(config))
+        if _failed:
+            raise SystemExit(1)
 
     hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(job)()
+    if _failed:
+        raise SystemExit(1)

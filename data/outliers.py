@@ -71,6 +71,10 @@ class KeptReader:
         above = norms(wide) > self.limit
         return np.flatnonzero(~above), Stats.of(wide[above])
 
+    @property
+    def bytes_read(self) -> int:
+        return self.reader.bytes_read
+
     def read(self, chunk: int, out: NDArray[Any], start: int = 0) -> None:
         kept = self.kept[chunk][start : start + len(out)]
         if not len(kept):

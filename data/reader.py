@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import count
 from pathlib import Path
+from threading import Lock
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -50,6 +51,11 @@ class Reader(Protocol):
     @property
     def torch_dtype(self) -> torch.dtype: ...
 
+    @property
+    def bytes_read(self) -> int:
+        """Bytes of rows that it has read so far, in all threads."""
+        ...
+
     def read(self, chunk: int, out: NDArray[Any], start: int = 0) -> None:
         """Fill `out` with the chunk's valid rows from `start` on, as many as there are and fit.
 
@@ -81,6 +87,11 @@ class _CommittedReader:
                 self.within += range(len(rows))
                 sizes += rows
         self.sizes = np.array(sizes, np.int64)
+        self.bytes_read, self._counting = 0, Lock()
+
+    def _count(self, rows: Iterable[NDArray[Any]]) -> None:
+        with self._counting:
+            self.bytes_read += sum(part.nbytes for part in rows)
 
     def _part(self, chunk: int, out: NDArray[Any], start: int) -> NDArray[Any]:
         """The rows of `out` that a read fills."""
@@ -137,6 +148,7 @@ class DirectReader(_CommittedReader):
             os.close(file)
         if length != record.bytes:
             raise self._wrong(path, f"has {length} bytes where {record.bytes} were committed")
+        self._count(outs)
 
 
 class ZarrReader(_CommittedReader):
@@ -163,6 +175,7 @@ class ZarrReader(_CommittedReader):
             self._array.get_basic_selection(slice(first, first + len(part)), out=NDBuffer.from_numpy_array(part))
         except (RuntimeError, ValueError):  # of codecs and of a shard's index
             raise self._wrong(path, "is damaged") from None
+        self._count([part])
 
 
 def scatter(reader: Reader, chunk: int, outs: Sequence[NDArray[Any]], start: int) -> None:

@@ -1,4 +1,4 @@
-"""What watches a training run: its checkpoint, its progress lines."""
+"""What watches a pass: the members' checkpoints, the progress lines."""
 
 from __future__ import annotations
 
@@ -9,39 +9,39 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import torch
-from lightning_fabric.plugins import TorchCheckpointIO
 from pytorch_lightning import Callback, LightningModule, Trainer
 
-from train.lit import LitSAE
+from train.lit import LitSAEs
+from train.plan import LAST
 
 
-class DurableCheckpoints(TorchCheckpointIO):
+def write_checkpoint(path: Path, state: dict[str, Any]) -> None:
     """A checkpoint is whole or the one before stands: written beside its place, synced, renamed."""
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        beside = path.with_suffix(".tmp")
-        with beside.open("wb") as file:
-            torch.save(checkpoint, file)
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_suffix(".tmp")
+    with beside.open("wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    beside.replace(path)
 
 
 class LastCheckpoint(Callback):
-    """Writes one file, `path`, every `every` steps and after the last; refuses to keep a state that is not finite."""
+    """Writes one file in each member's folder every `every` steps and after the last; none of a state not finite."""
 
-    def __init__(self, path: Path, every: int) -> None:
-        self.path = path
+    def __init__(self, every: int) -> None:
         self.every = every
 
     def on_train_batch_end(self, trainer: Trainer, module: LightningModule, *args: Any) -> None:
-        step = trainer.global_step
-        if step % self.every == 0 or step == trainer.max_steps:
-            assert isinstance(module, LitSAE)
-            module.check_finite()
-            trainer.save_checkpoint(self.path)
+        assert isinstance(module, LitSAEs)
+        if module.step % self.every and module.step != module.total:
+            return
+        for member in module.abreast:
+            module.attempt(member, member.check_finite)
+        for member in module.abreast if trainer.is_global_zero else []:
+            write_checkpoint(member.folder / LAST, {**member.state(), "loader": module.stream.state(member.step)})
+        if not module.going:
+            trainer.should_stop = True
 
 
 def clock(seconds: float) -> str:
@@ -51,8 +51,16 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
+def figures(logged: dict[str, float]) -> str:
+    """The figures of a step that progress shows."""
+    return "".join(f"  {name} {logged[name]:.4g}" for name in ("nmse", "l0", "dead") if name in logged)
+
+
 class Progress(Callback):
-    """Tokens, rate, time left, the last logged figures: one line rewritten on a terminal, else some ten lines."""
+    """Tokens, rate, time left, the last logged figures: one line rewritten on a terminal, else some ten lines.
+
+    Where several SAEs share the pass, the figures of each follow in lines of their own at every tenth.
+    """
 
     def __init__(self, label: str, tokens_a_step: int, stream: TextIO | None = None) -> None:
         self.label = label
@@ -63,21 +71,26 @@ class Progress(Callback):
         self.shown_tenth = 0
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
-        self.began_at, self.began_step = time.monotonic(), trainer.global_step
+        assert isinstance(module, LitSAEs)
+        self.began_at, self.began_step = time.monotonic(), module.step
         self.shown_at = self.began_at
-        self.shown_tenth = 10 * trainer.global_step // trainer.max_steps
+        self.shown_tenth = 10 * module.step // module.total
 
     def on_train_batch_end(self, trainer: Trainer, module: LightningModule, *args: Any) -> None:
-        step, now = trainer.global_step, time.monotonic()
-        tenth = 10 * step // trainer.max_steps
-        due = now - self.shown_at > (0.5 if self.live else 60) or (not self.live and tenth > self.shown_tenth)
-        if not (due or step == trainer.max_steps) or not trainer.is_global_zero:
+        assert isinstance(module, LitSAEs)
+        step, total, now = module.step, module.total, time.monotonic()
+        last, tenth = step == total, 10 * step // total > self.shown_tenth
+        due = now - self.shown_at > (0.5 if self.live else 60) or (tenth and not self.live)
+        several = len(module.members) > 1
+        if not (due or last or (tenth and several)) or not trainer.is_global_zero:
             return
-        assert isinstance(module, LitSAE)
-        self.shown_at, self.shown_tenth = now, tenth
-        text = self.line(step, trainer.max_steps, now - self.began_at, module.figures_logged)
-        end = "\n" if not self.live or step == trainer.max_steps else ""
-        self.stream.write(("\r\033[K" if self.live else "") + text + end)
+        alone = {} if several else module.members[0].figures_logged
+        text = self.line(step, total, now - self.began_at, alone)
+        shown = module.abreast if several and (tenth or last) else []
+        table = [f"  {member.name}{figures(member.figures_logged)}" for member in shown if member.figures_logged]
+        self.shown_at, self.shown_tenth = now, 10 * step // total
+        end = "\n" if not self.live or last or table else ""
+        self.stream.write(("\r\033[K" if self.live else "") + text + end + "".join(f"{row}\n" for row in table))
         self.stream.flush()
 
     def line(self, step: int, total: int, seconds: float, logged: dict[str, float]) -> str:
@@ -85,8 +98,8 @@ class Progress(Callback):
         rate = (step - self.began_step) / max(seconds, 1e-9)
         left = "" if step == total else f"  ETA {clock((total - step) / max(rate, 1e-9))}"
         tokens = f"{step * self.tokens_a_step:,}/{total * self.tokens_a_step:,} tokens"
-        figures = "".join(f"  {name} {logged[name]:.4g}" for name in ("nmse", "l0", "dead") if name in logged)
-        return f"{self.label}  {step / total:4.0%}  {tokens}  {rate * self.tokens_a_step:,.0f} tokens/s{left}{figures}"
+        rate_shown = f"{rate * self.tokens_a_step:,.0f} tokens/s"
+        return f"{self.label}  {step / total:4.0%}  {tokens}  {rate_shown}{left}{figures(logged)}"
 
     def on_exception(self, trainer: Trainer, module: LightningModule, exception: BaseException) -> None:
         if self.live:

@@ -43,7 +43,7 @@ def free_bytes(device: torch.device) -> int:
 class ActivationData(LightningDataModule):
     """Batches [B, D] of what a `Plan` says. Rank, world and device are the trainer's, if any.
 
-    The loaders give rows as they are stored; Lightning has them decoded on the training device, others call `decode`.
+    The loaders give rows as they are stored, which `model_units` decodes on the training device.
     preload: where the training rows are kept after they are read once, "ram" or "device"; a UserError where they do
     not fit. Without it pools are read ahead into main memory, or sent to a GPU one by one.
     """
@@ -58,13 +58,10 @@ class ActivationData(LightningDataModule):
         self._decoder = plan.store.decoder(TRAIN, plan.site)
         self.settings: dict[str, Any] = {"seed": seed, "pool_chunks": pool_chunks, "threads": threads}
 
-    def decode(self, rows: Tensor) -> Tensor:
-        """Stored rows as activations [B, D], on the rows' device."""
+    def model_units(self, rows: Tensor) -> Tensor:
+        """Stored rows as float32 activations [B, D], on the rows' device: the one place where they become so."""
         decoded: Tensor = self._decoder.to(rows.device)(rows)
-        return decoded
-
-    def on_after_batch_transfer(self, batch: Tensor, dataloader_idx: int) -> Tensor:
-        return self.decode(batch)
+        return decoded.to(torch.float32)
 
     def _loader(self, split: str, chunks: NDArray[np.int64], **settings: Any) -> ActivationLoader:
         settings = {"batch": self.plan.batch, "chunks": chunks, **self.settings, **settings}
@@ -100,4 +97,4 @@ class ActivationData(LightningDataModule):
 
     def sample(self, rows: int) -> Tensor:
         """Up to `rows` rows [N, D] of the first epoch's order, in float32; the loaders' positions do not move."""
-        return self.decode(self._loader(TRAIN, self.plan.chunks).sample(rows)).to(torch.float32)
+        return self.model_units(self._loader(TRAIN, self.plan.chunks).sample(rows))

@@ -1,4 +1,4 @@
-"""One training run under Lightning: prepare, fit, calibrate, validate what ships, save."""
+"""A pass over the cache under Lightning: prepare its SAEs, fit, calibrate, validate what ships, save."""
 
 from __future__ import annotations
 
@@ -6,24 +6,25 @@ import contextlib
 import logging
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from hydra.utils import instantiate
-from pytorch_lightning import Trainer
+from pytorch_lightning import Callback, Trainer
 from pytorch_lightning.loggers.logger import Logger
 
 from data.errors import UserError
 from data.manifest import TRAIN
 from data.order import mixing_span
-from train.callbacks import DurableCheckpoints, LastCheckpoint, Progress, clock
+from train.callbacks import LastCheckpoint, Progress, clock
 from train.datamodule import ActivationData
-from train.lit import LitSAE
+from train.lit import LitSAEs, OwnReduction, Passes
 from train.loggers import CsvLogger
-from train.plan import LAST, Plan, Settings
+from train.member import Member, State
+from train.plan import LAST, Plan, Run, Settings
 from train.sae import SAE, default_window, save
 from train.sae.batchtopk import BatchSelected
 from train.sae.init import SAMPLES
@@ -37,73 +38,125 @@ def _quiet() -> Iterator[None]:
     with warnings.catch_warnings():
         # Lightning 2.6 still makes torch's old LeafSpec (utilities/_pytree.py).
         warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
+        # A run that was broken off after its last step has no batch left.
+        warnings.filterwarnings("ignore", message="Total length of .* across ranks is zero")
         yield
 
 
 @_quiet()
-def fit(settings: Settings, plan: Plan, sae: SAE, folder: Path, *, going_on: bool) -> str:
-    """Train `sae` as `plan` says into `folder`, from its last checkpoint where `going_on`; returns the closing line."""
-    began = time.monotonic()
-    torch.manual_seed(settings["seed"])
-    data = ActivationData(plan, seed=settings["seed"], **settings["loader"])
-    module = _module(settings, plan, sae)
-    trainer = _trainer(settings, plan, folder, Progress(_label(sae), plan.batch * plan.world))
+def fit(runs: Sequence[Run], *watching: Callback) -> dict[str, str]:
+    """Train the SAEs of `runs`, which read one stream, in one pass over it, each into its folder.
+
+    `watching` are called after what watches every pass. Prints what begins and what ends; returns why those failed
+    that did, by name.
+    """
+    began, first = time.monotonic(), runs[0]
+    plan = first.plan
+    data = ActivationData(plan, seed=first.settings["seed"], **first.settings["loader"])
+    checkpoints = LastCheckpoint(first.settings["checkpoint_every"])
+    trainer = _trainer(first.settings, plan, checkpoints, _progress(runs), *watching)
+    data.trainer = trainer
+    read = _bytes_read(plan)
     if trainer.is_global_zero:
-        print(_opening(settings, plan, sae, going_on))
-    if not going_on:
-        sae.initialise(data.sample(SAMPLES), **plan.moments(), seed=settings["seed"])
+        print(_opening(runs))
+    members, failed, order = _members(runs, data)
+    if not members:
+        return failed
+    stream = Passes(data.train_dataloader, min(member.step for member in members), plan.steps, order)
+    rows = data.val_dataloader if len(plan.heldout) else None
+    module = LitSAEs(
+        members, stream, data.model_units, validate_every=first.settings["validate_every"], held_out_rows=rows
+    )
     fitting = time.monotonic()
     try:
-        trainer.fit(module, data, ckpt_path=folder / LAST if going_on else None, weights_only=True)
-    except SystemExit:  # Lightning's answer to Ctrl-C
-        if (folder / LAST).exists():
-            print(f"interrupted; go on from the last checkpoint with: python -m train resume={folder}")
-        raise
-    waited = {"waited": round(data.waited / (time.monotonic() - fitting), 4)}  # share of the time, for batches
-    found = _calibrate(sae, data, trainer.strategy.root_device)
-    if len(plan.heldout):
-        trainer.validate(module, data, verbose=False)
-    if not trainer.is_global_zero:
-        return ""
-    training = _training(settings, plan, module) | waited | found | {"seconds": round(time.monotonic() - began, 1)}
-    save(sae, folder, _record(plan, training))
-    return _closing(sae, training, folder)
+        trainer.fit(module, stream)
+        waited = round(data.waited / (time.monotonic() - fitting), 4)  # share of the time, for batches
+        assert module.step == plan.steps or not module.going
+        found = _calibrate(module, data, trainer.strategy.root_device)
+        module.validate("final")
+    except (SystemExit, KeyboardInterrupt):  # Lightning's answer to Ctrl-C is the first
+        if trainer.is_global_zero:
+            print(_interrupted(runs))
+        raise SystemExit(1) from None
+    if trainer.is_global_zero:
+        seconds = round(time.monotonic() - began, 1)
+        by_name = {run.name: run for run in runs}
+        for member in module.going:
+            _keep(by_name[member.name], member, {"waited": waited, **found.get(member.name, {}), "seconds": seconds})
+        shared = f", once for {len(members)} SAEs" if len(members) > 1 else ""
+        print(f"read {(_bytes_read(plan) - read) / 1e6:,.1f} MB of the cache{shared}")
+    return failed | {member.name: member.failure for member in members if member.failure}
 
 
-def _label(sae: SAE) -> str:
+def _bytes_read(plan: Plan) -> int:
+    return sum(reader.bytes_read for reader in plan.readers.values())
+
+
+def _members(runs: Sequence[Run], data: ActivationData) -> tuple[list[Member], dict[str, str], State | None]:
+    """The SAEs at their first step or at their checkpoint, why others could not begin, and the loader's state."""
+    plan = runs[0].plan
+    sample_ND = data.sample(SAMPLES) if any(not run.step for run in runs) else None
+    members: list[Member] = []
+    failed: dict[str, str] = {}
+    order: State | None = None
+    for run in runs:
+        try:
+            member = _member(run)
+            if run.step:
+                state = torch.load(run.folder / LAST, map_location="cpu", weights_only=True)
+                member.load(state)
+                order = state["loader"]
+            else:
+                assert sample_ND is not None
+                member.initialise(sample_ND, **plan.moments())
+            member.loggers = _loggers(run, len(runs) > 1)
+        except UserError as error:
+            failed[run.name] = str(error)
+        else:
+            members.append(member)
+    return members, failed, order
+
+
+def label(sae: SAE) -> str:
+    """The variant and what it aims at, in a few letters."""
     asked = ((name, getattr(sae, name, None)) for name in ("k", "sparsity"))
     target = next((f" {name}={value:g}" for name, value in asked if value is not None), "")
     return f"{sae.name}{target}"
 
 
-def _module(settings: Settings, plan: Plan, sae: SAE) -> LitSAE:
+def _member(run: Run) -> Member:
+    settings, plan = run.settings, run.plan
     shares = {name: settings[name] for name in ("lr_warmup", "lr_decay", "sparsity_warmup")}
-    return LitSAE(
-        sae,
+    return Member(
+        run.sae,
         instantiate(settings["optimizer"]),
         Schedule.of_shares(plan.steps, **shares),
+        folder=run.folder,
+        name=run.name,
+        seed=settings["seed"],
         dead_after=settings["dead_after"] or default_window(plan.tokens),
         clip=settings["clip"],
         log_every=settings["log_every"],
+        world=plan.world,
     )
 
 
-def _trainer(settings: Settings, plan: Plan, folder: Path, progress: Progress) -> Trainer:
+def _progress(runs: Sequence[Run]) -> Progress:
+    name = label(runs[0].sae) if len(runs) == 1 else f"{len(runs)} SAEs"
+    return Progress(name, runs[0].plan.batch * runs[0].plan.world)
+
+
+def _trainer(settings: Settings, plan: Plan, *callbacks: Callback) -> Trainer:
     device = settings["trainer"]
     if device["accelerator"] in ("gpu", "cuda") and not torch.cuda.is_available():
         raise UserError(f"trainer.accelerator={device['accelerator']} finds no GPU here: use trainer.accelerator=cpu")
     return Trainer(
         **device,
-        max_steps=plan.steps,
-        max_epochs=-1,
-        limit_val_batches=1.0 if len(plan.heldout) else 0,
-        val_check_interval=settings["validate_every"],
-        check_val_every_n_epoch=None,  # validation counts steps over all epochs
-        num_sanity_val_steps=0,
-        log_every_n_steps=0,  # LitSAE logs, so that the other steps cost nothing
-        logger=_loggers(settings, folder),
-        callbacks=[LastCheckpoint(folder / LAST, settings["checkpoint_every"]), progress],
-        plugins=[DurableCheckpoints()],
+        strategy=OwnReduction() if plan.world > 1 else "auto",
+        max_epochs=1,  # the stream of batches goes over the store as often as it takes
+        log_every_n_steps=0,  # the members log, so that the other steps cost nothing
+        logger=False,
+        callbacks=[*callbacks],
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
@@ -111,35 +164,60 @@ def _trainer(settings: Settings, plan: Plan, folder: Path, progress: Progress) -
     )
 
 
-def _loggers(settings: Settings, folder: Path) -> list[Logger]:
-    loggers: list[Logger] = [CsvLogger(folder)]
-    asked = settings["logger"]
+def _loggers(run: Run, shared: bool) -> list[Logger]:
+    """metrics.csv, cut where the run goes on, and what `logger` asks for beside it."""
+    rows = CsvLogger(run.folder)
+    rows.cut(run.step)
+    loggers: list[Logger] = [rows]
+    asked = run.settings["logger"]
     if asked["name"] == "tensorboard":
         from pytorch_lightning.loggers import TensorBoardLogger
 
-        loggers.append(TensorBoardLogger(folder, name="", version="tensorboard"))
+        loggers.append(TensorBoardLogger(run.folder, name="", version="tensorboard"))
     elif asked["name"] == "wandb":
+        if shared:
+            raise UserError(
+                "logger=wandb keeps one run a process and would mix the SAEs of a pass: add hydra/launcher=basic, "
+                "which trains one after another, or take another logger"
+            )
         from pytorch_lightning.loggers import WandbLogger
 
-        loggers.append(
-            WandbLogger(name=folder.name, save_dir=folder, project=asked["project"], offline=asked["offline"])
-        )
+        name, project = run.folder.name, asked["project"]
+        loggers.append(WandbLogger(name=name, save_dir=run.folder, project=project, offline=asked["offline"]))
     return loggers
 
 
-def _calibrate(sae: SAE, data: ActivationData, device: torch.device) -> dict[str, Any]:
-    """Settle the threshold, where there is one, with frozen weights on rows the optimizer has not seen."""
-    if not isinstance(sae, BatchSelected):
-        return {}
-    sae.to(device)
-    followed = float(sae.threshold)
-    found = sae.calibrate([data.decode(batch.to(device)) for batch in data.calibration_loader()])
-    skipped = int(sae.skipped_batches)
-    return {"calibration": asdict(found), "running_threshold": followed, "skipped_batches": skipped}
+def _calibrate(module: LitSAEs, data: ActivationData, device: torch.device) -> dict[str, dict[str, Any]]:
+    """Settle the thresholds, where there are any, with frozen weights on rows no optimizer has seen, read once."""
+    module.to(device)  # Lightning ends a fit by moving it to the CPU
+    members = [member for member in module.going if isinstance(member.sae, BatchSelected)]
+    batches = [data.model_units(batch.to(device)) for batch in data.calibration_loader()] if members else []
+    found = {}
+    for member in members:
+        sae = member.sae
+        assert isinstance(sae, BatchSelected)
+        followed = float(sae.threshold)
+        calibration = asdict(sae.calibrate(batches))
+        skipped = int(sae.skipped_batches)
+        found[member.name] = {
+            "calibration": calibration,
+            "running_threshold": followed,
+            "skipped_batches": skipped,
+        }
+    return found
 
 
-def _training(settings: Settings, plan: Plan, module: LitSAE) -> dict[str, Any]:
+def _keep(run: Run, member: Member, found: dict[str, Any]) -> None:
+    """Write the SAE with its record, and print the line that sums it up."""
+    training = _training(run, member) | found
+    save(member.sae, run.folder, _record(run.plan, training))
+    member.finalize("success")
+    print(_closing(member.sae, training, run.folder))
+
+
+def _training(run: Run, member: Member) -> dict[str, Any]:
     """What config.json keeps: what the run saw, how it ended, how the form that ships does on held-out tokens."""
+    settings, plan = run.settings, run.plan
     return {
         "tokens": plan.tokens,
         "steps": plan.steps,
@@ -147,13 +225,13 @@ def _training(settings: Settings, plan: Plan, module: LitSAE) -> dict[str, Any]:
         "world": plan.world,
         "seed": settings["seed"],
         "optimizer": _named(settings["optimizer"]),
-        "schedule": asdict(module.schedule),
-        "clip": module.clip,
-        "dead_after": module.dead_after,
-        "dead": int(module.dead.mask(module.dead_after).sum()),
-        "last_step": module.figures_logged,
+        "schedule": asdict(member.schedule),
+        "clip": member.clip,
+        "dead_after": member.dead_after,
+        "dead": member.dead_count(),
+        "last_step": member.figures_logged,
         "outliers": asdict(plan.outliers) if plan.outliers else None,  # left out of all that stands here
-        "heldout": module.validation,
+        "heldout": member.validation,
     }
 
 
@@ -169,12 +247,34 @@ def _record(plan: Plan, training: dict[str, Any]) -> dict[str, Any]:
     return {**names, "model": manifest.settings["model"], "training": training}
 
 
-def _opening(settings: Settings, plan: Plan, sae: SAE, going_on: bool) -> str:
+def _opening(runs: Sequence[Run]) -> str:
+    """What begins, on what; of several SAEs each in a line of its own."""
+    settings, plan = runs[0].settings, runs[0].plan
     rows = int(plan.readers[TRAIN].sizes[: plan.stored_chunks].sum())
     span = mixing_span(plan.store.layout.unit_rows, settings["loader"]["pool_chunks"], rows)
+    read = (
+        f"{plan.tokens:,} tokens in {plan.steps:,} steps from {plan.store.path} {plan.site} "
+        f"({rows:,} rows, mixed over {span:,.0f})"
+    )
+    told = [f"{label(run.sae)}: width {run.sae.width}" for run in runs]
+    verbs = [f"going on from step {run.step:,}" if run.step else "training" for run in runs]
+    if len(runs) == 1:
+        return f"{'going on with' if runs[0].step else 'training'} {told[0]}, {read}"
+    lines = [f"  {run.name}  {what}, {verb}" for run, what, verb in zip(runs, told, verbs, strict=True)]
+    return "\n".join([f"{len(runs)} SAEs in one pass: {read}", *lines])
+
+
+def _interrupted(runs: Sequence[Run]) -> str:
+    """How to go on."""
+    kept = [run.folder for run in runs if (run.folder / LAST).exists()]
+    if not kept:
+        return "interrupted before the first checkpoint"
+    alone = f"python -m train resume={kept[0]}"
+    if runs[0].sweep is None:
+        return f"interrupted; go on from the last checkpoint with: {alone}"
     return (
-        f"{'going on with' if going_on else 'training'} {_label(sae)}: width {sae.width}, {plan.tokens:,} tokens in "
-        f"{plan.steps:,} steps from {plan.store.path} {plan.site} ({rows:,} rows, mixed over {span:,.0f})"
+        f"interrupted; the same sweep with hydra.sweep.dir={runs[0].sweep} goes on from the last checkpoints"
+        f" (or one of its SAEs alone: {alone})"
     )
 
 
@@ -186,7 +286,7 @@ def _closing(sae: SAE, training: dict[str, Any], folder: Path) -> str:
     if "calibration" in training:
         figures += f"  threshold {training['calibration']['threshold']:.4g}"
     return (
-        f"{_label(sae)}  width {sae.width}  {training['tokens']:,} tokens{figures}"
+        f"{label(sae)}  width {sae.width}  {training['tokens']:,} tokens{figures}"
         f"  dead {training['dead']}  {clock(training['seconds'])}"
         f"  waited {training['waited']:.1%} for data  -> {folder}"
     )

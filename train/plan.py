@@ -8,19 +8,22 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from data import store as stores
 from data.errors import UserError
-from data.manifest import HELDOUT, TRAIN, differing, settings_of
+from data.manifest import HELDOUT, TRAIN, canonical, differing, settings_of
 from data.names import Site
 from data.order import batches_per_epoch, reserve
 from data.outliers import Decode, KeptReader, median_norm, moments
 from data.reader import Reader, open_reader
 from data.settings import number, whole
+
+if TYPE_CHECKING:
+    from train.sae import SAE
 
 Settings = dict[str, Any]
 
@@ -29,6 +32,8 @@ COUNTS = {  # the least each may be
     **dict.fromkeys(("calibration_tokens", "heldout_tokens", "seed"), 0),
 }
 ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps")
+PRECISIONS = ("32-true", "bf16-mixed")
+OURS = ("strategy", "max_steps", "max_epochs", "max_time", "limit_train_batches", "fast_dev_run", "overfit_batches")
 EXTRAS = {"tensorboard": "tensorboard", "wandb": "wandb"}  # logger: module; the extra has the logger's name
 LAST = Path("checkpoints") / "last.ckpt"  # below the folder of a run
 
@@ -105,8 +110,13 @@ def checked(settings: Settings) -> Settings:
     if (accelerator := settings["trainer"]["accelerator"]) not in ACCELERATORS:
         raise UserError(f"trainer.accelerator={accelerator} is unknown: choose one of {', '.join(ACCELERATORS)}")
     precision = settings["trainer"].get("precision", "32-true")
-    if str(precision).endswith("-true") and precision != "32-true":
-        raise UserError(f"trainer.precision={precision} would hold weights and moments in it: they stay 32-bit here")
+    if precision not in PRECISIONS:
+        raise UserError(
+            f"trainer.precision={precision} is not one that trains here, where weights and moments stay 32-bit and "
+            f"no loss is scaled: choose one of {', '.join(PRECISIONS)}"
+        )
+    if given := [name for name in OURS if name in settings["trainer"]]:
+        raise UserError(f"trainer.{given[0]} is settled by this trainer and would be ignored: leave it out")
     logger = settings["logger"]["name"]
     if logger in EXTRAS and importlib.util.find_spec(EXTRAS[logger]) is None:
         raise UserError(f'logger={logger} is not installed: .venv/bin/pip install -e ".[{logger}]", or use logger=csv')
@@ -220,3 +230,44 @@ def make_plan(
     width, reserved_rows = store.decoder(TRAIN, site).width, int(sizes[reserved].sum())
     parts = (chunks, reserved, heldout, stored_chunks, reserved_rows, readers, outliers)
     return Plan(store, site, width, batch, world, steps, *parts)
+
+
+@dataclass
+class Run:
+    """One SAE to be trained as `plan` says into `folder`.
+
+    name: tells it from the others of its sweep. step: where its checkpoint stands, 0 for a new one. sweep: the folder
+    of the sweep it is of, None where it was asked for alone.
+    """
+
+    settings: Settings
+    plan: Plan
+    sae: SAE
+    folder: Path
+    name: str
+    step: int = 0
+    sweep: Path | None = None
+
+    def stream(self) -> dict[str, Any]:
+        """What runs of one pass have in common: what is read, in which order, on what, at what pace."""
+        names = ("batch", "seed", "epochs", "outliers", "calibration_tokens", "heldout_tokens", "loader", "trainer")
+        paces = ("validate_every", "checkpoint_every")
+        place = {"store": str(self.plan.store.path.resolve()), "site": self.plan.site}
+        extent = {"tokens": self.plan.tokens, "stored_chunks": self.plan.stored_chunks, "world": self.plan.world}
+        return place | extent | {name: self.settings[name] for name in (*names, *paces)}
+
+
+def passes(runs: Sequence[Run]) -> list[list[Run]]:
+    """The runs by the pass over the cache that trains them: of one stream, and less than two checkpoints apart.
+
+    Checkpoints of one pass stand at one step, or one apart where a kill came between their files.
+    """
+    found: list[list[Run]] = []
+    latest: dict[str, list[Run]] = {}
+    for run in sorted(runs, key=lambda run: run.step):
+        stream = canonical(run.stream())
+        if stream not in latest or run.step - latest[stream][-1].step > run.settings["checkpoint_every"]:
+            latest[stream] = []
+            found.append(latest[stream])
+        latest[stream].append(run)
+    return found

@@ -6,8 +6,10 @@ import inspect
 import json
 import math
 import os
+import sys
 import zipfile
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import UnionType
 from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
@@ -19,7 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 from data.errors import UserError
 from data.manifest import canonical, differing
 from data.settings import number, whole
-from train.plan import LAST, Plan, Settings, checked, make_plan
+from train.plan import LAST, Plan, Run, Settings, checked, make_plan, passes
 
 if TYPE_CHECKING:
     from train.sae import SAE
@@ -28,44 +30,143 @@ RUN = "run.json"
 
 # What may differ between a run and its continuation: where things are, what is shown, what it runs on.
 _FREE = ("cache", "store", "out", "resume", "trainer", "logger", "log_every", "validate_every", "checkpoint_every")
+# What is of one SAE and touches no plan.
+_OF_ONE = (
+    "sae",
+    "optimizer",
+    "clip",
+    "dead_after",
+    "lr_warmup",
+    "lr_decay",
+    "sparsity_warmup",
+    "log_every",
+    "out",
+    "logger",
+)
 _RESUME_TAKES = ("resume", "cache", "store", "trainer.")
+
+
+@dataclass(frozen=True)
+class Job:
+    """What one Hydra job asks for: resolved settings, the overrides behind them, the folder of its sweep or None."""
+
+    settings: Settings
+    overrides: Sequence[str] = ()
+    sweep: Path | None = None
 
 
 def main(config: DictConfig) -> None:
     """The Hydra job."""
-    overrides, multirun = [], False
-    if HydraConfig.initialized():
-        job = HydraConfig.get()
-        overrides, multirun = list(job.overrides.task), job.mode == RunMode.MULTIRUN
+    train_all([asked(config)])
+
+
+def asked(config: DictConfig) -> Job:
+    """The Hydra job's settings, with what Hydra knows of it."""
     settings = OmegaConf.to_container(config, resolve=True)
     assert isinstance(settings, dict)
-    train({str(name): value for name, value in settings.items()}, overrides, multirun)
+    overrides, sweep = [], None
+    if HydraConfig.initialized():
+        job = HydraConfig.get()
+        overrides = list(job.overrides.task)
+        sweep = Path(job.sweep.dir) if job.mode == RunMode.MULTIRUN else None
+    return Job({str(name): value for name, value in settings.items()}, overrides, sweep)
 
 
-def train(settings: Settings, overrides: Sequence[str] = (), multirun: bool = False) -> None:
+def train(settings: Settings, overrides: Sequence[str] = ()) -> None:
     """Train what `settings` (conf/train.yaml, resolved) describe, or go on with it, into the folder `out`."""
-    if settings["resume"]:
-        settings = resumed(settings, overrides)
+    train_all([Job(settings, overrides)])
+
+
+def train_all(jobs: Sequence[Job]) -> None:
+    """Train what the jobs ask for, all that can share a pass over the cache side by side.
+
+    A UserError at the end names those that failed and why; the others are trained by then.
+    """
+    runs: dict[Path, Run] = {}
+    failed: dict[str, str] = {}
+    plans: dict[str, Plan] = {}
+    for job, name in zip(jobs, _names(jobs), strict=True):
+        folder = Path(job.settings["resume"] or job.settings["out"])
+        try:
+            if folder in runs:
+                raise UserError(f"{folder} is the folder of several jobs: make hydra.sweep.subdir tell them apart")
+            if (run := prepare(job, plans)) is not None:
+                runs[folder] = replace(run, name=name)
+        except UserError as error:
+            failed[name] = str(error)
+            if len(jobs) > 1:
+                print(f"{name} is left out: {error}", file=sys.stderr)
+    groups = passes(list(runs.values()))
+    if len(groups) > 1:
+        print(f"{len(runs)} SAEs in {len(groups)} passes over the cache, as they differ in {_apart(groups)}")
+    for run in runs.values():
+        if int(os.environ.get("RANK", "0")) == 0:
+            _write_run(run.folder, run.settings, run.plan)
+    runs.clear()
+    while groups:  # a group's SAEs are let go as it ends
+        from train.fit import fit  # Lightning is imported here, after every check that can do without it
+
+        group = groups.pop(0)
+        try:
+            failed |= fit(group)
+        except UserError as error:
+            failed |= dict.fromkeys((run.name for run in group), str(error))
+    if failed:
+        raise UserError(_told(failed, len(jobs)))
+
+
+def _names(jobs: Sequence[Job]) -> list[str]:
+    """What tells the jobs apart: the overrides that not all of them have, else their folders."""
+    shared = set.intersection(*(set(job.overrides) for job in jobs))
+    own = [" ".join(item for item in job.overrides if item not in shared) for job in jobs]
+    if len(set(own)) == len(jobs) > 1:
+        return own
+    folders = [Path(job.settings["out"]) for job in jobs]
+    short = [folder.name for folder in folders]
+    return short if len(set(short)) == len(jobs) else [str(folder) for folder in folders]
+
+
+def _apart(groups: Sequence[Sequence[Run]]) -> str:
+    """The settings in which the groups' streams differ."""
+    streams = [group[0].stream() for group in groups]
+    names = [name for name in streams[0] if any(stream[name] != streams[0][name] for stream in streams)]
+    return ", ".join(names) or "the step they stand at"
+
+
+def _told(failed: Mapping[str, str], count: int) -> str:
+    """One sentence for all that failed of `count`."""
+    reasons = list(failed.values())
+    if len(set(reasons)) == 1 and len(failed) == count:
+        return reasons[0] if count == 1 else f"all {count} SAEs failed: {reasons[0]}"
+    each = "; ".join(f"{name} ({why})" for name, why in failed.items())
+    return f"{len(failed)} of {count} SAEs failed: {each}"
+
+
+def prepare(job: Job, plans: dict[str, Plan] | None = None) -> Run | None:
+    """Every check of a job that can be made before it trains; None where its folder holds the SAE already.
+
+    `plans` keeps the plans made, which jobs share that differ in nothing but the SAE and its optimizer.
+    """
+    plans = {} if plans is None else plans
+    settings = resumed(job.settings, job.overrides) if job.settings["resume"] else job.settings
     folder = Path(settings["out"])
     settings = checked(settings)
-    plan = make_plan(settings, overrides, multirun, _stored_chunks(folder))
-    found = standing(folder, settings, plan)
-    if found == "done":
+    stored = _stored_chunks(folder)
+    shared = canonical([stored, {name: value for name, value in settings.items() if name not in _OF_ONE}])
+    if shared not in plans:
+        plans[shared] = make_plan(settings, job.overrides, job.sweep is not None, stored)
+    plan = plans[shared]
+    step = standing(folder, settings, plan)
+    if step is None:
         print(f"{folder} holds this SAE already: nothing to do")
-        return
-    sae = build(settings["sae"], plan.d_in, overrides)
+        return None
+    sae = build(settings["sae"], plan.d_in, job.overrides)
     if sae.needs_calibration and plan.reserved_rows < plan.batch:
         raise UserError(
             f"calibration_tokens={settings['calibration_tokens']} sets {plan.reserved_rows} rows aside, fewer than one "
             f"batch={plan.batch}, and the threshold of {sae.name} is calibrated on them: raise it"
         )
-    if int(os.environ.get("RANK", "0")) == 0:
-        _write_run(folder, settings, plan)
-    from train.fit import fit  # Lightning is imported here, after every check that can do without it
-
-    line = fit(settings, plan, sae, folder, going_on=found == "interrupted")
-    if line:
-        print(line)
+    return Run(settings, plan, sae, folder, folder.name, step, job.sweep)
 
 
 def build(settings: Mapping[str, Any], d_in: int, overrides: Sequence[str] = ()) -> SAE:
@@ -125,14 +226,14 @@ def resumed(settings: Settings, overrides: Sequence[str]) -> Settings:
     return {str(name): value for name, value in merged.items()} | given | {"out": str(folder), "resume": None}
 
 
-def standing(folder: Path, settings: Settings, plan: Plan) -> str:
-    """Where the run in `folder` stands: `new`, `interrupted` or `done`; another run is refused by its fields."""
+def standing(folder: Path, settings: Settings, plan: Plan) -> int | None:
+    """The step the run in `folder` stands at, None where it is done; another run is refused by its fields."""
     from train.sae.io import CONFIG
 
     if not (folder / RUN).is_file():
         if (folder / CONFIG).is_file():
             raise UserError(f"{folder} holds an SAE already: choose another folder with hydra.run.dir=<folder>")
-        return "new"
+        return 0
     fields = differing(_read_run(folder)["numbers"], numbers(settings, plan))
     if fields and ((folder / CONFIG).is_file() or (folder / LAST).is_file()):
         raise UserError(
@@ -140,21 +241,25 @@ def standing(folder: Path, settings: Settings, plan: Plan) -> str:
             "or remove that one"
         )
     if (folder / CONFIG).is_file():
-        return "done"
-    if not (folder / LAST).is_file():
-        return "new"
-    if not _is_whole(folder / LAST):
-        raise UserError(f"{folder / LAST} is damaged, so there is nothing to go on from: remove the folder, train anew")
-    return "interrupted"
+        return None
+    return _step_of(folder / LAST) if (folder / LAST).is_file() else 0
 
 
-def _is_whole(checkpoint: Path) -> bool:
-    """Whether every part of a checkpoint, which is a zip file, has its checksum."""
+def _step_of(checkpoint: Path) -> int:
+    """The step of a checkpoint, a zip file each part of which must have its checksum."""
+    import torch
+
     try:
         with zipfile.ZipFile(checkpoint) as parts:
-            return parts.testzip() is None
+            whole = parts.testzip() is None
     except zipfile.BadZipFile:
-        return False
+        whole = False
+    if not whole:
+        raise UserError(f"{checkpoint} is damaged, so there is nothing to go on from: remove the folder, train anew")
+    state = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
+    if "step" not in state:
+        raise UserError(f"{checkpoint} is of an earlier version: remove the folder, train anew")
+    return int(state["step"])
 
 
 def numbers(settings: Settings, plan: Plan) -> Settings:

@@ -16,6 +16,7 @@ class Rows:
     """Rows [n, 2] in memory whose norms are known."""
 
     width, row_shape, dtype = 2, (2,), np.dtype(np.float32)
+    bytes_read = 0
 
     def __init__(self, x_ND: np.ndarray, sizes: np.ndarray) -> None:
         import torch

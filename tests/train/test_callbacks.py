@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 
 from train.callbacks import Progress, clock
-from train.lit import LitSAE
+from train.lit import LitSAEs
 
 
 class Terminal(io.StringIO):
@@ -17,14 +19,18 @@ class Terminal(io.StringIO):
         return True
 
 
-def follow(progress: Progress, steps: int, start: int = 0) -> None:
+LOGGED = {"loss": 1.0, "nmse": 0.25, "l0": 31.5, "dead": 3.0, "lr": 1e-3}
+
+
+def follow(progress: Progress, steps: int, start: int = 0, names: Sequence[str] = ("topk",)) -> None:
     """Drive the callback through a run of `steps` steps."""
-    module: Any = LitSAE.__new__(LitSAE)
-    object.__setattr__(module, "figures_logged", {"loss": 1.0, "nmse": 0.25, "l0": 31.5, "dead": 3.0, "lr": 1e-3})
-    trainer: Any = SimpleNamespace(global_step=start, max_steps=steps, is_global_zero=True)
+    module: Any = MagicMock(LitSAEs)
+    members = [SimpleNamespace(figures_logged=LOGGED, name=name) for name in names]
+    module.configure_mock(step=start, total=steps, members=members, abreast=members)
+    trainer: Any = SimpleNamespace(is_global_zero=True)
     progress.on_train_start(trainer, module)
     for step in range(start + 1, steps + 1):
-        trainer.global_step = step
+        module.step = step
         progress.on_train_batch_end(trainer, module)
 
 
@@ -42,6 +48,15 @@ def test_ten_lines_where_nobody_watches() -> None:
     assert " ETA 0:00" in lines[4] and lines[4].endswith("  nmse 0.25  l0 31.5  dead 3")
     assert lines[9].startswith("topk k=32  100%") and "ETA" not in lines[9]
     assert "\r" not in stream.getvalue()
+
+
+def test_several_saes_share_a_line_and_have_their_figures_at_the_tenths() -> None:
+    for stream in (io.StringIO(), Terminal()):
+        follow(Progress("2 SAEs", 1000, stream), 200, names=("sae-topk", "sae-relu"))
+        lines = [line.split("\r\033[K")[-1] for line in stream.getvalue().split("\n")[:-1]]
+        assert len(lines) == 30
+        assert lines[12].startswith("2 SAEs   50%  100,000/200,000 tokens  ") and "nmse" not in lines[12]
+        assert lines[13:15] == [f"  {name}  nmse 0.25  l0 31.5  dead 3" for name in ("sae-topk", "sae-relu")]
 
 
 def test_a_continued_run_counts_from_where_it_was() -> None:

@@ -20,7 +20,7 @@ from data.reader import open_reader
 from train import datamodule, lit
 from train.plan import LAST, make_plan
 from train.run import train
-from train.sae import VARIANTS, load, load_config
+from train.sae import VARIANTS, load, load_config, update
 from train.sae.topk import TopK
 
 RUNS = {
@@ -202,27 +202,28 @@ def test_logging_and_validating_change_nothing(short: Any, tmp_path: Path) -> No
     for name, every in (("often", 1), ("never", 1000)):
         paces = (f"validate_every={every}", f"log_every={every}", f"checkpoint_every={every}")
         train(short("sae=batchtopk", *paces, f"out={tmp_path / name}"))
-    often, never = (torch.load(tmp_path / name / LAST, weights_only=True)["state_dict"] for name in ("often", "never"))
+    often, never = (torch.load(tmp_path / name / LAST, weights_only=True) for name in ("often", "never"))
+    often, never = ({**state["sae"], **state["dead"]} for state in (often, never))
     assert often.keys() == never.keys()
     assert all(torch.equal(often[name], never[name]) for name in often)
-    assert {"dead.since_F", "sae.threshold", "sae.norm.scale"} <= often.keys()
+    assert {"since_F", "threshold", "norm.scale"} <= often.keys()
 
 
 def test_parameters_and_moments_are_float32(short: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Known mistake 12; the batches come in the storage dtype."""
     seen = set()
-    step = lit.LitSAE.training_step
+    step = lit.LitSAEs.training_step
 
-    def note(self: Any, batch_BD: Tensor, batch_idx: int) -> Tensor:
+    def note(self: Any, batch_BD: Tensor, batch_idx: int) -> None:
         seen.add(batch_BD.dtype)
-        return step(self, batch_BD, batch_idx)
+        step(self, batch_BD, batch_idx)
 
-    monkeypatch.setattr(lit.LitSAE, "training_step", note)
+    monkeypatch.setattr(lit.LitSAEs, "training_step", note)
     train(short("sae=jumprelu"))
     assert seen == {torch.bfloat16}
     state = torch.load(tmp_path / "run" / LAST, weights_only=True)
-    moments = [v for s in state["optimizer_states"][0]["state"].values() for v in s.values()]
-    weights = [v for name, v in state["state_dict"].items() if v.is_floating_point()]
+    moments = [v for s in state["optimizer"]["state"].values() for v in s.values()]
+    weights = [v for name, v in state["sae"].items() if v.is_floating_point()]
     assert len(moments) > 10 and {v.dtype for v in moments + weights} == {torch.float32}
 
 
@@ -240,34 +241,28 @@ def test_the_order_of_a_step(short: Any, monkeypatch: pytest.MonkeyPatch) -> Non
         monkeypatch.setattr(owner, name, wrapped)
 
     spy(TopK, "loss", "loss")
-    spy(lit, "project_gradient_", "project")
+    spy(update, "project_gradient_", "project")
     spy(torch.nn.utils, "clip_grad_norm_", "clip")
     spy(torch.optim.Adam, "step", "step")
-    spy(lit, "renormalise_", "renormalise")
+    spy(update, "renormalise_", "renormalise")
     spy(TopK, "after_step", "after")
     train(short("sae=topk", "tokens=128"))
-    once = ["step", "loss", "project", "clip", "renormalise", "after"]  # Adam's step runs the closure first
-    assert calls[-12:] == once * 2
+    assert calls[-12:] == ["loss", "project", "clip", "step", "renormalise", "after"] * 2
 
 
 def test_the_gradient_that_is_clipped_has_no_parallel_part(short: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     found: list[float] = []
-    clip = torch.nn.utils.clip_grad_norm_
-    held: dict[str, Any] = {}
+    rows: list[Tensor] = []
+    clip, project = torch.nn.utils.clip_grad_norm_, update.project_gradient_
 
     def note(parameters: Any, norm: float) -> Any:
-        W_dec = held["module"].sae.W_dec
+        W_dec = rows[-1]
+        assert W_dec.grad is not None
         along = torch.linalg.vecdot(W_dec.grad, W_dec.detach()).abs().max()
         found.append(float(along / W_dec.grad.norm()))
-        return clip(held["module"].sae.parameters(), norm)
+        return clip(parameters, norm)
 
-    plain = lit.LitSAE.configure_gradient_clipping
-
-    def hook(self: Any, *args: Any, **kwargs: Any) -> None:
-        held["module"] = self
-        plain(self, *args, **kwargs)
-
-    monkeypatch.setattr(lit.LitSAE, "configure_gradient_clipping", hook)
+    monkeypatch.setattr(update, "project_gradient_", lambda W_dec: (rows.append(W_dec), project(W_dec)))
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", note)
     train(short("sae=gated"))
     assert len(found) == 30 and max(found) < 1e-5
@@ -275,7 +270,7 @@ def test_the_gradient_that_is_clipped_has_no_parallel_part(short: Any, monkeypat
 
 def test_dead_latents_are_counted_in_training_tokens(short: Any, tmp_path: Path) -> None:
     train(short("sae=topk", "dead_after=640"))
-    state = torch.load(tmp_path / "run" / LAST, weights_only=True)["state_dict"]["dead.since_F"]
+    state = torch.load(tmp_path / "run" / LAST, weights_only=True)["dead"]["since_F"]
     assert set((state % 64).tolist()) == {0} and int(state.max()) <= 1920
     training = load_config(tmp_path / "run")["training"]
     assert (training["dead"], training["dead_after"]) == (int((state >= 640).sum()), 640)
@@ -304,7 +299,7 @@ def test_a_loss_that_is_not_finite_stops_with_its_step(
     with pytest.raises(UserError, match=r"variant topk was not finite at step 12 .*lower optimizer\.lr"):
         train(short("sae=topk", "validate_every=14"))
     state = torch.load(tmp_path / "run" / LAST, weights_only=True)
-    assert state["global_step"] == 10 and state["state_dict"]["sae.b_dec"].isfinite().all()
+    assert state["step"] == 10 and state["sae"]["b_dec"].isfinite().all()
     assert not (tmp_path / "run" / "config.json").exists()
 
 

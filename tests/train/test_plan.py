@@ -63,7 +63,8 @@ def test_all_variants_get_the_same_chunks(short: Any) -> None:
         ),
         (["batch=.inf"], r"batch=\.?inf must be a whole number"),
         (["trainer.devices=auto"], r"trainer\.devices=auto is not a number"),
-        (["+trainer.precision=bf16-true"], r"they stay 32-bit"),
+        (["+trainer.precision=bf16-true"], r"weights and moments stay 32-bit.*: choose one of 32-true, bf16-mixed"),
+        (["+trainer.max_time=00:01:00"], r"trainer\.max_time is settled by this trainer"),
         (["store=/nowhere"], r"/nowhere is not a store"),
     ],
 )
