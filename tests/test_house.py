@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-PACKAGES = ("data", "harvest", "train", "evaluate", "hydra_plugins")
+PACKAGES = ("data", "harvest", "train", "evaluate")
 SOURCES = sorted(p for package in PACKAGES for p in (ROOT / package).rglob("*.py"))
 
 # An import may only point down.
@@ -18,7 +18,6 @@ ALLOWED = {
     "train": ("train", "data"),
     "train.sae": ("train.sae", "data"),
     "evaluate": ("evaluate", "harvest", "train.sae", "data"),
-    "hydra_plugins": ("train", "data"),
 }
 
 

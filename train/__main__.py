@@ -2,6 +2,8 @@
 
 from data import cli
 from train.run import main
+from train.together import register
 
 if __name__ == "__main__":
+    register()
     cli.run(main, "train")
