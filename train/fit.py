@@ -59,7 +59,10 @@ def fit(runs: Sequence[Run], *watching: Callback) -> dict[str, str]:
     read = _bytes_read(plan)
     if trainer.is_global_zero:
         print(_opening(runs))
+    matmul = _matmul(first.settings["matmul"], trainer.strategy.root_device)
     members, failed, order = _members(runs, data)
+    for member in members:
+        member.sae.matmul = matmul
     if not members:
         return failed
     stream = Passes(data.train_dataloader, min(member.step for member in members), plan.steps, order)
@@ -162,6 +165,16 @@ def _trainer(settings: Settings, plan: Plan, *callbacks: Callback) -> Trainer:
         enable_model_summary=False,
         use_distributed_sampler=False,
     )
+
+
+def _matmul(asked: str | None, device: torch.device) -> str:
+    """The encoder's product as asked, or the device's own; on a GPU all others are in tf32 unless it is float32."""
+    on_gpu = device.type == "cuda"
+    found = asked or ("tf32" if on_gpu else "float32")
+    if found == "tf32" and not on_gpu:
+        raise UserError(f"matmul=tf32 is for a CUDA GPU, and this run is on {device.type}: use matmul=float32 or bf16")
+    torch.set_float32_matmul_precision("high" if on_gpu and found != "float32" else "highest")
+    return found
 
 
 def _loggers(run: Run, shared: bool) -> list[Logger]:

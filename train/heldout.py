@@ -45,11 +45,10 @@ def held_out(
 ) -> list[dict[str, float]]:
     """The figures of each SAE over all ranks' `batches` in model units, which are read once for all."""
     sums = [HeldOut(sae.width, sae.d_in, device) for sae in saes]
-    with torch.autocast(device.type, enabled=False):
-        for x_BD in batches:
-            for sae, total in zip(saes, sums, strict=True):
-                f_BF, x_hat_BD = sae.run(x_BD)
-                total.add(x_BD, x_hat_BD, f_BF)
+    for x_BD in batches:
+        for sae, total in zip(saes, sums, strict=True):
+            f_BF, x_hat_BD = sae.run(x_BD)
+            total.add(x_BD, x_hat_BD, f_BF)
     for total in sums if world > 1 else []:
         for tensor in (total.scalars, total.x_D, total.fired_F):
             dist.all_reduce(tensor)

@@ -93,15 +93,17 @@ class Member(nn.Module):
         set_random_state(self.rng, x_BD.device)
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * self.schedule.lr(self.step)
-        dead_F = self.dead.mask(self.dead_after) if self.sae.uses_auxk else None
+        dead_F = among_d = None
+        if self.sae.uses_auxk:
+            dead_F = self.dead.mask(self.dead_after)
+            among_d = self.dead.among(self.dead_after, len(x_BD) * self.world, self.log_every)
         scale = self.schedule.sparsity(self.step)
-        step = self.sae.loss(self.sae.norm.normalise(x_BD), dead_F=dead_F, sparsity_scale=scale)
-        with torch.autocast(x_BD.device.type, enabled=False):  # of the precision only the loss is computed in it
-            step.loss.backward()  # type: ignore[no-untyped-call]
-            self._average_gradients()
-            update(self.sae, self.optimizer, self.clip)
-            self.optimizer.zero_grad()  # the next SAE's step has the memory
-            self.sae.after_step(step)
+        step = self.sae.loss(self.sae.norm.normalise(x_BD), dead_F=dead_F, among_d=among_d, sparsity_scale=scale)
+        step.loss.backward()  # type: ignore[no-untyped-call]
+        self._average_gradients()
+        update(self.sae, self.optimizer, self.clip)
+        self.optimizer.zero_grad()  # the next SAE's step has the memory
+        self.sae.after_step(step)
         self._count(step)
         self.step += 1
         if self.step % self.log_every == 0 or self.step == self.schedule.total:

@@ -32,7 +32,7 @@ COUNTS = {  # the least each may be
     **dict.fromkeys(("calibration_tokens", "heldout_tokens", "seed"), 0),
 }
 ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps")
-PRECISIONS = ("32-true", "bf16-mixed")
+MATMULS = ("float32", "tf32", "bf16")
 OURS = ("strategy", "max_steps", "max_epochs", "max_time", "limit_train_batches", "fast_dev_run", "overfit_batches")
 EXTRAS = {"tensorboard": "tensorboard", "wandb": "wandb"}  # logger: module; the extra has the logger's name
 LAST = Path("checkpoints") / "last.ckpt"  # below the folder of a run
@@ -109,12 +109,13 @@ def checked(settings: Settings) -> Settings:
         counts["dead_after"] = whole(settings, "dead_after", 1)
     if (accelerator := settings["trainer"]["accelerator"]) not in ACCELERATORS:
         raise UserError(f"trainer.accelerator={accelerator} is unknown: choose one of {', '.join(ACCELERATORS)}")
-    precision = settings["trainer"].get("precision", "32-true")
-    if precision not in PRECISIONS:
+    if (precision := settings["trainer"].get("precision", "32-true")) != "32-true":
         raise UserError(
-            f"trainer.precision={precision} is not one that trains here, where weights and moments stay 32-bit and "
-            f"no loss is scaled: choose one of {', '.join(PRECISIONS)}"
+            f"trainer.precision={precision} would round weights or reconstructions, which stay 32-bit here: "
+            "leave it out, and set matmul=bf16 for a faster encoder"
         )
+    if (matmul := settings["matmul"]) not in (None, *MATMULS):
+        raise UserError(f"matmul={matmul} is unknown: choose one of {', '.join(MATMULS)}, or null for the device's own")
     if given := [name for name in OURS if name in settings["trainer"]]:
         raise UserError(f"trainer.{given[0]} is settled by this trainer and would be ignored: leave it out")
     logger = settings["logger"]["name"]

@@ -14,6 +14,7 @@ from train.sae import VARIANTS, DeadLatents, Step
 from train.sae.decoder import project_gradient_, renormalise_
 
 _DEAD_AFTER = 10_000_000
+_LOOK = 50  # steps between two looks at which latents may be dead, on a GPU: log_every of conf/train.yaml
 
 
 def settings(variant: str, k: int) -> dict[str, Any]:
@@ -40,6 +41,7 @@ class Ours:
         self.spec = spec
         self.sae = VARIANTS[spec.variant](spec.d_model, spec.width, **settings(spec.variant, spec.k)).to(spec.device)
         self.sae.initialise(sample_BD[:256])
+        self.sae.matmul = spec.precision
         self.dead = DeadLatents(spec.width).to(spec.device)
         self._silence(sample_BD[:256])
         self.optimizer = adam(spec.variant, self.sae.parameters())
@@ -61,9 +63,10 @@ class Ours:
 
     def step(self, x_BD: Tensor) -> None:
         sae = self.sae
-        dead_F = self.dead.mask(_DEAD_AFTER) if sae.uses_auxk else None
-        with self.spec.autocast():
-            step = sae.loss(sae.norm.normalise(x_BD), dead_F=dead_F)
+        dead_F, among_d = None, None
+        if sae.uses_auxk:
+            dead_F, among_d = self.dead.mask(_DEAD_AFTER), self.dead.among(_DEAD_AFTER, len(x_BD), _LOOK)
+        step = sae.loss(sae.norm.normalise(x_BD), dead_F=dead_F, among_d=among_d)
         self.optimizer.zero_grad()
         step.loss.backward()  # type: ignore[no-untyped-call]
         if sae.unit_rows:

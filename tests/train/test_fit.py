@@ -111,6 +111,7 @@ def test_every_input_norm(short: Any, tmp_path: Path, name: str) -> None:
         ["sae.width=40"],
         ["trainer=auto", "trainer.accelerator=cpu", "trainer.deterministic=true"],
         ["loader.pool_chunks=1", "loader.threads=2"],
+        ["matmul=bf16"],
     ],
     ids=" ".join,
 )
@@ -137,6 +138,11 @@ def test_every_file_of_the_groups_runs(short: Any, tmp_path: Path, option: str) 
         assert "finds no GPU" in str(error) or "is not installed" in str(error)
     else:
         assert load_config(tmp_path / "run")["training"]["steps"] == 30
+
+
+def test_a_product_that_the_device_lacks_is_refused(short: Any) -> None:
+    with pytest.raises(UserError, match="matmul=tf32 is for a CUDA GPU, and this run is on cpu"):
+        train(short("matmul=tf32"))
 
 
 def test_preloaded_rows_train_the_same_sae(short: Any, tmp_path: Path) -> None:

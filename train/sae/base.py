@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from data.errors import UserError
@@ -78,6 +78,7 @@ class SAE(nn.Module, ABC):
         self.d_in, self.width = d_in, width
         self.input_norm, self.apply_b_dec_to_input = input_norm, apply_b_dec_to_input
         self.unit_rows = True
+        self.matmul = "float32"  # of the encoder's product in training; bf16: its factors rounded to bfloat16
         self.norm = InputNorm(input_norm, d_in)
         rows_FD = directions(width, d_in, seed=0)
         self.W_enc_FD = nn.Parameter(rows_FD.clone())  # latent by latent, as its gradients come and optimizers walk
@@ -96,12 +97,18 @@ class SAE(nn.Module, ABC):
 
     @abstractmethod
     def loss(
-        self, xn_BD: Float[Tensor, "B D"], *, dead_F: Bool[Tensor, " F"] | None = None, sparsity_scale: float = 1.0
+        self,
+        xn_BD: Float[Tensor, "B D"],
+        *,
+        dead_F: Bool[Tensor, " F"] | None = None,
+        among_d: Int[Tensor, " d"] | None = None,
+        sparsity_scale: float = 1.0,
     ) -> Step:
         """The training loss of normalised input; changes no state.
 
-        `dead_F` marks the latents AuxK revives (used where `uses_auxk`); `sparsity_scale` in [0, 1] multiplies the
-        sparsity coefficient (warm-up) of the variants that have one.
+        `dead_F` marks the latents AuxK revives (used where `uses_auxk`), all of them in `among_d`, ascending, where it
+        is given: then no device is waited for to find them. `sparsity_scale` in [0, 1] multiplies the sparsity
+        coefficient (warm-up) of the variants that have one.
         """
 
     # What all share.
@@ -127,7 +134,14 @@ class SAE(nn.Module, ABC):
     def encoded(self, xn_BD: Float[Tensor, "B D"], selector: Selector, *aside: Any) -> tuple[Codes, Codes | None]:
         """What `selector` keeps of z, and what `encode` gives of latents aside."""
         bias_F: Tensor = getattr(self, self.bias_names[0])
-        return encode(xn_BD, self.W_enc_FD, bias_F, self.b_dec if self.apply_b_dec_to_input else None, selector, *aside)
+        return self.encode_with(bias_F, xn_BD, selector, *aside)
+
+    def encode_with(
+        self, bias_F: Tensor | None, xn_BD: Float[Tensor, "B D"], selector: Selector, *aside: Any
+    ) -> tuple[Codes, Codes | None]:
+        """`encoded` by this bias; only training rounds the product's factors."""
+        b_dec_D, matmul = self.b_dec if self.apply_b_dec_to_input else None, self.matmul if self.training else "float32"
+        return encode(xn_BD, self.W_enc_FD, bias_F, b_dec_D, selector, *aside, matmul=matmul)
 
     def decoded(self, codes: Codes, f: Tensor) -> Float[Tensor, "B D"]:
         """x_hat' = f W_dec + b_dec of codes."""

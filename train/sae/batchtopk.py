@@ -6,7 +6,7 @@ from abc import abstractmethod
 from collections.abc import Sequence
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from data.errors import UserError
@@ -75,10 +75,15 @@ class BatchSelected(TopKFamily):
         return codes.dense(codes.values)
 
     def loss(
-        self, xn_BD: Float[Tensor, "B D"], *, dead_F: Bool[Tensor, " F"] | None = None, sparsity_scale: float = 1.0
+        self,
+        xn_BD: Float[Tensor, "B D"],
+        *,
+        dead_F: Bool[Tensor, " F"] | None = None,
+        among_d: Int[Tensor, " d"] | None = None,
+        sparsity_scale: float = 1.0,
     ) -> Step:
         wanted = self.k * len(xn_BD)
-        codes, aside = self.with_dead(xn_BD, TopOfBatch(wanted), dead_F)
+        codes, aside = self.with_dead(xn_BD, TopOfBatch(wanted), dead_F, among_d)
         reconstruction, nmse, xn_hat_BD = self.reconstruct(codes, xn_BD)
         auxk = self.auxk(aside, (xn_BD - xn_hat_BD).detach())
         parts = {

@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from train.sae import fixed
 from train.sae.encode import Codes
 from train.sae.select import TopPerToken
 
 _HELD = 8  # times k_aux: up to so many dead latents dense products are the faster ones
+_HELD_ON_GPU = 128  # set for memory, not yet measured
 
 
 def default_window(tokens: int) -> int:
@@ -27,6 +29,8 @@ class DeadLatents(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.register_buffer("since_F", torch.zeros(width, dtype=torch.int64))
+        self._among_d: Tensor | None = None
+        self._left = 0  # steps for which `_among_d` holds
 
     @torch.no_grad()
     def update(self, fired_F: Bool[Tensor, " F"], tokens: int) -> None:
@@ -37,32 +41,55 @@ class DeadLatents(nn.Module):
         """Latents silent for at least `dead_after` tokens."""
         return self.since_F >= dead_after
 
+    def among(self, dead_after: int, tokens: int, every: int) -> Int[Tensor, " d"] | None:
+        """For a step on a GPU: latents, ascending, outside of which `mask` marks none. None elsewhere: look at `mask`.
+
+        Call it before each step, of at most `tokens` tokens. Asks the device once in `every` steps, then for all that
+        can be dead by the last of them.
+        """
+        if not fixed.wanted(self.since_F):
+            return None
+        if not self._left:
+            self._among_d = self.mask(dead_after - (every - 1) * tokens).nonzero().squeeze(1)
+            self._left = every
+        self._left -= 1
+        return self._among_d
+
 
 def auxk_size(d_in: int) -> int:
     """k_aux = 2^round(log2(D / 2)), ties up (Gao et al. 2024: the power of two near D / 2)."""
     return int(2 ** max(0, math.floor(math.log2(d_in / 2) + 0.5)))
 
 
-def auxk_selector(d_in: int, dead: int) -> TopPerToken | None:
+def auxk_selector(d_in: int, dead: int, *, on_gpu: bool = False) -> TopPerToken | None:
     """What picks AuxK's latents among so many dead ones as z passes by; None where all their z may be held."""
     k = auxk_size(d_in)
-    return TopPerToken(k, positive=False) if dead > _HELD * k else None
+    return TopPerToken(k, positive=False) if dead > (_HELD_ON_GPU if on_gpu else _HELD) * k else None
 
 
 def auxk_error(
-    codes: Codes, residual_BD: Float[Tensor, "B D"], W_dead_dD: Float[Tensor, "d D"], *, relu: bool
+    codes: Codes,
+    residual_BD: Float[Tensor, "B D"],
+    W_dead_dD: Float[Tensor, "d D"],
+    *,
+    relu: bool,
+    live_d: Bool[Tensor, " d"] | None = None,
 ) -> Float[Tensor, ""]:
     """AuxK (Gao et al. 2406.04093, A.2): E over tokens of ||r - a W_dec||^2 of dead latents' z and decoder rows.
 
     a holds the k_aux largest pre-activations z of each token among the dead latents (live ones cannot win: they are
     not looked at) and zero elsewhere; no b_dec. `residual_BD` r = x' - x_hat' must be detached. Signed values of a
-    give a gradient where z < 0; `relu` takes relu(a), the reference form, which gives none there.
+    give a gradient where z < 0; `relu` takes relu(a), the reference form, which gives none there. `live_d` marks
+    latents among these d that are not dead.
     """
     assert not residual_BD.requires_grad, "AuxK explains the residual and must not change it"
     a, k = codes.values, auxk_size(residual_BD.shape[1])
     if codes.support is None and k < a.shape[1]:
-        top_Bk = a.detach().topk(k, dim=1, sorted=False).indices
+        z_Bd = a.detach() if live_d is None else a.detach().masked_fill(live_d, -torch.inf)
+        top_Bk = z_Bd.topk(k, dim=1, sorted=False).indices
         a = torch.where(torch.zeros_like(a, dtype=torch.bool).scatter_(1, top_Bk, True), a, 0.0)
+    if live_d is not None:  # taken where fewer are dead than k_aux
+        a = torch.where(codes.at(live_d), 0.0, a)
     if relu:
         a = a.relu()
     return (codes.decode(a, W_dead_dD)[0] - residual_BD).square().sum() / len(residual_BD)

@@ -9,12 +9,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from train.sae import fixed
 from train.sae.codes import Decode, Support
-from train.sae.select import Above, Entries, Selector, top_of_rows
+from train.sae.fixed import FixedDecode, FixedSupport
+from train.sae.select import Above, Entries, Selector, TopOfBatch, TopPerToken, top_of_rows
 
 _BLOCK = {"cpu": 1 << 24}  # entries of z held at a time: 64 MiB, as large as a product needs to run at full speed
 _BLOCK_ELSEWHERE = 1 << 27
@@ -34,7 +36,7 @@ class Codes:
         """The same places with f for z, detached."""
         return Codes(f.detach(), self.support, self.shape)
 
-    def at(self, of_F: Float[Tensor, " F"]) -> Tensor:
+    def at(self, of_F: Shaped[Tensor, " F"]) -> Tensor:
         """A vector over latents, for use beside z."""
         return of_F if self.support is None else of_F.index_select(0, self.support.latents_n)
 
@@ -44,7 +46,8 @@ class Codes:
         """f[:, :bound] W_dec[:bound] for each of the `bounds` (increasing, the last F; None: F alone)."""
         bounds = [self.shape[1]] if bounds is None else list(bounds)
         if self.support is not None:
-            x_hat_PBD: Tensor = Decode.apply(f, W_dec_FD, self.support, bounds)  # type: ignore[no-untyped-call]
+            function = FixedDecode if isinstance(self.support, FixedSupport) else Decode
+            x_hat_PBD: Tensor = function.apply(f, W_dec_FD, self.support, bounds)  # type: ignore[no-untyped-call]
             return x_hat_PBD
         starts = [0, *bounds[:-1]]
         parts = [f[:, start:end] @ W_dec_FD[start:end] for start, end in zip(starts, bounds, strict=True)]
@@ -62,8 +65,11 @@ class Codes:
         """The k largest of each token, of entries."""
         assert self.support is not None
         entries = Entries(self.support.rows_n, self.support.latents_n, self.values.detach())
-        index_m = top_of_rows(entries, k, self.shape[0]).nonzero().squeeze(1)
-        support = Support(entries.rows_n[index_m], entries.latents_n[index_m], self.shape)
+        if isinstance(self.support, FixedSupport):
+            index_m = fixed.top_of_rows(entries.values_n, k, self.shape[0])
+        else:
+            index_m = top_of_rows(entries, k, self.shape[0]).nonzero().squeeze(1)
+        support = type(self.support)(entries.rows_n[index_m], entries.latents_n[index_m], self.shape)
         return Codes(self.values.index_select(0, index_m), support, self.shape)
 
     def totals(self, f: Tensor) -> Float[Tensor, " F"]:
@@ -75,6 +81,24 @@ class Codes:
     def dense(self, f: Tensor) -> Float[Tensor, "B F"]:
         """f as a matrix."""
         return f if self.support is None else self.support.dense(f)
+
+
+def _product(
+    xc_BD: Tensor, W_cD: Tensor, bias_c: Tensor | None, matmul: str, out: Float[Tensor, "B c"] | None = None
+) -> Float[Tensor, "B c"]:
+    """xc W^T + bias; with matmul `bf16` of both rounded to bfloat16, its terms summed in float32."""
+    if out is None:
+        out = xc_BD.new_empty(len(xc_BD), len(W_cD))
+    if matmul == "bf16":
+        xc_BD, W_cD = xc_BD.bfloat16(), W_cD.bfloat16()
+        if out.is_cuda:
+            if bias_c is None:
+                return torch.mm(xc_BD, W_cD.t(), out_dtype=out.dtype, out=out)
+            return torch.addmm(bias_c, xc_BD, W_cD.t(), out_dtype=out.dtype, out=out)
+        xc_BD, W_cD = xc_BD.to(out.dtype), W_cD.to(out.dtype)
+    if bias_c is None:
+        return torch.mm(xc_BD, W_cD.t(), out=out)
+    return torch.addmm(bias_c, xc_BD, W_cD.t(), out=out)
 
 
 def _block_width(rows: int, width: int, device: torch.device) -> int:
@@ -110,7 +134,13 @@ class _Aside:
 
 
 def _choose(
-    xc_BD: Tensor, W_enc_FD: Tensor, bias_F: Tensor | None, selector: Selector, aside: _Aside | None, firsts: range
+    xc_BD: Tensor,
+    W_enc_FD: Tensor,
+    bias_F: Tensor | None,
+    selector: Selector,
+    aside: _Aside | None,
+    firsts: range,
+    matmul: str,
 ) -> tuple[Tensor, Support | None]:
     """Values and where they stand; all of z and None where `Above` finds too many active entries."""
     (rows, width), block = (len(xc_BD), len(W_enc_FD)), firsts.step
@@ -118,10 +148,7 @@ def _choose(
     for i, first in enumerate(firsts):
         last = min(first + block, width)
         z_Bc = memory[: rows * (last - first)].view(rows, -1) if whole_BF is None else whole_BF[:, first:last]
-        if bias_F is None:
-            torch.mm(xc_BD, W_enc_FD[first:last].t(), out=z_Bc)
-        else:
-            torch.addmm(bias_F[first:last], xc_BD, W_enc_FD[first:last].t(), out=z_Bc)
+        _product(xc_BD, W_enc_FD[first:last], None if bias_F is None else bias_F[first:last], matmul, z_Bc)
         if aside is not None:
             aside.feed(z_Bc, first, i)
         if whole_BF is None:
@@ -133,6 +160,45 @@ def _choose(
         return whole_BF, None
     entries = selector.finish()
     return entries.values_n, Support(entries.rows_n, entries.latents_n, (rows, width))
+
+
+def _choose_fixed(
+    xc_BD: Tensor, W_enc_FD: Tensor, bias_F: Tensor | None, selector: Selector, firsts: range, matmul: str
+) -> tuple[Tensor, Support | None]:
+    """The same by sizes known beforehand. What `Above` keeps has none, so it gets all of z."""
+    rows, width = len(xc_BD), len(W_enc_FD)
+    if not isinstance(selector, TopOfBatch | TopPerToken):
+        return _product(xc_BD, W_enc_FD, bias_F, matmul), None
+    memory = xc_BD.new_empty(rows * firsts.step)
+
+    def z_of(first: int, last: int) -> Tensor:
+        z_Bc = memory[: rows * (last - first)].view(rows, -1)
+        return _product(xc_BD, W_enc_FD[first:last], None if bias_F is None else bias_F[first:last], matmul, z_Bc)
+
+    entries = fixed.choose(selector, firsts, z_of, width)
+    return entries.values_n, FixedSupport(entries.rows_n, entries.latents_n, (rows, width))
+
+
+def _choose_aside_fixed(
+    xc_BD: Tensor,
+    W_enc_FD: Tensor,
+    bias_F: Tensor | None,
+    selector: Selector | None,
+    aside_d: Tensor,
+    live_d: Tensor | None,
+    matmul: str,
+) -> tuple[Tensor, Support | None]:
+    """Latents aside by a product of their own. Where a selector takes a live one, fewer are dead than it wants."""
+    rows, width = len(xc_BD), len(aside_d)
+    bias_d = None if bias_F is None else bias_F.index_select(0, aside_d)
+    z_Bd = _product(xc_BD, W_enc_FD.index_select(0, aside_d), bias_d, matmul)
+    if selector is None:
+        return z_Bd, None
+    assert isinstance(selector, TopOfBatch | TopPerToken)
+    if live_d is not None:
+        z_Bd.masked_fill_(live_d, -torch.inf)
+    entries = fixed.choose(selector, [0], lambda first, last: z_Bd, width)
+    return entries.values_n, FixedSupport(entries.rows_n, entries.latents_n, (rows, width))
 
 
 class _Encode(torch.autograd.Function):
@@ -160,8 +226,9 @@ class _Encode(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor | None, grad_aside: Tensor | None) -> tuple[Tensor | None, ...]:
         xc_BD, W_enc_FD, aside_d = ctx.saved_tensors
         grad_x = torch.zeros_like(xc_BD) if ctx.needs_input_grad[0] else None
-        grad_FD, totals_F = torch.zeros_like(W_enc_FD), W_enc_FD.new_zeros(len(W_enc_FD))
-        if grad is not None:
+        if grad is None:
+            grad_FD, totals_F = torch.zeros_like(W_enc_FD), W_enc_FD.new_zeros(len(W_enc_FD))
+        else:
             grad_FD, totals_F = _weight_gradient(grad, ctx.support, xc_BD)
             if grad_x is not None:
                 grad_x += _input_gradient(grad, ctx.support, W_enc_FD)
@@ -195,22 +262,35 @@ def encode(
     selector: Selector,
     aside_d: Int[Tensor, " d"] | None = None,
     aside_selector: Selector | None = None,
+    aside_live_d: Bool[Tensor, " d"] | None = None,
+    *,
+    matmul: str = "float32",
 ) -> tuple[Codes, Codes | None]:
     """What `selector` keeps of z = (x' - b_dec) W_enc + bias; and of the latents `aside_d` (ascending), on the side.
 
     None of bias and b_dec stand for zero. z is never whole in memory, but where `Above` keeps so many entries that
     dense products are faster: then all of it comes back. Of the latents aside, counted from 0 to d - 1, all of z
-    comes back, or what `aside_selector` keeps. Differentiable; a selection passes no gradient.
+    comes back, or what `aside_selector` keeps, which prefers those that are not `aside_live_d`. Differentiable; a
+    selection passes no gradient. `matmul` bf16 rounds the product's factors to bfloat16, and nothing else.
+    On a GPU selections have the size asked for, filled up with zeros, and `Above` gets all of z.
     """
     rows, width = len(xn_BD), len(W_enc_FD)
     firsts = range(0, width, _block_width(rows, width, xn_BD.device))
     beside: tuple[Tensor, Support | None] | None = None
     with torch.no_grad():
         xc_BD = xn_BD if b_dec_D is None else xn_BD - b_dec_D
-        aside = None if aside_d is None else _Aside(aside_d, aside_selector, firsts, width)
-        found = _choose(xc_BD, W_enc_FD, bias_F, selector, aside, firsts)
-        if aside is not None:
-            beside = aside.finish(rows)
+        if fixed.wanted(xn_BD):
+            weights = xc_BD, W_enc_FD, bias_F
+            found = _choose_fixed(*weights, selector, firsts, matmul)
+            if aside_d is not None:
+                beside = _choose_aside_fixed(*weights, aside_selector, aside_d, aside_live_d, matmul)
+        else:
+            aside = None if aside_d is None else _Aside(aside_d, aside_selector, firsts, width)
+            found = _choose(xc_BD, W_enc_FD, bias_F, selector, aside, firsts, matmul)
+            if aside is not None:
+                beside = aside.finish(rows)
     z, z_aside = _Encode.apply(xn_BD, W_enc_FD, bias_F, b_dec_D, xc_BD, found, beside, aside_d)  # type: ignore[no-untyped-call]
+    if isinstance(found[1], FixedSupport) and isinstance(selector, TopOfBatch | TopPerToken) and selector.positive:
+        z = z.relu()  # what fills the selection up is 0 and takes no gradient
     codes = Codes(z, found[1], (rows, width))
     return codes, None if beside is None or aside_d is None else Codes(z_aside, beside[1], (rows, len(aside_d)))

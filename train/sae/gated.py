@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from train.sae.base import Step
-from train.sae.encode import Codes, encode
+from train.sae.encode import Codes
 from train.sae.penalty import PenalisedSAE
 from train.sae.select import Above, Selector
 
@@ -45,7 +45,7 @@ class Gated(PenalisedSAE):
 
     def encoded(self, xn_BD: Float[Tensor, "B D"], selector: Selector, *aside: Any) -> tuple[Codes, Codes | None]:
         """Codes of h, which has no bias."""
-        return encode(xn_BD, self.W_enc_FD, None, self.b_dec if self.apply_b_dec_to_input else None, selector, *aside)
+        return self.encode_with(None, xn_BD, selector, *aside)
 
     def _gate_and_f(self, xn_BD: Float[Tensor, "B D"]) -> tuple[Codes, Tensor, Tensor]:
         """Codes of h, relu(pi) and f; h > -b_gate is just pi > 0, in floating point too."""
@@ -59,7 +59,12 @@ class Gated(PenalisedSAE):
         return codes, f
 
     def loss(
-        self, xn_BD: Float[Tensor, "B D"], *, dead_F: Bool[Tensor, " F"] | None = None, sparsity_scale: float = 1.0
+        self,
+        xn_BD: Float[Tensor, "B D"],
+        *,
+        dead_F: Bool[Tensor, " F"] | None = None,
+        among_d: Int[Tensor, " d"] | None = None,
+        sparsity_scale: float = 1.0,
     ) -> Step:
         (codes, gate, f), tokens = self._gate_and_f(xn_BD), len(xn_BD)
         xn_hat_BD = self.decoded(codes, f)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
@@ -46,7 +46,7 @@ class _MeanL0(torch.autograd.Function):
     def forward(ctx: Any, z: Tensor, theta: Tensor, eps: Tensor, tokens: int) -> Tensor:
         near = _of_theta(((z - theta).abs() < eps / 2).to(z.dtype), theta)
         ctx.save_for_backward(near / (eps * tokens))
-        return (z > theta).sum() / z.new_tensor(tokens)
+        return (z > theta).sum().to(z.dtype) / tokens
 
     @staticmethod
     @once_differentiable
@@ -99,7 +99,12 @@ class JumpReLU(SAE):
         return codes, torch.where(codes.values > codes.at(self.theta), codes.values, 0.0)
 
     def loss(
-        self, xn_BD: Float[Tensor, "B D"], *, dead_F: Bool[Tensor, " F"] | None = None, sparsity_scale: float = 1.0
+        self,
+        xn_BD: Float[Tensor, "B D"],
+        *,
+        dead_F: Bool[Tensor, " F"] | None = None,
+        among_d: Int[Tensor, " d"] | None = None,
+        sparsity_scale: float = 1.0,
     ) -> Step:
         tokens, eps = len(xn_BD), self.eps
         codes, _ = self.encoded(xn_BD, Above(self.theta.detach() - eps))  # half of eps reaches theta, the rest rounding

@@ -50,7 +50,7 @@ class PenalisedSAE(SAE):
     def penalised(self, l1: Tensor, sparsity_scale: float) -> tuple[Tensor, dict[str, Tensor]]:
         """The L1's term of the loss, and what a step reports of it."""
         term = sparsity_scale * self.sparsity * self.sparsity_factor * l1
-        scale = self.sparsity_factor.new_tensor(sparsity_scale)
+        scale = torch.full_like(self.sparsity_factor, sparsity_scale)
         return term, {"sparsity": term.detach(), "coefficient": scale * self.sparsity * self.sparsity_factor}
 
     @torch.no_grad()

@@ -27,7 +27,7 @@ class Entries(NamedTuple):
         return Entries(*(part[kept_n] for part in self))
 
 
-def _joined(parts: list[Entries]) -> Entries:
+def joined(parts: list[Entries]) -> Entries:
     """Entries of several blocks as one, in order."""
     if len(parts) == 1:
         return parts[0]
@@ -70,7 +70,7 @@ class Above(Selector):
         self.parts.append(Entries(rows_n, flat - rows_n * z_Bc.shape[1] + first, z_Bc.view(-1)[flat]))
 
     def finish(self) -> Entries:
-        return _joined(self.parts)
+        return joined(self.parts)
 
 
 class _Largest(Selector):
@@ -133,7 +133,7 @@ class TopOfBatch(_Largest):
         return bound
 
     def finish(self) -> Entries:
-        entries = _joined(self.parts)
+        entries = joined(self.parts)
         if len(entries.values_n) <= self.count:
             return entries
         smallest = _largest(entries.values_n, self.count)
@@ -163,7 +163,7 @@ class TopPerToken(_Largest):
 
     def finish(self) -> Entries:
         assert self.bound is not None
-        entries = _joined(self.parts)
+        entries = joined(self.parts)
         entries = entries.where(entries.values_n >= self.bound.squeeze(1)[entries.rows_n])
         return entries.where(top_of_rows(entries, self.k, len(self.bound)))
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from data.errors import UserError
+from train.sae import fixed
 from train.sae.base import SAE, Step
 from train.sae.dead import auxk_error, auxk_selector
 from train.sae.encode import Codes
@@ -14,7 +15,7 @@ from train.sae.select import Selector, TopPerToken
 
 _AUXK_NORMS = ("variance", "residual")
 
-Aside = tuple[Codes, Tensor]  # z of the dead latents, and which they are
+Aside = tuple[Codes, Tensor, Tensor | None]  # z of the dead latents, which they are, which of them are not dead
 
 
 class TopKFamily(SAE):
@@ -49,21 +50,32 @@ class TopKFamily(SAE):
         self.auxk_alpha, self.auxk_relu, self.auxk_norm = auxk_alpha, auxk_relu, auxk_norm
 
     def with_dead(
-        self, xn_BD: Float[Tensor, "B D"], selector: Selector, dead_F: Bool[Tensor, " F"] | None
+        self,
+        xn_BD: Float[Tensor, "B D"],
+        selector: Selector,
+        dead_F: Bool[Tensor, " F"] | None,
+        among_d: Int[Tensor, " d"] | None,
     ) -> tuple[Codes, Aside | None]:
         """The z that `selector` keeps, and those that AuxK will want."""
-        dead_d = None if dead_F is None or not self.auxk_alpha else dead_F.nonzero().squeeze(1)
-        if dead_d is None or not len(dead_d):
+        if dead_F is None or not self.auxk_alpha:
             return self.encoded(xn_BD, selector)[0], None
-        codes, aside = self.encoded(xn_BD, selector, dead_d, auxk_selector(self.d_in, len(dead_d)))
-        return codes, None if aside is None else (aside, dead_d)
+        dead_d = dead_F.nonzero().squeeze(1) if among_d is None else among_d
+        if not len(dead_d):
+            return self.encoded(xn_BD, selector)[0], None
+        live_d = None if among_d is None else ~dead_F.index_select(0, among_d)
+        picked = auxk_selector(self.d_in, len(dead_d), on_gpu=fixed.wanted(xn_BD))
+        codes, aside = self.encoded(xn_BD, selector, dead_d, picked, live_d)
+        return codes, None if aside is None else (aside, dead_d, live_d)
 
     def auxk(self, aside: Aside | None, residual_BD: Float[Tensor, "B D"]) -> Float[Tensor, ""]:
         """alpha * AuxK's squared error over Vx (or over the residual's variance); `residual_BD` detached."""
         if aside is None:
             return residual_BD.new_zeros(())
-        codes, dead_d = aside
-        error = auxk_error(codes, residual_BD, self.W_dec.index_select(0, dead_d), relu=self.auxk_relu)
+        codes, dead_d, live_d = aside
+        W_dead_dD = self.W_dec.index_select(0, dead_d)
+        error = auxk_error(codes, residual_BD, W_dead_dD, relu=self.auxk_relu, live_d=live_d)
+        if live_d is not None:
+            error = torch.where(live_d.all(), 0.0, error)
         over = self.variance
         if self.auxk_norm == "residual":
             spread = (residual_BD - residual_BD.mean(0)).square().sum() / residual_BD.shape[0]
@@ -113,9 +125,14 @@ class TopK(TopKFamily):
         return codes, codes.values
 
     def loss(
-        self, xn_BD: Float[Tensor, "B D"], *, dead_F: Bool[Tensor, " F"] | None = None, sparsity_scale: float = 1.0
+        self,
+        xn_BD: Float[Tensor, "B D"],
+        *,
+        dead_F: Bool[Tensor, " F"] | None = None,
+        among_d: Int[Tensor, " d"] | None = None,
+        sparsity_scale: float = 1.0,
     ) -> Step:
-        codes, aside = self.with_dead(xn_BD, TopPerToken(4 * self.k if self.multi_topk else self.k), dead_F)
+        codes, aside = self.with_dead(xn_BD, TopPerToken(4 * self.k if self.multi_topk else self.k), dead_F, among_d)
         wide, codes = codes, codes.top_of_rows(self.k) if self.multi_topk else codes
         xn_hat_BD = self.decoded(codes, codes.values)
         nmse = self.nmse(xn_hat_BD, xn_BD)

@@ -12,7 +12,7 @@ from tests.train.sae.toy import make, train
 from train.sae import encode as encoding
 from train.sae.codes import Support
 from train.sae.encode import Codes, encode
-from train.sae.select import Above, Selector, TopOfBatch, TopPerToken
+from train.sae.select import Above, Selector, TopOfBatch, TopPerToken, select
 
 B, D, F = 12, 5, 96
 DEAD = torch.tensor([3, 7, 31, 32, 40, 64, 95])
@@ -97,6 +97,38 @@ def test_without_bias_and_b_dec() -> None:
     assert torch.allclose(codes.dense(codes.values), torch.where(codes.dense(codes.values) > 0, x @ W_enc.t(), 0.0))
     codes.values.sum().backward()
     assert x.grad is not None and W_enc.grad is not None
+
+
+@pytest.mark.usefixtures("blocks")
+@pytest.mark.parametrize("name", SELECTORS)
+def test_bf16_rounds_the_products_factors_and_nothing_else(name: str, dense: bool) -> None:
+    """The same places and values as a product of rounded factors; gradients as of factors that are not."""
+    x, W_enc, bias, b_dec, W_dec = parts = weights(4)
+    codes, beside = encode(x, W_enc, bias, b_dec, SELECTORS[name](), DEAD, matmul="bf16")
+    rounded = (x - b_dec).bfloat16().double() @ W_enc.bfloat16().double().t() + bias
+    assert beside is not None
+    torch.testing.assert_close(beside.values, rounded[:, DEAD], rtol=1e-12, atol=1e-12)
+    exact = select(SELECTORS[name](), rounded.detach())
+    if codes.support is None:
+        torch.testing.assert_close(codes.values, rounded, rtol=1e-12, atol=1e-12)
+    else:
+        assert torch.equal(codes.support.rows_n, exact.rows_n)
+        assert torch.equal(codes.support.latents_n, exact.latents_n)
+        torch.testing.assert_close(codes.values, exact.values_n, rtol=1e-12, atol=1e-12)
+    assert not torch.allclose(rounded, (x - b_dec) @ W_enc.t() + bias, atol=1e-4)
+    found = torch.autograd.grad(codes.decode(codes.values.detach(), W_dec).sum() + codes.values.sum(), parts)
+    z = plain(codes, x, W_enc, bias, b_dec)
+    f = codes.dense(codes.values.detach())
+    for one, other in zip(found, torch.autograd.grad((f @ W_dec).sum() + z.sum(), parts), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_only_training_rounds() -> None:
+    sae, xn = make("topk"), torch.randn(4, 16, generator=torch.Generator().manual_seed(0))
+    before = sae.activate(xn)
+    sae.matmul = "bf16"
+    assert not torch.equal(sae.activate(xn), before)
+    assert torch.equal(sae.eval().activate(xn), before)
 
 
 def test_a_prefix_decodes_its_own_latents_and_all_before() -> None:
