@@ -132,7 +132,7 @@ class Store:
         key, unit_rows = f"{split}/{site}/zarr.json", self.layout.unit_rows
         capacity = -(-rows_capacity // unit_rows) * unit_rows
         row_shape = self.rows_of(site).shape(width)
-        made = {} if self.place.size(key) else self._array_files(split, site, (capacity, *row_shape))
+        made = {} if self.place.size(key) else self.rows_of(site).zarr_files(split, (capacity, *row_shape))
         for group in (name for name in made if name != key):
             self.place.update(group, lambda old, new=made[group]: old or new)  # type: ignore[misc]
 
@@ -147,29 +147,6 @@ class Store:
             return seal_array(found | {"shape": [max(capacity, shape[0]), *row_shape]})
 
         self.place.update(key, grown)
-
-    def _array_files(self, split: str, site: str, shape: tuple[int, ...]) -> dict[str, bytes]:
-        """{key: content} of what zarr describes a new array and its groups with."""
-        import zarr
-        from zarr.storage import MemoryStore
-
-        from data.bfloat16 import BFloat16
-
-        rows, form = self.rows_of(site), self.rows_of(site).format(shape[1:])
-        files: dict[str, Any] = {}
-        zarr.open_group(MemoryStore(files), mode="a").require_group(split).create_array(
-            site,
-            shape=shape,
-            chunks=(self.layout.chunk_rows, *shape[1:]),
-            shards=(self.layout.unit_rows, *shape[1:]) if self.layout.shards else None,
-            dtype=BFloat16() if rows.dtype == np.uint16 else rows.dtype,
-            fill_value=0,
-            compressors=form.compressor,
-            filters=None,
-            # All chunks in one folder: one directory fsync a unit.
-            chunk_key_encoding={"name": "default", "separator": "."},
-        )
-        return {key: file.to_bytes() for key, file in files.items()}
 
     @staticmethod
     def _record(split: str, unit: int, site: str) -> str:

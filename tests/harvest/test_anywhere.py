@@ -163,6 +163,23 @@ def test_readers_give_what_a_folder_s_give(model: Path, text: Path, anywhere: st
         assert torch.equal(ours, theirs)
 
 
+@pytest.mark.parametrize("anywhere", SLOW_IN_A_BUCKET, indirect=True)
+@pytest.mark.parametrize("form", ["store.encoding=int8", "store.codec=zstd", "store.shards=true"])
+def test_every_form_of_rows_is_the_same_bytes(
+    model: Path, text: Path, anywhere: str, tmp_path: Path, form: str
+) -> None:
+    store = harvest(config(model, text, anywhere, *MORE, form))
+    local = harvest(config(model, text, tmp_path / "local", *MORE, form))
+    assert held(anywhere) == held(str(tmp_path / "local"))
+    ours, theirs = (open_reader(s, TRAIN, "resid_post.1") for s in (store, local))
+    for chunk, rows in enumerate(ours.sizes):
+        found, wanted = (np.empty((rows, r.width), r.dtype) for r in (ours, theirs))
+        ours.read(chunk, found)
+        theirs.read(chunk, wanted)
+        np.testing.assert_array_equal(found, wanted)
+    assert look_after(["verify", anywhere]) == 0
+
+
 @pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_harvests_into_one_place_share_the_work(
     model: Path, text: Path, anywhere: str, whole: dict[str, bytes], count: int
