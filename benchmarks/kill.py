@@ -3,36 +3,42 @@
 Each store is harvested by processes that come and are killed at random (seeded) until its share of the kills is spent:
 by the clock, or from within at a random change to the file system, so that the moments between two renames are met as
 well. Then a random number of processes ends the work. The store must equal the one that a single, uninterrupted process
-made, byte for byte, with no file or folder beyond it. Prints a line a store and exits 1 where one differs.
+made, byte for byte, with no file or folder beyond it. Prints a line a store and exits 1 where one differs. With
+--bucket the stores lie in a bucket of an S3 server on loopback, and it is requests to it that processes die before.
 
 Processes are forked from this one after the imports, so a kill costs a fraction of a second. fsync does nothing here:
-what a killed process has written stays.
+what a killed process has written stays. This one never asks the server itself: what asks cannot be forked.
 """
 
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import os
 import random
 import signal
+import subprocess
 import sys
 import tempfile
 import threading
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
+from data.place import Location, locate, place_at
 from harvest import harvester, lm
 from harvest.run import harvest
 from tests.harvest.corpus import config, save_model, write_stories
 
 WORKERS = (1, 2, 3, 4)
 CALLS = ("open", "fsync", "mkdir", "replace", "unlink", "rmdir")  # of the module os, that writing a store goes through
+REQUESTS = ("put", "get", "head", "copy", "delete", "list")  # of obstore
 CALLS_TO_LIVE = 250
 VARIANTS = (  # the settings of one store each, taken in turn
     ("sites=[resid_post.1]",),
@@ -46,8 +52,8 @@ VARIANTS = (  # the settings of one store each, taken in turn
 )
 
 
-def die_at(call: int) -> None:
-    """Let this process kill itself in front of its `call`th call of `CALLS` from now."""
+def die_at(call: int, bucket: bool) -> None:
+    """Let this process kill itself in front of its `call`th call of `CALLS`, or `REQUESTS`, from now."""
     left = iter(range(call))
 
     def counted(real: Callable[..., Any]) -> Callable[..., Any]:
@@ -58,8 +64,11 @@ def die_at(call: int) -> None:
 
         return wrapper
 
-    for name in CALLS:
-        setattr(os, name, counted(getattr(os, name)))
+    if bucket:
+        import obstore
+    for name in REQUESTS if bucket else CALLS:
+        module: Any = obstore if bucket else os
+        setattr(module, name, counted(getattr(module, name)))
 
 
 def start(cfg: dict[str, Any], call: int | None = None) -> int:
@@ -69,7 +78,7 @@ def start(cfg: dict[str, Any], call: int | None = None) -> int:
         return pid
     try:
         if call is not None:
-            die_at(call)
+            die_at(call, "://" in str(cfg["cache"]))
         harvest(cfg)
         os._exit(0)
     except BaseException:
@@ -93,26 +102,41 @@ def reap(pids: set[int], *, wait: bool) -> Counter[str]:
         time.sleep(0.01)
 
 
-def snapshot(cache: Path) -> dict[str, bytes | None]:
-    """Every name below a folder, with the bytes of those that are files."""
-    return {str(p.relative_to(cache)): p.read_bytes() if p.is_file() else None for p in cache.rglob("*")}
+def snapshot(cache: Location) -> dict[str, bytes | None]:
+    """Every name below a place, with the bytes of those that are files."""
+    if isinstance(cache, Path):
+        return {str(p.relative_to(cache)): p.read_bytes() if p.is_file() else None for p in cache.rglob("*")}
+    keys = [*place_at(cache).sizes()]
+    return dict(zip(keys, place_at(cache).reads(keys), strict=True))
 
 
-def differing(whole: Path, cut: Path) -> list[str]:
-    """Names that one of two folders lacks, or whose bytes differ."""
-    here, there = snapshot(whole), snapshot(cut)
+def differing(whole: str, cut: str) -> list[str]:
+    """Names that one of two places lacks, or whose bytes differ."""
+    here, there = snapshot(locate(whole)), snapshot(locate(cut))
     return sorted(name for name in here.keys() | there.keys() if here.get(name, "") != there.get(name, ""))
 
 
-def litter(cache: Path) -> Counter[str]:
+def litter(at: str) -> Counter[str]:
     """What now lies about that a finished store has not."""
-    found: Counter[str] = Counter()
+    found, cache = Counter[str](), locate(at)
+    if not isinstance(cache, Path):
+        names = [key.rpartition("claims/")[2] for key in place_at(cache).sizes() if "/claims/" in key]
+        found["stages"] = len({name.partition("/")[0] for name in names if "/" in name})
+        found["settled"] = sum(name.endswith(".settled") for name in names)
+        found["claims"] = sum(name.count(".") == 1 for name in names)
+        return found
     for folder, folders, files in os.walk(cache):  # which minds no folder that goes away meanwhile
         claims = os.path.basename(folder) == "claims"
         found["stages"] += claims * len(folders)
         found["claims"] += claims * len(files)
         found["temporary files"] += sum(name.endswith((".tmp", ".partial")) for name in files)
     return found
+
+
+def aside(work: Callable[..., Any], *arguments: str) -> Any:
+    """What `work` returns, done in a process of its own."""
+    with multiprocessing.get_context("fork").Pool(1) as process:
+        return process.apply(work, arguments)
 
 
 def torment(cfg: dict[str, Any], kills: int, patience: float, rng: random.Random) -> tuple[Counter[str], Counter[str]]:
@@ -130,7 +154,7 @@ def torment(cfg: dict[str, Any], kills: int, patience: float, rng: random.Random
                 os.kill(pid, signal.SIGKILL)
         now = reap(pids, wait=False)
         if now["killed"]:
-            met += Counter({kind: 1 for kind, count in litter(Path(cfg["cache"])).items() if count})
+            met += Counter({kind: 1 for kind, count in aside(litter, str(cfg["cache"])).items() if count})
         ended += now
     pids |= {start(cfg) for _ in range(rng.choice(WORKERS))}
     last = reap(pids, wait=True)
@@ -139,10 +163,28 @@ def torment(cfg: dict[str, Any], kills: int, patience: float, rng: random.Random
     return ended + last, met
 
 
+@contextmanager
+def places(bucket: bool) -> Iterator[tuple[Path, str]]:
+    """(a folder for the model and the text, where caches go)."""
+    with tempfile.TemporaryDirectory() as folder:
+        if not bucket:
+            yield Path(folder), folder
+            return
+        with subprocess.Popen([sys.executable, "-m", "tests.s3", "kills"], stdout=subprocess.PIPE, text=True) as server:
+            try:
+                assert server.stdout is not None
+                for name, _, value in (item.partition("=") for item in server.stdout.readline().split()):
+                    os.environ[name] = value
+                yield Path(folder), "s3://kills"
+            finally:
+                server.kill()
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--bucket", action="store_true", help="stores in a bucket, smaller ones and of two kinds only")
     asked = parser.parse_args()
     os.environ["RANK"] = "1"  # no bars and summaries
     os.fsync = lambda fd: None
@@ -151,24 +193,24 @@ def main() -> int:
     tqdm.monitor_interval = 0  # nor a thread that may hold the lock while a process is forked
     harvester.POLL_S = 0.02
     rng, total, met, wrong = random.Random(asked.seed), Counter[str](), Counter[str](), 0
-    share = -(-asked.kills // len(VARIANTS))
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+    variants = VARIANTS[:2] if asked.bucket else VARIANTS
+    extent = ("tokens=300", "heldout_tokens=60") if asked.bucket else ("tokens=2000", "heldout_tokens=300")
+    share = -(-asked.kills // len(variants))
+    with places(asked.bucket) as (folder, caches):
         path, text = save_model(folder / "tiny"), write_stories(folder / "stories.jsonl", range(200))
         model, tokenizer = lm.load_model({"name": str(path), "device": "cpu"}), lm.load_tokenizer({"name": str(path)})
         lm.load_model, lm.load_tokenizer = lambda model_cfg: model, lambda model_cfg: tokenizer
         number = 0
-        while total["killed"] < asked.kills or number < len(VARIANTS):
-            variant = VARIANTS[number % len(VARIANTS)]
+        while total["killed"] < asked.kills or number < len(variants):
+            variant = variants[number % len(variants)]
             whole, cut = (
-                config(path, text, folder / f"{kind}{number}", "tokens=2000", "heldout_tokens=300", *variant)
-                for kind in ("whole", "cut")
+                config(path, text, f"{caches}/{kind}{number}", *extent, *variant) for kind in ("whole", "cut")
             )
             began = time.monotonic()
             alone = reap({start(whole)}, wait=True)
             took = time.monotonic() - began
             ended, litters = torment(cut, share, took / 2, rng)
-            differ = differing(Path(whole["cache"]), Path(cut["cache"]))
+            differ = aside(differing, str(whole["cache"]), str(cut["cache"]))
             good = not differ and alone["done"] == 1 and not ended["failed"]
             wrong += not good
             print(

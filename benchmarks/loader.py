@@ -88,7 +88,7 @@ def raw_reads(reader: DirectReader, blocks: int) -> Method:
     """
     size = max(chunk.bytes for chunk in reader.chunks)
     parts = np.split(np.ones(blocks * size, np.uint8), blocks)
-    paths = [reader.store.path / chunk.key for chunk in reader.chunks]
+    paths = [Path(str(reader.store.path)) / chunk.key for chunk in reader.chunks]
 
     def run() -> int:
         total = 0
@@ -225,7 +225,7 @@ def main() -> None:
         found = rates(methods, args.rounds)
         show(found)
         for readers in args.readers:
-            rate = together(store.path, readers, args.pool_chunks[0])
+            rate = together(Path(str(store.path)), readers, args.pool_chunks[0])
             print(f"{readers} process{'es' if readers > 1 else ''} with a loader each, together: {rate:.2f} GB/s")
 
 

@@ -8,10 +8,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from data.cli import sentence
-from data.contents import file_sizes, size, stores_below
+from data.contents import size, stores_below
 from data.errors import UserError
+from data.place import locate, place_at
 
-CACHE, OUTPUTS = Path("outputs/cache"), Path("outputs")
+CACHE, OUTPUTS = "outputs/cache", Path("outputs")
 
 
 def _verify(args: argparse.Namespace) -> int:
@@ -19,9 +20,9 @@ def _verify(args: argparse.Namespace) -> int:
     from data.inventory import Entry
     from data.verify import verify
 
-    stores = [path for folder in args.folders or [CACHE] for path in stores_below(folder)]
+    stores = [path for folder in args.folders or [CACHE] for path in stores_below(locate(folder))]
     if not stores:
-        raise UserError(f"no store in {', '.join(map(str, args.folders or [CACHE]))}: name the folder of one")
+        raise UserError(f"no store in {', '.join(args.folders or [CACHE])}: name the folder of one")
     damages = 0
     for path in stores:
         findings = verify(path)
@@ -29,7 +30,7 @@ def _verify(args: argparse.Namespace) -> int:
             print(finding)
         damaged = sum(not finding.leftover for finding in findings)
         damages += damaged
-        sizes = file_sizes(path)
+        sizes = place_at(path).sizes()
         state = f"{damaged} damaged" if damaged else f"sound, {Entry.of(path).state}"
         print(
             f"{path}: {state}; {len(sizes)} files, {size(sum(sizes.values()))}, {len(findings) - damaged} left over",
@@ -43,7 +44,7 @@ def _info(args: argparse.Namespace) -> int:
 
     if args.outlier <= 0 or args.rows < 1:
         raise UserError("--outlier must be above 0 and --rows at least 1")
-    for line in report(args.store, args.outlier, args.rows):
+    for line in report(locate(args.store), args.outlier, args.rows):
         print(line, flush=True)
     return 0
 
@@ -51,7 +52,7 @@ def _info(args: argparse.Namespace) -> int:
 def _list(args: argparse.Namespace) -> int:
     from data.inventory import listing
 
-    print("\n".join(listing(args.folder)))
+    print("\n".join(listing(locate(args.folder))))
     return 0
 
 
@@ -67,7 +68,7 @@ def _gc(args: argparse.Namespace) -> int:
         def confirm(candidate: Candidate) -> bool:
             return True
 
-    print("\n".join(collect(args.folder, args.outputs, args.idle, confirm)))
+    print("\n".join(collect(locate(args.folder), args.outputs, args.idle, confirm)))
     return 0
 
 
@@ -75,18 +76,18 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m data", description="Look after the caches that harvests left.")
     verbs = parser.add_subparsers(dest="verb", required=True)
     verb = verbs.add_parser("verify", help="check every checksum, count and statistic; exit code 1 on damage")
-    verb.add_argument("folders", nargs="*", type=Path, help=f"stores, or folders that hold some (default {CACHE})")
+    verb.add_argument("folders", nargs="*", help=f"stores, or folders that hold some (default {CACHE})")
     verb.set_defaults(run=_verify)
     verb = verbs.add_parser("info", help="identity, settings, sizes, statistics, norms by position, outlier tokens")
-    verb.add_argument("store", type=Path)
+    verb.add_argument("store")
     verb.add_argument("--outlier", type=float, default=10.0, metavar="C", help="norm above C times the median (10)")
     verb.add_argument("--rows", type=int, default=1_000_000, help="rows of a site whose norms are looked at (1000000)")
     verb.set_defaults(run=_info)
     verb = verbs.add_parser("list", help="all caches below a folder and what made them")
-    verb.add_argument("folder", nargs="?", type=Path, default=CACHE, help=f"default {CACHE}")
+    verb.add_argument("folder", nargs="?", default=CACHE, help=f"default {CACHE}")
     verb.set_defaults(run=_list)
     verb = verbs.add_parser("gc", help="show what no SAE needs and what was left over; remove it after asking")
-    verb.add_argument("folder", nargs="?", type=Path, default=CACHE, help=f"default {CACHE}")
+    verb.add_argument("folder", nargs="?", default=CACHE, help=f"default {CACHE}")
     verb.add_argument("--outputs", type=Path, default=OUTPUTS, help=f"where the trained SAEs are (default {OUTPUTS})")
     verb.add_argument("--idle", type=float, default=60.0, metavar="MINUTES", help="spare stores written to since (60)")
     verb.add_argument("--yes", action="store_true", help="do not ask")

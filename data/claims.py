@@ -54,7 +54,7 @@ def _is_zombie(pid: int) -> bool:
         return False
 
 
-def _is_gone(owner: Json) -> bool:
+def is_gone(owner: Json) -> bool:
     """Whether the process of a claim is known to be gone; on another host that is never known."""
     if owner["host"] != _host():
         return False
@@ -67,6 +67,17 @@ def _is_gone(owner: Json) -> bool:
     except PermissionError:  # another user's, so it is there
         pass
     return _is_zombie(owner["pid"])
+
+
+@contextlib.contextmanager
+def owning(names: Sequence[str], made_by: Json) -> Iterator[Json]:
+    """What a claim of this process says of its owner, who lives as long as the `with` block."""
+    token = uuid.uuid4().hex
+    _held.add(token)
+    try:
+        yield {"host": _host(), "pid": os.getpid(), "token": token, "names": [*names], "made_by": made_by}
+    finally:
+        _held.discard(token)
 
 
 @contextlib.contextmanager
@@ -89,7 +100,7 @@ def _beating(path: Path) -> Iterator[None]:
 
 
 class Claims:
-    """The claims of one store. lock: enters the store's lock, which must not be held by the caller but for `sweep`."""
+    """The claims of one store. lock: enters the store's lock, which the caller must not hold."""
 
     def __init__(self, folder: Path, lock: Callable[[], AbstractContextManager[None]]) -> None:
         self.folder, self._lock = folder, lock
@@ -98,20 +109,17 @@ class Claims:
     @contextlib.contextmanager
     def take(self, split: str, unit: int, names: Sequence[str], made_by: Json) -> Iterator[bool]:
         """Hold the claim to `names` of a unit for the `with` block; False, and nothing held, where another has it."""
-        path, token = self.folder / f"{split}.{unit:06d}", uuid.uuid4().hex
-        text = json.dumps(
-            {"host": _host(), "pid": os.getpid(), "token": token, "names": [*names], "made_by": made_by}
-        ).encode()
-        _held.add(token)
-        try:
-            if self._create(path, text):
-                with _beating(path):
-                    yield True
-            else:
-                yield False
-        finally:
-            _held.discard(token)
-            self._release(path, text)
+        path = self.folder / f"{split}.{unit:06d}"
+        with owning(names, made_by) as owner:
+            text = json.dumps(owner).encode()
+            try:
+                if self._create(path, text):
+                    with _beating(path):
+                        yield True
+                else:
+                    yield False
+            finally:
+                self._release(path, text)
 
     def stage(self, split: str, unit: int, site: str) -> Path:
         """A new folder for the chunk files of one write."""
@@ -128,8 +136,16 @@ class Claims:
         """What the claims say of their owners."""
         return [owner for path in self._files() if (owner := self._read(path)[1]) is not None]
 
+    def any(self) -> bool:
+        """Whether anything is claimed or staged, or left of either."""
+        return self.folder.exists()
+
     def sweep(self, is_committed: Callable[[str, int, str], bool]) -> None:
-        """Under the lock: remove what dead processes left, and whatever belongs to names committed by now."""
+        """Remove what dead processes left, and whatever belongs to names committed by now."""
+        with self._lock():
+            self._sweep(is_committed)
+
+    def _sweep(self, is_committed: Callable[[str, int, str], bool]) -> None:
         for path in self._files():
             split, unit = path.name.split(".")
             owner = self._read(path)[1]
@@ -161,7 +177,7 @@ class Claims:
         now = time.monotonic()
         if beat is None or self._seen.get(path, (None, 0.0))[0] != beat:
             self._seen[path] = (beat, now)
-        return owner is None or _is_gone(owner) or now - self._seen[path][1] > LEASE_S
+        return owner is None or is_gone(owner) or now - self._seen[path][1] > LEASE_S
 
     def _create(self, path: Path, text: bytes) -> bool:
         """Make a claim, a dead owner's out of the way; False where a living one has it."""

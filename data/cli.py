@@ -11,6 +11,7 @@ import hydra
 from omegaconf import DictConfig
 
 from data.errors import UserError
+from data.place import refuse_credentials
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 
@@ -61,6 +62,9 @@ def attempt(act: Callable[[], None]) -> None:
 def run(main: Callable[[DictConfig], None], config_name: str) -> None:
     """Run a stage's `main` under Hydra with `conf/<config_name>.yaml` and the command line's overrides."""
     keep_freed_memory()
+    attempt(lambda: refuse_credentials(" ".join(sys.argv[1:])))  # before Hydra writes them down
+    if _failed:
+        raise SystemExit(1)
 
     def job(config: DictConfig) -> None:
         attempt(lambda: main(config))

@@ -43,8 +43,9 @@ class Commit:
     made_by: Json
 
     @classmethod
-    def read(cls, path: Path) -> Commit:
-        obj = unseal(path, "delete this file and run the same harvest again to make its unit anew")
+    def of(cls, data: bytes, path: object) -> Commit:
+        """From a record's content; a UserError naming `path` where it is damaged."""
+        obj = unseal(data, path, "delete this file and run the same harvest again to make its unit anew")
         return cls(**obj | {"chunks": tuple(Chunk(**chunk) for chunk in obj["chunks"])})
 
     @property

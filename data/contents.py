@@ -1,45 +1,34 @@
-"""What lies in a folder of stores, and which files belong to a store."""
+"""What lies in a place of stores, and which files belong to a store."""
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Collection
 from pathlib import Path
 
 from data.errors import UserError
 from data.manifest import HELDOUT, TRAIN, Json
+from data.place import Location, place_at
 from data.store import Store
 
 SPLITS = (TRAIN, HELDOUT)
 RECORD = re.compile(r"(\d{6,})\.(\w[\w.-]*)\.json")
 
 
-def is_store(folder: Path) -> bool:
+def is_store(path: Location) -> bool:
     """Whether a folder is a store or what is left of one."""
-    return (folder / "manifest.json").is_file() or (folder / "commits").is_dir()
+    place = place_at(path)
+    return place.size("manifest.json") is not None or "commits" in place.folders()
 
 
-def stores_below(folder: Path) -> list[Path]:
+def stores_below(path: Location) -> list[Location]:
     """The folder itself, if it is a store, else all stores below it, by path; a UserError where it does not exist."""
-    if not folder.is_dir():
-        raise UserError(f"{folder} is no folder: name a store, or a folder that holds some")
-    found = []
-    for at, folders, _ in os.walk(folder):
-        if is_store(Path(at)):
-            found.append(Path(at))
-            folders.clear()
-    return sorted(found)
-
-
-def file_sizes(folder: Path) -> dict[str, int]:
-    """{path below the folder: bytes} of every file; links count as themselves."""
-    found = {}
-    for at, _, names in os.walk(folder):
-        for name in names:
-            path = os.path.join(at, name)
-            found[os.path.relpath(path, folder)] = os.lstat(path).st_size
-    return found
+    if isinstance(path, Path) and not path.is_dir():
+        raise UserError(f"{path} is no folder: name a store, or a folder that holds some")
+    if is_store(path):
+        return [path]
+    below = (path / name for name in place_at(path).folders())
+    return [store for at in below if not (isinstance(at, Path) and at.is_symlink()) for store in stores_below(at)]
 
 
 def leftovers(names: Collection[str], keys: Collection[str]) -> list[str]:
@@ -58,7 +47,7 @@ def leftovers(names: Collection[str], keys: Collection[str]) -> list[str]:
 
 def arrays(store: Store, split: str) -> list[str]:
     """Every array of a split that has a commit record, tokens and origin among them."""
-    records = (RECORD.fullmatch(path.name) for path in (store.path / "commits" / split).glob("*.json"))
+    records = (RECORD.fullmatch(name) for name in store.place.names(f"commits/{split}"))
     return sorted({record[2] for record in records if record})
 
 

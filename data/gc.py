@@ -4,39 +4,36 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data.contents import chunk_keys, file_sizes, is_store, leftovers, size
+from data.contents import chunk_keys, is_store, leftovers, size
 from data.errors import UserError
 from data.inventory import DAMAGED, UNFINISHED, Entry, entries
+from data.place import Location, place_at
 
 
 @dataclass(frozen=True)
 class Candidate:
     """A store (no `files`), or what is left over in one, that may be removed."""
 
-    path: Path
+    path: Location
     why: str
     bytes: int
-    files: tuple[Path, ...] = ()
+    files: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         what = f"{len(self.files)} files in {self.path}" if self.files else str(self.path)
         return f"{what}  {self.why}, {size(self.bytes)}"
 
     def remove(self) -> None:
-        for file in self.files:
-            file.unlink(missing_ok=True)
-        if not self.files:
-            # First what says that it is whole: broken off in between, an unfinished store is left.
-            (self.path / "complete.json").unlink(missing_ok=True)
-            shutil.rmtree(self.path / "commits", ignore_errors=True)
-            shutil.rmtree(self.path)
+        place = place_at(self.path)
+        if self.files:
+            place.remove(self.files)
+        else:
+            place.remove_all()
 
 
 def references(outputs: Path) -> set[str]:
@@ -63,31 +60,22 @@ def _object(path: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _idle(entry: Entry) -> float:
-    """Seconds since anything in a store was written."""
-    newest = max((os.lstat(entry.path / name).st_mtime for name in file_sizes(entry.path)), default=0.0)
-    return time.time() - newest
-
-
 def _leftovers(entry: Entry) -> list[Candidate]:
     assert entry.store is not None
-    sizes = file_sizes(entry.path)
+    sizes = entry.store.place.sizes()
     names = leftovers(sizes, chunk_keys(entry.store))
-    if not names:
-        return []
-    files = tuple(entry.path / name for name in names)
-    return [Candidate(entry.path, "left over", sum(sizes[name] for name in names), files)]
+    return [Candidate(entry.path, "left over", sum(sizes[name] for name in names), tuple(names))] if names else []
 
 
-def candidates(folder: Path, outputs: Path, idle_minutes: float) -> tuple[list[Candidate], list[str]]:
+def candidates(folder: Location, outputs: Path, idle_minutes: float) -> tuple[list[Candidate], list[str]]:
     """What may go, and why other stores were not considered."""
     needed, found, spared = references(outputs), list[Candidate](), []
     for entry in entries(folder):
         if entry.state == DAMAGED or entry.store is None:
             spared.append(f"{entry.line}: whether it is needed cannot be read ({entry.wrong})")
-        elif entry.path.is_symlink():
+        elif isinstance(entry.path, Path) and entry.path.is_symlink():
             spared.append(f"{entry.line}: a link")
-        elif _idle(entry) < 60 * idle_minutes:
+        elif place_at(entry.path).idle() < 60 * idle_minutes:
             spared.append(f"{entry.line}: written to in the last {idle_minutes:g} minutes")
         elif entry.store.manifest.fingerprint in needed:
             found += _leftovers(entry)
@@ -98,7 +86,9 @@ def candidates(folder: Path, outputs: Path, idle_minutes: float) -> tuple[list[C
     return found, spared
 
 
-def collect(folder: Path, outputs: Path, idle_minutes: float, confirm: Callable[[Candidate], bool] | None) -> list[str]:
+def collect(
+    folder: Location, outputs: Path, idle_minutes: float, confirm: Callable[[Candidate], bool] | None
+) -> list[str]:
     """Remove what `confirm` agrees to, each after it was shown; with None, only show. Returns the summary."""
     found, spared = candidates(folder, outputs, idle_minutes)
     for line in spared:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +12,7 @@ from data.contents import SPLITS, arrays, size
 from data.inventory import Entry, made_by
 from data.manifest import canonical, leaves
 from data.outliers import read_norms, sampled_chunks
+from data.place import Location
 from data.store import ORIGIN, Store
 
 Floats = NDArray[np.float64]
@@ -112,7 +112,7 @@ def _norms(store: Store, split: str, site: str, times: float, most: int) -> Iter
     yield line
 
 
-def report(path: Path, times: float, most: int) -> Iterator[str]:
+def report(path: Location, times: float, most: int) -> Iterator[str]:
     """The lines of `info`. times: what makes an outlier. most: rows of a site whose norms are looked at."""
     store = Store.open(path)
     entry, layout = Entry.of(path), store.layout

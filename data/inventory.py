@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
-from pathlib import Path
 
-from data.contents import SPLITS, arrays, extent, file_sizes, size, stores_below
+from data.contents import SPLITS, arrays, extent, size, stores_below
 from data.errors import UserError
 from data.manifest import canonical, leaves
+from data.place import Location, place_at
 from data.store import Store
 
 COMPLETE, UNFINISHED, DAMAGED = "complete", "unfinished", "damaged"
@@ -18,15 +18,15 @@ COMPLETE, UNFINISHED, DAMAGED = "complete", "unfinished", "damaged"
 class Entry:
     """One store folder. `store` is None, and `wrong` says why, where it cannot be read."""
 
-    path: Path
+    path: Location
     bytes: int
     state: str
     store: Store | None = None
     wrong: str = ""
 
     @classmethod
-    def of(cls, path: Path) -> Entry:
-        total = sum(file_sizes(path).values())
+    def of(cls, path: Location) -> Entry:
+        total = sum(place_at(path).sizes().values())
         try:
             store = Store.open(path)
             whole = store.complete is not None and store.complete == extent(store)
@@ -39,7 +39,7 @@ class Entry:
         return f"{self.path}  {self.state}, {size(self.bytes)}"
 
 
-def entries(folder: Path) -> list[Entry]:
+def entries(folder: Location) -> list[Entry]:
     """Every store at or below a folder."""
     return [Entry.of(path) for path in stores_below(folder)]
 
@@ -77,7 +77,7 @@ def describe(entry: Entry) -> list[str]:
     ]
 
 
-def listing(folder: Path) -> list[str]:
+def listing(folder: Location) -> list[str]:
     """All stores below a folder in lines for people."""
     found = entries(folder)
     total = sum(entry.bytes for entry in found)

@@ -8,7 +8,6 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from pathlib import Path
 from typing import Any
 
 from data.errors import UserError
@@ -44,10 +43,10 @@ def seal(obj: Json, indent: int | None = None) -> bytes:
     return (json.dumps(obj | {"check": _digest(obj)}, indent=indent, ensure_ascii=False) + "\n").encode()
 
 
-def unseal(path: Path, remedy: str) -> Json:
-    """Read what `seal` wrote; a UserError naming the file and the `remedy` where it is damaged."""
+def unseal(data: bytes, path: object, remedy: str) -> Json:
+    """Read what `seal` made; a UserError naming the file and the `remedy` where it is damaged."""
     try:
-        obj = json.loads(path.read_bytes())
+        obj = json.loads(data)
         if isinstance(obj, dict) and obj.pop("check", None) == _digest(obj):
             return obj
     except ValueError:  # not JSON, or not UTF-8
@@ -213,10 +212,10 @@ class Manifest:
         return seal({"format": FORMAT, "fingerprint": self.fingerprint} | asdict(self), indent=2)
 
     @classmethod
-    def from_json(cls, path: Path) -> Manifest:
-        """Read a manifest; a UserError naming the file where it is damaged or of a newer format."""
+    def from_json(cls, data: bytes, path: object) -> Manifest:
+        """From a manifest's content; a UserError naming the file where it is damaged or of a newer format."""
         remedy = "restore it from a copy, or delete the folder and harvest again"
-        obj = unseal(path, remedy)
+        obj = unseal(data, path, remedy)
         if obj.pop("format", 0) > FORMAT:
             raise UserError(f"{path} is of a newer format than this version reads ({FORMAT}): update the program")
         fingerprint = obj.pop("fingerprint")

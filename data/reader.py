@@ -99,8 +99,11 @@ class _CommittedReader:
         assert 0 <= start <= self.sizes[chunk], (chunk, start)
         return out[: int(self.sizes[chunk]) - start]
 
-    def _wrong(self, path: Path, what: str) -> UserError:
-        return UserError(f"{path} {what}: delete commits/{self.split}/*.{self.site}.json of its unit and harvest again")
+    def _wrong(self, record: Chunk, what: str) -> UserError:
+        return UserError(
+            f"{self.store.path / record.key} {what}: delete commits/{self.split}/*.{self.site}.json of its unit and "
+            "harvest again"
+        )
 
 
 def _missing(file: int, outs: Sequence[NDArray[Any]], at: int) -> int:
@@ -120,10 +123,15 @@ def _missing(file: int, outs: Sequence[NDArray[Any]], at: int) -> int:
 
 
 class DirectReader(_CommittedReader):
-    """Reads chunks into place from their files or shards; for local stores without a codec, on little-endian machines.
+    """Reads chunks into place from their files or shards; from folders without a codec, on little-endian machines.
 
     In a shard without a codec the chunks lie one after another (`data.chunks`), so its index need not be read.
     """
+
+    def __init__(self, store: Store, split: str, site: str) -> None:
+        super().__init__(store, split, site)
+        assert isinstance(store.path, Path)
+        self._folder = store.path
 
     def read(self, chunk: int, out: NDArray[Any], start: int = 0) -> None:
         self.scatter(chunk, [self._part(chunk, out, start)], start)
@@ -131,11 +139,10 @@ class DirectReader(_CommittedReader):
     def scatter(self, chunk: int, outs: Sequence[NDArray[Any]], start: int) -> None:
         """Fill `outs` one after another with the chunk's rows from `start` on, which must be enough."""
         record = self.chunks[chunk]
-        path = self.store.path / record.key
         try:
-            file = os.open(path, os.O_RDONLY)
+            file = os.open(self._folder / record.key, os.O_RDONLY)
         except FileNotFoundError:
-            raise self._wrong(path, "is missing") from None
+            raise self._wrong(record, "is missing") from None
         try:
             length = os.fstat(file).st_size
             if length == record.bytes:
@@ -147,8 +154,25 @@ class DirectReader(_CommittedReader):
         finally:
             os.close(file)
         if length != record.bytes:
-            raise self._wrong(path, f"has {length} bytes where {record.bytes} were committed")
+            raise self._wrong(record, f"has {length} bytes where {record.bytes} were committed")
         self._count(outs)
+
+
+class RangeReader(_CommittedReader):
+    """Reads chunks into place, each by one request to wherever a store lies; without a codec, as `DirectReader`."""
+
+    def read(self, chunk: int, out: NDArray[Any], start: int = 0) -> None:
+        part, record = self._part(chunk, out, start), self.chunks[chunk]
+        assert part.flags.c_contiguous
+        at = (self.within[chunk] * self.store.layout.chunk_rows + start) * self.width * self.dtype.itemsize
+        into = memoryview(part.reshape(-1).view(np.uint8).data)
+        try:
+            length = self.store.place.read_into(record.key, at, into)
+        except FileNotFoundError:
+            raise self._wrong(record, "is missing") from None
+        if length != record.bytes:
+            raise self._wrong(record, f"has {length} bytes where {record.bytes} were committed")
+        self._count([part])
 
 
 class ZarrReader(_CommittedReader):
@@ -160,21 +184,22 @@ class ZarrReader(_CommittedReader):
 
         import data.bfloat16  # noqa: F401  registers the type
 
-        self._array = zarr.open_array(store.array_path(split, site), mode="r")
+        self._array = zarr.open_array(**store.place.zarr(f"{split}/{site}"), mode="r")
 
     def read(self, chunk: int, out: NDArray[Any], start: int = 0) -> None:
         from zarr.core.buffer.cpu import NDBuffer
 
-        part, path = self._part(chunk, out, start), self.store.path / self.chunks[chunk].key
-        if not path.is_file():  # zarr would give zeros
-            raise self._wrong(path, "is missing")
-        if path.stat().st_size != self.chunks[chunk].bytes:
-            raise self._wrong(path, f"has {path.stat().st_size} bytes where {self.chunks[chunk].bytes} were committed")
+        part, record = self._part(chunk, out, start), self.chunks[chunk]
+        length = self.store.place.size(record.key)
+        if length is None:  # zarr would give zeros
+            raise self._wrong(record, "is missing")
+        if length != record.bytes:
+            raise self._wrong(record, f"has {length} bytes where {record.bytes} were committed")
         first = self.numbers[chunk] * self.store.layout.chunk_rows + start
         try:
             self._array.get_basic_selection(slice(first, first + len(part)), out=NDBuffer.from_numpy_array(part))
         except (RuntimeError, ValueError):  # of codecs and of a shard's index
-            raise self._wrong(path, "is damaged") from None
+            raise self._wrong(record, "is damaged") from None
         self._count([part])
 
 
@@ -196,6 +221,9 @@ def open_reader(store: Store, split: str, site: str) -> Reader:
     metadata, layout = store.metadata(split, site), store.layout
     as_written = store.rows_of(site).format(tuple(metadata["shape"][1:])).metadata()
     plain = layout.codec is None and metadata["codecs"] == as_written["codecs"]
-    if sys.byteorder == "little" and plain and hasattr(os, "preadv"):
-        return DirectReader(store, split, site)
+    if sys.byteorder == "little" and plain:
+        if not isinstance(store.path, Path):
+            return RangeReader(store, split, site)
+        if hasattr(os, "preadv"):
+            return DirectReader(store, split, site)
     return ZarrReader(store, split, site)

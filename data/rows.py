@@ -102,6 +102,28 @@ class Rows:
             return rounded(given, self.layout.bitround)
         return given
 
+    def zarr_files(self, split: str, shape: tuple[int, ...]) -> dict[str, bytes]:
+        """{key: content} of what zarr describes a new array and its groups with."""
+        import zarr
+        from zarr.storage import MemoryStore
+
+        from data.bfloat16 import BFloat16
+
+        files: dict[str, Any] = {}
+        zarr.open_group(MemoryStore(files), mode="a").require_group(split).create_array(
+            self.site,
+            shape=shape,
+            chunks=(self.layout.chunk_rows, *shape[1:]),
+            shards=(self.layout.unit_rows, *shape[1:]) if self.layout.shards else None,
+            dtype=BFloat16() if self.dtype == np.uint16 else self.dtype,
+            fill_value=0,
+            compressors=self.format(shape[1:]).compressor,
+            filters=None,
+            # All chunks in one folder: one directory fsync a unit.
+            chunk_key_encoding={"name": "default", "separator": "."},
+        )
+        return {key: file.to_bytes() for key, file in files.items()}
+
 
 def _tensor(array: NDArray[Any]) -> Tensor:
     """torch takes no memory that may not be written to, such as that of bytes."""

@@ -1,4 +1,4 @@
-"""The store: a folder of Zarr v3 arrays, one chunk a file, where only what a commit record names counts.
+"""The store: a place of Zarr v3 arrays, one chunk a file, where only what a commit record names counts.
 
     manifest.json                            written first
     <split>/<site>/                          array [capacity, width], rows of all sites align; plain chunks, or as the
@@ -10,30 +10,27 @@
 
 A unit is `layout.chunks_per_unit` consecutive chunks, of which only those that hold rows are written; with shards its
 one file is what is called a chunk file here. A committed unit is never written again. Any number of processes may
-write: each chunk is staged under a name of its own, and under the store's lock, which the kernel keeps, a unit's chunks
-come to their places and its record is written, once.
+write: each chunk is staged under a name of its own, and a unit's chunks come to their places and its record is written,
+once, as a folder or an object store can: data/place.py.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from data.claims import Claims, Overtaken
-from data.commit import Chunk, Commit, fsync, put, put_first, whole_file
+from data.claims import Overtaken
+from data.commit import Chunk, Commit
 from data.errors import UserError
-from data.lock import alone
 from data.manifest import HELDOUT, TRAIN, Json, Layout, Manifest, differing, seal, seal_array, unseal
 from data.order import Ints, seeded_permutation
+from data.place import Location, locate, place_at
 from data.rows import BOOKS, Rows
 from data.stats import Stats
 
@@ -45,34 +42,36 @@ _SITE = re.compile(r"\w[\w.-]*")
 
 
 class Store:
-    """One store, open. Reading needs no lock; `require` and `write` take it themselves."""
+    """One store, open."""
 
-    def __init__(self, path: Path, manifest: Manifest) -> None:
-        self.path, self.manifest = path, manifest
-        self.claims = Claims(path / "claims", self.lock)
-        self._commits: dict[Path, Commit] = {}  # a record never changes once it is there
+    def __init__(self, path: Location, manifest: Manifest) -> None:
+        self.path, self.manifest, self.place = path, manifest, place_at(path)
+        self.claims = self.place.claims
+        self._commits: dict[str, Commit] = {}  # a record never changes once it is there
         self._rows: dict[str, Rows] = {}  # nor does how a site's rows are encoded
 
     @classmethod
-    def open(cls, path: Path | str) -> Store:
-        """Open a folder; a UserError where it is no store, its manifest is damaged or its format is newer."""
-        path = Path(path)
-        if not (path / "manifest.json").is_file():
-            raise UserError(f"{path} is not a store (it has no manifest.json): give the folder of a harvested cache")
-        return cls(path, Manifest.from_json(path / "manifest.json"))
+    def open(cls, path: Location | str) -> Store:
+        """Open a folder or URL; a UserError where it is no store, its manifest is damaged or its format is newer."""
+        path = locate(path)
+        try:
+            return cls(path, Manifest.from_json(place_at(path).read("manifest.json"), path / "manifest.json"))
+        except (FileNotFoundError, NotADirectoryError):
+            raise UserError(
+                f"{path} is not a store (it has no manifest.json): give the folder of a harvested cache"
+            ) from None
 
     @classmethod
-    def create_or_open(cls, cache: Path, manifest: Manifest) -> Store:
+    def create_or_open(cls, cache: Location, manifest: Manifest) -> Store:
         """Open `manifest`'s folder in `cache`, or make it, manifest first; a UserError names fields that differ."""
         path = cache / manifest.folder
-        if not (path / "manifest.json").exists():
-            if (path / "commits").exists():
+        place = place_at(path)
+        if place.size("manifest.json") is None:
+            if "commits" in place.folders():
                 raise UserError(
                     f"{path} has lost its manifest.json: restore it, or delete the folder and harvest again"
                 )
-            path.mkdir(parents=True, exist_ok=True)
-            put_first(path / "manifest.json", manifest.to_json())
-            fsync(cache)
+            place.create("manifest.json", manifest.to_json())
         store = cls.open(path)
         fields = differing(store.manifest.identity, manifest.identity)
         if fields:
@@ -83,24 +82,26 @@ class Store:
     def layout(self) -> Layout:
         return self.manifest.layout
 
-    def lock(self) -> contextlib.AbstractContextManager[None]:
-        """Be the only one to change what the store holds, for a moment; not to be entered twice."""
-        return alone(self.path / "manifest.json")
-
-    def array_path(self, split: str, site: str) -> Path:
+    def array_path(self, split: str, site: str) -> Location:
         return self.path / split / site
 
     def metadata(self, split: str, site: str) -> Json:
         """The array's zarr.json; a UserError where the store has no such site."""
-        path = self.array_path(split, site) / "zarr.json"
-        if not path.is_file():
-            have = ", ".join(self.sites(split)) or "none"
-            raise UserError(f"{self.path} has no site {site} in split {split} (it has: {have}): harvest it first")
+        key = f"{split}/{site}/zarr.json"
         try:
-            found: Json = json.loads(path.read_bytes())
+            return self._parsed(key, self.place.read(key))
+        except FileNotFoundError:
+            have = ", ".join(self.sites(split)) or "none"
+            raise UserError(
+                f"{self.path} has no site {site} in split {split} (it has: {have}): harvest it first"
+            ) from None
+
+    def _parsed(self, key: str, data: bytes) -> Json:
+        try:
+            found: Json = json.loads(data)
+            return found
         except ValueError:
-            raise UserError(f"{path} is damaged: delete the store and harvest again") from None
-        return found
+            raise UserError(f"{self.path / key} is damaged: delete the store and harvest again") from None
 
     def row_shape(self, split: str, site: str) -> tuple[int, ...]:
         """Of rows as they are stored."""
@@ -111,7 +112,7 @@ class Store:
         rows = self._rows.get(site) or Rows(self.layout, site, {})
         if rows.is_int8 and not rows.attributes:
             for split in (TRAIN, HELDOUT):
-                if not rows.attributes and (self.array_path(split, site) / "zarr.json").is_file():
+                if not rows.attributes and self.place.size(f"{split}/{site}/zarr.json") is not None:
                     rows = Rows(self.layout, site, self.metadata(split, site).get("attributes", {}))
         if rows.attributes or not rows.is_int8:
             self._rows[site] = rows
@@ -128,69 +129,47 @@ class Store:
         standard: what int8 rows are encoded by, where no array of the site says it yet.
         """
         assert _SITE.fullmatch(site), f"{site!r} cannot name a folder"
-        path, unit_rows = self.array_path(split, site), self.layout.unit_rows
+        key, unit_rows = f"{split}/{site}/zarr.json", self.layout.unit_rows
         capacity = -(-rows_capacity // unit_rows) * unit_rows
         row_shape = self.rows_of(site).shape(width)
-        with self.lock():
-            if not (path / "zarr.json").exists():
-                self._create_array(split, site, (capacity, *row_shape))
-            found = self.metadata(split, site)
+        made = {} if self.place.size(key) else self.rows_of(site).zarr_files(split, (capacity, *row_shape))
+        for group in (name for name in made if name != key):
+            self.place.update(group, lambda old, new=made[group]: old or new)  # type: ignore[misc]
+
+        def grown(old: bytes | None) -> bytes:
+            found = self._parsed(key, old or made[key])
             shape = (found["shape"][0], *row_shape)
-            assert tuple(found["shape"]) == shape, f"{path} has rows of shape {found['shape'][1:]}, not {row_shape}"
+            assert tuple(found["shape"]) == shape, f"{key} has rows of shape {found['shape'][1:]}, not {row_shape}"
             if self.rows_of(site).is_int8:
                 encoded_by = self.rows_of(site).standard or standard
                 assert encoded_by is not None and len(encoded_by.mean) == width, f"{site} has no standard for {width}"
                 found["attributes"] = {"encoding": encoded_by.attributes(site)}
-            grown = seal_array(found | {"shape": [max(capacity, shape[0]), *row_shape]})
-            if grown == (path / "zarr.json").read_bytes():
-                return
-            put(path / "zarr.json", grown)
-            for folder in (path, path.parent, self.path):
-                for left in folder.glob("zarr.*.partial"):  # zarr's temporary names, of a process killed in here
-                    left.unlink()
-            for written in (path.parent, self.path):
-                fsync(written)
+            return seal_array(found | {"shape": [max(capacity, shape[0]), *row_shape]})
 
-    def _create_array(self, split: str, site: str, shape: tuple[int, ...]) -> None:
-        import zarr
+        self.place.update(key, grown)
 
-        from data.bfloat16 import BFloat16
+    @staticmethod
+    def _record(split: str, unit: int, site: str) -> str:
+        return f"commits/{split}/{unit:06d}.{site}.json"
 
-        rows, files = self.rows_of(site), self.rows_of(site).format(shape[1:])
-        zarr.open_group(self.path, mode="a").require_group(split).create_array(
-            site,
-            shape=shape,
-            chunks=(self.layout.chunk_rows, *shape[1:]),
-            shards=(self.layout.unit_rows, *shape[1:]) if self.layout.shards else None,
-            dtype=BFloat16() if rows.dtype == np.uint16 else rows.dtype,
-            fill_value=0,
-            compressors=files.compressor,
-            filters=None,
-            # All chunks in one folder: one directory fsync a unit.
-            chunk_key_encoding={"name": "default", "separator": "."},
-        )
-
-    def _record(self, split: str, unit: int, site: str) -> Path:
-        return self.path / "commits" / split / f"{unit:06d}.{site}.json"
-
-    def _records(self, split: str) -> list[tuple[int, str, Path]]:
-        """(unit, site, file) of every commit of a split, by unit."""
-        names = (path.name.split(".", 1) for path in (self.path / "commits" / split).glob("[0-9]*.json"))
-        found = sorted((int(unit), rest.removesuffix(".json")) for unit, rest in names)
+    def _records(self, split: str) -> list[tuple[int, str, str]]:
+        """(unit, site, key) of every commit of a split, by unit."""
+        names = (name for name in self.place.names(f"commits/{split}") if name[0].isdigit() and name.endswith(".json"))
+        parts = (name.split(".", 1) for name in names)
+        found = sorted((int(unit), rest.removesuffix(".json")) for unit, rest in parts)
         return [(unit, site, self._record(split, unit, site)) for unit, site in found]
 
     def is_committed(self, split: str, unit: int, site: str) -> bool:
-        return self._record(split, unit, site).exists()
+        return self.place.size(self._record(split, unit, site)) is not None
 
     def committed(self, split: str, site: str) -> dict[int, Commit]:
         """The commits of a site by unit, in order; a UserError names a damaged record."""
-        found = {}
-        for unit, name, path in self._records(split):
-            if name == site:
-                if path not in self._commits:
-                    self._commits[path] = Commit.read(path)
-                found[unit] = self._commits[path]
-        return found
+        records = [(unit, key) for unit, name, key in self._records(split) if name == site]
+        unread = [key for _, key in records if key not in self._commits]
+        for key, data in zip(unread, self.place.reads(unread), strict=True):
+            if data is not None:  # else it was removed a moment ago
+                self._commits[key] = Commit.of(data, self.path / key)
+        return {unit: self._commits[key] for unit, key in records if key in self._commits}
 
     def permutation(self, split: str, unit: int, n: int) -> Ints:
         """The seeded order of a unit's `n` rows, the same for all its sites, tokens and origin."""
@@ -214,9 +193,11 @@ class Store:
             chunks, stats = self._stage(stage, split, unit, kind, rows, order, tuple(shape[1:]))
             moments = (stats.sum.tolist(), stats.sum_sq, stats.mean_norm, stats.max_abs)
             commit = Commit(split, unit, site, len(rows), tuple(chunks), *moments, nonfinite=0, made_by=made_by)
-            return self._settle(stage, commit)
+            record, keys = self._record(split, unit, site), [chunk.key for chunk in chunks]
+            standing = self.place.settle(stage, keys, record, seal(asdict(commit)))
+            return Commit.of(standing, self.path / record)
         except FileNotFoundError:
-            if self.array_path(split, site).is_dir():
+            if self.place.size(f"{split}/{site}/zarr.json") is not None:
                 raise Overtaken(f"unit {unit} of {split}/{site}") from None
             raise
         finally:
@@ -224,7 +205,7 @@ class Store:
 
     def _stage(
         self,
-        stage: Path,
+        stage: Location,
         split: str,
         unit: int,
         kind: Rows,
@@ -260,28 +241,19 @@ class Store:
         """The path, below the store, of the number-th chunk file of an array."""
         return f"{split}/{site}/c.{number}" + ".0" * len(row_shape)
 
-    def _settle(self, stage: Path, commit: Commit) -> Commit:
-        """Move staged chunks to their places and write the record, unless another process has."""
-        record = self._record(commit.split, commit.unit, commit.site)
-        with self.lock():
-            if record.exists():
-                return Commit.read(record)
-            for chunk in commit.chunks:
-                os.replace(stage / Path(chunk.key).name, self.path / chunk.key)
-            fsync(self.array_path(commit.split, commit.site))
-            record.parent.mkdir(parents=True, exist_ok=True)
-            put(record, seal(asdict(commit)))
-        return commit
-
-    def _write_chunk(self, stage: Path, key: str, pieces: Iterable[bytes]) -> tuple[int, str]:
+    def _write_chunk(self, stage: Location, key: str, pieces: Iterable[bytes]) -> tuple[int, str]:
         """Write one chunk file into `stage`; returns its bytes and their crc32c."""
         import google_crc32c
 
         crc, size = 0, 0
-        with whole_file(stage / Path(key).name) as file:
+
+        def counted() -> Iterator[bytes]:
+            nonlocal crc, size
             for data in pieces:
-                file.write(data)
                 crc, size = google_crc32c.extend(crc, data), size + len(data)
+                yield data
+
+        self.place.put_staged(stage, key.rpartition("/")[2], counted())
         return size, f"{crc:08x}"
 
     def rows(self, split: str, site: str) -> int:
@@ -299,43 +271,48 @@ class Store:
             raise UserError(f"{self.path} holds no rows of {site} in split {split}: harvest them first")
         return Stats.merge(parts)
 
-    def mark_complete(self, extent: Json) -> None:
-        """Record, under the lock, that all of `extent` is committed."""
-        put(self.path / "complete.json", seal(extent))
+    def mark_complete(self, extent: Callable[[], Json]) -> None:
+        """Record that all of `extent()`, looked at while no other process does the same, is committed."""
+        self.place.update("complete.json", lambda _: seal(extent()))
 
     @property
     def complete(self) -> Json | None:
         """The extent last marked complete, or None."""
-        path = self.path / "complete.json"
-        return unseal(path, "delete it and run the same harvest again") if path.exists() else None
+        try:
+            data = self.place.read("complete.json")
+        except FileNotFoundError:
+            return None
+        return unseal(data, self.path / "complete.json", "delete it and run the same harvest again")
 
 
-def _stores(cache: Path) -> tuple[list[Store], list[UserError]]:
+def _stores(cache: Location) -> tuple[list[Store], list[UserError]]:
     """All stores of a cache folder by name, and what is wrong with those that cannot be opened."""
     found, wrong = [], []
-    for path in sorted(cache.glob("*/manifest.json")):
+    for path in (cache / name for name in place_at(cache).folders()):
+        if place_at(path).size("manifest.json") is None:
+            continue
         try:
-            found.append(Store.open(path.parent))
+            found.append(Store.open(path))
         except UserError as error:
             wrong.append(error)
     return found, wrong
 
 
-def _matching(cache: Path, matches: Callable[[Store], bool]) -> list[Store]:
+def _matching(cache: Location, matches: Callable[[Store], bool]) -> list[Store]:
     """The stores that match; where none does but some could not be opened, the first such error."""
-    stores, wrong = _stores(Path(cache))
+    stores, wrong = _stores(cache)
     found = [store for store in stores if matches(store)]
     if not found and wrong:
         raise wrong[0]
     return found
 
 
-def find(cache: Path, settings: Json) -> list[Store]:
+def find(cache: Location, settings: Json) -> list[Store]:
     """All stores of a cache that were asked for with just these settings."""
     return _matching(cache, lambda store: store.manifest.settings == settings)
 
 
-def find_fingerprint(cache: Path, fingerprint: str) -> Store:
+def find_fingerprint(cache: Location, fingerprint: str) -> Store:
     """The store with this fingerprint; a UserError where there is none."""
     found = _matching(cache, lambda store: store.manifest.fingerprint == fingerprint)
     if not found:

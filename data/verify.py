@@ -9,14 +9,14 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from itertools import chain, count
-from pathlib import Path
 
 import numpy as np
 
 from data.commit import Chunk, Commit
-from data.contents import RECORD, SPLITS, file_sizes, leftovers
+from data.contents import RECORD, SPLITS, leftovers
 from data.errors import UserError
 from data.manifest import Json, Layout, Manifest, seal, seal_array, unseal
+from data.place import Location, place_at
 from data.rows import Rows
 from data.stats import Stats
 from data.store import ORIGIN, TOKENS, Store
@@ -29,7 +29,7 @@ _TOLERANCE = 1e-9  # of float64 sums added in another order
 class Finding:
     """Something wrong with one file; a leftover is a file of no store, which does no harm."""
 
-    path: Path
+    path: Location
     what: str
     leftover: bool = False
 
@@ -37,17 +37,16 @@ class Finding:
         return f"{'leftover' if self.leftover else 'damaged'}: {self.path} {self.what}"
 
 
-def _sealed(path: Path, indent: int | None = None) -> Json:
+def _sealed(data: bytes, path: Location, indent: int | None = None) -> Json:
     """A record, if it is byte for byte what was written; a UserError otherwise."""
-    obj = unseal(path, "")
-    if path.read_bytes() != seal(obj, indent):
+    obj = unseal(data, path, "")
+    if data != seal(obj, indent):
         raise UserError(f"{path} is damaged")
     return obj
 
 
-def _array(path: Path, layout: Layout, site: str) -> tuple[Rows, tuple[int, ...]]:
+def _array(raw: bytes, layout: Layout, site: str) -> tuple[Rows, tuple[int, ...]]:
     """The rows that an array's zarr.json tells of, and their shape; a UserError where it is not as it was written."""
-    raw = path.read_bytes()
     try:
         found = json.loads(raw)
         sound = isinstance(found, dict) and raw == seal_array(found)
@@ -76,13 +75,13 @@ def _array(path: Path, layout: Layout, site: str) -> tuple[Rows, tuple[int, ...]
 class Verifier:
     """One store's check; `run` fills `findings`. Letters: N rows of a chunk, D width."""
 
-    def __init__(self, path: Path) -> None:
-        self.path, self.findings = path, list[Finding]()
+    def __init__(self, path: Location) -> None:
+        self.path, self.place, self.findings = path, place_at(path), list[Finding]()
         self.commits: dict[tuple[str, str], dict[int, Commit | None]] = {}  # (split, site) -> unit; None: damaged
         self.arrays: dict[tuple[str, str], tuple[Rows, tuple[int, ...]]] = {}  # whose metadata is sound
         self.complete: Json | None = None
 
-    def damaged(self, path: Path, what: str) -> None:
+    def damaged(self, path: Location, what: str) -> None:
         self.findings.append(Finding(path, what))
 
     def run(self, quiet: bool = False) -> list[Finding]:
@@ -100,8 +99,9 @@ class Verifier:
     def _manifest(self) -> Manifest | None:
         path = self.path / "manifest.json"
         try:
-            manifest = Manifest.from_json(path)
-            if path.read_bytes() == manifest.to_json():
+            data = self.place.read("manifest.json")
+            manifest = Manifest.from_json(data, path)
+            if data == manifest.to_json():
                 return manifest
             self.damaged(path, "is not as it was written")
         except FileNotFoundError:
@@ -113,21 +113,25 @@ class Verifier:
     def _records(self) -> None:
         """Read complete.json and every commit record, and hold each against its name and the layout."""
         path = self.path / "complete.json"
-        if path.exists():
-            try:
-                self.complete = _sealed(path)
-            except UserError:
-                self.damaged(path, "is not as it was written")
-        for split in SPLITS:
-            for path in sorted((self.path / "commits" / split).glob("*.json")):
-                if name := RECORD.fullmatch(path.name):
-                    unit, site = int(name[1]), name[2]
-                    self.commits.setdefault((split, site), {})[unit] = self._record(path, split, unit, site)
-
-    def _record(self, path: Path, split: str, unit: int, site: str) -> Commit | None:
         try:
-            _sealed(path)
-            commit = Commit.read(path)
+            self.complete = _sealed(self.place.read("complete.json"), path)
+        except FileNotFoundError:
+            pass
+        except UserError:
+            self.damaged(path, "is not as it was written")
+        for split in SPLITS:
+            names = [name for name in self.place.names(f"commits/{split}") if RECORD.fullmatch(name)]
+            contents = self.place.reads([f"commits/{split}/{name}" for name in names])
+            for name, data in zip(names, contents, strict=True):
+                if data is not None and (parts := RECORD.fullmatch(name)):
+                    unit, site = int(parts[1]), parts[2]
+                    path = self.path / f"commits/{split}/{name}"
+                    self.commits.setdefault((split, site), {})[unit] = self._record(data, path, split, unit, site)
+
+    def _record(self, data: bytes, path: Location, split: str, unit: int, site: str) -> Commit | None:
+        try:
+            _sealed(data, path)
+            commit = Commit.of(data, path)
         except UserError:
             self.damaged(path, "is not as it was written")
             return None
@@ -142,34 +146,39 @@ class Verifier:
 
     def _metadata(self) -> None:
         """Every zarr.json: of the store, of its splits, of the arrays that are there or have records."""
-        self._group(self.path / "zarr.json")
+        self._group("zarr.json")
         for split in SPLITS:
-            folders = {path.parent.name for path in (self.path / split).glob("*/zarr.json")}
+            folders = {
+                site for site in self._folders(split) if self.place.size(f"{split}/{site}/zarr.json") is not None
+            }
             sites = folders | {site for at, site in self.commits if at == split}
             if sites:
-                self._group(self.path / split / "zarr.json")
+                self._group(f"{split}/zarr.json")
             for site in sorted(sites):
-                path = self.path / split / site / "zarr.json"
+                key = f"{split}/{site}/zarr.json"
                 try:
-                    self.arrays[split, site] = _array(path, self.layout, site)
+                    self.arrays[split, site] = _array(self.place.read(key), self.layout, site)
                 except FileNotFoundError:
-                    self.damaged(path, "is missing")
+                    self.damaged(self.path / key, "is missing")
                 except UserError as error:
-                    self.damaged(path, str(error))
+                    self.damaged(self.path / key, str(error))
         for (split, site), (rows, _) in self.arrays.items():
             first, _ = self.arrays.get((SPLITS[0], site), (rows, ()))
             if first.attributes.get("encoding") != rows.attributes.get("encoding"):
                 self.damaged(self.path / split / site / "zarr.json", f"is encoded otherwise than in {SPLITS[0]}/")
 
-    def _group(self, path: Path) -> None:
+    def _folders(self, split: str) -> list[str]:
+        return place_at(self.path / split).folders()
+
+    def _group(self, key: str) -> None:
         try:
-            if json.loads(path.read_bytes()) != _GROUP:
-                self.damaged(path, "is not a plain group's")
+            if json.loads(self.place.read(key)) != _GROUP:
+                self.damaged(self.path / key, "is not a plain group's")
         except FileNotFoundError:
             if self.arrays or self.commits:
-                self.damaged(path, "is missing")
+                self.damaged(self.path / key, "is missing")
         except ValueError:
-            self.damaged(path, "is not as it was written")
+            self.damaged(self.path / key, "is not as it was written")
 
     def _chunks(self, quiet: bool) -> None:
         """Read every committed chunk once: length, checksum, statistics of its unit."""
@@ -181,21 +190,21 @@ class Verifier:
         with tqdm(total=total, disable=quiet, **settings) as bar:
             for commit in sound:
                 parts: list[Stats] | None = []
-                for number, chunk in enumerate(commit.chunks, commit.unit * self.layout.files_per_unit):
-                    found = self._read(commit, number, chunk)
+                contents = self.place.reads([chunk.key for chunk in commit.chunks])
+                numbers = count(commit.unit * self.layout.files_per_unit)
+                for number, chunk, content in zip(numbers, commit.chunks, contents, strict=False):
+                    found = self._read(commit, number, chunk, content)
                     bar.update(chunk.bytes)
                     parts = None if parts is None or found is None else parts + found
                 if parts:
                     self._statistics(commit, Stats.merge(parts))
 
-    def _read(self, commit: Commit, number: int, chunk: Chunk) -> list[Stats] | None:
+    def _read(self, commit: Commit, number: int, chunk: Chunk, content: bytes | None) -> list[Stats] | None:
         """The statistics of a file's chunks, of a book's none; None where the file is damaged or its shape unknown."""
         import google_crc32c
 
         path = self.path / chunk.key
-        try:
-            content = path.read_bytes()
-        except FileNotFoundError:
+        if content is None:
             self.damaged(path, "is missing")
             return None
         if len(content) != chunk.bytes:
@@ -243,7 +252,7 @@ class Verifier:
                 self._missing(split, site, int(wanted))
                 have = sum(commit.rows for commit in units.values() if commit)
                 for book in (TOKENS, ORIGIN):
-                    if have == wanted and (self.path / split / book).is_dir():
+                    if have == wanted and book in self._folders(split):
                         for unit in sorted(units.keys() - self.commits.get((split, book), {}).keys()):
                             self._lost(split, unit, book)
         for split in SPLITS:
@@ -289,11 +298,11 @@ class Verifier:
                     keys |= {chunk.key for chunk in commit.chunks}
                 else:
                     keys |= {f"{split}/{site}/c.{number}{end}" for number in numbers for end in ends}
-        lost = {str(finding.path.relative_to(self.path)) for finding in self.findings}
-        for name in leftovers(file_sizes(self.path), keys | lost):
+        lost = {str(finding.path)[len(str(self.path)) + 1 :] for finding in self.findings}
+        for name in leftovers(self.place.sizes(), keys | lost):
             self.findings.append(Finding(self.path / name, "is no part of the store", leftover=True))
 
 
-def verify(path: Path, quiet: bool = False) -> list[Finding]:
+def verify(path: Location, quiet: bool = False) -> list[Finding]:
     """What is wrong with the store at `path`: nothing, if the list is empty. Shows its progress unless `quiet`."""
     return Verifier(path).run(quiet)

@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from data.errors import UserError
 from data.manifest import HELDOUT, TRAIN, Json, differing
 from data.names import Site
+from data.place import Location, locate
 from data.settings import whole
 from data.store import Store, find_fingerprint
 from evaluate import report
@@ -50,7 +51,7 @@ def find_saes(patterns: str | Sequence[str]) -> list[Trained]:
     return [Trained(folder, load_config(folder)) for folder in sorted(folders)]
 
 
-def by_place(saes: Iterable[Trained], cache: Path) -> list[tuple[Store, dict[str, list[Trained]]]]:
+def by_place(saes: Iterable[Trained], cache: Location) -> list[tuple[Store, dict[str, list[Trained]]]]:
     """The SAEs of each store by site; UserError where the cache has no such store, or it lacks the site."""
     stores: dict[str, Store] = {}
     places: dict[str, dict[str, list[Trained]]] = {}
@@ -179,7 +180,7 @@ def describe(sae: Trained, result: Json) -> Json:
 def evaluate(config: Mapping[str, Any]) -> Path:
     """Score what a resolved configuration names; the path of the report."""
     config = checked(config)
-    places = by_place(find_saes(config["saes"] or ()), Path(config["cache"]))
+    places = by_place(find_saes(config["saes"] or ()), locate(config["cache"]))
     sites = []
     for store, by_site in places:
         text = open_text(store, config)

@@ -96,12 +96,10 @@ def refuse_mixed(store: Store, mine: Json) -> None:
 
 def finish(store: Store) -> None:
     """Once all that was asked for is committed: write complete.json, and remove what killed processes left."""
-    if store.complete == extent(store) and not store.claims.folder.exists():
-        return  # without the lock, which a folder that can only be read does not give
-    with store.lock():
+    if store.claims.any():
         store.claims.sweep(store.is_committed)
-        if store.complete != (now := extent(store)):
-            store.mark_complete(now)
+    if store.complete != extent(store):  # looked at first, as a folder that can only be read gives no lock
+        store.mark_complete(lambda: extent(store))
 
 
 def summary(store: Store) -> str:

@@ -18,6 +18,7 @@ from data.contents import size
 from data.errors import UserError
 from data.manifest import FORMAT, HELDOUT, TRAIN, Json, Layout, Manifest, choose_layout, differing, settings_of
 from data.names import Site
+from data.place import Location, locate, place_at
 from data.settings import whole
 from data.store import Store, find
 from harvest import lm
@@ -39,7 +40,7 @@ class Request:
     sites: tuple[Site, ...]
     rows: dict[str, int]  # asked of each split; none for a split that is not
     lm_batch: int
-    cache: Path
+    cache: Location
     store: Json
     allow_mixed_devices: bool
 
@@ -59,7 +60,7 @@ class Request:
             sites=sites,
             rows={split: count for split, count in rows.items() if count},
             lm_batch=whole(cfg, "lm_batch", 1),
-            cache=Path(cfg["cache"]),
+            cache=locate(cfg["cache"]),
             store=layout_asked(cfg["store"]),
             allow_mixed_devices=bool(cfg["allow_mixed_devices"]),
         )
@@ -69,7 +70,9 @@ class Request:
         return request
 
     def check(self) -> None:
-        """Look at the text and the model from outside."""
+        """Look at the bucket, the text and the model from outside."""
+        if not isinstance(self.cache, Path):
+            place_at(self.cache).folders()
         self.source.check()
         lm.check_model(self.model)
         limit = lm.context_limit(self.model)
@@ -146,13 +149,16 @@ def say(line: str) -> None:
 
 
 def check_disk(request: Request, units: Sequence[Unit], widths: Mapping[str, int], layout: Layout) -> None:
-    """Print what the harvest will take on disk; UserError where the disk has not as much (before any codec)."""
+    """Print what the harvest will take; UserError where that is a disk and has not as much (before any codec)."""
     needed = sum(unit.bytes(widths, layout) for unit in units)
+    asked = f"{size(needed)} to write{_spared(units, widths, layout)}"
+    if not isinstance(request.cache, Path):
+        return say(f"{asked} in {request.cache}")
     folder = request.cache.absolute()
     while not folder.exists():
         folder = folder.parent
     free = shutil.disk_usage(folder).free
-    say(f"on disk: {size(needed)} to write{_spared(units, widths, layout)}, {size(free)} free in {request.cache}")
+    say(f"on disk: {asked}, {size(free)} free in {request.cache}")
     if needed + DISK_MARGIN > free:
         raise UserError(
             f"the harvest needs {size(needed)} in {request.cache} and {size(free)} is free there: free some space, "

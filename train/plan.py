@@ -19,6 +19,7 @@ from data.manifest import HELDOUT, TRAIN, canonical, differing, settings_of
 from data.names import Site
 from data.order import batches_per_epoch, reserve
 from data.outliers import Decode, KeptReader, median_norm, moments
+from data.place import locate
 from data.reader import Reader, open_reader
 from data.settings import number, whole
 
@@ -135,8 +136,8 @@ def harvest_line(settings: Settings, overrides: Sequence[str], tokens: int) -> s
 def find_store(settings: Settings, overrides: Sequence[str]) -> stores.Store:
     """The store named by `store`, else the one in `cache` whose model, text and packing are the configured ones."""
     if settings["store"]:
-        return stores.Store.open(Path(settings["store"]))
-    found = stores.find(Path(settings["cache"]), settings_of(settings))
+        return stores.Store.open(settings["store"])
+    found = stores.find(locate(settings["cache"]), settings_of(settings))
     if not found:
         line = harvest_line(settings, overrides, wanted_rows(settings, margin=1.05))
         raise UserError(f"no store in {settings['cache']} holds this model, text and packing; make it with: {line}")

@@ -39,7 +39,7 @@ def harvested(cache: Path, dtype: str = "bfloat16", **layout: object) -> Store:
             store.write(split, unit, TOKENS, rng.integers(0, 9999, n).astype(np.int32), {"device": "cpu"})
             store.write(split, unit, ORIGIN, origin, {"device": "cpu"})
             begin += n
-    store.mark_complete({split: {site: store.rows(split, site) for site in SITES} for split in ROWS})
+    store.mark_complete(lambda: {split: {site: store.rows(split, site) for site in SITES} for split in ROWS})
     return store
 
 

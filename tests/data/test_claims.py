@@ -53,7 +53,7 @@ def left(claims: Claims) -> list[str]:
     return sorted(path.name.split(".")[-1] if path.is_file() else "stage" for path in claims.folder.glob("*"))
 
 
-def test_a_claim_says_who_and_is_gone_after(claims: Claims, tmp_path: Path) -> None:
+def test_a_claim_says_who_andis_gone_after(claims: Claims, tmp_path: Path) -> None:
     with claims.take("train", 3, ["resid_post.1"], ME) as mine:
         assert mine
         owner = json.loads((tmp_path / "claims/train.000003").read_text())
@@ -190,7 +190,7 @@ def test_a_claim_that_cannot_be_written_leaves_nothing(claims: Claims, monkeypat
 
 
 def test_of_many_at_once_one_has_it(tmp_path: Path, dead_pid: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    judge = module._is_gone
+    judge = module.is_gone
 
     def slowly(owner: dict[str, object]) -> bool:
         """Leave time between reading a claim and removing it."""
@@ -198,7 +198,7 @@ def test_of_many_at_once_one_has_it(tmp_path: Path, dead_pid: int, monkeypatch: 
         time.sleep(0.01)
         return gone
 
-    monkeypatch.setattr(module, "_is_gone", slowly)
+    monkeypatch.setattr(module, "is_gone", slowly)
     for _ in range(5):
         plant(another(tmp_path), dead_pid)
         got: list[bool] = []

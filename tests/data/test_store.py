@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,9 +23,10 @@ from hypothesis import strategies as st
 import data.bfloat16  # noqa: F401  registers the type
 from data import commit as module
 from data.claims import Overtaken
-from data.commit import Commit
 from data.errors import UserError
+from data.lock import alone
 from data.manifest import HELDOUT, TRAIN
+from data.place import Folder
 from data.store import ORIGIN, TOKENS, Store, find, find_fingerprint, pick
 
 from .conftest import SITE, Build, manifest, numbered
@@ -322,21 +324,12 @@ def test_mixing_depends_on_seed_split_and_unit_alone(tmp_path: Path, build: Buil
 def test_complete_is_what_was_marked_last(build: Build) -> None:
     store = build([16])
     assert store.complete is None
-    store.mark_complete({"tokens": 1})
-    store.mark_complete({"tokens": 2, "sites": [SITE]})
+    store.mark_complete(lambda: {"tokens": 1})
+    store.mark_complete(lambda: {"tokens": 2, "sites": [SITE]})
     assert Store.open(store.path).complete == {"tokens": 2, "sites": [SITE]}
     (store.path / "complete.json").write_text('{"tokens": 3}')
     with pytest.raises(UserError, match=r"complete\.json is damaged"):
         _ = store.complete
-
-
-def test_what_a_growth_killed_half_way_left_is_removed(build: Build) -> None:
-    store = build([16])
-    left = [store.path / "zarr.0a1b.partial", store.path / TRAIN / SITE / "zarr.2c3d.partial"]
-    for path in left:
-        path.write_text("{")
-    store.require(TRAIN, SITE, 3, 32)
-    assert not any(path.exists() for path in left)
 
 
 def test_growth_and_commits_wait_for_the_lock(build: Build) -> None:
@@ -349,7 +342,7 @@ def test_growth_and_commits_wait_for_the_lock(build: Build) -> None:
     for act in acts:
         thread = threading.Thread(target=act)
         before = {name: was for name, was in contents(store.path).items() if not name.startswith("claims/")}
-        with store.lock():
+        with alone(store.path / "manifest.json"):
             thread.start()
             thread.join(0.2)
             assert thread.is_alive()
@@ -363,16 +356,16 @@ def test_growth_and_commits_wait_for_the_lock(build: Build) -> None:
 def test_two_writers_of_a_unit_leave_one_whole_commit(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
     """The slower one, on another device with other bits, comes to commit when the faster one has: nothing changes."""
     store = build([])
-    settle, started = Store._settle, []
+    settle, started = Folder.settle, []
 
-    def late(self: Store, stage: Path, commit: Commit) -> Commit:
+    def late(self: Folder, *args: Any) -> bytes:
         if not started:
             started.append(1)
             Store.open(store.path).write(TRAIN, 0, SITE, numbered(np.arange(16), "bfloat16"), {"device": "fast"})
             started.append(contents(store.path / TRAIN))
-        return settle(self, stage, commit)
+        return settle(self, *args)
 
-    monkeypatch.setattr(Store, "_settle", late)
+    monkeypatch.setattr(Folder, "settle", late)
     commit = store.write(TRAIN, 0, SITE, numbered(np.arange(1, 17), "bfloat16"), {"device": "slow"})
     assert commit.made_by == {"device": "fast"} == store.committed(TRAIN, SITE)[0].made_by
     assert contents(store.path / TRAIN) == started[1]

@@ -76,7 +76,7 @@ def save_model(folder: Path, name: str = "gpt2") -> Path:
     return folder
 
 
-def config(model: Path, text: Path, cache: Path, *overrides: str) -> dict[str, Any]:
+def config(model: Path, text: Path, cache: Path | str, *overrides: str) -> dict[str, Any]:
     """conf/harvest.yaml with a tiny model and text: contexts of 16, units of two contexts in four chunks of 8 rows."""
     given = [
         *(f"model.name={model}", "model.device=cpu", "text=files", f"text.paths=[{text}]", f"cache={cache}"),

@@ -22,6 +22,7 @@ from data import claims, commit
 from data.cli import sentence
 from data.errors import UserError
 from data.manifest import TRAIN
+from data.place import Folder
 from data.store import Store
 from harvest import harvester, lm
 from harvest.harvester import Harvester
@@ -201,7 +202,7 @@ def test_a_finished_store_may_be_read_only(
 ) -> None:
     cfg = config(model, text, tmp_path)
     harvest(cfg)
-    monkeypatch.setattr(Store, "lock", None)
+    monkeypatch.setattr(Folder, "_alone", None)
     harvest(cfg)
     assert "nothing to do" in capsys.readouterr().out
 
@@ -333,3 +334,10 @@ def test_killed_at_random_moments_it_ends_the_same() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     last = re.search(r"^(\d+) kills over (\d+) stores, 0 stores wrong", done.stdout, re.M)
     assert last and int(last[1]) >= int(kills) and int(last[2]) >= 5
+
+
+@pytest.mark.slow
+def test_killed_at_random_requests_to_a_bucket_it_ends_the_same() -> None:
+    done = run("-m", "benchmarks.kill", "--bucket", "--kills", "6")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(r"^\d+ kills over \d+ stores, 0 stores wrong", done.stdout, re.M)
