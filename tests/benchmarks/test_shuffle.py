@@ -23,7 +23,7 @@ def _small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
 class LabelReader:
     """A store whose rows are their own sequence number."""
 
-    width, row_shape, dtype, torch_dtype = 1, (1,), np.dtype(np.float32), torch.float32
+    width, row_shape, dtype, torch_dtype, bytes_read = 1, (1,), np.dtype(np.float32), torch.float32, 0
 
     def __init__(self, labels: np.ndarray) -> None:
         self.labels, self.sizes = labels[:, None].astype(np.float32), SETTING.sizes

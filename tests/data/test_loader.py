@@ -37,7 +37,7 @@ from .conftest import SITE, Build, ids_of, numbered
 class Rows:
     """A reader of numbered rows in memory, of chunks of any sizes."""
 
-    width, row_shape, dtype, torch_dtype = 3, (3,), np.dtype(np.float32), torch.float32
+    width, row_shape, dtype, torch_dtype, bytes_read = 3, (3,), np.dtype(np.float32), torch.float32, 0
 
     def __init__(self, sizes: list[int]) -> None:
         self.sizes = np.array(sizes, np.int64)

@@ -122,7 +122,10 @@ def harvested(tmp_path_factory: pytest.TempPathFactory, tiny_lm: Any) -> dict[st
         "heldout_tokens": 300,
         "lm_batch": 4,
         "cache": str(root / "cache"),
-        "store": {"dtype": "bfloat16", "chunk_rows": None, "chunks_per_unit": None, "mixing_seed": None},
+        "store": {"dtype": "bfloat16"}
+        | dict.fromkeys(
+            ("chunk_rows", "chunks_per_unit", "mixing_seed", "encoding", "codec", "bitround", "shards"), None
+        ),
         "allow_mixed_devices": False,
     }
     return {"config": config, "store": harvest(config), "root": root}
