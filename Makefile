@@ -47,7 +47,7 @@ evaluate: setup ## splice SAEs into the language model and score them
 	$(PY) -m evaluate $(ARGS)
 
 test: lint types ## lint, types and the fast tests
-	$(PY) -m pytest -q
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto --dist loadfile
 
 lint: setup
 	$(PY) -m ruff check .
