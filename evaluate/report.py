@@ -11,6 +11,7 @@ from typing import Any
 Json = dict[str, Any]
 
 FORMAT = 1  # of report.json
+BATCH = "batch"  # the form of an SAE that is not the one that ships
 ASKED = ("k", "sparsity")  # the settings that say how sparse an SAE was asked to be
 
 # One line a column: heading, how it is read from an SAE's row, definition.
@@ -88,7 +89,7 @@ def table(heads: list[str], rows: list[list[str]]) -> str:
 
 
 def _name(row: Json) -> str:
-    return f"{row['number']} {row['variant']}"
+    return f"{row['number']} {row['variant']}" + " (batch form)" * (row["form"] == BATCH)
 
 
 def _splice_table(rows: list[Json]) -> str:
@@ -191,9 +192,12 @@ def _site_section(site: Json) -> str:
 def markdown(report: Json) -> str:
     """The whole report as Markdown."""
     settings = report["settings"]
+    form = "with the SAE in the form that ships"
+    if settings["form"] == BATCH:
+        form = "**with BatchTopK and Matryoshka SAEs in their training form (`form=batch`), which is not what ships**"
     head = (
         "# Evaluation\n\n"
-        "Every number is measured on held-out documents, with the SAE in the form that ships."
+        f"Every number is measured on held-out documents, {form}."
         " ± is one standard error"
         f" (paired bootstrap over contexts, {settings['bootstrap']:,} samples, seed {settings['seed']})."
     )

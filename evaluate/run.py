@@ -17,6 +17,7 @@ from data.place import Location, locate
 from data.settings import whole
 from data.store import Store, find_fingerprint
 from evaluate import report
+from evaluate.score import FORMS, SiteScore
 from harvest import lm
 from harvest.text import source_from
 from harvest.tokens import Packed, Packing, pack
@@ -71,6 +72,8 @@ def checked(config: Mapping[str, Any]) -> dict[str, Any]:
     counts = {name: whole(config, name, least) for name, least in COUNTS.items()}
     if config["lm_batch"] is not None:
         counts["lm_batch"] = whole(config, "lm_batch", 1)
+    if config["form"] not in FORMS:
+        raise UserError(f"form={config['form']} is unknown: choose one of {', '.join(FORMS)}")
     return {**config, **counts}
 
 
@@ -118,45 +121,54 @@ def open_text(store: Store, config: Mapping[str, Any]) -> Text:
     return Text(lm.load_model(model_cfg), packed)
 
 
-def score_site(store: Store, name: str, saes: Sequence[Trained], text: Text, config: Mapping[str, Any]) -> Json:
-    """One site's part of the report."""
+def measured(store: Store, name: str, saes: Sequence[Trained], text: Text, config: Mapping[str, Any]) -> SiteScore:
+    """The sums of one site over the whole text. `columns(scores[i])` of what comes back are the per-context sums of
+    `saes[i]`, those of `shared` (clean, zero, mean) included: paired, for all SAEs of the site read the same contexts.
+    """
     import torch
     from tqdm import tqdm
 
-    from evaluate.score import SiteScore
     from evaluate.splice import Splice
 
-    contexts, keep = torch.from_numpy(text.packed.contexts).long(), torch.from_numpy(text.packed.keep)
-    mean_D = torch.from_numpy(store.stats(TRAIN, name).mean)
+    contexts, keep = text.packed.contexts, text.packed.keep
     score = SiteScore(
         Splice(text.model, Site.parse(name)),
         [load(sae.folder) for sae in saes],
-        mean_D,
+        torch.from_numpy(store.stats(TRAIN, name).mean),
         getattr(torch, store.layout.dtype),
         (len(contexts), contexts.shape[1]),
+        config["form"],
     )
     size = config["lm_batch"] or store.manifest.identity["lm_batch"]
     device = next(text.model.parameters()).device
     label = f"evaluate {len(saes)} SAE{'s' * (len(saes) > 1)} at {name}"
     with tqdm(total=int(keep.sum()), unit="tok", unit_scale=True, desc=label, mininterval=1.0) as bar:
         for first in range(0, len(contexts), size):
-            ids_BT, keep_BT = contexts[first : first + size].to(device), keep[first : first + size].to(device)
+            ids_BT = torch.from_numpy(contexts[first : first + size]).to(device, torch.int64)
+            keep_BT = torch.from_numpy(keep[first : first + size]).to(device)
             score.batch(ids_BT, keep_BT, first)
             bar.update(int(keep_BT.sum()))
+    return score
+
+
+def score_site(store: Store, name: str, saes: Sequence[Trained], text: Text, config: Mapping[str, Any]) -> Json:
+    """One site's part of the report."""
+    score = measured(store, name, saes, text, config)
     results = score.result(samples=config["bootstrap"], seed=config["seed"])
     rows = [describe(sae, result) for sae, result in zip(saes, results, strict=True)]
     rows.sort(key=lambda row: (row["variant"], row["metrics"]["l0"]["value"], row["folder"]))
+    sequences, context = text.packed.contexts.shape
     return {
         "site": name,
         "store": store.path.name,
         "fingerprint": store.manifest.fingerprint,
         "model": store.manifest.name,
-        "d_model": len(mean_D),
+        "d_model": len(score.mean_D),
         "split": HELDOUT,
-        "context": contexts.shape[1],
-        "sequences": len(contexts),
-        "tokens": int(keep.sum()),
-        "excluded": int((~keep).sum()),
+        "context": context,
+        "sequences": sequences,
+        "tokens": int(text.packed.keep.sum()),
+        "excluded": int((~text.packed.keep).sum()),
         "predicted": int(score.shared["predicted"].sum()),
         "storage": {"dtype": store.layout.dtype, "nmse": score.storage_nmse()},
         "saes": [{"number": number, **row} for number, row in enumerate(rows, 1)],
@@ -185,7 +197,7 @@ def evaluate(config: Mapping[str, Any]) -> Path:
     for store, by_site in places:
         text = open_text(store, config)
         sites += [score_site(store, name, saes, text, config) for name, saes in by_site.items()]
-    settings = {name: config[name] for name in ("tokens", "lm_batch", "bootstrap", "seed")}
+    settings = {name: config[name] for name in ("tokens", "lm_batch", "bootstrap", "seed", "form")}
     return report.write({"format": report.FORMAT, "settings": settings, "sites": sites}, Path(config["out"]))
 
 

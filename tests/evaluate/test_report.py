@@ -26,6 +26,7 @@ def a_row(number: int, variant: str, l0: float, nmse: float, *, width: int = 64,
     fired[0] = 0
     return {
         "number": number,
+        "form": "shipped",
         "folder": f"outputs/train/{variant}-{l0:g}",
         "variant": variant,
         "width": width,
@@ -61,7 +62,11 @@ def a_report(rows: list[dict[str, Any]], **site: Any) -> dict[str, Any]:
         "storage": {"dtype": "bfloat16", "nmse": 1.2e-5},
         "saes": rows,
     }
-    return {"format": 1, "settings": {"tokens": 1000, "bootstrap": 100, "seed": 0}, "sites": [base | site]}
+    return {
+        "format": 1,
+        "settings": {"tokens": 1000, "bootstrap": 100, "seed": 0, "form": "shipped"},
+        "sites": [base | site],
+    }
 
 
 @pytest.fixture
