@@ -12,6 +12,7 @@ Json = dict[str, Any]
 
 FORMAT = 1  # of report.json
 BATCH = "batch"  # the form of an SAE that is not the one that ships
+PARETO = {"nmse": "NMSE", "ce_increase": "CE"}
 ASKED = ("k", "sparsity")  # the settings that say how sparse an SAE was asked to be
 
 # One line a column: heading, how it is read from an SAE's row, definition.
@@ -28,6 +29,9 @@ DEFINITIONS = {
     "CE increase": "CE spliced - CE clean.",
     "recovered zero": "(CE zero - CE spliced) / (CE zero - CE clean), of pooled means; recovered mean: likewise.",
     "KL": "KL(clean || spliced) of the next-token distributions, in nats, mean over the predicted tokens.",
+    "Pareto": "the costs (NMSE, CE) in which no other SAE of the table is at most as large at an L0 at most as large.",
+    "Δ": "difference from the baseline on the same contexts, with its 95% interval (paired bootstrap over contexts), in"
+    " bold where the interval leaves 0 out.",
     "silent": "latents that fire on none of the held-out tokens scored.",
     "dead": "latents that fired on none of the last training tokens (how many: in brackets), as training recorded.",
     "storage share": "NMSE of rounding x to the store's dtype, divided by the SAE's NMSE.",
@@ -93,12 +97,36 @@ def _name(row: Json) -> str:
 
 
 def _splice_table(rows: list[Json]) -> str:
-    heads = ["SAE", "L0", "NMSE", "CE", "CE increase", "recovered zero", "recovered mean", "KL"]
+    heads = ["SAE", "L0", "NMSE", "CE", "CE increase", "recovered zero", "recovered mean", "KL", "Pareto"]
     metrics = ["l0", "nmse", "ce_spliced", "ce_increase", "recovered_zero", "recovered_mean", "kl"]
     digits = [2, 4, 4, 4, 4, 4, 4]
-    return table(
-        heads, [[_name(r), *(with_error(r, m, d) for m, d in zip(metrics, digits, strict=True))] for r in rows]
-    )
+    cells = [[with_error(row, m, d) for m, d in zip(metrics, digits, strict=True)] for row in rows]
+    fronts = [", ".join(PARETO[cost] for cost in row["pareto"]) or "–" for row in rows]
+    return table(heads, [[_name(row), *own, best] for row, own, best in zip(rows, cells, fronts, strict=True)])
+
+
+def _delta(row: Json, metric: str, digits: int) -> str:
+    """`difference [low, high]`, bold where the interval does not hold 0."""
+    entry = row["delta"][metric]
+    if entry["low"] is None:
+        return number(entry["value"], digits)
+    text = f"{entry['value']:+.{digits}f} [{entry['low']:+.{digits}f}, {entry['high']:+.{digits}f}]"
+    return f"**{text}**" if entry["low"] > 0 or entry["high"] < 0 else text
+
+
+def _comparison(site: Json) -> list[str]:
+    """A heading line and the table of differences, where there is a baseline."""
+    if site["baseline"] is None:
+        return []
+    heads = ["SAE", "L0", "Δ L0", "Δ NMSE", "Δ CE increase", "Δ recovered zero", "Δ KL"]
+    metrics = {"l0": 2, "nmse": 4, "ce_increase": 4, "recovered_zero": 4, "kl": 4}
+    (named,) = [_name(row) for row in site["saes"] if row["folder"] == site["baseline"]]
+    rows = [
+        [_name(row), with_error(row, "l0", 2), *(_delta(row, metric, digits) for metric, digits in metrics.items())]
+        for row in site["saes"]
+        if row["folder"] != site["baseline"]
+    ]
+    return [f"Differences from **{named}** (`{site['baseline']}`):", table(heads, rows)]
 
 
 def _detail_table(rows: list[Json]) -> str:
@@ -182,6 +210,7 @@ def _site_section(site: Json) -> str:
         f"## {site['site']} of {site['model']}",
         "\n".join(_site_lines(site)),
         _splice_table(rows),
+        *_comparison(site),
         _detail_table(rows),
         _sizes_table(rows),
         figures,

@@ -17,6 +17,7 @@ from data.place import Location, locate
 from data.settings import whole
 from data.store import Store, find_fingerprint
 from evaluate import report
+from evaluate.compare import baseline_of, compare, require_baseline
 from evaluate.score import FORMS, SiteScore
 from harvest import lm
 from harvest.text import source_from
@@ -156,6 +157,8 @@ def score_site(store: Store, name: str, saes: Sequence[Trained], text: Text, con
     score = measured(store, name, saes, text, config)
     results = score.result(samples=config["bootstrap"], seed=config["seed"])
     rows = [describe(sae, result) for sae, result in zip(saes, results, strict=True)]
+    baseline = baseline_of([sae.folder for sae in saes], config["baseline"])
+    compare(rows, [score.columns(each) for each in score.scores], baseline, config["bootstrap"], config["seed"])
     rows.sort(key=lambda row: (row["variant"], row["metrics"]["l0"]["value"], row["folder"]))
     sequences, context = text.packed.contexts.shape
     return {
@@ -171,6 +174,7 @@ def score_site(store: Store, name: str, saes: Sequence[Trained], text: Text, con
         "excluded": int((~text.packed.keep).sum()),
         "predicted": int(score.shared["predicted"].sum()),
         "storage": {"dtype": store.layout.dtype, "nmse": score.storage_nmse()},
+        "baseline": None if baseline is None else str(saes[baseline].folder),
         "saes": [{"number": number, **row} for number, row in enumerate(rows, 1)],
     }
 
@@ -192,7 +196,9 @@ def describe(sae: Trained, result: Json) -> Json:
 def evaluate(config: Mapping[str, Any]) -> Path:
     """Score what a resolved configuration names; the path of the report."""
     config = checked(config)
-    places = by_place(find_saes(config["saes"] or ()), locate(config["cache"]))
+    saes = find_saes(config["saes"] or ())
+    require_baseline([sae.folder for sae in saes], config["baseline"])
+    places = by_place(saes, locate(config["cache"]))
     sites = []
     for store, by_site in places:
         text = open_text(store, config)

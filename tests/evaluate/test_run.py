@@ -52,6 +52,7 @@ def config(harvested: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
         "bootstrap": 50,
         "seed": 0,
         "form": "shipped",
+        "baseline": None,
         "device": "cpu",
         "device_map": None,
         "out": str(tmp_path / "out"),
@@ -129,6 +130,32 @@ def test_one_sae_by_itself_and_another_batch_size(
     assert row["l0"] == both["sites"][0]["saes"][0]["l0"]
 
 
+def test_differences_from_a_baseline(
+    saved: Callable[..., Path],
+    config: dict[str, Any],
+    identity_sae: Callable[[int], ReLU],
+    rough_sae: Callable[[int], ReLU],
+) -> None:
+    base = saved("rough", rough_sae(16))
+    saved("same", identity_sae(16))
+    saved("other", rough_sae(16), site="mlp_out.1")
+    first, second = results(config | {"baseline": str(base), "saes": str(base.parent / "**")})["sites"]
+    site, other = (first, second) if first["site"] == "resid_post.0" else (second, first)
+    assert other["baseline"] is None and "delta" not in other["saes"][0]
+    rows = {Path(row["folder"]).name: row for row in site["saes"]}
+    assert set(rows["rough"]["delta"]["nmse"].values()) == {0.0}
+    delta = rows["same"]["delta"]["nmse"]
+    assert (
+        delta["value"] == -rows["rough"]["metrics"]["nmse"]["value"] and delta["low"] < delta["value"] < delta["high"]
+    )
+    assert rows["same"]["delta"]["ce_clean"]["se"] == 0  # what both share does not vary
+    text = (Path(config["out"]) / "report.md").read_text()
+    assert "Differences from **" in text
+    with pytest.raises(UserError, match="names 2 SAEs of one site"):
+        copy = saved("deeper/rough", rough_sae(16))
+        results(config | {"baseline": copy.name})
+
+
 def test_a_folder_with_brackets_is_found(saved: Callable[..., Path], rough_sae: Callable[[int], ReLU]) -> None:
     folder = saved("sae.k=[4]", rough_sae(16))
     assert [sae.folder for sae in find_saes(str(folder))] == [folder]
@@ -145,6 +172,8 @@ def test_a_folder_with_brackets_is_found(saved: Callable[..., Path], rough_sae: 
         ({"bootstrap": 1}, "bootstrap=1 must be a whole number, 2 or more"),
         ({"lm_batch": 0}, "lm_batch=0"),
         ({"cache": "elsewhere"}, "no store in elsewhere has the fingerprint"),
+        ({"form": "training"}, "form=training is unknown"),
+        ({"baseline": "gone"}, "baseline=gone is none of the SAEs"),
         ({"device": "cuda:77"}, "device=cuda:77"),
     ],
 )
