@@ -8,6 +8,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+from evaluate.gao.table import section
+
 Json = dict[str, Any]
 
 FORMAT = 1  # of report.json
@@ -92,7 +94,8 @@ def table(heads: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
-def _name(row: Json) -> str:
+def title(row: Json) -> str:
+    """What an SAE is called in the report."""
     return f"{row['number']} {row['variant']}" + " (batch form)" * (row["form"] == BATCH)
 
 
@@ -102,7 +105,7 @@ def _splice_table(rows: list[Json]) -> str:
     digits = [2, 4, 4, 4, 4, 4, 4]
     cells = [[with_error(row, m, d) for m, d in zip(metrics, digits, strict=True)] for row in rows]
     fronts = [", ".join(PARETO[cost] for cost in row["pareto"]) or "–" for row in rows]
-    return table(heads, [[_name(row), *own, best] for row, own, best in zip(rows, cells, fronts, strict=True)])
+    return table(heads, [[title(row), *own, best] for row, own, best in zip(rows, cells, fronts, strict=True)])
 
 
 def _delta(row: Json, metric: str, digits: int) -> str:
@@ -120,9 +123,9 @@ def _comparison(site: Json) -> list[str]:
         return []
     heads = ["SAE", "L0", "Δ L0", "Δ NMSE", "Δ CE increase", "Δ recovered zero", "Δ KL"]
     metrics = {"l0": 2, "nmse": 4, "ce_increase": 4, "recovered_zero": 4, "kl": 4}
-    (named,) = [_name(row) for row in site["saes"] if row["folder"] == site["baseline"]]
+    (named,) = [title(row) for row in site["saes"] if row["folder"] == site["baseline"]]
     rows = [
-        [_name(row), with_error(row, "l0", 2), *(_delta(row, metric, digits) for metric, digits in metrics.items())]
+        [title(row), with_error(row, "l0", 2), *(_delta(row, metric, digits) for metric, digits in metrics.items())]
         for row in site["saes"]
         if row["folder"] != site["baseline"]
     ]
@@ -148,7 +151,7 @@ def _detail_table(rows: list[Json]) -> str:
         heads,
         [
             [
-                _name(row),
+                title(row),
                 *(number(row["metrics"][m]["value"], 4) for m in metrics),
                 number(row["l0"]["std"], 2),
                 f"{row['l0']['silent']:,}",
@@ -173,7 +176,7 @@ def _sizes_table(rows: list[Json]) -> str:
     heads = ["SAE", "asked", "latents F", "expansion", "training tokens", "seed", "folder"]
     cells = [
         [
-            _name(row),
+            title(row),
             ", ".join(f"{name}={row['settings'][name]:g}" for name in ASKED if row["settings"].get(name) is not None),
             f"{row['width']:,}",
             f"{row['expansion']:g}",
@@ -211,6 +214,7 @@ def _site_section(site: Json) -> str:
         "\n".join(_site_lines(site)),
         _splice_table(rows),
         *_comparison(site),
+        *(section(site["gao"], table) if "gao" in site else []),
         _detail_table(rows),
         _sizes_table(rows),
         figures,

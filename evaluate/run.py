@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from omegaconf import DictConfig, OmegaConf
 
 from data.errors import UserError
@@ -18,6 +19,9 @@ from data.settings import whole
 from data.store import Store, find_fingerprint
 from evaluate import report
 from evaluate.compare import baseline_of, compare, require_baseline
+from evaluate.gao import run as gao
+from evaluate.gao.bases import Reader, neurons_before
+from evaluate.gao.sample import Held
 from evaluate.score import FORMS, SiteScore
 from harvest import lm
 from harvest.text import source_from
@@ -75,7 +79,9 @@ def checked(config: Mapping[str, Any]) -> dict[str, Any]:
         counts["lm_batch"] = whole(config, "lm_batch", 1)
     if config["form"] not in FORMS:
         raise UserError(f"form={config['form']} is unknown: choose one of {', '.join(FORMS)}")
-    return {**config, **counts}
+    checked = {**config, **counts}
+    gao.asked(checked)
+    return checked
 
 
 @dataclass(frozen=True)
@@ -84,6 +90,7 @@ class Text:
 
     model: Any
     packed: Packed
+    tokenizer: Any
 
 
 def pinned(store: Store) -> Json:
@@ -119,14 +126,13 @@ def open_text(store: Store, config: Mapping[str, Any]) -> Text:
         packed = pack(source, tokenizer, packing, HELDOUT, config["tokens"])
     except UserError as error:
         raise UserError(f"tokens={config['tokens']:,} cannot be scored: {error}") from None
-    return Text(lm.load_model(model_cfg), packed)
+    return Text(lm.load_model(model_cfg), packed, tokenizer)
 
 
 def measured(store: Store, name: str, saes: Sequence[Trained], text: Text, config: Mapping[str, Any]) -> SiteScore:
     """The sums of one site over the whole text. `columns(scores[i])` of what comes back are the per-context sums of
     `saes[i]`, those of `shared` (clean, zero, mean) included: paired, for all SAEs of the site read the same contexts.
     """
-    import torch
     from tqdm import tqdm
 
     from evaluate.splice import Splice
@@ -159,7 +165,13 @@ def score_site(store: Store, name: str, saes: Sequence[Trained], text: Text, con
     rows = [describe(sae, result) for sae, result in zip(saes, results, strict=True)]
     baseline = baseline_of([sae.folder for sae in saes], config["baseline"])
     compare(rows, [score.columns(each) for each in score.scores], baseline, config["bootstrap"], config["seed"])
-    rows.sort(key=lambda row: (row["variant"], row["metrics"]["l0"]["value"], row["folder"]))
+    order = sorted(range(len(rows)), key=lambda i: (rows[i]["variant"], rows[i]["metrics"]["l0"]["value"], i))
+    rows = [{"number": number, **rows[i]} for number, i in enumerate(order, 1)]
+    wanted = gao.asked(config)
+    features = {}
+    if wanted is not None:
+        named = {report.title(row): score.scores[i].sae for row, i in zip(rows, order, strict=True)}
+        features = {"gao": gao.measure(held_by(store, score, text, config), named, score.mean_D, density(rows), wanted)}
     sequences, context = text.packed.contexts.shape
     return {
         "site": name,
@@ -175,8 +187,24 @@ def score_site(store: Store, name: str, saes: Sequence[Trained], text: Text, con
         "predicted": int(score.shared["predicted"].sum()),
         "storage": {"dtype": store.layout.dtype, "nmse": score.storage_nmse()},
         "baseline": None if baseline is None else str(saes[baseline].folder),
-        "saes": [{"number": number, **row} for number, row in enumerate(rows, 1)],
+        "saes": rows,
+        **features,
     }
+
+
+def held_by(store: Store, score: SiteScore, text: Text, config: Mapping[str, Any]) -> Held:
+    """The text of a site as the feature metrics read it."""
+    site, ids = score.splice.site, torch.from_numpy(text.packed.contexts[:1]).long()
+    model = score.splice.model
+    neurons = neurons_before(model, site, ids.to(next(model.parameters()).device))
+    bos = None if store.manifest.settings["packing"]["bos"] == "none" else text.tokenizer.bos_token_id
+    size = config["lm_batch"] or store.manifest.identity["lm_batch"]
+    return Held(text.packed, text.tokenizer, Reader(model, site, neurons), size, bos)
+
+
+def density(rows: Sequence[Json]) -> float:
+    """The share of tokens on which a latent of these SAEs is active, on average."""
+    return sum(row["metrics"]["l0"]["value"] / row["width"] for row in rows) / len(rows)
 
 
 def describe(sae: Trained, result: Json) -> Json:

@@ -53,6 +53,7 @@ def config(harvested: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
         "seed": 0,
         "form": "shipped",
         "baseline": None,
+        "gao": None,
         "device": "cpu",
         "device_map": None,
         "out": str(tmp_path / "out"),
