@@ -11,6 +11,7 @@ the first batch. The bootstrap at the end counts as the evaluation's.
 from __future__ import annotations
 
 import argparse
+import functools
 import resource
 import statistics
 import time
@@ -58,18 +59,16 @@ def measure(score: SiteScore, ids: Tensor, keep: Tensor, lm_batch: int) -> tuple
             for _ in range(FORWARDS):
                 model(input_ids=ids_BT, use_cache=False)
 
-    whole, bare = [], []
+    whole: list[float] = []
+    bare: list[float] = []
     plain(ids[:lm_batch])
     for number, first in enumerate(range(0, len(ids), lm_batch)):
         ids_BT, keep_BT = ids[first : first + lm_batch], keep[first : first + lm_batch]
-        turns = [
-            lambda at=first, ids_BT=ids_BT, keep_BT=keep_BT: whole.append(
-                seconds(lambda: score.batch(ids_BT, keep_BT, at))
-            ),
-            lambda ids_BT=ids_BT: bare.append(seconds(lambda: plain(ids_BT))),
-        ]
-        for turn in turns[:: 1 if number % 2 else -1]:
-            turn()
+        for ours in (True, False) if number % 2 else (False, True):
+            if ours:
+                whole.append(seconds(functools.partial(score.batch, ids_BT, keep_BT, first)))
+            else:
+                bare.append(seconds(functools.partial(plain, ids_BT)))
     return whole, bare, seconds(lambda: score.result(samples=1000, seed=0))
 
 

@@ -243,8 +243,8 @@ def pooled(columns: Columns, *, samples: int, seed: int) -> dict[str, dict[str, 
 
 
 def deltas(columns: Columns, baseline: Columns, *, samples: int, seed: int) -> dict[str, dict[str, float | None]]:
-    """Every statistic minus the baseline's, with its standard error and 95% percentile interval by the paired bootstrap,
-    each sample of which draws the same sequences for both. None stands for what is not finite.
+    """Every statistic minus the baseline's, with its standard error and 95% percentile interval by the paired bootstrap
+    (each sample draws the same sequences for both). None stands for what is not finite.
 
     `columns` and `baseline` must be of the same sequences in the same order.
     """

@@ -96,7 +96,8 @@ def table(heads: list[str], rows: list[list[str]]) -> str:
 
 def title(row: Json) -> str:
     """What an SAE is called in the report."""
-    return f"{row['number']} {row['variant']}" + " (batch form)" * (row["form"] == BATCH)
+    marked = " (batch form)" if row["form"] == BATCH else ""
+    return f"{row['number']} {row['variant']}{marked}"
 
 
 def _splice_table(rows: list[Json]) -> str:

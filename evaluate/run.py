@@ -204,7 +204,7 @@ def held_by(store: Store, score: SiteScore, text: Text, config: Mapping[str, Any
 
 def density(rows: Sequence[Json]) -> float:
     """The share of tokens on which a latent of these SAEs is active, on average."""
-    return sum(row["metrics"]["l0"]["value"] / row["width"] for row in rows) / len(rows)
+    return float(sum(row["metrics"]["l0"]["value"] / row["width"] for row in rows) / len(rows))
 
 
 def describe(sae: Trained, result: Json) -> Json:

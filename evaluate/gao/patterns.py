@@ -75,20 +75,18 @@ def _active(held: Held, basis: Basis, ids_BT: Tensor, keep_BT: Tensor) -> Tensor
     return basis.active(held.reader.read(ids_BT)[basis.of_neurons][keep_BT])
 
 
-def activation_at_end(held: Held, basis: Basis, units_U: Tensor, told: Told) -> Activation:
-    """Reads cut-out texts, behind a BOS where the packing has one; `told` hears their tokens."""
+def activation_at_end(held: Held, basis: Basis, units_U: Tensor, beat: Callable[[], Any]) -> Activation:
+    """Reads cut-out texts, behind a BOS where the packing has one; `beat` is called after each forward."""
     device = next(held.reader.model.parameters()).device
 
     def at_end(unit_n: Tensor, ids_nm: Tensor) -> Tensor:
         if held.bos is not None:
             ids_nm = torch.cat([torch.full((len(ids_nm), 1), held.bos), ids_nm], 1)
-        parts = []
-        for unit, ids in zip(
-            *(t.split(max(1, TOKENS_AT_ONCE // ids_nm.shape[1])) for t in (unit_n, ids_nm)), strict=True
-        ):
+        parts, rows = [], max(1, TOKENS_AT_ONCE // ids_nm.shape[1])
+        for unit, ids in zip(torch.split(unit_n, rows), torch.split(ids_nm, rows), strict=True):
             x_nX = held.reader.read(ids.to(device))[basis.of_neurons][:, -1]
             parts.append(basis.active(x_nX).cpu().gather(1, units_U[unit][:, None])[:, 0])
-            told(ids.numel())
+            beat()
         return torch.cat(parts) if parts else torch.zeros(0)
 
     return at_end
@@ -168,20 +166,20 @@ def explain(
     count: int,
     bootstrap: int,
     seed: int,
-    contexts_told: Told,
-    tokens_told: Told,
+    told: Told,
+    beat: Callable[[], Any],
 ) -> dict[str, Any]:
     """Precision, recall and F1 of the patterns, means over the sampled units that fire in both halves, with intervals
     over units; each unit's sums and patterns."""
     rng = np.random.default_rng(seed)
     chosen = np.sort(rng.choice(basis.width, min(units, basis.width), replace=False))
     units_U = torch.from_numpy(chosen).long()
-    found = examples(held, basis, units_U, count, seed, contexts_told)
+    found = examples(held, basis, units_U, count, seed, told)
     others = torch.from_numpy(held.packed.contexts[draw(held.packed.keep, held.half(False), OTHERS, seed)]).long()
-    at_end = activation_at_end(held, basis, units_U, tokens_told)
+    at_end = activation_at_end(held, basis, units_U, beat)
     known = patterns(found, at_end, others, seed)
     known += [set() for _ in range(len(units_U) - len(known))]
-    sums = score(held, basis, units_U, known, contexts_told).numpy()
+    sums = score(held, basis, units_U, known, told).numpy()
     tested = [i for i in range(len(chosen)) if sums[i, 2] > 0 and bool((found.unit_n == i).any())]
     table = np.array([_figures(sums[i]) for i in tested]).reshape(-1, 4)
     result: dict[str, Any] = {"units": len(chosen), "tested": len(tested)}

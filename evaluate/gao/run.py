@@ -159,8 +159,7 @@ class Site:
             for basis in bases:
                 progress.set_postfix_str(basis.name)
                 counts = {"units": own.units, "count": own.examples, "bootstrap": own.bootstrap, "seed": own.seed}
-                told = {"contexts_told": progress.update, "tokens_told": lambda tokens: progress.refresh()}
-                found.append(explain(self.held, basis, **counts, **told))
+                found.append(explain(self.held, basis, **counts, told=progress.update, beat=progress.refresh))
         return found
 
     def ablations(self, bases: Sequence[Basis]) -> list[Any]:

@@ -40,11 +40,13 @@ class Task:
 
 def load_tasks(path: Path) -> list[Task]:
     """The tasks of a YAML file; UserError for what cannot be one."""
-    import yaml
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError  # type: ignore[import-untyped]
 
     try:
-        entries = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
+        entries = OmegaConf.to_container(OmegaConf.load(path))
+    except (OSError, YAMLError, OmegaConfBaseException) as error:
         told = str(error).splitlines()[0]
         raise UserError(f"gao_with.tasks={path} cannot be read ({told}): name a YAML file of tasks") from None
     if not isinstance(entries, list) or not entries:
@@ -111,7 +113,8 @@ def _spans(pattern: re.Pattern[str], texts: Sequence[str]) -> Answers:
     for match in pattern.finditer("".join(texts)):
         covered[match.start() : match.end()] = 1
     running = np.concatenate([[0], np.cumsum(covered)])
-    return (running[ends] > running[ends - [len(text) for text in texts]]).astype(np.int8)
+    found: Answers = (running[ends] > running[ends - [len(text) for text in texts]]).astype(np.int8)
+    return found
 
 
 def _shifted(found: Callable[[str], Any], texts: Sequence[str], by: int) -> Answers:
