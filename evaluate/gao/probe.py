@@ -133,7 +133,9 @@ def interval(
     items: NDArray[np.float64], statistic: Callable[[NDArray[np.float64]], float], samples: int, seed: int
 ) -> dict[str, float | None]:
     """`statistic` of the sum over items (first axis), its standard error and 95% percentile interval by bootstrap over
-    the items."""
+    the items; None for what is not known."""
+    if not len(items):
+        return dict.fromkeys(("value", "se", "low", "high"))
     rng, count = np.random.default_rng(seed), len(items)
     flat = items.reshape(count, -1)
     with np.errstate(divide="ignore", invalid="ignore"):

@@ -157,6 +157,42 @@ def test_differences_from_a_baseline(
         results(config | {"baseline": copy.name})
 
 
+GAO = {
+    "tasks": None,
+    "probe_tokens": 100,
+    "units": 6,
+    "examples": 2,
+    "places": 2,
+    "ablations": 2,
+    "baselines": ["channels", "neurons", "random", "pca"],
+}
+
+
+def test_feature_metrics_of_an_sae_and_the_baselines(
+    saved: Callable[..., Path],
+    config: dict[str, Any],
+    rough_sae: Callable[[int], ReLU],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    saved("rough", rough_sae(16))
+    (tmp_path / "tasks.yaml").write_text("- {name: low, token: 'w[0-4]'}\n- {name: none, token: 'q'}\n")
+    own = {"gao": ["probe", "patterns"], "gao_with": GAO | {"tasks": str(tmp_path / "tasks.yaml")}}
+    (site,) = results(config | own)["sites"]
+    names = [row["name"] for row in site["gao"]["bases"]]
+    assert names == ["1 relu", "residual channels", "MLP neurons", "random directions", "PCA"]
+    assert [row["width"] for row in site["gao"]["bases"]] == [48, 16, 64, 48, 16]
+    for row in site["gao"]["bases"]:
+        assert set(row["probe"]["tasks"]) == {"low"} and row["patterns"]["units"] == 6 and "ablation" not in row
+        assert 0 < row["probe"]["tasks"]["low"]["loss_chosen"] <= row["probe"]["loss_base_rate"] * 1.1
+    assert site["gao"]["left_out"] == ["none"]
+    told = capsys.readouterr().out
+    for metric in ("sample", "probe", "patterns"):
+        assert any(line.startswith(f"gao {metric}: ") and line.endswith(" min") for line in told.splitlines()), metric
+    text = (Path(config["out"]) / "report.md").read_text()
+    assert "### Feature metrics" in text and "Tasks with too few tokens of one answer, left out: none." in text
+
+
 def test_a_folder_with_brackets_is_found(saved: Callable[..., Path], rough_sae: Callable[[int], ReLU]) -> None:
     folder = saved("sae.k=[4]", rough_sae(16))
     assert [sae.folder for sae in find_saes(str(folder))] == [folder]
@@ -173,6 +209,9 @@ def test_a_folder_with_brackets_is_found(saved: Callable[..., Path], rough_sae: 
         ({"bootstrap": 1}, "bootstrap=1 must be a whole number, 2 or more"),
         ({"lm_batch": 0}, "lm_batch=0"),
         ({"cache": "elsewhere"}, "no store in elsewhere has the fingerprint"),
+        ({"gao": "probes", "gao_with": {}}, "gao=probes is unknown"),
+        ({"gao": "all", "gao_with": {}, "form": "batch"}, "gao measures the form that ships"),
+        ({"gao": "all", "gao_with": {"baselines": ["ica"]}}, "gao_with.baselines=ica is unknown"),
         ({"form": "training"}, "form=training is unknown"),
         ({"baseline": "gone"}, "baseline=gone is none of the SAEs"),
         ({"device": "cuda:77"}, "device=cuda:77"),
