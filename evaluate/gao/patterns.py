@@ -80,6 +80,8 @@ def activation_at_end(held: Held, basis: Basis, units_U: Tensor, beat: Callable[
     device = next(held.reader.model.parameters()).device
 
     def at_end(unit_n: Tensor, ids_nm: Tensor) -> Tensor:
+        if not len(unit_n):
+            return torch.zeros(0)
         if held.bos is not None:
             ids_nm = torch.cat([torch.full((len(ids_nm), 1), held.bos), ids_nm], 1)
         parts, rows = [], max(1, TOKENS_AT_ONCE // ids_nm.shape[1])
@@ -87,7 +89,7 @@ def activation_at_end(held: Held, basis: Basis, units_U: Tensor, beat: Callable[
             x_nX = held.reader.read(ids.to(device))[basis.of_neurons][:, -1]
             parts.append(basis.active(x_nX).cpu().gather(1, units_U[unit][:, None])[:, 0])
             beat()
-        return torch.cat(parts) if parts else torch.zeros(0)
+        return torch.cat(parts)
 
     return at_end
 
