@@ -304,7 +304,7 @@ def test_a_sweep_under_two_ranks_equals_a_run_alone_there(cache: Path, tmp_path:
 
     out = ranks("-m", "sae=batchtopk,relu", f"hydra.sweep.dir={tmp_path}")
     assert out.count("2 SAEs in one pass") == 1
-    folders = {path.parent.name[4:]: path.parent for path in tmp_path.rglob("config.json")}
+    folders = {load_config(path.parent)["variant"]: path.parent for path in tmp_path.rglob("config.json")}
     assert {load_config(folder)["training"]["world"] for folder in folders.values()} == {2} and len(folders) == 2
     ranks("sae=relu", f"hydra.run.dir={tmp_path / 'alone'}")
     assert_same_sae(folders["relu"], tmp_path / "alone")
