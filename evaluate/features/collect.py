@@ -7,10 +7,10 @@ Letters: B contexts of a chunk, T tokens of a context, N kept tokens of the chun
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-import torch
-from jaxtyping import Bool, Float, Float32, Float64, Int64
+from jaxtyping import Bool, Float
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -66,7 +66,7 @@ class Shelf:
         return self.key_FK.shape[1]
 
     def candidates(self, latent_n: NDArray[np.int64], key_n: NDArray[np.float64]) -> NDArray[np.int64]:
-        """Which of some examples, ascending by latent and token, can stay: by latent, best first, K a latent at most."""
+        """Which examples, given by latent and token, can stay: by latent, best first, K a latent at most."""
         index_m = np.flatnonzero(key_n > self.key_FK[latent_n, -1])
         index_m = index_m[np.lexsort((-key_n[index_m], latent_n[index_m]))]
         return index_m[_rank(latent_n[index_m]) < self.places]
@@ -85,8 +85,14 @@ class Shelf:
             return
         touched, place_m = np.unique(latent_m, return_inverse=True)
         at = (place_m, self.places + _rank(latent_m))
-        tables = (self.key_FK, self.sequence_FK, self.position_FK, self.value_FK, self.window_FKW)
-        news = (key_m, sequence_m, position_m, value_m, window_mW)
+        tables: tuple[NDArray[Any], ...] = (
+            self.key_FK,
+            self.sequence_FK,
+            self.position_FK,
+            self.value_FK,
+            self.window_FKW,
+        )
+        news: tuple[NDArray[Any], ...] = (key_m, sequence_m, position_m, value_m, window_mW)
         order: NDArray[np.int64] | None = None
         for table, new in zip(tables, news, strict=True):
             both = np.concatenate([table[touched], np.full_like(table[touched], -np.inf if order is None else 0)], 1)
@@ -173,8 +179,8 @@ class Collector:
         starts = np.flatnonzero(np.diff(group, prepend=-1))
         sizes = np.diff(starts, append=len(group))
         is_peak = found.value_n == np.repeat(np.maximum.reduceat(found.value_n, starts), sizes)
-        peaks = np.flatnonzero(is_peak)
-        peaks = peaks[np.diff(group[peaks], prepend=-1) != 0]
+        peaks: NDArray[np.int64] = np.flatnonzero(is_peak)
+        peaks = peaks[np.flatnonzero(np.diff(group[peaks], prepend=-1))]
         self.contexts_F += np.bincount(found.latent_n[peaks], minlength=self.width)
         return peaks
 

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from data.cli import CONF
 from data.errors import UserError
-from data.manifest import Json
 from data.names import Site
 from data.place import locate
 from data.settings import whole
@@ -18,6 +18,9 @@ from harvest import lm
 from train.sae.io import load
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from torch import Tensor
+
     from evaluate.features.collect import Collector
     from evaluate.features.pages import Latents
     from train.sae.base import SAE
@@ -77,9 +80,7 @@ def collect(sae: SAE, text: Text, site: Site, config: Mapping[str, Any], size: i
     return found
 
 
-def describe(
-    sae: SAE, text: Text, tokenizer: Any, site: Site, found: Collector, config: Mapping[str, Any]
-) -> Latents:
+def describe(sae: SAE, text: Text, tokenizer: Any, site: Site, found: Collector, config: Mapping[str, Any]) -> Latents:
     """What was collected, with what the weights say."""
     from tqdm import tqdm
 
@@ -91,12 +92,15 @@ def describe(
     # A module's own output need not be added to the residual stream, so only the named points have a direct path.
     lens = None if site.path is not None else weights.find_lens(text.model, sae.d_in)
     with tqdm(total=sae.width * (2 if lens else 1), unit="row", desc="decoder rows", mininterval=1.0) as bar:
-        near = weights.neighbours(W_dec_FD, config["neighbours"], bar.update)
-        ends = weights.ends(lens, W_dec_FD, vocabulary, config["logits"], bar.update) if lens else [None, None]
-    arrays = [None if end is None else (end[0].numpy(), end[1].numpy()) for end in (near, *ends)]
-    assert arrays[0] is not None
+        near = numpy(weights.neighbours(W_dec_FD, config["neighbours"], bar.update))
+        ends = weights.ends(lens, W_dec_FD, vocabulary, config["logits"], bar.update) if lens else None
+    raised, lowered = map(numpy, ends) if ends else (None, None)
     quantiles = tuple(config["quantiles"])
-    return Latents(found, text.packed, Words(tokenizer), *arrays, quantiles, config["at_a_quantile"])
+    return Latents(found, text.packed, Words(tokenizer), near, raised, lowered, quantiles, config["at_a_quantile"])
+
+
+def numpy(ends: tuple[Tensor, Tensor]) -> tuple[NDArray[Any], NDArray[Any]]:
+    return ends[0].numpy(), ends[1].numpy()
 
 
 def make(config: Mapping[str, Any]) -> Path:
@@ -132,6 +136,15 @@ def make(config: Mapping[str, Any]) -> Path:
     }
     with tqdm(total=sae.width, unit="page", desc="pages", mininterval=1.0) as bar:
         return pages.write(latents, about, Path(config["out"]), bar.update)
+
+
+def make_for(evaluation: Mapping[str, Any], folder: str) -> Path:
+    """The pages of one SAE beside a report, from the same held-out text; all else as `conf/features.yaml` has it."""
+    defaults = OmegaConf.to_container(OmegaConf.load(CONF / "features.yaml"))
+    assert isinstance(defaults, dict)
+    own = {str(name): value for name, value in defaults.items() if name not in ("defaults", "hydra")}
+    same = {name: evaluation[name] for name in ("cache", "tokens", "lm_batch", "device", "device_map")}
+    return make({**own, **same, "folder": folder, "out": Path(evaluation["out"]) / "features"})
 
 
 def main(config: DictConfig) -> None:

@@ -35,7 +35,8 @@ class Lens:
         unit_RD = unit_RD.to(weight.dtype)
         through_RD = (self.norm(unit_RD) - self.norm(-unit_RD)) / 2
         logits_RV = (through_RD.to(weight.dtype) @ weight.t()).float()
-        return logits_RV - logits_RV.mean(1, keepdim=True)
+        centred_RV: Tensor = logits_RV - logits_RV.mean(1, keepdim=True)
+        return centred_RV
 
 
 @torch.inference_mode()
@@ -70,10 +71,13 @@ def find_lens(model: Any, d_in: int) -> Lens | None:
 Ends = tuple[Int64[Tensor, "F K"], Float[Tensor, "F K"]]
 
 
-def ends(lens: Lens, W_dec_FD: Float[Tensor, "F D"], vocabulary: int, kept: int, bar: Callable[[int], Any]) -> list[Ends]:
-    """The `kept` most raised and most lowered tokens of each row and their logits, strongest first; `bar` hears of rows."""
+def ends(
+    lens: Lens, W_dec_FD: Float[Tensor, "F D"], vocabulary: int, kept: int, bar: Callable[[int], Any]
+) -> list[Ends]:
+    """The `kept` tokens that each row raises and lowers most, strongest first, and their logits; `bar` hears of rows."""
     kept = min(kept, vocabulary)
-    raised, lowered = [], []
+    raised: list[Ends] = []
+    lowered: list[Ends] = []
     for rows_RD in torch.split(W_dec_FD, max(1, ENTRIES_AT_ONCE // vocabulary)):
         logits_RV = lens.logits(rows_RD)[:, :vocabulary]
         for found, largest in ((raised, True), (lowered, False)):

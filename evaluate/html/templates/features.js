@@ -27,7 +27,9 @@ const thresher = (() => {
   const density = (latent) => index.fired[latent] / page.tokens;
   // What cannot be seen is shown by a sign of its own.
   const visible = (text) => text.replace(/\r/g, "␍").replace(/\n/g, "↵").replace(/\t/g, "⇥").replace(/[\u2028\u2029]/g, "¶");
-  const token = (text) => node("span", {class: "token"}, visible(text));
+  // A chip shows the spaces it begins or ends with as dots.
+  const dotted = (text) => visible(text).replace(/^ +| +$/g, (spaces) => "·".repeat(spaces.length));
+  const token = (text) => node("span", {class: "token"}, dotted(text));
   const spaced = (list) => list.flatMap((item, i) => i ? [" ", item] : [item]);
 
   // The list.
