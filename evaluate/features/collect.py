@@ -92,7 +92,7 @@ class Shelf:
             self.value_FK,
             self.window_FKW,
         )
-        news: tuple[NDArray[Any], ...] = (key_m, sequence_m, position_m, value_m, window_mW)
+        news: list[NDArray[Any]] = [key_m, sequence_m, position_m, value_m, window_mW]
         order: NDArray[np.int64] | None = None
         for table, new in zip(tables, news, strict=True):
             both = np.concatenate([table[touched], np.full_like(table[touched], -np.inf if order is None else 0)], 1)

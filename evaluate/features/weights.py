@@ -74,7 +74,7 @@ Ends = tuple[Int64[Tensor, "F K"], Float[Tensor, "F K"]]
 def ends(
     lens: Lens, W_dec_FD: Float[Tensor, "F D"], vocabulary: int, kept: int, bar: Callable[[int], Any]
 ) -> list[Ends]:
-    """The `kept` tokens that each row raises and lowers most, strongest first, and their logits; `bar` hears of rows."""
+    """The `kept` tokens that each row raises and lowers most, strongest first, and logits; `bar` hears of rows."""
     kept = min(kept, vocabulary)
     raised: list[Ends] = []
     lowered: list[Ends] = []
