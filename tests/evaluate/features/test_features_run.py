@@ -63,7 +63,7 @@ def test_neither_the_batch_nor_the_chunk_changes_the_pages(
     one = index_of(make(config))
     monkeypatch.setattr("evaluate.score.ACTIVATIONS_AT_ONCE", 1)
     other = index_of(make(config | {"lm_batch": 3}))
-    assert one["fired"] == other["fired"] and one["peaks"] == other["peaks"]
+    assert np.abs(np.array(one["fired"]) - other["fired"]).max() <= 1 and one["peaks"] == other["peaks"]
     np.testing.assert_allclose(one["max"], other["max"], rtol=2e-3)
 
 
