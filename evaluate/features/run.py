@@ -39,7 +39,7 @@ def checked(config: Mapping[str, Any]) -> dict[str, Any]:
     quantiles = config["quantiles"]
     fit = isinstance(quantiles, list) and all(isinstance(q, int | float) and 0 <= q <= 1 for q in quantiles)
     if not fit or sorted(set(quantiles), reverse=True) != quantiles:
-        raise UserError(f"quantiles={quantiles} must be falling numbers from 1 to 0, as in [0.95,0.75,0.5,0.25]")
+        raise UserError(f"quantiles={quantiles} must be falling numbers from 1 to 0, as in [0.9,0.75,0.5,0.25]")
     return {**config, **counts}
 
 

@@ -123,16 +123,19 @@ def l0_histogram(rows: list[Json]) -> Json:
     """
     tops = [int(np.searchsorted(np.cumsum(h), 0.999 * sum(h))) for h in (row["l0"]["histogram"] for row in rows)]
     step = max(1, math.ceil((max(tops) + 1) / 60))
+    least = 0.5 / max(sum(row["l0"]["histogram"]) for row in rows)  # where no token is: below the share of one
     traces = []
     for row, look in lines(rows):
         counts = np.asarray(row["l0"]["histogram"], dtype=float)
         counts = np.pad(counts, (0, -len(counts) % step)).reshape(-1, step).sum(1)[: max(tops) // step + 1]
-        share = [float(n) or None for n in counts / sum(row["l0"]["histogram"]) / step]
+        share = (counts / sum(row["l0"]["histogram"]) / step).tolist()
         middle = np.arange(len(share)) * step + (step - 1) / 2
         look = look | {"line": look["line"] | {"shape": "hvh"}}
-        traces.append(go.Scatter(x=middle.tolist(), y=share, hovertemplate="L0 %{x}: %{y:.2%}", **look))
+        look |= {"customdata": share, "hovertemplate": "L0 %{x}: %{customdata:.2%}"}
+        traces.append(go.Scatter(x=middle.tolist(), y=np.maximum(share, least).tolist(), **look))
     # One L0 of TopK has nearly all its tokens, beside which the others' shares would not be seen on a linear axis.
-    return drawn(traces, axis("L0 of a token", []), axis("share of tokens", [], type="log", dtick=1, tickformat="~%"))
+    log = {"type": "log", "dtick": 1, "tickformat": "~%", "range": [math.log10(least), 0]}
+    return drawn(traces, axis("L0 of a token", []), axis("share of tokens", [], **log))
 
 
 def density_histogram(rows: list[Json], tokens: int) -> Json:

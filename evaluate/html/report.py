@@ -88,12 +88,13 @@ def section(site: Json, config: Mapping[str, Any], features: Mapping[str, Path])
         "Densities of the latents": figures.density_histogram(rows, site["tokens"]),
     }
     store = find_fingerprint(locate(config["cache"]), site["fingerprint"])
+    facts = {name: value for name, value in site.items() if name not in TOLD and is_plain(value) and value is not None}
     tables: list[Table] = [*sae_tables(rows), *site_tables(site, TOLD)]
     return {
         "title": f"{site['site']} of {site['model']}",
         "model": site["model"],
         "site": site,
-        "facts": {heading(name): cell(v).text for name, v in site.items() if name not in TOLD and is_plain(v)},
+        "facts": {heading(name): cell(value).text for name, value in facts.items()},
         "tables": tables,
         "figures": [(title, figure) for title, figure in made.items() if figure],
         "curves": figures.training_curves(rows),

@@ -16,6 +16,8 @@ HEADINGS = {
     **{"ce_increase": "CE increase"},
 }
 SITE = ("ce_clean", "ce_zero", "ce_mean")  # the same for all SAEs of a site
+SHIPPED = "shipped"
+TITLES = {"delta": "Differences from the baseline, with their intervals"}
 # Of an SAE's row: what tables and figures already show.
 SHOWN = {"number", "variant", "metrics", "l0", "settings", "training", "storage_share"}
 
@@ -48,29 +50,40 @@ def figure(value: float, digits: int = 4) -> str:
 
 
 def is_entry(value: Any) -> bool:
-    """Whether this is a statistic with its standard error."""
-    return isinstance(value, dict) and set(value) == {"value", "se"}
+    """Whether this is a statistic with its standard error or its interval."""
+    return isinstance(value, dict) and set(value) in ({"value", "se"}, {"value", "low", "high"})
 
 
 def is_plain(value: Any) -> bool:
-    return value is None or isinstance(value, str | int | float) or is_entry(value)
+    return value is None or isinstance(value, str | int | float) or is_entry(value) or is_words(value)
+
+
+def is_words(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(word, str) for word in value)
 
 
 def cell(value: Any) -> Cell:
     """A value that is not known is a dash and sorts last."""
     if is_entry(value):
-        inner = cell(value["value"])
-        return inner if value["se"] is None else Cell(inner.text, f"± {figure(value['se'], 2)}", inner.key)
-    if value is None:
+        inner, error = cell(value["value"]), ""
+        if value.get("se") is not None:
+            error = f"± {figure(value['se'], 2)}"
+        elif value.get("low") is not None:
+            error = f"[{figure(value['low'], 3)}, {figure(value['high'], 3)}]"
+        return Cell(inner.text, error, inner.key)
+    if value is None or value == []:
         return Cell("–", key=float("inf"))
+    if isinstance(value, list):
+        return cell(", ".join(map(heading, value)))
     if isinstance(value, str | bool):
         return Cell(str(value), key=str(value))
     return Cell(f"{value:,}" if isinstance(value, int) else figure(value), key=float(value))
 
 
 def sae_name(row: Json) -> str:
-    """An SAE of the report by its number."""
-    return f"{row['number']} {row['variant']}"
+    """An SAE of the report by its number, and its form where that is not the one that ships."""
+    form = row.get("form", SHIPPED)
+    return f"{row['number']} {row['variant']}" + ("" if form == SHIPPED else f" ({form} form)")
 
 
 def rows_table(title: str, rows: Sequence[Json], parts: Sequence[Json]) -> Table | None:
@@ -111,28 +124,50 @@ def sae_tables(rows: Sequence[Json]) -> list[Table]:
     more = dict.fromkeys(name for row in rows for name, v in row.items() if name not in SHOWN and not is_plain(v))
     others = [(name, [part if isinstance(part := row.get(name), dict) else {} for row in rows]) for name in more]
     titled = [("What the splice costs", first), ("Reconstruction and firing", detail), ("The SAEs", sizes)]
-    titled += [(heading(name).capitalize(), parts) for name, parts in others]
+    titled += [(title_of(name), parts) for name, parts in others]
     return [table for title, parts in titled if (table := rows_table(title, rows, parts))]
 
 
-def plain_table(title: str, lines: Iterable[Any]) -> Table | None:
-    """A table of dicts with plain values; None where they are not that."""
-    lines = list(lines)
-    if not lines or not all(isinstance(line, dict) for line in lines):
-        return None
-    names = list(dict.fromkeys(name for line in lines for name, value in line.items() if is_plain(value)))
-    cells = [[cell(line.get(name)) for name in names] for line in lines]
-    return Table(title, [heading(name) for name in names], cells) if names else None
+def title_of(*names: str) -> str:
+    return TITLES.get(names[-1], ", ".join(map(heading, names)).capitalize())
+
+
+def plain_table(title: str, lines: Iterable[Json]) -> Table | None:
+    """A table of dicts, those within them as columns of their own; None where nothing in them is plain."""
+    flat = [
+        {
+            name: value
+            for key, part in line.items()
+            for name, value in ([(key, part)] if is_plain(part) or not isinstance(part, dict) else inner(key, part))
+            if is_plain(value)
+        }
+        for line in lines
+    ]
+    names = list(dict.fromkeys(name for line in flat for name in line))
+    rows = [[cell(line.get(name)) for name in names] for line in flat]
+    return Table(title, [heading(name) for name in names], rows) if names and rows else None
+
+
+def inner(key: str, part: Json) -> list[tuple[str, Any]]:
+    return [(f"{key} {name}", value) for name, value in part.items()]
 
 
 def site_tables(site: Json, shown: set[str]) -> list[Table]:
-    """What else a site holds: a table for each list of dicts, and for each dict of dicts, its names in front."""
-    tables = []
+    """What else a site holds: a table of each list of dicts, as deep as there are, and of each dict of dicts."""
+    tables: list[Table | None] = []
+
+    def add(value: Any, *names: str) -> None:
+        if isinstance(value, list) and value and all(isinstance(line, dict) for line in value):
+            tables.append(plain_table(title_of(*names), value))
+        elif isinstance(value, dict) and value and not is_entry(value):
+            if all(isinstance(part, dict) and not is_entry(part) for part in value.values()):
+                tables.append(plain_table(title_of(*names), [{names[-1]: key} | part for key, part in value.items()]))
+                return
+            tables.append(plain_table(title_of(*names), [{k: part for k, part in value.items() if is_plain(part)}]))
+            for key, part in value.items():
+                add(part, *names, key)
+
     for name, value in site.items():
-        if name in shown:
-            continue
-        if isinstance(value, dict) and value and all(isinstance(part, dict) for part in value.values()):
-            value = [{name: key} | part for key, part in value.items()]
-        if isinstance(value, list | dict):
-            tables.append(plain_table(heading(name).capitalize(), value if isinstance(value, list) else [value]))
+        if name not in shown:
+            add(value, name)
     return [table for table in tables if table is not None]

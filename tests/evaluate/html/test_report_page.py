@@ -121,7 +121,8 @@ def test_figures_hold_the_reports_numbers(written: Written, rows: list[dict[str,
     for row, trace in zip(rows, density["data"], strict=True):
         assert sum(trace["y"]) == sum(count > 0 for count in row["l0"]["fired"])
     for row, trace in zip(rows, l0["data"], strict=True):
-        shares = {x: y for x, y in zip(trace["x"], trace["y"], strict=True) if y is not None}
+        shares = dict(zip(trace["x"], trace["customdata"], strict=True))
+        assert trace["y"] == [max(share, 0.0005) for share in trace["customdata"]]
         counts = row["l0"]["histogram"]
         assert shares == pytest.approx({x: counts[int(x)] / 1000 for x in shares})
         assert sum(shares.values()) >= 0.999
@@ -139,7 +140,7 @@ def test_wide_bins_of_the_l0_histogram_keep_every_token() -> None:
     (trace,) = figures.l0_histogram([row])["data"]
     step = trace["x"][1] - trace["x"][0]
     assert step > 1 and len(trace["x"]) <= 60
-    assert sum(y or 0 for y in trace["y"]) * step == pytest.approx(1, abs=0.002)
+    assert sum(trace["customdata"]) * step == pytest.approx(1, abs=0.002)
 
 
 def test_no_metrics_and_no_values_are_left_out_not_invented(written: Written, rows: list[dict[str, Any]]) -> None:
@@ -157,18 +158,27 @@ def test_what_a_later_report_adds_is_shown_too(written: Written, rows: list[dict
     for row in rows:
         row["metrics"]["new_loss"] = {"value": 1.25, "se": 0.5}
         row["form"] = "batch"
+        row["pareto"] = ["nmse", "ce_increase"]
+        row["delta"] = {"nmse": {"value": -0.25, "low": -0.375, "high": 0.125}}
         row["probes"] = {"best": {"value": 0.5, "se": None}, "tasks": 12}
     page = written(
         rows,
         pairs=[{"of": "2 gated", "delta": {"value": -0.25, "se": 0.125}}],
         baselines={"pca": {"loss": 0.75}, "random": {"loss": 0.5}},
+        gao={"left_out": ["x", "y"], "bases": [{"name": "pca", "probe": {"loss": 0.5, "tasks": {"a": {"loss": 1}}}}]},
         note="a line of its own",
     )
     assert "new loss" in page.tables[1][0] and "1.250 ± 0.50" in page.tables[1][1]
-    assert page.tables[2][1][page.tables[2][0].index("form")] == "batch"
-    assert page.tables[3][:2] == [["SAE", "best", "tasks"], ["1 batchtopk", "0.5000", "12"]]
-    assert page.tables[4] == [["of", "delta"], ["2 gated", "-0.2500 ± 0.12"]]
-    assert page.tables[5] == [["baselines", "loss"], ["pca", "0.7500"], ["random", "0.5000"]]
+    sizes = dict(zip(page.tables[2][0], page.tables[2][1], strict=True))
+    assert sizes["SAE"] == "1 batchtopk (batch form)" and sizes["pareto"] == "NMSE, CE increase"
+    assert [table[:2] for table in page.tables[3:]] == [
+        [["SAE", "best", "tasks"], ["1 batchtopk (batch form)", "0.5000", "12"]],
+        [["SAE", "NMSE"], ["1 batchtopk (batch form)", "-0.2500 [-0.375, 0.125]"]],
+        [["of", "delta"], ["2 gated", "-0.2500 ± 0.12"]],
+        [["baselines", "loss"], ["pca", "0.7500"]],
+        [["left out"], ["x, y"]],
+        [["name", "probe loss"], ["pca", "0.5000"]],
+    ]
     assert "a line of its own" in page.text
 
 
