@@ -29,10 +29,10 @@ $(PEERS)/ready: benchmarks/peers.txt
 	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r $<
 	@touch $@
 
-demo: setup ## harvest, train six variants in one pass, evaluate; leaves outputs/demo/report.md
+demo: setup ## harvest, train six variants in one pass, evaluate; leaves outputs/demo/report.html, report.md and feature pages
 	$(PY) -m harvest
 	$(PY) -m train -m sae=relu,topk,batchtopk,matryoshka,gated,jumprelu hydra.sweep.dir=outputs/demo/saes
-	$(PY) -m evaluate saes=outputs/demo/saes out=outputs/demo
+	$(PY) -m evaluate saes=outputs/demo/saes out=outputs/demo features=best
 
 harvest: setup ## language model -> cached activations
 	$(PY) -m harvest $(ARGS)

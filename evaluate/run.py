@@ -17,6 +17,7 @@ from data.place import Location, locate
 from data.settings import whole
 from data.store import Store, find_fingerprint
 from evaluate import report
+from evaluate.html import report as page
 from harvest import lm
 from harvest.text import source_from
 from harvest.tokens import Packed, Packing, pack
@@ -180,13 +181,18 @@ def describe(sae: Trained, result: Json) -> Json:
 def evaluate(config: Mapping[str, Any]) -> Path:
     """Score what a resolved configuration names; the path of the report."""
     config = checked(config)
-    places = by_place(find_saes(config["saes"] or ()), locate(config["cache"]))
+    saes = find_saes(config["saes"] or ())
+    page.check(config, [sae.folder for sae in saes])
+    places = by_place(saes, locate(config["cache"]))
     sites = []
     for store, by_site in places:
         text = open_text(store, config)
         sites += [score_site(store, name, saes, text, config) for name, saes in by_site.items()]
     settings = {name: config[name] for name in ("tokens", "lm_batch", "bootstrap", "seed")}
-    return report.write({"format": report.FORMAT, "settings": settings, "sites": sites}, Path(config["out"]))
+    found: Json = {"format": report.FORMAT, "settings": settings, "sites": sites}
+    path = report.write(found, Path(config["out"]))
+    print(f"page: {page.finish(found, config)}")
+    return path
 
 
 def main(config: DictConfig) -> None:

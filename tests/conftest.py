@@ -23,6 +23,8 @@ SHAPED = [
     "data.loader",
     "train.sae",
     "harvest.site",
+    "evaluate.features.collect",
+    "evaluate.features.weights",
     "evaluate.metrics",
     "evaluate.splice",
 ]

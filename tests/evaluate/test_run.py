@@ -51,6 +51,7 @@ def config(harvested: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
         "lm_batch": None,
         "bootstrap": 50,
         "seed": 0,
+        "features": None,
         "device": "cpu",
         "device_map": None,
         "out": str(tmp_path / "out"),
