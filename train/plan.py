@@ -131,7 +131,7 @@ def checked(settings: Settings) -> Settings:
 
 def harvest_line(settings: Settings, overrides: Sequence[str], tokens: int) -> str:
     """The command that makes what this training asks for: its model, text and packing, its site and enough tokens."""
-    groups = ("model", "text", "packing", "cache", "lm_batch")
+    groups = ("experiment", "model", "text", "packing", "cache", "lm_batch")
     kept = [item for item in overrides if item.lstrip("+~").split("=")[0].split(".")[0].split("@")[0] in groups]
     parts = [*kept, f"sites=[{settings['site']}]", f"tokens={tokens}", f"heldout_tokens={settings['heldout_tokens']}"]
     return f'make harvest ARGS="{" ".join(parts)}"'
