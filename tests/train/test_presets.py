@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import re
 import subprocess
 import sys
@@ -21,10 +20,10 @@ from train.run import build, train
 from train.sae import load_config
 
 PRESETS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
-HERE = ["model=embedded", "text=stdlib", "packing=default", "lm_batch=16"]
+HERE = ["model=embedded", "text=stdlib", "packing.context=64", "lm_batch=16"]
 # A few steps over the small store.
 SMALL = [
-    *("text=stdlib", "packing=default", "model=embedded", f"site={SITE}", "tokens=1920", "batch=64", "sae.width=64"),
+    *("text=stdlib", "model=embedded", f"site={SITE}", "tokens=1920", "batch=64", "sae.width=64"),
     *("calibration_tokens=512", "heldout_tokens=512", "trainer=cpu", "dead_after=128"),
     *("log_every=10", "validate_every=15", "checkpoint_every=10", "loader.pool_chunks=4", "loader.threads=1"),
 ]
@@ -55,12 +54,13 @@ def test_a_preset_opens_with_its_commands_its_source_and_what_it_takes(preset: s
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_its_commands_compose_into_saes_that_can_be_built(preset: str) -> None:
-    """Every combination of a sweep's values."""
+    """With each of a sweep's values."""
     for overrides in commands(preset, "train"):
-        values = [item.split("=") for item in overrides if item != "-m"]
-        assert values.pop(0) == ["+experiment", preset]
-        for chosen in itertools.product(*(value.split(",") for _, value in values)):
-            given = [f"{name}={value}" for (name, _), value in zip(values, chosen, strict=True)]
+        asked = [item.split("=") for item in overrides if item != "-m"]
+        assert asked.pop(0) == ["+experiment", preset]
+        values = [value.split(",") for _, value in asked]
+        for i in range(max(map(len, values), default=1)):
+            given = [f"{name}={value[i % len(value)]}" for (name, _), value in zip(asked, values, strict=True)]
             settings = composed("train", preset, *given, "out=x", "sae.width=256")
             assert build(settings["sae"], 16).name == settings["sae"]["_target_"].split(".")[2]
             for name, value in (item.split("=") for item in given):
@@ -83,7 +83,8 @@ def test_what_it_harvests_is_enough_for_what_it_trains(preset: str) -> None:
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_it_trains_a_few_steps(preset: str, cache: Path, tmp_path: Path) -> None:
-    asked = composed("train", preset, *SMALL, f"cache={cache}", f"out={tmp_path}")
+    (store,) = cache.iterdir()
+    asked = composed("train", preset, *SMALL, f"store={store}", f"out={tmp_path}")
     if asked["sae"].get("k"):
         asked["sae"]["k"] = 4
     train(asked)
@@ -133,7 +134,7 @@ def test_a_preset_s_mistake_is_named(extra: dict[str, Any], says: str) -> None:
 @pytest.mark.slow
 def test_one_preset_serves_both_commands(tmp_path: Path) -> None:
     """With another model in its place: `+experiment=` harvests, trains a sweep, and names itself where rows lack."""
-    common = ["+experiment=batchtopk-gpt2", "text=stdlib", "packing=default", "model=embedded"]
+    common = ["+experiment=batchtopk-gpt2", "text=stdlib", "model=embedded"]
     common += [f"cache={tmp_path / 'cache'}", "heldout_tokens=512"]
 
     def run(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -143,7 +144,7 @@ def test_one_preset_serves_both_commands(tmp_path: Path) -> None:
     harvest = ("harvest", f"sites=[{SITE}]", "tokens=6000", "lm_batch=4", f"hydra.run.dir={tmp_path / 'h'}")
     done = run(*harvest)
     assert done.returncode == 0, done.stderr
-    few = [item for item in SMALL if item.split("=")[0] not in ("text", "packing", "model", "heldout_tokens")]
+    few = [item for item in SMALL if item.split("=")[0] not in ("text", "model", "heldout_tokens")]
     done = run("train", "-m", *few, "sae=topk,batchtopk", "sae.k=4", f"hydra.sweep.dir={tmp_path / 's'}")
     assert done.returncode == 0 and "2 SAEs in one pass" in done.stdout, done.stderr
     short = [item for item in few if not item.startswith("tokens=")]
