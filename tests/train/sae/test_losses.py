@@ -224,6 +224,20 @@ def test_loss_and_every_gradient_equal_the_float64_reference(case: Case, centred
         assert np.abs(grads[name]).max() > 1e-4, f"the case does not exercise {name}"
 
 
+@pytest.mark.parametrize("over", ["token", "batch"])
+def test_auxk_is_the_same_where_so_many_are_dead_that_z_is_selected(over: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case("batchtopk", {"k": 3, "auxk_over": over}, reference.batchtopk, {"k": 3, "over_batch": over == "batch"})
+    sae, x = perturbed(case, True), tokens()
+    parameters = as_formula({name: p.detach().numpy().copy() for name, p in sae.named_parameters()})
+    monkeypatch.setattr("train.sae.dead._HELD", 0)
+    step = sae.loss(x, dead_F=torch.from_numpy(DEAD))
+    step.loss.backward()
+    loss, grads = case.compute(x.numpy(), parameters, 2.5, True, dead=DEAD, **case.options)
+    assert step.loss.item() == pytest.approx(loss, rel=1e-12)
+    assert sae.W_enc_FD.grad is not None
+    np.testing.assert_allclose(sae.W_enc_FD.grad.numpy().T, grads["W_enc"], rtol=1e-9, atol=1e-12)
+
+
 class Loss(nn.Module):
     """The loss as a forward, so that torch.func can swap the parameters."""
 
