@@ -139,12 +139,13 @@ Result = tuple[float, Arrays]
 def _dictionary_learning(case: Case) -> Result:
     from benchmarks.contestants.dictionary_learning import _TRAINERS
 
-    wanted: dict[str, Any] = {
+    each: dict[str, dict[str, Any]] = {
         "relu": {"l1_penalty": SPARSITY},
         "gated": {"l1_penalty": SPARSITY},
         "jumprelu": {"bandwidth": BANDWIDTH, "target_l0": 3.0, "sparsity_penalty": 1.0},
         "matryoshka": {"k": K, "group_fractions": [0.25, 0.25, 0.5]},
-    }.get(case.variant, {"k": K})
+    }
+    wanted = each.get(case.variant, {"k": K})
     trainer = _TRAINERS[case.variant](
         steps=10**6, activation_dim=D, dict_size=F, layer=0, lm_name="none", lr=1e-3, device="cpu", **wanted
     )
@@ -177,11 +178,12 @@ def _sae_lens(case: Case) -> Result:
 
     from benchmarks.contestants.sae_lens import _CLASSES
 
-    wanted: dict[str, Any] = {
+    each: dict[str, dict[str, Any]] = {
         "jumprelu": {"jumprelu_bandwidth": BANDWIDTH, "l0_coefficient": SPARSITY},
         "topk": {"k": K, "rescale_acts_by_decoder_norm": False},
         "batchtopk": {"k": K, "rescale_acts_by_decoder_norm": False},
-    }.get(case.variant, {"l1_coefficient": SPARSITY})
+    }
+    wanted = each.get(case.variant, {"l1_coefficient": SPARSITY})
     cls, config = _CLASSES[case.variant]
     sae = cls(config(d_in=D, d_sae=F, device="cpu", dtype="float64", **wanted))
     names = {

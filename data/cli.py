@@ -60,7 +60,8 @@ def own(config: DictConfig, stage: str) -> dict[str, Any]:
     part, and it leaves what is another's alone. UserError names what no stage has.
     """
     found: dict[str, Any] = {}
-    for name, value in config.items():
+    for name in map(str, config):
+        value = config[name]
         if name not in _known(stage):
             if not any(name in _known(other) for other in STAGES):
                 raise UserError(f"the preset sets {name}, which no stage has: mend it in conf/experiment")
@@ -69,7 +70,7 @@ def own(config: DictConfig, stage: str) -> dict[str, Any]:
         if parted and stage not in value:
             raise UserError(f"the preset sets {name} for other stages only: give {name}=... to {stage} too")
         value = value[stage] if parted else value
-        found[str(name)] = OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+        found[name] = OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
     return found
 
 

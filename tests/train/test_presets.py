@@ -145,7 +145,8 @@ def test_one_preset_serves_both_commands(tmp_path: Path) -> None:
     done = run(*harvest)
     assert done.returncode == 0, done.stderr
     few = [item for item in SMALL if item.split("=")[0] not in ("text", "model", "heldout_tokens")]
-    done = run("train", "-m", *few, "sae=topk,batchtopk", "sae.k=4", f"hydra.sweep.dir={tmp_path / 's'}")
+    sweep = (f"hydra.sweep.dir={tmp_path / 's'}", "hydra.sweep.subdir=${hydra:job.num}")  # a short name
+    done = run("train", "-m", *few, "sae=topk,batchtopk", "sae.k=4", *sweep)
     assert done.returncode == 0 and "2 SAEs in one pass" in done.stdout, done.stderr
     short = [item for item in few if not item.startswith("tokens=")]
     done = run("train", *short, "tokens=1e6", f"hydra.run.dir={tmp_path / 't'}")
