@@ -104,6 +104,10 @@ def checked(settings: Settings) -> Settings:
         number(settings, name, 0, 1)  # shares of the run
     if settings["clip"] is not None and number(settings, "clip", 0, math.inf) == 0:
         raise UserError("clip=0 would stop every step: give a positive norm, or null for no clipping")
+    if settings["ema"] is not None and not 0 < number(settings, "ema", 0, 1) < 1:
+        raise UserError(f"ema={settings['ema']} is no mean of weights: give a number between 0 and 1, or null")
+    if settings["lr_at_width"] is not None:
+        counts["lr_at_width"] = whole(settings, "lr_at_width", 1)
     if settings["outliers"] is not None:
         counts["outliers"] = number(settings, "outliers", 1, math.inf)  # below the median is no outlier
     if settings["dead_after"] is not None:
@@ -127,7 +131,7 @@ def checked(settings: Settings) -> Settings:
 
 def harvest_line(settings: Settings, overrides: Sequence[str], tokens: int) -> str:
     """The command that makes what this training asks for: its model, text and packing, its site and enough tokens."""
-    groups = ("model", "text", "packing", "cache", "lm_batch")
+    groups = ("experiment", "model", "text", "packing", "cache", "lm_batch")
     kept = [item for item in overrides if item.lstrip("+~").split("=")[0].split(".")[0].split("@")[0] in groups]
     parts = [*kept, f"sites=[{settings['site']}]", f"tokens={tokens}", f"heldout_tokens={settings['heldout_tokens']}"]
     return f'make harvest ARGS="{" ".join(parts)}"'

@@ -18,6 +18,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
+from data import cli
 from data.errors import UserError
 from data.manifest import canonical, differing
 from data.settings import number, whole
@@ -35,6 +36,8 @@ _OF_ONE = (
     "sae",
     "optimizer",
     "clip",
+    "ema",
+    "lr_at_width",
     "dead_after",
     "lr_warmup",
     "lr_decay",
@@ -62,14 +65,12 @@ def main(config: DictConfig) -> None:
 
 def asked(config: DictConfig) -> Job:
     """The Hydra job's settings, with what Hydra knows of it."""
-    settings = OmegaConf.to_container(config, resolve=True)
-    assert isinstance(settings, dict)
     overrides, sweep = [], None
     if HydraConfig.initialized():
         job = HydraConfig.get()
         overrides = list(job.overrides.task)
         sweep = Path(job.sweep.dir) if job.mode == RunMode.MULTIRUN else None
-    return Job({str(name): value for name, value in settings.items()}, overrides, sweep)
+    return Job(cli.settings_of(config, "train"), overrides, sweep)
 
 
 def train(settings: Settings, overrides: Sequence[str] = ()) -> None:
