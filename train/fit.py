@@ -24,7 +24,7 @@ from train.datamodule import ActivationData
 from train.lit import LitSAEs, OwnReduction, Passes
 from train.loggers import CsvLogger
 from train.member import Member, State
-from train.plan import LAST, Plan, Run, Settings
+from train.plan import LAST, Plan, Run, Settings, origin
 from train.sae import SAE, default_window, save
 from train.sae.batchtopk import BatchSelected
 from train.sae.init import SAMPLES
@@ -223,7 +223,7 @@ def _calibrate(module: LitSAEs, data: ActivationData, device: torch.device) -> d
 def _keep(run: Run, member: Member, found: dict[str, Any]) -> None:
     """Write the SAE with its record, and print the line that sums it up."""
     training = _training(run, member) | found
-    save(member.sae, run.folder, _record(run.plan, training))
+    save(member.sae, run.folder, {**origin(run.plan.store, run.plan.site), "training": training})
     member.finalize("success")
     print(_closing(member.sae, training, run.folder))
 
@@ -252,12 +252,6 @@ def _named(optimizer: Settings) -> dict[str, Any]:
     """The optimizer's settings with its name for its import path."""
     name = str(optimizer["_target_"]).rsplit(".", 1)[-1]
     return {"name": name} | {key: value for key, value in optimizer.items() if not key.startswith("_")}
-
-
-def _record(plan: Plan, training: dict[str, Any]) -> dict[str, Any]:
-    manifest = plan.store.manifest
-    names = {"site": plan.site, "fingerprint": manifest.fingerprint, "store": manifest.folder}
-    return {**names, "model": manifest.settings["model"], "training": training}
 
 
 def _opening(runs: Sequence[Run]) -> str:
