@@ -98,7 +98,8 @@ def _bytes_read(plan: Plan) -> int:
 def _members(runs: Sequence[Run], data: ActivationData) -> tuple[list[Member], dict[str, str], State | None]:
     """The SAEs at their first step or at their checkpoint, why others could not begin, and the loader's state."""
     plan = runs[0].plan
-    sample_ND = data.sample(SAMPLES) if any(not run.step for run in runs) else None
+    fresh = [run for run in runs if not run.step and not run.settings["start"]]
+    sample_ND = data.sample(SAMPLES) if fresh else None
     members: list[Member] = []
     failed: dict[str, str] = {}
     order: State | None = None
@@ -109,7 +110,7 @@ def _members(runs: Sequence[Run], data: ActivationData) -> tuple[list[Member], d
                 state = torch.load(run.folder / LAST, map_location="cpu", weights_only=True)
                 member.load(state)
                 order = state["loader"]
-            else:
+            elif not run.settings["start"]:
                 assert sample_ND is not None
                 member.initialise(sample_ND, **plan.moments())
             member.loggers = _loggers(run, len(runs) > 1)

@@ -144,4 +144,3 @@ def _special(name: str, tensors: dict[str, Tensor]) -> Json:
         if threshold in tensors:
             tensors[threshold] = tensors[threshold].clamp_min(0)
     return found
-

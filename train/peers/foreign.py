@@ -51,7 +51,9 @@ class Origin:
     @classmethod
     def of(cls, config: Mapping[str, Any], folder: Path) -> Origin:
         """UserError where the record lacks something."""
-        if missing := [name for name in ("site", "fingerprint", "store", "model_name", "packing") if name not in config]:
+        if missing := [
+            name for name in ("site", "fingerprint", "store", "model_name", "packing") if name not in config
+        ]:
             raise UserError(
                 f"{folder} does not record its {missing[0]}, which other tools ask for: train it with this version"
             )
@@ -147,7 +149,9 @@ def tensors_in(path: Path, names: Mapping[str, str]) -> dict[str, Tensor]:
             raise
         raise UserError(f"{path} cannot be read ({str(error).splitlines()[0]}): restore the folder") from None
     if missing := sorted(names.keys() - held.keys()):
-        raise UserError(f"{path} lacks {missing[0]}: restore the folder, or name one of the class that its settings say")
+        raise UserError(
+            f"{path} lacks {missing[0]}: restore the folder, or name one of the class that its settings say"
+        )
     return {ours: held[theirs] for theirs, ours in names.items()}
 
 
