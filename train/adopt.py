@@ -1,4 +1,4 @@
-"""python -m train.adopt saes=FOLDER store=outputs/cache/<store> out=adopted: other tools' SAEs as SAEs of this project"""
+"""python -m train.adopt saes=FOLDER store=outputs/cache/<store> out=adopted: other tools' SAEs as ours"""
 
 from __future__ import annotations
 
@@ -31,9 +31,7 @@ def adopt(folder: Path, store: Store, site: str | None, out: Path) -> None:
     foreign = known.read(folder)
     sae, name = foreign.sae, str(Site.parse(_site(folder, site or foreign.site)))
     if name not in (sites := store.sites(TRAIN)):
-        raise UserError(
-            f"{store.path} has no site {name} (it has {', '.join(sites) or 'none'}): name one, or harvest it"
-        )
+        raise UserError(f"{store.path} has no site {name}, only {', '.join(sites)}: name another store, or harvest it")
     stats = store.stats(TRAIN, name)
     if sae.d_in != (width := store.decoder(TRAIN, name).width):
         raise UserError(f"{folder} is of {sae.d_in} entries and {name} in {store.path} has {width}: name its own site")

@@ -1,4 +1,4 @@
-"""python -m train.export saes=outputs/demo/saes/sae-topk to=saelens out=exported: trained SAEs in other tools' folders"""
+"""python -m train.export saes=outputs/demo/saes/sae-topk to=saelens out=exported: SAEs for other tools"""
 
 from __future__ import annotations
 
@@ -71,9 +71,9 @@ def export(folder: Path, to: str, out: Path, report: Path | None = None) -> None
 
 def main(config: DictConfig) -> None:
     """The command, from Hydra's configuration."""
-    settings = OmegaConf.to_container(config, resolve=True)
-    assert isinstance(settings, dict)
-    settings = {str(name): value for name, value in settings.items()}
+    found = OmegaConf.to_container(config, resolve=True)
+    assert isinstance(found, dict)
+    settings: Mapping[str, Any] = {str(name): value for name, value in found.items()}
     report = Path(settings["report"]) if settings["report"] else None
     for folder, out in matching(settings).items():
         export(folder, str(settings["to"]), out, report)
