@@ -115,6 +115,8 @@ def main() -> None:
         found["free"] = saelens(folder, model, ids[keep.all(1)], job["batch"], False)
         print(json.dumps(found), flush=True)
     hook = job["hook"]
+    if not job["dictionary_learning"]:
+        return
     parts = [model.run_with_cache(part, names_filter=[hook])[1][hook] for part in torch.split(ids, job["batch"])]
     rows_ND = torch.cat(parts)[keep]
     for folder in job["dictionary_learning"]:

@@ -41,7 +41,7 @@ RECORD = {
 
 @functools.cache
 def make(form: str, **settings: Any) -> SAE:
-    """An SAE, only to be read, over the store's activations in which no parameter has a value that would hide a mistake."""
+    """An SAE over the store's activations, only to be read; none of its parameters has a value that hides a mistake."""
     name, own = FORMS[form]
     sae = VARIANTS[name](D, F, **{**own, **settings})
     sae.initialise(torch.from_numpy(activations(1024, 3)))
