@@ -4,7 +4,7 @@
 
 Needs `make peers`, and SAEs of one site of a GPT-2 shaped model in a folder (as the demo's). Prints three tables:
 encode and decode of every export; L0, explained variance and CE recovered by sae_lens' `run_evals` and by ours on the
-same contexts; and what the mistakes of methods.md section 4 would have reported.
+same contexts; and what known mistakes of SAE libraries would have reported.
 """
 
 from __future__ import annotations
@@ -40,6 +40,10 @@ from train.sae.batchtopk import BatchSelected
 from train.sae.topk import TopK
 
 ROOT = Path(__file__).resolve().parents[1]
+APART = """apart: the difference, for l0 relative.
+all, recovered_zero: sae_lens zeroes special tokens too and scores what follows each token that is not special; ours
+leaves special tokens as they are in every run and scores the other tokens, so that all runs differ at the same positions.
+kl: sae_lens counts the last position of each context too; ours the positions that predict a token of the set."""
 ROWS = 8192  # activations that encode and decode are compared on
 NEAR = 1e-5  # of the threshold, relative
 Scores = dict[str, float]
@@ -141,7 +145,7 @@ def offset(sae: SAE, x_ND: Tensor) -> SAE:
 
 @torch.no_grad()
 def mistakes(sae: SAE, x_ND: Tensor, dl: Scores, sl: Scores, free: Scores, shifted: dict[str, Scores]) -> Iterator[str]:
-    """What the mistakes of methods.md section 4 make of one BatchTopK; the numbers are those of its list."""
+    """What known mistakes make of one BatchTopK."""
     assert isinstance(sae, BatchSelected)
     xn_ND = sae.norm.normalise(x_ND)
     z_NF, s = sae.pre_activation(xn_ND), float(sae.norm.scale)
@@ -151,28 +155,28 @@ def mistakes(sae: SAE, x_ND: Tensor, dl: Scores, sl: Scores, free: Scores, shift
         return f"{what:<76}{right:>10.4f}{wrong:>10.4f}"
 
     l0 = float((z_NF > sae.threshold).float().sum(1).mean())
-    yield line("1  no threshold shipped, so a plain ReLU: L0", l0, float((z_NF > 0).float().sum(1).mean()))
+    yield line("no threshold shipped, so a plain ReLU: L0", l0, float((z_NF > 0).float().sum(1).mean()))
     unscaled = float((z_NF / s > sae.threshold).float().sum(1).mean())
-    yield line("3  T left in x' units where the rest is in model units: L0", l0, unscaled)
+    yield line("T left in x' units where the rest is in model units: L0", l0, unscaled)
     yield line(
-        "9  EV by ratios averaged over tokens (explained_variance_legacy)", free["ev"], sl["explained_variance_legacy"]
+        "EV by ratios averaged over tokens (explained_variance_legacy)", free["ev"], sl["explained_variance_legacy"]
     )
     yield line(
-        "9  EV, constant error added: dictionary_learning centres the residual",
+        "EV, constant error added: dictionary_learning centres the residual",
         shifted["ours"]["ev"],
         dl["frac_variance_explained"],
     )
-    yield line("9  EV, constant error added: sae_lens", shifted["ours"]["ev"], shifted["saelens"]["explained_variance"])
+    yield line("EV, constant error added: sae_lens", shifted["ours"]["ev"], shifted["saelens"]["explained_variance"])
     clean, zero, spliced = (free[name] for name in ("ce_clean", "ce_zero", "ce_spliced"))
-    yield line("10 loss recovered as its reciprocal", free["recovered_zero"], (zero - clean) / (zero - spliced))
+    yield line("loss recovered as its reciprocal", free["recovered_zero"], (zero - clean) / (zero - spliced))
     f_NF = torch.cat([sae.activate_batch(part) for part in torch.split(xn_ND, 1024)])
     batch = float(sae.nmse(sae.decode_normalised(f_NF), xn_ND) * sae.variance)
     ships = float(sae.nmse(sae.decode_normalised(sae.activate(xn_ND)), xn_ND) * sae.variance)
     spread = float((xn_ND - xn_ND.mean(0)).square().sum(1).mean())
     yield line(
-        "11 L0 of the training form (batch top k) for what ships with T", l0, float((f_NF > 0).float().sum(1).mean())
+        "L0 of the training form (batch top k) for what ships with T", l0, float((f_NF > 0).float().sum(1).mean())
     )
-    yield line("11 NMSE of the training form for what ships with T", ships / spread, batch / spread)
+    yield line("NMSE of the training form for what ships with T", ships / spread, batch / spread)
 
 
 def _arguments() -> argparse.Namespace:
@@ -240,6 +244,7 @@ def compare(
             *beside(name, "all", own[n], theirs[n]["own"]),
         ):
             print(told, flush=True)
+    print(APART)
     if at is not None:
         print()
         shifted = {"ours": own[-1], "saelens": theirs[-1]["own"]}

@@ -42,7 +42,6 @@ def adopt(folder: Path, store: Store, site: str | None, out: Path) -> None:
         sae.mean_sq.fill_(stats.mean_sq_norm)
         sae.variance.fill_(stats.variance)
     save(sae, out, {**origin(store, name), "adopted": {"format": known.name, "from": folder.name}})
-    print(f"{folder} ({known.name}) -> {out} ({sae.name}, {name} of {store.path})")
 
 
 def _site(folder: Path, named: str | None) -> str:
@@ -61,6 +60,7 @@ def main(config: DictConfig) -> None:
     folders, store = matching(settings), Store.open(settings["store"])
     for folder, out in folders.items():
         adopt(folder, store, settings["site"], out)
+        print(f"{folder} -> {out}")
 
 
 if __name__ == "__main__":

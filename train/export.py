@@ -66,7 +66,6 @@ def export(folder: Path, to: str, out: Path, report: Path | None = None) -> None
     out.mkdir(parents=True, exist_ok=True)
     for name, data in files.items():
         put(out / name, data)
-    print(f"{folder} ({sae.name}) -> {out} ({FORMATS[to].name})")
 
 
 def main(config: DictConfig) -> None:
@@ -77,6 +76,7 @@ def main(config: DictConfig) -> None:
     report = Path(settings["report"]) if settings["report"] else None
     for folder, out in matching(settings).items():
         export(folder, str(settings["to"]), out, report)
+        print(f"{folder} -> {out}")
 
 
 if __name__ == "__main__":
