@@ -42,7 +42,7 @@ from train.sae.topk import TopK
 ROOT = Path(__file__).resolve().parents[1]
 APART = """apart: the difference, for l0 relative.
 all, recovered_zero: sae_lens zeroes special tokens too and scores what follows each token that is not special; ours
-leaves special tokens as they are in every run and scores the other tokens, so that all runs differ at the same positions.
+leaves special tokens as they are in every run and scores the others, so all runs differ at the same positions.
 kl: sae_lens counts the last position of each context too; ours the positions that predict a token of the set."""
 ROWS = 8192  # activations that encode and decode are compared on
 NEAR = 1e-5  # of the threshold, relative

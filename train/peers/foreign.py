@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -144,10 +143,12 @@ def tensors_in(path: Path, names: Mapping[str, str]) -> dict[str, Tensor]:
         held = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{path} is missing: restore the folder") from None
+    except OSError:
+        raise
     except Exception as error:  # torch's unpickler has as many kinds of errors as damage has
-        if isinstance(error, OSError) and not isinstance(error, SafetensorError):
-            raise
         raise UserError(f"{path} cannot be read ({str(error).splitlines()[0]}): restore the folder") from None
+    if not isinstance(held, dict):
+        raise UserError(f"{path} holds no state dict: restore the folder")
     if missing := sorted(names.keys() - held.keys()):
         raise UserError(
             f"{path} lacks {missing[0]}: restore the folder, or name one of the class that its settings say"
