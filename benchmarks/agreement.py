@@ -136,7 +136,7 @@ def offset(sae: SAE, x_ND: Tensor) -> SAE:
     step_D[0] = 0.5 * (x_ND - x_ND.mean(0)).square().sum(1).mean().sqrt() * float(sae.norm.scale)
     moved_F = sae.W_enc_FD.detach() @ step_D if sae.apply_b_dec_to_input else torch.zeros(sae.width)
     with torch.no_grad():
-        wrong.b_dec += step_D
+        wrong.b_dec.add_(step_D)
         for bias in sae.bias_names:
             wrong.get_parameter(bias).add_(moved_F)
     assert torch.allclose((wrong.encode(x_ND[:64]) > 0).float().mean(), (f_NF[:64] > 0).float().mean(), atol=1e-3)

@@ -332,6 +332,24 @@ def test_what_is_not_ours_is_refused(tmp_path: Path, store: Store, changes: dict
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("to", "file", "data", "says"),
+    [
+        ("saelens", "sae_weights.safetensors", b"\0" * 9, r"sae_weights\.safetensors cannot be read"),
+        ("dictionary_learning", "ae.pt", b"not a zip", r"ae\.pt cannot be read"),
+        ("dictionary_learning", "config.json", b"[]", r"config\.json is no JSON object"),
+        ("sparsify", "cfg.json", b"{", r"cfg\.json is no JSON object"),
+        ("sparsify", "cfg.json", b'{"transcode": true}', r"transcode makes it no autoencoder"),
+    ],
+)
+def test_damage_is_named(tmp_path: Path, store: Store, to: str, file: str, data: bytes, says: str) -> None:
+    export(saved(tmp_path, make("topk")), to, tmp_path / "there")
+    (tmp_path / "there" / file).write_bytes(data)
+    with pytest.raises(UserError, match=says) as caught:
+        adopt(tmp_path / "there", store, None, tmp_path / "back")
+    assert "\n" not in str(caught.value)
+
+
 def test_another_tools_topk_that_chooses_by_the_rows_norms(tmp_path: Path, store: Store) -> None:
     """SAELens' rescale_acts_by_decoder_norm: top k of z ||w||, decoded by w / ||w||."""
     export(saved(tmp_path, make("topk", input_norm="none")), "saelens", tmp_path / "there")
