@@ -25,7 +25,7 @@ from train.datamodule import ActivationData
 from train.lit import LitSAEs, OwnReduction, Passes
 from train.loggers import CsvLogger
 from train.member import Member, State
-from train.plan import LAST, Plan, Run, Settings
+from train.plan import LAST, Plan, Run, Settings, origin
 from train.sae import SAE, default_window, save
 from train.sae.batchtopk import BatchSelected
 from train.sae.init import SAMPLES
@@ -101,7 +101,8 @@ def _bytes_read(plan: Plan) -> int:
 def _members(runs: Sequence[Run], data: ActivationData) -> tuple[list[Member], dict[str, str], State | None]:
     """The SAEs at their first step or at their checkpoint, why others could not begin, and the loader's state."""
     plan = runs[0].plan
-    sample_ND = data.sample(SAMPLES) if any(not run.step for run in runs) else None
+    fresh = [run for run in runs if not run.step and not run.settings["start"]]
+    sample_ND = data.sample(SAMPLES) if fresh else None
     members: list[Member] = []
     failed: dict[str, str] = {}
     order: State | None = None
@@ -112,7 +113,7 @@ def _members(runs: Sequence[Run], data: ActivationData) -> tuple[list[Member], d
                 state = torch.load(run.folder / LAST, map_location="cpu", weights_only=True)
                 member.load(state)
                 order = state["loader"]
-            else:
+            elif not run.settings["start"]:
                 assert sample_ND is not None
                 member.initialise(sample_ND, **plan.moments())
             member.loggers = _loggers(run, len(runs) > 1)
@@ -228,7 +229,7 @@ def _calibrate(module: LitSAEs, data: ActivationData, device: torch.device) -> d
 def _keep(run: Run, member: Member, found: dict[str, Any]) -> None:
     """Write the SAE with its record, and print the line that sums it up."""
     training = _training(run, member) | found
-    save(member.sae, run.folder, _record(run.plan, training))
+    save(member.sae, run.folder, {**origin(run.plan.store, run.plan.site), "training": training})
     member.finalize("success")
     print(_closing(member.sae, training, run.folder))
 
@@ -259,12 +260,6 @@ def _named(optimizer: Settings) -> dict[str, Any]:
     """The optimizer's settings with its name for its import path."""
     name = str(optimizer["_target_"]).rsplit(".", 1)[-1]
     return {"name": name} | {key: value for key, value in optimizer.items() if not key.startswith("_")}
-
-
-def _record(plan: Plan, training: dict[str, Any]) -> dict[str, Any]:
-    manifest = plan.store.manifest
-    names = {"site": plan.site, "fingerprint": manifest.fingerprint, "store": manifest.folder}
-    return {**names, "model": manifest.settings["model"], "training": training}
 
 
 def _opening(runs: Sequence[Run]) -> str:

@@ -148,6 +148,14 @@ def find_store(settings: Settings, overrides: Sequence[str]) -> stores.Store:
     return stores.pick(found)
 
 
+def origin(store: stores.Store, site: str) -> Settings:
+    """What an SAE's config.json keeps of the activations it is of; `model_name` has no folder of this machine in it."""
+    manifest = store.manifest
+    names = {"site": site, "fingerprint": manifest.fingerprint, "store": manifest.folder}
+    asked = {"model": manifest.settings["model"], "packing": manifest.settings["packing"]}
+    return {**names, **asked, "model_name": manifest.identity["model"]["name"]}
+
+
 def wanted_rows(settings: Settings, margin: float = 1.0) -> int:
     """Rows of train/ that one pass of the budget and the calibration need; `margin` leaves room for whole chunks."""
     rows: float = settings["tokens"] / settings["epochs"] + settings["calibration_tokens"]
