@@ -172,8 +172,8 @@ def test_what_a_later_report_adds_is_shown_too(written: Written, rows: list[dict
     sizes = dict(zip(page.tables[2][0], page.tables[2][1], strict=True))
     assert sizes["SAE"] == "1 batchtopk (batch form)" and sizes["pareto"] == "NMSE, CE increase"
     assert [table[:2] for table in page.tables[3:]] == [
-        [["SAE", "best", "tasks"], ["1 batchtopk (batch form)", "0.5000", "12"]],
         [["SAE", "NMSE"], ["1 batchtopk (batch form)", "-0.2500 [-0.375, 0.125]"]],
+        [["SAE", "best", "tasks"], ["1 batchtopk (batch form)", "0.5000", "12"]],
         [["of", "delta"], ["2 gated", "-0.2500 ± 0.12"]],
         [["baselines", "loss"], ["pca", "0.7500"]],
         [["left out"], ["x, y"]],
