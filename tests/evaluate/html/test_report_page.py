@@ -159,7 +159,7 @@ def test_what_a_later_report_adds_is_shown_too(written: Written, rows: list[dict
         row["metrics"]["new_loss"] = {"value": 1.25, "se": 0.5}
         row["form"] = "batch"
         row["pareto"] = ["nmse", "ce_increase"]
-        row["delta"] = {"nmse": {"value": -0.25, "low": -0.375, "high": 0.125}}
+        row["delta"] = {"nmse": {"value": -0.25, "se": 0.1, "low": -0.375, "high": 0.125}, "ce_clean": {"value": 0.0}}
         row["probes"] = {"best": {"value": 0.5, "se": None}, "tasks": 12}
     page = written(
         rows,
