@@ -17,7 +17,7 @@ HEADINGS = {
 }
 SITE = ("ce_clean", "ce_zero", "ce_mean")  # the same for all SAEs of a site
 SHIPPED = "shipped"
-TITLES = {"delta": "Differences from the baseline, with their intervals"}
+TITLES = {"delta": "Differences from the baseline, with their intervals", "gao": "Feature metrics (Gao et al.)"}
 # Of an SAE's row: what tables and figures already show.
 SHOWN = {"number", "variant", "metrics", "l0", "settings", "training", "storage_share"}
 
@@ -50,8 +50,8 @@ def figure(value: float, digits: int = 4) -> str:
 
 
 def is_entry(value: Any) -> bool:
-    """Whether this is a statistic with its standard error or its interval."""
-    return isinstance(value, dict) and set(value) in ({"value", "se"}, {"value", "low", "high"})
+    """Whether this is a statistic with its standard error, its interval or both."""
+    return isinstance(value, dict) and "value" in value and set(value) <= {"value", "se", "low", "high"}
 
 
 def is_plain(value: Any) -> bool:
@@ -66,10 +66,10 @@ def cell(value: Any) -> Cell:
     """A value that is not known is a dash and sorts last."""
     if is_entry(value):
         inner, error = cell(value["value"]), ""
-        if value.get("se") is not None:
-            error = f"± {figure(value['se'], 2)}"
-        elif value.get("low") is not None:
+        if value.get("low") is not None:
             error = f"[{figure(value['low'], 3)}, {figure(value['high'], 3)}]"
+        elif value.get("se") is not None:
+            error = f"± {figure(value['se'], 2)}"
         return Cell(inner.text, error, inner.key)
     if value is None or value == []:
         return Cell("–", key=float("inf"))
@@ -104,10 +104,17 @@ def asked(settings: Json) -> str:
     return ", ".join(f"{name}={value:g}" for name, value in known if value is not None)
 
 
+def ordered(part: Any, first: Sequence[str], without: Sequence[str] = ()) -> Json:
+    """Of a dict the names in `first`, or where that is empty all but those in `without`; nothing of what is no dict."""
+    if not isinstance(part, dict):
+        return {}
+    return {name: part[name] for name in first or part if name in part and name not in without}
+
+
 def sae_tables(rows: Sequence[Json]) -> list[Table]:
     """All that is told of the SAEs of a site."""
     metrics = [row["metrics"] for row in rows]
-    first = [{name: part[name] for name in FIRST if name in part} for part in metrics]
+    first = [ordered(part, FIRST) for part in metrics]
     detail = [
         {name: value for name, value in row["metrics"].items() if name not in (*FIRST, *SITE)}
         | {"L0 sd": row["l0"]["std"], "silent": row["l0"]["silent"], "dead": row["training"].get("dead")}
@@ -116,20 +123,25 @@ def sae_tables(rows: Sequence[Json]) -> list[Table]:
     ]
     sizes = [
         {"asked": asked(row["settings"])}
-        | {name: value for name, value in row.items() if name not in SHOWN and name != "folder"}
+        | {
+            name: value
+            for name, value in row.items()
+            if (name, value) != ("form", SHIPPED) and name not in {*SHOWN, "folder"}
+        }
         | {"training tokens": row["training"].get("tokens"), "seed": row["training"].get("seed")}
         | {"folder": row["folder"]}
         for row in rows
     ]
     more = dict.fromkeys(name for row in rows for name, v in row.items() if name not in SHOWN and not is_plain(v))
-    others = [(name, [part if isinstance(part := row.get(name), dict) else {} for row in rows]) for name in more]
+    others = [(name, [ordered(row.get(name), (), SITE) for row in rows]) for name in more]
     titled = [("What the splice costs", first), ("Reconstruction and firing", detail), ("The SAEs", sizes)]
     titled += [(title_of(name), parts) for name, parts in others]
     return [table for title, parts in titled if (table := rows_table(title, rows, parts))]
 
 
 def title_of(*names: str) -> str:
-    return TITLES.get(names[-1], ", ".join(map(heading, names)).capitalize())
+    first, *rest = names
+    return ", ".join([TITLES.get(first, heading(first).capitalize()), *map(heading, rest)])
 
 
 def plain_table(title: str, lines: Iterable[Json]) -> Table | None:

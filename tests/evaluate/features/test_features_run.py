@@ -16,6 +16,7 @@ from data.errors import UserError
 from data.reader import open_reader
 from evaluate.features import run
 from evaluate.features.run import make
+from evaluate.run import evaluate
 from train.sae.io import save
 from train.sae.relu import ReLU
 
@@ -76,6 +77,20 @@ def test_a_site_that_is_no_part_of_the_stream_has_no_logits(
     assert index_of(path)["raised"] is None
     assert "not shown: this site" in path.read_text()
     assert '"r":' not in (path.parent / "part-000.js").read_text()
+
+
+def test_an_evaluation_puts_them_beside_its_report(config: dict[str, Any], tmp_path: Path) -> None:
+    asked = OmegaConf.to_container(OmegaConf.load(CONF / "evaluate.yaml"))
+    assert isinstance(asked, dict)
+    own = {**asked, "saes": str(config["folder"]), "tokens": 250, "bootstrap": 10, "features": "rough"}
+    report = evaluate({str(k): v for k, v in own.items()} | {k: config[k] for k in ("cache", "device", "out")})
+    page = report.parent / "features" / "index.html"
+    found = json.loads((report.parent / "report.json").read_text())["sites"][0]["saes"][0]
+    assert index_of(page)["fired"] == found["l0"]["fired"]
+    assert 'href="features/index.html"' in (report.parent / "report.html").read_text()
+    with pytest.raises(UserError, match="features=other is none of the SAEs"):
+        evaluate({**own, "features": "other", "cache": config["cache"], "device": "cpu", "out": tmp_path / "none"})
+    assert not (tmp_path / "none").exists()
 
 
 @pytest.mark.parametrize(

@@ -10,11 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from omegaconf import OmegaConf
 
+from data.cli import CONF
 from evaluate.features import pages
 from evaluate.html.report import write
+from evaluate.run import evaluate
+from harvest.run import harvest
+from tests.evaluate.conftest import write_tokenizer
 from tests.evaluate.features.test_pages import HOSTILE, a_page, called
 from tests.evaluate.test_report import a_report, a_row
+from train.sae.io import save
+from train.sae.relu import ReLU
 
 CHROMIUM = next(
     (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), ""
@@ -106,6 +113,46 @@ def features(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Pages of 11 latents in pieces of 3, all text hostile."""
     monkeypatch.setattr(pages, "LATENTS_A_PIECE", 3)
     return a_page(tmp_path / "features", 11)[1]
+
+
+@pytest.fixture
+def harvested_hostile(
+    harvested: dict[str, Any], rough_sae: Callable[[int], ReLU], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Path:
+    """The report, with features, of an SAE over documents that are hostile in name and text; its path."""
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    for number in range(60):
+        name = "<img src=x onerror=window.hacked=1>" if number % 2 else "<script>window.hacked=1"
+        text = " ".join(HOSTILE[(number + i) % len(HOSTILE)] for i in range(60))
+        (texts / f"{name}{number}.txt").write_text(f"{number} {text}", encoding="utf-8")
+    write_tokenizer(tmp_path / "tokenizer", [path.read_text(encoding="utf-8") for path in texts.iterdir()])
+    model = {**harvested["config"]["model"], "name": str(tmp_path / "lm")}
+    shutil.copytree(harvested["config"]["model"]["name"], tmp_path / "lm")
+    shutil.copytree(tmp_path / "tokenizer", tmp_path / "lm", dirs_exist_ok=True)
+    text = {"kind": "files", "paths": [str(texts / "*.txt")], "field": "text"}
+    config = {**harvested["config"], "model": model, "text": text, "cache": str(tmp_path / "cache")}
+    store = harvest(config)
+    record = {"site": "resid_post.0", "fingerprint": store.manifest.fingerprint, "store": store.manifest.folder}
+    save(rough_sae(16), tmp_path / "saes" / "<b>rough", record)
+    asked = OmegaConf.to_container(OmegaConf.load(CONF / "evaluate.yaml"))
+    assert isinstance(asked, dict)
+    own = {"saes": str(tmp_path / "saes"), "cache": config["cache"], "out": str(tmp_path / "out"), "device": "cpu"}
+    monkeypatch.setattr(pages, "LATENTS_A_PIECE", 20)
+    return evaluate({**asked, **own, "tokens": 250, "bootstrap": 10, "features": "best"})
+
+
+def test_hostile_documents_from_the_harvest_to_the_pages(browser: Browser, harvested_hostile: Path) -> None:
+    browser.open(harvested_hostile.parent / "report.html")
+    browser.until("document.querySelectorAll('.plot .main-svg').length >= 4")
+    assert browser.run("document.querySelector('b') === null") and "<b>rough" in browser.text("main")
+    browser.click(".open a")
+    for latent in range(48):
+        browser.run("(() => { location.hash = arguments[0]; })()", f"#{latent}")
+        browser.until("document.querySelector('#latent h1')?.textContent === arguments[0]", f"Latent #{latent}")
+        assert browser.run("window.hacked === undefined && document.querySelector('img') === null")
+    assert "onerror=window.hacked=1>" in "".join(browser.texts("#latent .from"))
+    assert "window" in browser.text("#latent .text") and "<" in browser.text("#latent .text")
 
 
 def numbers(browser: Browser) -> list[int]:

@@ -159,7 +159,7 @@ def test_what_a_later_report_adds_is_shown_too(written: Written, rows: list[dict
         row["metrics"]["new_loss"] = {"value": 1.25, "se": 0.5}
         row["form"] = "batch"
         row["pareto"] = ["nmse", "ce_increase"]
-        row["delta"] = {"nmse": {"value": -0.25, "low": -0.375, "high": 0.125}}
+        row["delta"] = {"nmse": {"value": -0.25, "se": 0.1, "low": -0.375, "high": 0.125}, "ce_clean": {"value": 0.0}}
         row["probes"] = {"best": {"value": 0.5, "se": None}, "tasks": 12}
     page = written(
         rows,
@@ -172,8 +172,8 @@ def test_what_a_later_report_adds_is_shown_too(written: Written, rows: list[dict
     sizes = dict(zip(page.tables[2][0], page.tables[2][1], strict=True))
     assert sizes["SAE"] == "1 batchtopk (batch form)" and sizes["pareto"] == "NMSE, CE increase"
     assert [table[:2] for table in page.tables[3:]] == [
-        [["SAE", "best", "tasks"], ["1 batchtopk (batch form)", "0.5000", "12"]],
         [["SAE", "NMSE"], ["1 batchtopk (batch form)", "-0.2500 [-0.375, 0.125]"]],
+        [["SAE", "best", "tasks"], ["1 batchtopk (batch form)", "0.5000", "12"]],
         [["of", "delta"], ["2 gated", "-0.2500 ± 0.12"]],
         [["baselines", "loss"], ["pca", "0.7500"]],
         [["left out"], ["x, y"]],
