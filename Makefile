@@ -8,7 +8,7 @@ ARGS ?=
 PY := $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup peers demo harvest train sweep evaluate test lint types test-slow clean
+.PHONY: help setup peers demo harvest train sweep evaluate claims test lint types test-slow clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -45,6 +45,36 @@ sweep: setup ## cached activations -> many SAEs in one pass, one for each combin
 
 evaluate: setup ## splice SAEs into the language model and score them
 	$(PY) -m evaluate $(ARGS)
+
+# What make claims runs on: LM is the model, its text and packing as overrides; K is near a 24th of the site's width.
+LM ?=
+SITE ?= resid_post.3
+ROWS ?= 1_100_000
+TOKENS ?= 1_000_000
+SPECIAL_ROWS ?= 400_000
+SPECIAL_TOKENS ?= 300_000
+WIDTHS ?= 4,8,16,32
+WIDEST ?= 32
+K ?= 8
+KS ?= 4,8,16
+RIVAL_KS ?= 4,8,16,24
+SEEDS ?= 0
+CALIBRATION ?= 65_536
+CLAIMS ?= outputs/claims
+SHARED = calibration_tokens=$(CALIBRATION)
+KEPT := packing.bos=context packing.keep_special=true
+SWEEP = $(PY) -m train -m $(LM) site=$(SITE) tokens=$(TOKENS) seed=$(SEEDS) $(SHARED) hydra.sweep.dir=$(CLAIMS)/saes
+
+claims: setup ## try the papers' claims on a model: harvest, SAEs, verdicts; leaves outputs/claims/claims.md
+	$(PY) -m harvest $(LM) sites=[$(SITE)] tokens=$(ROWS)
+	$(PY) -m harvest $(LM) $(KEPT) sites=[$(SITE)] tokens=$(SPECIAL_ROWS)
+	$(SWEEP)/grid +claims=grid sae.expansion=$(WIDTHS) sae.k=$(KS)
+	$(SWEEP)/dead +claims=dead sae.expansion=$(WIDEST) sae.k=$(K)
+	$(SWEEP)/rivals +claims=rivals sae.k=$(RIVAL_KS)
+	$(SWEEP)/baseline +claims=baseline sae.k=$(RIVAL_KS)
+	$(SWEEP)/batch +claims=batch sae.k=$(K)
+	$(SWEEP)/special +claims=special $(KEPT) tokens=$(SPECIAL_TOKENS) sae.k=$(KS)
+	$(PY) -m evaluate.claims saes=$(CLAIMS)/saes out=$(CLAIMS) $(SHARED) $(ARGS)
 
 test: lint types ## lint, types and the fast tests
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto --dist loadfile
