@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import time
 import warnings
 from collections.abc import Iterator, Sequence
@@ -75,6 +76,8 @@ def fit(runs: Sequence[Run], *watching: Callback) -> dict[str, str]:
         trainer.fit(module, stream)
         waited = round(data.waited / (time.monotonic() - fitting), 4)  # share of the time, for batches
         assert module.step == plan.steps or not module.going
+        for member in module.going:
+            member.ship()
         found = _calibrate(module, data, trainer.strategy.root_device)
         module.validate("final")
     except (SystemExit, KeyboardInterrupt):  # Lightning's answer to Ctrl-C is the first
@@ -139,6 +142,8 @@ def _member(run: Run) -> Member:
         seed=settings["seed"],
         dead_after=settings["dead_after"] or default_window(plan.tokens),
         clip=settings["clip"],
+        ema=settings["ema"],
+        rate=math.sqrt(settings["lr_at_width"] / run.sae.width) if settings["lr_at_width"] else 1.0,
         log_every=settings["log_every"],
         world=plan.world,
     )
@@ -240,6 +245,8 @@ def _training(run: Run, member: Member) -> dict[str, Any]:
         "optimizer": _named(settings["optimizer"]),
         "schedule": asdict(member.schedule),
         "clip": member.clip,
+        "ema": settings["ema"],
+        "lr_at_width": settings["lr_at_width"],
         "dead_after": member.dead_after,
         "dead": member.dead_count(),
         "last_step": member.figures_logged,

@@ -104,6 +104,10 @@ def checked(settings: Settings) -> Settings:
         number(settings, name, 0, 1)  # shares of the run
     if settings["clip"] is not None and number(settings, "clip", 0, math.inf) == 0:
         raise UserError("clip=0 would stop every step: give a positive norm, or null for no clipping")
+    if settings["ema"] is not None and not 0 < number(settings, "ema", 0, 1) < 1:
+        raise UserError(f"ema={settings['ema']} is no mean of weights: give a number between 0 and 1, or null")
+    if settings["lr_at_width"] is not None:
+        counts["lr_at_width"] = whole(settings, "lr_at_width", 1)
     if settings["outliers"] is not None:
         counts["outliers"] = number(settings, "outliers", 1, math.inf)  # below the median is no outlier
     if settings["dead_after"] is not None:

@@ -35,6 +35,8 @@ _OF_ONE = (
     "sae",
     "optimizer",
     "clip",
+    "ema",
+    "lr_at_width",
     "dead_after",
     "lr_warmup",
     "lr_decay",

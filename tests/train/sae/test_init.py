@@ -60,7 +60,9 @@ def test_an_initialised_sae_is_in_scale(form: str, norm: str) -> None:
     first = xn[:1024]
     made = f_of(sae.loss(first)) @ sae.W_dec
     lengths = made.square().sum() / (first - sae.b_dec).square().sum()
-    assert lengths.item() == pytest.approx(1, rel=0.02 if form.startswith("jumprelu") else 1e-4)
+    # A quantile leaves the smallest out by which it is measured.
+    loose = {"jumprelu": 0.02, "batchtopk quantile": 1e-3, "matryoshka quantile": 1e-3, "jumprelu target": 0.02}
+    assert lengths.item() == pytest.approx(1, rel=loose.get(form, 1e-4))
 
 
 @pytest.mark.parametrize("form", FORMS)

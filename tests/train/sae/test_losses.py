@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from tests.train.sae import reference
 from tests.train.sae.toy import f_of
 from train.sae import SAE, VARIANTS
+from train.sae.batchtopk import BatchSelected
 
 # Two tokens, two dimensions, three latents: the axes and a direction between them. Tokens (3, 1) and (1, 2) give
 # z = (3, 1, 2.6) and (1, 2, 2.2); every case below is worked by hand with Vx = 4.
@@ -150,6 +151,8 @@ def topk_cases() -> list[Case]:
         ({"auxk_relu": True}, {"relu": True}),
         ({"auxk_norm": "residual"}, {"by_residual": True}),
         ({"auxk_alpha": 0.5}, {"alpha": 0.5}),
+        ({"auxk_k": 2}, {"k_aux": 2}),
+        ({"auxk_over": "batch"}, {"over_batch": True}),
     ]
     sizes = {"batchtopk": (None,), "matryoshka": (3, 12, 24)}
     prefixes = {"matryoshka": {"prefixes": [1 / 8, 1 / 2, 1.0]}}
@@ -159,6 +162,8 @@ def topk_cases() -> list[Case]:
         for s, o in aux:
             settings = {"k": 3, **prefixes.get(name, {}), **s}
             cases.append(Case(name, settings, reference.batchtopk, {"k": 3, "sizes": nested, **o}, True))
+        settings = {"k": 3, **prefixes.get(name, {}), "selection": "quantile"}
+        cases.append(Case(name, settings, reference.batchtopk, {"k": 3, "sizes": nested, "threshold": 0.75}, True))
     return cases
 
 
@@ -188,6 +193,8 @@ def perturbed(case: Case, centred: bool) -> SAE:
                 parameter.abs_()
         sae.variance.fill_(2.5)
         sae.mean_sq.fill_(4.0)
+        if isinstance(sae, BatchSelected):
+            sae.threshold.fill_(0.75)
     return sae
 
 
