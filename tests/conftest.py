@@ -25,6 +25,7 @@ SHAPED = [
     "harvest.site",
     "evaluate.metrics",
     "evaluate.splice",
+    "evaluate.claims.forms",
 ]
 
 install_import_hook(SHAPED, "beartype.beartype")

@@ -47,7 +47,7 @@ class Part:
 
 def tested(claim: str, statement: str, found: Sequence[Cell], saes: Iterable[Scored], *notes: str, **more: Any) -> Part:
     """The part that these comparisons decide."""
-    told = [counted(found)] if found else ["The SAEs it compares are not all among those scored."]
+    told = [f"{counted(found)}."] if found else ["The SAEs it compares are not all there, or reach no L0 in common."]
     return Part(claim, statement, judged(found), found, [*told, *notes], saes=list(saes), **more)
 
 
@@ -135,3 +135,14 @@ def same(a: Iterable[Scored], b: Iterable[Scored], metric: str) -> list[tuple[Es
     """The figures of A and B at each seed they share."""
     ours, theirs = ({sae.seed: sae for sae in saes} for saes in (a, b))
     return [(ours[seed].figure(metric), theirs[seed].figure(metric)) for seed in sorted(ours.keys() & theirs.keys())]
+
+
+def at_rivals_l0(ours: Iterable[Scored], rivals: Iterable[Scored], metric: str) -> list[tuple[Estimate, Estimate]]:
+    """Ours, read off its sweep at the L0 of the rival of its seed, and that rival's, at each seed they share."""
+    lines = {seed: line(saes, metric) for seed, saes in of_seeds(ours).items()}
+    pairs = []
+    for rival in sorted(rivals, key=lambda sae: sae.seed):
+        sweep = lines.get(rival.seed)
+        if sweep is not None:
+            pairs.append((sweep.at(rival.figure("l0").value), rival.figure(metric)))
+    return pairs

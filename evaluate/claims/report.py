@@ -22,8 +22,8 @@ SWEEPS = ("topk", "batchtopk", "gated", "jumprelu", "relu")
 RULES = (
     "Every interval is of 95%, by paired bootstrap over contexts; where a claim has several seeds, their spread is"
     " added in quadrature, and where it has one, that spread is not in it. A claim holds where every comparison's"
-    " interval lies on its side, does not hold where one lies on the other side, and is undecided otherwise. Differences of NMSE"
-    " are relative, of CE increase in nats."
+    " interval lies on its side, does not hold where one lies on the other side, and is undecided otherwise."
+    " Differences of NMSE are relative, of CE increase in nats."
 )
 
 
@@ -58,7 +58,7 @@ def _row(sae: Scored) -> Json:
         metrics[name] = {what: x if np.isfinite(x) else None for what, x in zip(("value", "se"), pair, strict=True)}
     kept = {"variant": sae.variant, "form": sae.form, "width": sae.width, "seed": sae.seed, "settings": sae.settings}
     training = {name: sae.training[name] for name in ("tokens", "batch", "dead", "dead_after")}
-    return {**kept, "folder": str(sae.folder), "training": training, "metrics": metrics, "l0": sae.firing}
+    return {**kept, "folder": str(sae.folder), "training": training, "metrics": metrics, "l0": sae.firing, "pareto": []}
 
 
 def markdown(parts: Sequence[Part], place: Json, plots: Sequence[str], saes: Sequence[Scored]) -> str:
@@ -69,8 +69,8 @@ def markdown(parts: Sequence[Part], place: Json, plots: Sequence[str], saes: Seq
         f" the same {place['heldout_tokens']:,} held-out tokens ({place['sequences']:,} contexts of"
         f" {place['context']}).\n\n{RULES}"
     )
-    rows = [[part.claim, part.statement, f"**{part.verdict}**", part.notes[0], *_extent(part)] for part in parts]
-    summary = table(["claim", "statement", "verdict", "comparisons", "widths", "training tokens", "seeds"], rows)
+    rows = [[f"{p.claim}: {p.statement}", f"**{p.verdict}**", p.notes[0], *_extent(p)] for p in parts]
+    summary = table(["claim", "verdict", "comparisons", "widths", "training tokens", "seeds"], rows)
     figures = "\n\n".join(f"![{Path(name).stem}](plots/{name})" for name in plots)
     detail = "\n\n".join(_section(part) for part in parts if part.cells or part.table)
     return "\n\n".join([head, summary, figures, "## Comparisons", detail, "## SAEs", _saes_table(saes)]) + "\n"
@@ -122,9 +122,10 @@ def draw(bench: Bench, folder: Path, where: str) -> list[str]:
     }
     rows = [_row(sae) for saes in options.values() for sae in saes if sae.seed == min(s.seed for s in saes)]
     figures: dict[str, Figure] = {}
-    for metric, name in METRICS.items():
+    for metric, name in METRICS.items() if rows else ():
         figures[f"at-width-{metric}"] = against_l0(rows, metric, name, f"{where}, F={bench.width:,}")
-    figures["widths"] = _by_width(bench, where)
+    if bench.pick("topk"):
+        figures["widths"] = _by_width(bench, where)
     special = [sae for sae in (*bench.special, *bench.pick("batchtopk", width=bench.width))]
     if special:
         figures["l0-by-token"] = _by_token(special, where)
@@ -145,8 +146,7 @@ def _by_width(bench: Bench, where: str) -> Figure:
                 axes.plot(widths, values, style, color=f"C{number_}", label=f"{variant} k={k}", ms=5)
         axes.set(xscale="log", xlabel="latents F", ylabel=name)
         axes.grid(alpha=0.3)
-    if bench.pick("topk"):
-        axes.legend(fontsize=8)
+    axes.legend(fontsize=8)
     figure.suptitle(where, fontsize=11)
     return figure
 

@@ -13,10 +13,12 @@ from data.errors import UserError
 from data.manifest import Json, canonical
 from data.place import locate
 from data.settings import number, whole
-from evaluate.run import Trained, by_place, checked, find_saes
+from evaluate.run import Trained, by_place, find_saes
 
 if TYPE_CHECKING:
     from evaluate.claims.scores import Asked, Place
+
+COUNTS = {"tokens": 1, "bootstrap": 2, "seed": 0, "batch": 1, "calibration_tokens": 1}  # the least each may be
 
 
 def judge(config: Mapping[str, Any]) -> Path:
@@ -55,9 +57,11 @@ def _stores(config: Mapping[str, Any]) -> list[Any]:
 
 def settled(config: Mapping[str, Any]) -> dict[str, Any]:
     """The settings with their counts as whole numbers; UserError for what they cannot be."""
-    counts = {name: whole(config, name, 1) for name in ("batch", "calibration_tokens")}
+    counts = {name: whole(config, name, least) for name, least in COUNTS.items()}
     number(config, "expansion", 0, math.inf)
-    return {**checked(config), **counts}
+    if config["lm_batch"] is not None:
+        counts["lm_batch"] = whole(config, "lm_batch", 1)
+    return {**config, **counts}
 
 
 def wanted(saes: Sequence[Trained], config: Mapping[str, Any]) -> list[Asked]:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from itertools import pairwise
 
 import numpy as np
 
 from evaluate.claims import law
-from evaluate.claims.bench import METRICS, NMSE, Bench, Part, at_equal_l0, compared, line, of_seeds, same, tested
+from evaluate.claims.bench import METRICS, NMSE, Bench, Part, at_equal_l0, at_rivals_l0, compared, same, tested
 from evaluate.claims.scores import Scored
-from evaluate.claims.verdict import FAILS, HOLDS, UNDECIDED, UNTESTED, Cell, Estimate, cells
+from evaluate.claims.verdict import FAILS, HOLDS, UNDECIDED, UNTESTED, Estimate, cells
 from evaluate.report import number
 
 FITS, MISSES = 0.02, 0.05  # root mean square error of a point left out: the law holds up to the first
@@ -139,21 +138,13 @@ def _future(bench: Bench) -> list[Part]:
     }.items():
         other = bench.pick("batchtopk", width=bench.width, options=dict([options]))
         for metric, name in METRICS.items():
-            found = _at_rivals_l0(plain, other, metric, names=("option", "plain"))
+            pairs = {
+                f"k={k}": [(b, a) for a, b in at_rivals_l0(plain, [s for s in other if s.settings["k"] == k], metric)]
+                for k in sorted({sae.settings["k"] for sae in other})
+            }
+            found = compared(metric, pairs, names=("option", "plain"))
             parts.append(tested("future work", f"{told} in {name}, at equal L0", found, other))
     return parts
-
-
-def _at_rivals_l0(sweep: Sequence[Scored], others: Sequence[Scored], metric: str, names: tuple[str, str]) -> list[Cell]:
-    """Others against the sweep of plain ones, read at their L0."""
-    pairs: dict[str, list[tuple[Estimate, Estimate]]] = {}
-    lines = {seed: line(saes, metric) for seed, saes in of_seeds(sweep).items()}
-    for one in others:
-        along = lines.get(one.seed)
-        if along is not None:
-            label = f"F={one.width:,} k={one.settings['k']}"
-            pairs.setdefault(label, []).append((one.figure(metric), along.at(one.figure("l0").value)))
-    return compared(metric, pairs, names=names)
 
 
 def _batch(bench: Bench) -> list[Part]:

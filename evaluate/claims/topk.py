@@ -8,10 +8,10 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from evaluate.claims.bench import CE, METRICS, NMSE, Bench, Part, compared, line, of_seeds, same, tested
-from evaluate.claims.scores import BATCH, PER_TOKEN, THRESHOLD, Scored
+from evaluate.claims.bench import CE, METRICS, NMSE, Bench, Part, at_rivals_l0, compared, same, tested
+from evaluate.claims.scores import BATCH, PER_TOKEN, SHIPPED, THRESHOLD, Scored
 from evaluate.claims.verdict import FAILS, UNTESTED, Cell, Estimate, cells
-from evaluate.metrics import resampled
+from evaluate.metrics import Columns, resampled, totals
 from evaluate.report import number
 
 MARGINS = {NMSE: 0.01, CE: 0.002}  # S4: what "at least as good" forgives, of NMSE 1%, of CE in nats
@@ -36,21 +36,12 @@ def _better(bench: Bench, claim: str, where: str, places: set[tuple[int, int]]) 
     """BatchTopK against TopK at TopK's measured L0, BatchTopK read off its sweep over k at the same width."""
     parts = []
     for metric, name in METRICS.items():
-        pairs: dict[str, list[tuple[Estimate, Estimate]]] = {}
-        plain: dict[str, list[tuple[Estimate, Estimate]]] = {}
-        used: list[Scored] = []
+        pairs, plain, used = {}, {}, []
         for width, k in sorted(places):
-            rivals = {sae.seed: sae for sae in bench.pick("topk", width=width, k=k)}
-            label = f"F={width:,} k={k}"
-            for seed, saes in of_seeds(bench.pick("batchtopk", width=width)).items():
-                sweep = line(saes, metric)
-                if seed not in rivals or sweep is None:
-                    continue
-                rival = rivals[seed]
-                pair = sweep.at(rival.figure("l0").value), rival.figure(metric)
-                pairs.setdefault(label, []).append(pair)
-                used += [rival, *saes]
-            plain[label] = same(bench.pick("batchtopk", width=width, k=k), rivals.values(), metric)
+            ours, theirs = bench.pick("batchtopk", width=width), bench.pick("topk", width=width, k=k)
+            pairs[f"F={width:,} k={k}"] = at_rivals_l0(ours, theirs, metric)
+            plain[f"F={width:,} k={k}"] = same(_of(ours, k), theirs, metric)
+            used += [*ours, *theirs]
         found = compared(metric, pairs, names=NAMES)
         table = ["at equal k, whatever the L0", *NAMES, "difference"], _plain_rows(compared(metric, plain, names=NAMES))
         told = f"BatchTopK beats TopK in {name} {where}, at equal L0"
@@ -78,26 +69,27 @@ def _varying(bench: Bench) -> list[Part]:
 
 
 def _named(sae: Scored) -> str:
-    kept = " with BOS" if sae.counts[1].sum() else ""
-    return f"F={sae.width:,} k={sae.settings['k']} seed {sae.seed}{kept}"
+    kept = ["BOS in"] if sae.counts[1].sum() else []
+    told = [f"{name}={value}" for name, value in sae.options.items()]
+    return " ".join([f"F={sae.width:,} k={sae.settings['k']} seed {sae.seed}", *told, *kept])
 
 
-def _drawn(sae: Scored, **columns: NDArray[np.float64]) -> tuple[dict[str, float], dict[str, NDArray[np.float64]]]:
-    """Sums of columns over the sequences, of all of them and of the bootstrap's draws."""
+def _drawn(sae: Scored, **columns: NDArray[np.float64]) -> tuple[Columns, Columns]:
+    """Sums of columns over the sequences: of all of them, and of the bootstrap's draws."""
     samples = len(sae.figure("l0").drawn_M)
-    return {name: float(c.sum()) for name, c in columns.items()}, resampled(columns, samples=samples, seed=0)
+    return totals(columns), resampled(columns, samples=samples, seed=0)
 
 
 def _unlike(sae: Scored) -> Estimate:
     """VARIES less the standard deviation of L0 over its mean."""
     counts_SL = sae.counts.sum(0).astype(float)
     l0 = np.arange(counts_SL.shape[1])
-    both = _drawn(sae, n=counts_SL.sum(1), first=counts_SL @ l0, second=counts_SL @ l0**2)
-    value, drawn = (
-        VARIES - np.sqrt(np.maximum(s["second"] / s["n"] - (s["first"] / s["n"]) ** 2, 0)) / (s["first"] / s["n"])
-        for s in both
-    )
-    return Estimate(float(value), np.asarray(drawn))
+    both = []
+    for sums in _drawn(sae, n=counts_SL.sum(1), first=counts_SL @ l0, second=counts_SL @ l0**2):
+        with np.errstate(invalid="ignore"):  # an SAE that never fires
+            mean, square = sums["first"] / sums["n"], sums["second"] / sums["n"]
+            both.append(VARIES - np.sqrt(np.maximum(square - mean**2, 0)) / mean)
+    return Estimate(float(both[0][0]), both[1])
 
 
 def low_peak(histogram: NDArray[np.float64]) -> int | None:
@@ -133,8 +125,8 @@ def _low_peak(saes: Sequence[Scored]) -> Part:
             continue
         low_S = counts_PSL[:, :, : cut + 1].sum((0, 2))
         both = _drawn(sae, low=low_S, n=counts_PSL.sum((0, 2)))
-        value, drawn = (np.abs(s["low"] / s["n"] * context - 1) for s in both)
-        found[_named(sae)] = [Estimate(float(value), np.asarray(drawn))]
+        value, drawn = (np.abs(sums["low"] / sums["n"] * context - 1) for sums in both)
+        found[_named(sae)] = [Estimate(float(value[0]), drawn)]
         share, inside = low_S.sum() / histogram.sum(), first[: cut + 1].sum() / low_S.sum()
         rows.append([*row, f"L0 <= {cut}", f"{share:.2%} (1/context {1 / context:.2%})", f"{inside:.0%}"])
     part = tested("S3", statement, cells(found, kind="share", margin=NEAR), saes)
@@ -145,23 +137,24 @@ def _low_peak(saes: Sequence[Scored]) -> Part:
 
 
 def _inference(bench: Bench) -> list[Part]:
-    """The threshold against the batch's top k, in one batch of contexts at a time."""
-    shipped, batch = (bench.pick("batchtopk", width=bench.width, form=form) for form in ("shipped", BATCH))
+    """The threshold, read off its sweep at the batch form's L0, against the batch's top k, of one batch of contexts."""
+    shipped, batch = (bench.pick("batchtopk", width=bench.width, form=form) for form in (SHIPPED, BATCH))
+    ks = sorted({sae.settings["k"] for sae in batch})
     parts = []
     for metric, name in METRICS.items():
-        pairs = {
-            f"k={k}": same(_of(shipped, k), _of(batch, k), metric) for k in sorted({s.settings["k"] for s in batch})
-        }
-        found = compared(metric, pairs, margin=MARGINS[metric], names=("threshold", "batch form"))
+        pairs = {f"k={k}": at_rivals_l0(shipped, [sae for sae in batch if sae.settings["k"] == k], metric) for k in ks}
+        plain = {f"k={k}": same(_of(shipped, k), _of(batch, k), metric) for k in ks}
+        names = ("threshold", "batch form")
+        found = compared(metric, pairs, margin=MARGINS[metric], names=names)
         forgiven = "1%" if metric == NMSE else f"{MARGINS[CE]:g} nats"
         told = f"the fixed threshold is at least as good in {name} as the batch form at inference (within {forgiven})"
+        l0 = {k: [str(round(sae.figure("l0").value, 2)) for sae in _of(shipped, k)] for k in ks}
         rows = [
-            [f"k={one.settings['k']} seed {one.seed}", f"{one.figure('l0').value:.2f}", f"{two.figure('l0').value:.2f}"]
-            for one in shipped
-            for two in batch
-            if (one.settings["k"], one.seed) == (two.settings["k"], two.seed)
+            [*row, ", ".join(l0[k])]
+            for k, row in zip(ks, _plain_rows(compared(metric, plain, names=names)), strict=True)
         ]
-        parts.append(tested("S4", told, found, batch, table=(["", "L0 threshold", "L0 batch form"], rows)))
+        table = ["as they are", *names, "difference", "L0 threshold"], rows
+        parts.append(tested("S4", f"{told}, at equal L0", found, batch, table=table if found else None))
     return parts
 
 
@@ -170,16 +163,15 @@ def _of(saes: Sequence[Scored], k: int) -> list[Scored]:
 
 
 def _swapped(bench: Bench) -> list[Part]:
-    """Each SAE's own form against the other's, with the same weights."""
+    """Each SAE's own form against the other's, with the same weights and for the same k."""
     parts = []
-    for metric, name in METRICS.items():
-        pairs, used = {}, []
-        for variant, form in (("topk", THRESHOLD), ("batchtopk", PER_TOKEN)):
-            own, other = (bench.pick(variant, width=bench.width, form=f) for f in ("shipped", form))
-            used += other
-            for k in sorted({sae.settings["k"] for sae in other}):
-                pairs[f"{variant} k={k}"] = same(_of(own, k), _of(other, k), metric)
-        found = compared(metric, pairs, names=("own form", "swapped"))
-        told = f"swapping the activation function of a trained SAE (TopK, BatchTopK) raises {name}"
-        parts.append(tested("S5", told, found, used))
+    for variant, called, form in (("topk", "TopK", THRESHOLD), ("batchtopk", "BatchTopK", PER_TOKEN)):
+        own, other = (bench.pick(variant, width=bench.width, form=one) for one in (SHIPPED, form))
+        ks = sorted({sae.settings["k"] for sae in other})
+        for metric, name in METRICS.items():
+            pairs = {f"k={k}": same(_of(own, k), _of(other, k), metric) for k in ks}
+            found = compared(metric, pairs, names=("own form", "swapped"))
+            into = "a calibrated threshold" if form == THRESHOLD else "the top k of each token"
+            told = f"{called} under the other's activation function ({into}) loses in {name}"
+            parts.append(tested("S5", told, found, other))
     return parts

@@ -150,9 +150,9 @@ class Curve:
 
 
 def curve(l0: Sequence[Estimate], y: Sequence[Estimate], *, log: bool = False) -> Curve | None:
-    """A `Curve` of members in any order; None of fewer than two that differ in L0."""
+    """A `Curve` of members in any order; None of fewer than two, of two of one L0, or where one may never fire."""
     order = np.argsort([one.value for one in l0])
-    if len(order) < 2 or np.diff([l0[i].value for i in order]).min() <= 0:
+    if len(order) < 2 or np.diff([l0[i].value for i in order]).min() <= 0 or min(np.min(x.drawn_M) for x in l0) <= 0:
         return None
     return Curve([l0[i] for i in order], [y[i] for i in order], log)
 
