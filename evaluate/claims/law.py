@@ -60,7 +60,7 @@ def _descend(n: Array, k: Array, y: Array, c: Array) -> tuple[Array, float]:
         if better:
             c, residual = c + step, tried
         damping = max(damping / 5, 1e-12) if better else damping * 4
-        if damping > 1e12:
+        if damping > 1e12 or (better and np.abs(step).max() < 1e-10):
             break
     return c, float(residual @ residual)
 

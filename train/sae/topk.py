@@ -173,5 +173,5 @@ class TopK(TopKFamily):
     def _start_encoder(self, scale: float) -> None:
         super()._start_encoder(scale)
         if not self.tied_init:
-            for parameter in (self.W_enc_FD, self.b_enc):
+            for parameter in (self.W_enc_FD, self.get_parameter("b_enc")):
                 parameter.copy_(parameter.roll(1, 0))
