@@ -144,5 +144,5 @@ def at_rivals_l0(ours: Iterable[Scored], rivals: Iterable[Scored], metric: str) 
     for rival in sorted(rivals, key=lambda sae: sae.seed):
         sweep = lines.get(rival.seed)
         if sweep is not None:
-            pairs.append((sweep.at(rival.figure("l0").value), rival.figure(metric)))
+            pairs.append((sweep.at(rival.figure("l0")), rival.figure(metric)))
     return pairs

@@ -132,21 +132,22 @@ class Curve:
         """The least and the largest L0."""
         return self.l0[0].value, self.l0[-1].value
 
-    def at(self, l0: float) -> Estimate:
-        """The figure at this L0, linear in log L0 between two members; beyond the ends the last line goes on."""
-        after = int(np.searchsorted([one.value for one in self.l0], l0))
+    def at(self, l0: float | Estimate) -> Estimate:
+        """The figure at this L0 (in each resample at its own, where l0 is an estimate), linear in log L0 between two
+        members; beyond the ends the last line goes on."""
+        wanted = l0 if isinstance(l0, Estimate) else Estimate(l0, np.full(len(self.l0[0].drawn_M), l0))
+        after = int(np.searchsorted([one.value for one in self.l0], wanted.value))
         left = min(max(after - 1, 0), len(self.l0) - 2)
         (x0, x1), (y0, y1) = self.l0[left : left + 2], self.y[left : left + 2]
-        point = math.log(l0)
 
-        def line(x0: Any, x1: Any, y0: Any, y1: Any) -> Any:
-            x0, x1 = np.log(x0), np.log(x1)
+        def line(x: Any, x0: Any, x1: Any, y0: Any, y1: Any) -> Any:
+            x, x0, x1 = np.log(x), np.log(x0), np.log(x1)
             y0, y1 = (np.log(y0), np.log(y1)) if self.log else (y0, y1)
-            y = y0 + (y1 - y0) * (point - x0) / (x1 - x0)
+            y = y0 + (y1 - y0) * (x - x0) / (x1 - x0)
             return np.exp(y) if self.log else y
 
-        value = float(line(x0.value, x1.value, y0.value, y1.value))
-        return Estimate(value, line(x0.drawn_M, x1.drawn_M, y0.drawn_M, y1.drawn_M))
+        value = float(line(wanted.value, x0.value, x1.value, y0.value, y1.value))
+        return Estimate(value, line(wanted.drawn_M, x0.drawn_M, x1.drawn_M, y0.drawn_M, y1.drawn_M))
 
 
 def curve(l0: Sequence[Estimate], y: Sequence[Estimate], *, log: bool = False) -> Curve | None:

@@ -86,6 +86,17 @@ def test_a_power_law_is_met_between_its_members_and_beyond(l0: float) -> None:
     np.testing.assert_allclose(at.drawn_M, 2 * l0**-0.5)
 
 
+def test_an_sae_of_the_sweep_is_met_by_itself_in_every_resample() -> None:
+    """Read at its own L0, which differs from resample to resample, a member gives its own figures."""
+    l0, y = [around(4, 0.2), around(16, 0.5)], [around(0.5, 0.1), around(0.2, 0.05)]
+    found = curve(l0, y)
+    assert found is not None
+    for i in range(2):
+        at = found.at(l0[i])
+        assert at.value == pytest.approx(y[i].value)
+        np.testing.assert_allclose(at.drawn_M, y[i].drawn_M)
+
+
 def test_a_figure_that_may_be_negative_is_linear_in_log_l0() -> None:
     found = curve([around(4, 0), around(16, 0)], [around(0.3, 0), around(-0.1, 0)])
     assert found is not None and found.at(8).value == pytest.approx(0.1)
