@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -33,7 +33,6 @@ class Part:
     notes: Sequence[str] = ()
     table: tuple[list[str], list[list[str]]] | None = None
     saes: Sequence[Scored] = ()
-    plots: list[str] = field(default_factory=list)
 
     def extent(self) -> Json:
         """Widths, seeds and training tokens of what it rests on."""

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from data.manifest import Json
 from evaluate.claims.bench import CE, METRICS, NMSE, Bench, Part
 from evaluate.claims.scores import Scored
-from evaluate.claims.topk import shown
+from evaluate.claims.topk import named, shown
 from evaluate.claims.verdict import Cell
 from evaluate.plots import against_l0
 from evaluate.report import dumps, number, table
@@ -159,9 +159,8 @@ def _by_token(saes: Sequence[Scored], where: str) -> Figure:
         rest, first = (counts_SL.sum(0) for counts_SL in sae.counts)
         total = (rest + first).sum()
         kept = bool(first.sum())
-        label = f"k={sae.settings['k']} seed {sae.seed}{', BOS in' if kept else ''}"
         shares, colour = (rest + first) / total, f"C{number_ % 10}"
-        left.plot(np.arange(len(shares)), np.where(shares > 0, shares, np.nan), color=colour, label=label, lw=1.2)
+        left.plot(np.arange(len(shares)), np.where(shares > 0, shares, np.nan), color=colour, label=named(sae), lw=1.2)
         if kept:
             left.plot(np.arange(len(first)), np.where(first > 0, first / total, np.nan), "o", color=colour, ms=4)
         by_position = [np.nan if mean is None else mean for mean in sae.firing["by_position"]]

@@ -18,7 +18,7 @@ from train.sae.io import load
 
 GAMMA = "gamma"
 MOST = 1.5  # S7: compute of a step over the baseline's
-_STEPS, _SAMPLES = 15, 1000
+_STEPS, _SAMPLES = 31, 1000
 
 
 def claims(bench: Bench, rows: Callable[[Scored], Tensor]) -> list[Part]:

@@ -62,13 +62,13 @@ def shown(cell: Cell) -> str:
 
 def _varying(bench: Bench) -> list[Part]:
     saes = [*bench.pick("batchtopk", width=bench.width), *(s for s in bench.special if s.variant == "batchtopk")]
-    varying = cells({_named(sae): [_unlike(sae)] for sae in saes}, kind="sd of L0 / mean L0, below", margin=0.0)
+    varying = cells({named(sae): [_unlike(sae)] for sae in saes}, kind="sd of L0 / mean L0, below", margin=0.0)
     flat = [replace(one, shown={"sd / mean": VARIES - one.value}) for one in varying]
     told = f"BatchTopK's L0 varies by token (its standard deviation is over {VARIES:.0%} of its mean)"
     return [tested("S3", told, flat, saes), _low_peak([s for s in bench.special if s.variant == "batchtopk"])]
 
 
-def _named(sae: Scored) -> str:
+def named(sae: Scored) -> str:
     kept = ["BOS in"] if sae.counts[1].sum() else []
     told = [f"{name}={value}" for name, value in sae.options.items()]
     return " ".join([f"F={sae.width:,} k={sae.settings['k']} seed {sae.seed}", *told, *kept])
@@ -118,7 +118,7 @@ def _low_peak(saes: Sequence[Scored]) -> Part:
         histogram, context = counts_PSL.sum((0, 1)), len(sae.firing["by_position"])
         cut, first = low_peak(histogram), counts_PSL[1].sum(0)
         bos = f"{float(first @ np.arange(len(first)) / first.sum()):.1f}"
-        row = [_named(sae), f"{sae.figure('l0').value:.1f}", bos, str(int(histogram.argmax()))]
+        row = [named(sae), f"{sae.figure('l0').value:.1f}", bos, str(int(histogram.argmax()))]
         if cut is None:
             rows.append([*row, "none", "–", "–"])
             verdicts.append(FAILS)
@@ -126,7 +126,7 @@ def _low_peak(saes: Sequence[Scored]) -> Part:
         low_S = counts_PSL[:, :, : cut + 1].sum((0, 2))
         both = _drawn(sae, low=low_S, n=counts_PSL.sum((0, 2)))
         value, drawn = (np.abs(sums["low"] / sums["n"] * context - 1) for sums in both)
-        found[_named(sae)] = [Estimate(float(value[0]), drawn)]
+        found[named(sae)] = [Estimate(float(value[0]), drawn)]
         share, inside = low_S.sum() / histogram.sum(), first[: cut + 1].sum() / low_S.sum()
         rows.append([*row, f"L0 <= {cut}", f"{share:.2%} (1/context {1 / context:.2%})", f"{inside:.0%}"])
     part = tested("S3", statement, cells(found, kind="share", margin=NEAR), saes)
