@@ -27,6 +27,7 @@ SHAPED = [
     "evaluate.features.weights",
     "evaluate.metrics",
     "evaluate.splice",
+    "evaluate.claims.forms",
 ]
 
 install_import_hook(SHAPED, "beartype.beartype")

@@ -106,6 +106,7 @@ class TopK(TopKFamily):
     """f = relu of the k largest z of each token; loss = NMSE + AuxK. Gao et al. 2406.04093.
 
     `multi_topk` adds L(4k) / 8, the NMSE of the reconstruction by the 4k largest; its gradient reaches the encoder.
+    Without `tied_init` a latent's encoder starts in another's direction, unrelated to its decoder row (GAO's ablation).
     """
 
     name = "topk"
@@ -124,6 +125,7 @@ class TopK(TopKFamily):
         auxk_k: int | None = None,
         auxk_over: str = "token",
         multi_topk: bool = False,
+        tied_init: bool = True,
     ) -> None:
         super().__init__(
             d_in,
@@ -141,7 +143,7 @@ class TopK(TopKFamily):
             raise UserError(
                 f"multi_topk takes 4k={4 * k} latents a token from a width of {width}: lower k or widen the SAE"
             )
-        self.multi_topk = multi_topk
+        self.multi_topk, self.tied_init = multi_topk, tied_init
 
     def active(self, xn_BD: Float[Tensor, "B D"]) -> tuple[Codes, Tensor]:
         codes, _ = self.encoded(xn_BD, TopPerToken(self.k))
@@ -167,3 +169,9 @@ class TopK(TopKFamily):
             parts["multi"] = multi.detach()
             loss = loss + multi
         return Step(loss, parts, codes.of(codes.values), xn_hat_BD.detach())
+
+    def _start_encoder(self, scale: float) -> None:
+        super()._start_encoder(scale)
+        if not self.tied_init:
+            for parameter in (self.W_enc_FD, self.get_parameter("b_enc")):
+                parameter.copy_(parameter.roll(1, 0))
