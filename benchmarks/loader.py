@@ -41,7 +41,8 @@ def build(cache: Path, d_model: int, chunk_rows: int, chunks: int) -> Store:
     """A bfloat16 store of one unit a 16 chunks."""
     layout = Layout("bfloat16", context=128, chunk_rows=chunk_rows, chunks_per_unit=16, mixing_seed=0)
     settings = {"model": {"name": "random"}, "text": {}, "packing": {}}
-    store = Store.create_or_open(cache, Manifest({"layout": asdict(layout)}, settings, "random", d_model))
+    identity = {"layout": asdict(layout), "model": {"name": "random"}}
+    store = Store.create_or_open(cache, Manifest(identity, settings, "random", d_model))
     units = -(-chunks // layout.chunks_per_unit)
     store.require(TRAIN, SITE, d_model, units * layout.unit_rows)
     rng = np.random.default_rng(0)

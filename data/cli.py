@@ -5,15 +5,19 @@ from __future__ import annotations
 import errno
 import sys
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import hydra
-from omegaconf import DictConfig
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
 
 from data.errors import UserError
 from data.place import refuse_credentials
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
+STAGES = ("harvest", "train")  # that a preset speaks to
 
 # glibc gives large blocks back to the kernel at once and pays a page fault for each page of the next one.
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
@@ -41,6 +45,42 @@ def sentence(error: Exception) -> str | None:
     if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
         return f"{error.filename} cannot be written or read with your permissions: change them or choose another folder"
     return None
+
+
+@cache
+def _known(stage: str) -> frozenset[str]:
+    """The names of a stage's own settings; within a Hydra that is initialised."""
+    return frozenset(map(str, hydra.compose(stage)))
+
+
+def own(config: DictConfig, stage: str) -> dict[str, Any]:
+    """A stage's settings of a composed preset (conf/experiment), resolved.
+
+    A preset speaks to several stages: of a setting written `name: {harvest: ..., train: ...}` a stage takes its own
+    part, and it leaves what is another's alone. UserError names what no stage has.
+    """
+    found: dict[str, Any] = {}
+    for name in map(str, config):
+        value = config[name]
+        if name not in _known(stage):
+            if not any(name in _known(other) for other in STAGES):
+                raise UserError(f"the preset sets {name}, which no stage has: mend it in conf/experiment")
+            continue
+        parted = isinstance(value, DictConfig) and value.keys() <= set(STAGES)
+        if parted and stage not in value:
+            raise UserError(f"the preset sets {name} for other stages only: give {name}=... to {stage} too")
+        value = value[stage] if parted else value
+        found[name] = OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+    return found
+
+
+def settings_of(config: DictConfig, stage: str) -> dict[str, Any]:
+    """A stage's settings, resolved; of a preset, where one is asked for, what is of this stage."""
+    if HydraConfig.initialized() and "experiment" in HydraConfig.get().runtime.choices:
+        return own(config, stage)
+    settings = OmegaConf.to_container(config, resolve=True)
+    assert isinstance(settings, dict)
+    return {str(name): value for name, value in settings.items()}
 
 
 _failed = False  # whether an error has been told that the process is to end with

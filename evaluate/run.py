@@ -23,6 +23,7 @@ from evaluate.gao import run as gao
 from evaluate.gao.bases import Reader, neurons_before
 from evaluate.gao.sample import Held
 from evaluate.score import FORMS, SiteScore
+from evaluate.html import report as page
 from harvest import lm
 from harvest.text import source_from
 from harvest.tokens import Packed, Packing, pack
@@ -226,13 +227,17 @@ def evaluate(config: Mapping[str, Any]) -> Path:
     config = checked(config)
     saes = find_saes(config["saes"] or ())
     require_baseline([sae.folder for sae in saes], config["baseline"])
+    page.check(config, [sae.folder for sae in saes])
     places = by_place(saes, locate(config["cache"]))
     sites = []
     for store, by_site in places:
         text = open_text(store, config)
         sites += [score_site(store, name, saes, text, config) for name, saes in by_site.items()]
     settings = {name: config[name] for name in ("tokens", "lm_batch", "bootstrap", "seed", "form")}
-    return report.write({"format": report.FORMAT, "settings": settings, "sites": sites}, Path(config["out"]))
+    found: Json = {"format": report.FORMAT, "settings": settings, "sites": sites}
+    path = report.write(found, Path(config["out"]))
+    print(f"page: {page.finish(found, config)}")
+    return path
 
 
 def main(config: DictConfig) -> None:

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
+from data import cli
 from data.contents import size
 from data.errors import UserError
 from data.manifest import FORMAT, HELDOUT, TRAIN, Json, Layout, Manifest, choose_layout, differing, settings_of
@@ -218,10 +219,8 @@ def harvest(cfg: Mapping[str, Any]) -> Store:
 
 def main(config: DictConfig) -> None:
     """The stage, from Hydra's configuration."""
-    cfg = OmegaConf.to_container(config, resolve=True)
-    assert isinstance(cfg, dict)
     try:
-        harvest({str(name): value for name, value in cfg.items()})
+        harvest(cli.settings_of(config, "harvest"))
     except KeyboardInterrupt:
         print("stopped; every unit that was committed stays: run the same command again to go on", file=sys.stderr)
         raise SystemExit(130) from None

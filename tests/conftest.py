@@ -23,8 +23,11 @@ SHAPED = [
     "data.loader",
     "train.sae",
     "harvest.site",
+    "evaluate.features.collect",
+    "evaluate.features.weights",
     "evaluate.metrics",
     "evaluate.splice",
+    "evaluate.claims.forms",
 ]
 
 install_import_hook(SHAPED, "beartype.beartype")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import time
 import warnings
 from collections.abc import Iterator, Sequence
@@ -24,7 +25,7 @@ from train.datamodule import ActivationData
 from train.lit import LitSAEs, OwnReduction, Passes
 from train.loggers import CsvLogger
 from train.member import Member, State
-from train.plan import LAST, Plan, Run, Settings
+from train.plan import LAST, Plan, Run, Settings, origin
 from train.sae import SAE, default_window, save
 from train.sae.batchtopk import BatchSelected
 from train.sae.init import SAMPLES
@@ -75,6 +76,8 @@ def fit(runs: Sequence[Run], *watching: Callback) -> dict[str, str]:
         trainer.fit(module, stream)
         waited = round(data.waited / (time.monotonic() - fitting), 4)  # share of the time, for batches
         assert module.step == plan.steps or not module.going
+        for member in module.going:
+            member.ship()
         found = _calibrate(module, data, trainer.strategy.root_device)
         module.validate("final")
     except (SystemExit, KeyboardInterrupt):  # Lightning's answer to Ctrl-C is the first
@@ -98,7 +101,8 @@ def _bytes_read(plan: Plan) -> int:
 def _members(runs: Sequence[Run], data: ActivationData) -> tuple[list[Member], dict[str, str], State | None]:
     """The SAEs at their first step or at their checkpoint, why others could not begin, and the loader's state."""
     plan = runs[0].plan
-    sample_ND = data.sample(SAMPLES) if any(not run.step for run in runs) else None
+    fresh = [run for run in runs if not run.step and not run.settings["start"]]
+    sample_ND = data.sample(SAMPLES) if fresh else None
     members: list[Member] = []
     failed: dict[str, str] = {}
     order: State | None = None
@@ -109,7 +113,7 @@ def _members(runs: Sequence[Run], data: ActivationData) -> tuple[list[Member], d
                 state = torch.load(run.folder / LAST, map_location="cpu", weights_only=True)
                 member.load(state)
                 order = state["loader"]
-            else:
+            elif not run.settings["start"]:
                 assert sample_ND is not None
                 member.initialise(sample_ND, **plan.moments())
             member.loggers = _loggers(run, len(runs) > 1)
@@ -139,6 +143,8 @@ def _member(run: Run) -> Member:
         seed=settings["seed"],
         dead_after=settings["dead_after"] or default_window(plan.tokens),
         clip=settings["clip"],
+        ema=settings["ema"],
+        rate=math.sqrt(settings["lr_at_width"] / run.sae.width) if settings["lr_at_width"] else 1.0,
         log_every=settings["log_every"],
         world=plan.world,
     )
@@ -223,7 +229,7 @@ def _calibrate(module: LitSAEs, data: ActivationData, device: torch.device) -> d
 def _keep(run: Run, member: Member, found: dict[str, Any]) -> None:
     """Write the SAE with its record, and print the line that sums it up."""
     training = _training(run, member) | found
-    save(member.sae, run.folder, _record(run.plan, training))
+    save(member.sae, run.folder, {**origin(run.plan.store, run.plan.site), "training": training})
     member.finalize("success")
     print(_closing(member.sae, training, run.folder))
 
@@ -240,6 +246,8 @@ def _training(run: Run, member: Member) -> dict[str, Any]:
         "optimizer": _named(settings["optimizer"]),
         "schedule": asdict(member.schedule),
         "clip": member.clip,
+        "ema": settings["ema"],
+        "lr_at_width": settings["lr_at_width"],
         "dead_after": member.dead_after,
         "dead": member.dead_count(),
         "last_step": member.figures_logged,
@@ -252,12 +260,6 @@ def _named(optimizer: Settings) -> dict[str, Any]:
     """The optimizer's settings with its name for its import path."""
     name = str(optimizer["_target_"]).rsplit(".", 1)[-1]
     return {"name": name} | {key: value for key, value in optimizer.items() if not key.startswith("_")}
-
-
-def _record(plan: Plan, training: dict[str, Any]) -> dict[str, Any]:
-    manifest = plan.store.manifest
-    names = {"site": plan.site, "fingerprint": manifest.fingerprint, "store": manifest.folder}
-    return {**names, "model": manifest.settings["model"], "training": training}
 
 
 def _opening(runs: Sequence[Run]) -> str:

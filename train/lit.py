@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from functools import cached_property, partial
 from typing import Any
 
@@ -136,6 +137,9 @@ class LitSAEs(LightningModule):
         if self.held_out_rows is None or not members:
             return
         rows = (self.model_units(batch.to(self.device, non_blocking=True)) for batch in self.held_out_rows)
-        found = held_out([m.sae for m in members], rows, self.device, self.trainer.world_size)
+        with ExitStack() as shipping:
+            for member in members:
+                shipping.enter_context(member.shipping())
+            found = held_out([m.sae for m in members], rows, self.device, self.trainer.world_size)
         for member, values in zip(members, found, strict=True):
             member.validated(prefix, values)

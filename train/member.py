@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,7 @@ from torch.optim import Optimizer
 
 from data.errors import UserError
 from train.sae import SAE, DeadLatents, Step
-from train.sae.update import update
+from train.sae.update import Average, update
 from train.schedules import Schedule
 
 if TYPE_CHECKING:
@@ -45,6 +46,8 @@ class Member(nn.Module):
 
     Nothing of it is shared with the others of its pass: the random state too is its own, as if it were trained alone.
     `step` counts its steps done; `failure` is the sentence it was stopped with. Counters move in `train_batch` only.
+    `ema` is the decay of the mean of the weights that ships, None for the weights themselves; `rate` a factor on the
+    optimizer's learning rates.
     """
 
     bad_step: Tensor
@@ -60,6 +63,8 @@ class Member(nn.Module):
         seed: int,
         dead_after: int,
         clip: float | None = 1.0,
+        ema: float | None = None,
+        rate: float = 1.0,
         log_every: int = 50,
         world: int = 1,
     ) -> None:
@@ -67,12 +72,13 @@ class Member(nn.Module):
         self.sae, self.schedule, self.folder, self.name = sae, schedule, folder, name
         self.dead_after, self.clip, self.log_every, self.world = dead_after, clip, log_every, world
         self.dead = DeadLatents(sae.width)
+        self.average = None if ema is None else Average(sae, ema)
         self.register_buffer("bad_step", torch.tensor(-1))
         try:
             self.optimizer = optimizer(sae.parameters())
         except (TypeError, ValueError) as error:
             raise UserError(f"the optimizer refuses its settings ({error}): mend them under optimizer.*") from None
-        self.rates = [float(group["lr"]) for group in self.optimizer.param_groups]
+        self.rates = [rate * float(group["lr"]) for group in self.optimizer.param_groups]
         self.step = 0
         self.failure: str | None = None
         self.loggers: Sequence[Logger] = ()
@@ -106,6 +112,8 @@ class Member(nn.Module):
         self.sae.after_step(step)
         self._count(step)
         self.step += 1
+        if self.average is not None:
+            self.average.update(self.sae, self.step)
         if self.step % self.log_every == 0 or self.step == self.schedule.total:
             self.check_finite()
             self.figures_logged = self._figures(step)
@@ -162,6 +170,15 @@ class Member(nn.Module):
         for logger in self.loggers:
             logger.log_metrics({f"{prefix}/{name}": value for name, value in values.items()}, self.step)
 
+    def shipping(self) -> AbstractContextManager[None]:
+        """While it lasts the SAE has the weights that ship."""
+        return nullcontext() if self.average is None else self.average.shipping(self.sae)
+
+    def ship(self) -> None:
+        """Give the SAE the weights that ship, for good."""
+        if self.average is not None:
+            self.average.ship(self.sae)
+
     def validated(self, prefix: str, values: dict[str, float]) -> None:
         """Take the figures on held-out tokens of the form that ships."""
         assert all(map(math.isfinite, values.values())) or int(self.bad_step) >= 0
@@ -190,7 +207,8 @@ class Member(nn.Module):
 
     def state(self) -> State:
         """All that the next step depends on, beside the batch."""
-        return {
+        mean = {} if self.average is None else {"average": self.average.state_dict()}
+        return mean | {
             "step": self.step,
             "sae": self.sae.state_dict(),
             "dead": self.dead.state_dict(),
@@ -204,6 +222,8 @@ class Member(nn.Module):
         self.step, self.rng, self.figures_logged = state["step"], state["rng"], state["figures"]
         self.sae.load_state_dict(state["sae"])
         self.dead.load_state_dict(state["dead"])
+        if self.average is not None:
+            self.average.load_state_dict(state["average"])
         self._moments = state["optimizer"]
 
     def begin(self, device: torch.device) -> None:

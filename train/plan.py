@@ -104,6 +104,10 @@ def checked(settings: Settings) -> Settings:
         number(settings, name, 0, 1)  # shares of the run
     if settings["clip"] is not None and number(settings, "clip", 0, math.inf) == 0:
         raise UserError("clip=0 would stop every step: give a positive norm, or null for no clipping")
+    if settings["ema"] is not None and not 0 < number(settings, "ema", 0, 1) < 1:
+        raise UserError(f"ema={settings['ema']} is no mean of weights: give a number between 0 and 1, or null")
+    if settings["lr_at_width"] is not None:
+        counts["lr_at_width"] = whole(settings, "lr_at_width", 1)
     if settings["outliers"] is not None:
         counts["outliers"] = number(settings, "outliers", 1, math.inf)  # below the median is no outlier
     if settings["dead_after"] is not None:
@@ -127,7 +131,7 @@ def checked(settings: Settings) -> Settings:
 
 def harvest_line(settings: Settings, overrides: Sequence[str], tokens: int) -> str:
     """The command that makes what this training asks for: its model, text and packing, its site and enough tokens."""
-    groups = ("model", "text", "packing", "cache", "lm_batch")
+    groups = ("experiment", "model", "text", "packing", "cache", "lm_batch")
     kept = [item for item in overrides if item.lstrip("+~").split("=")[0].split(".")[0].split("@")[0] in groups]
     parts = [*kept, f"sites=[{settings['site']}]", f"tokens={tokens}", f"heldout_tokens={settings['heldout_tokens']}"]
     return f'make harvest ARGS="{" ".join(parts)}"'
@@ -142,6 +146,14 @@ def find_store(settings: Settings, overrides: Sequence[str]) -> stores.Store:
         line = harvest_line(settings, overrides, wanted_rows(settings, margin=1.05))
         raise UserError(f"no store in {settings['cache']} holds this model, text and packing; make it with: {line}")
     return stores.pick(found)
+
+
+def origin(store: stores.Store, site: str) -> Settings:
+    """What an SAE's config.json keeps of the activations it is of; `model_name` has no folder of this machine in it."""
+    manifest = store.manifest
+    names = {"site": site, "fingerprint": manifest.fingerprint, "store": manifest.folder}
+    asked = {"model": manifest.settings["model"], "packing": manifest.settings["packing"]}
+    return {**names, **asked, "model_name": manifest.identity["model"]["name"]}
 
 
 def wanted_rows(settings: Settings, margin: float = 1.0) -> int:

@@ -18,6 +18,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
+from data import cli
 from data.errors import UserError
 from data.manifest import canonical, differing
 from data.settings import number, whole
@@ -35,14 +36,18 @@ _OF_ONE = (
     "sae",
     "optimizer",
     "clip",
+    "ema",
+    "lr_at_width",
     "dead_after",
     "lr_warmup",
     "lr_decay",
     "sparsity_warmup",
+    "start",
     "log_every",
     "out",
     "logger",
 )
+_OFF_UNIT = 0.01  # rows of W_dec: dictionary_learning leaves its own off by about its learning rate
 _RESUME_TAKES = ("resume", "cache", "store", "trainer.")
 
 
@@ -62,14 +67,12 @@ def main(config: DictConfig) -> None:
 
 def asked(config: DictConfig) -> Job:
     """The Hydra job's settings, with what Hydra knows of it."""
-    settings = OmegaConf.to_container(config, resolve=True)
-    assert isinstance(settings, dict)
     overrides, sweep = [], None
     if HydraConfig.initialized():
         job = HydraConfig.get()
         overrides = list(job.overrides.task)
         sweep = Path(job.sweep.dir) if job.mode == RunMode.MULTIRUN else None
-    return Job({str(name): value for name, value in settings.items()}, overrides, sweep)
+    return Job(cli.settings_of(config, "train"), overrides, sweep)
 
 
 def train(settings: Settings, overrides: Sequence[str] = ()) -> None:
@@ -166,7 +169,33 @@ def prepare(job: Job, plans: dict[str, Plan] | None = None) -> Run | None:
             f"calibration_tokens={settings['calibration_tokens']} sets {plan.reserved_rows} rows aside, fewer than one "
             f"batch={plan.batch}, and the threshold of {sae.name} is calibrated on them: raise it"
         )
+    if settings["start"] and not step:
+        start(sae, Path(settings["start"]))
     return Run(settings, plan, sae, folder, folder.name, step, job.sweep)
+
+
+def start(sae: SAE, folder: Path) -> None:
+    """Give `sae` the weights, norm, moments and threshold of the SAE in `folder`; UserError names what does not fit."""
+    from train.sae import load
+
+    given = load(folder)
+    said = {"name": "sae", "d_in": "the site's width", "width": "sae.width", "input_norm": "sae.input_norm"}
+    for name, setting in {**said, "apply_b_dec_to_input": "sae.apply_b_dec_to_input"}.items():
+        here, there = getattr(sae, name), getattr(given, name)
+        if here != there:
+            raise UserError(
+                f"start={folder} does not fit this run: {setting} is {there} there and {here} here, make them the same"
+            )
+    off = float((given.W_dec.detach().norm(dim=1) - 1).abs().max())
+    if sae.unit_rows and off > _OFF_UNIT:
+        raise UserError(
+            f"start={folder} has decoder rows that are not unit (by {off:.2g}), and {sae.name} would make them so and "
+            "change what it computes: start from one with unit rows, or for relu take sae.form=april"
+        )
+    state = given.state_dict()
+    if "skipped_batches" in state:
+        state["skipped_batches"].zero_()  # it counts batches of a run
+    sae.load_state_dict(state)
 
 
 def build(settings: Mapping[str, Any], d_in: int, overrides: Sequence[str] = ()) -> SAE:

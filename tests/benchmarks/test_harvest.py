@@ -40,9 +40,6 @@ def test_a_peer_without_the_library_is_told_why(tmp_path: Path, capsys: pytest.C
 def test_the_harvest_costs_little_beside_the_forward(tmp_path: Path) -> None:
     """Loose, for a machine that does other things too; the figures are in benchmarks/harvest.py's own table."""
     trial = harvest.gpt2()
-    first, longer = harvest.memory(trial, tmp_path, "float32")
-    unit = trial.unit_contexts * trial.context * len(trial.sites) * trial.config.hidden_size * 4
-    assert first < 4 * unit and longer < unit / 2
     shares = harvest.speed(
         trial, {"bare": harvest.bare(trial), "ours": harvest.ours(trial, tmp_path, "float32", 5, trial.units)}, 1
     )

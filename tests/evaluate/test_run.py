@@ -54,6 +54,7 @@ def config(harvested: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
         "form": "shipped",
         "baseline": None,
         "gao": None,
+        "features": None,
         "device": "cpu",
         "device_map": None,
         "out": str(tmp_path / "out"),

@@ -41,7 +41,7 @@ def activations(rows: int, seed: int) -> np.ndarray:
 
 def make_store(cache: Path, settings: Settings, name: str = "tiny", dtype: str = "bfloat16", **encoded: Any) -> Store:
     layout = Layout(dtype, context=16, chunk_rows=64, chunks_per_unit=8, mixing_seed=0, **encoded)
-    identity = {"format": 1, "layout": layout.json, "name": name}
+    identity = {"format": 1, "layout": layout.json, "model": {"name": name}}
     store = Store.create_or_open(cache, Manifest(identity, settings_of(settings), name, D))
     for seed, (split, rows) in enumerate(ROWS.items()):
         x = activations(rows, seed + 1)

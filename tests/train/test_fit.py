@@ -18,6 +18,7 @@ from data.loader import ActivationLoader
 from data.manifest import HELDOUT, TRAIN
 from data.reader import open_reader
 from train import datamodule, lit
+from train.member import Member
 from train.plan import LAST, make_plan
 from train.run import train
 from train.sae import VARIANTS, load, load_config, update
@@ -112,6 +113,7 @@ def test_every_input_norm(short: Any, tmp_path: Path, name: str) -> None:
         ["trainer=auto", "trainer.accelerator=cpu", "trainer.deterministic=true"],
         ["loader.pool_chunks=1", "loader.threads=2"],
         ["matmul=bf16"],
+        ["sae.selection=quantile", "sae.auxk_over=batch", "sae.auxk_k=2", "dead_after=64"],
     ],
     ids=" ".join,
 )
@@ -288,6 +290,56 @@ def test_the_learning_rate_follows_the_schedule(short: Any, tmp_path: Path) -> N
     with (tmp_path / "run" / "metrics.csv").open() as file:
         used = [float(row["train/lr"]) for row in csv.DictReader(file) if row["train/lr"]]
     assert used == pytest.approx([0.005, 0.01, 0.01, 0.01, 0.01, 0.01, 0.008, 0.006, 0.004, 0.002])
+
+
+@pytest.mark.parametrize(("width", "factor"), [(16, 1.0), (64, 0.5)])
+def test_the_learning_rate_falls_with_the_square_root_of_the_width(
+    short: Any, tmp_path: Path, width: int, factor: float
+) -> None:
+    train(short("sae=topk", "tokens=640", "optimizer.lr=0.01", "lr_at_width=16", f"sae.width={width}", "lr_warmup=0"))
+    with (tmp_path / "run" / "metrics.csv").open() as file:
+        first = next(float(row["train/lr"]) for row in csv.DictReader(file) if row["train/lr"])
+    assert first == pytest.approx(0.01 * factor * 0.5)  # the last but one step of lr_decay=0.2
+
+
+@pytest.mark.parametrize("variant", ["batchtopk", "jumprelu"])
+def test_the_mean_of_the_weights_ships(
+    short: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variant: str
+) -> None:
+    plain, after = Member.train_batch, []
+
+    def note(self: Member, x_BD: Tensor) -> None:
+        plain(self, x_BD)
+        after.append({name: p.detach().double().clone() for name, p in self.sae.named_parameters()})
+
+    monkeypatch.setattr(Member, "train_batch", note)
+    train(short(f"sae={variant}", "ema=0.9", f"out={tmp_path / 'mean'}"))
+    decays = 0.9 ** torch.arange(29, -1, -1, dtype=torch.float64)
+    sae = load(tmp_path / "mean")
+    for name, shipped in sae.named_parameters():
+        mean = sum(d * weights[name] for d, weights in zip(decays, after, strict=True)) / decays.sum()
+        if name == "W_dec":
+            mean = torch.nn.functional.normalize(mean, dim=1)
+        torch.testing.assert_close(shipped.double(), mean, rtol=1e-4, atol=1e-5)
+        assert not torch.allclose(shipped.double(), after[-1][name])
+    # The training goes on from the weights themselves, validated or not; the same as without a mean.
+    states = [torch.load(tmp_path / "mean" / LAST, weights_only=True)["sae"]]
+    train(short(f"sae={variant}", f"out={tmp_path / 'last'}"))
+    states.append(torch.load(tmp_path / "last" / LAST, weights_only=True)["sae"])
+    assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
+    if variant != "jumprelu":  # a threshold that is followed is another midway
+        return
+    # What is validated midway is the mean too.
+    with (tmp_path / "mean" / "metrics.csv").open() as file:
+        reported = next(float(row["val/nmse"]) for row in csv.DictReader(file) if row["val/nmse"])
+    x = rows_of(short, HELDOUT, np.arange(8)).float()
+    with torch.no_grad():
+        for name, parameter in sae.named_parameters():
+            parameter.copy_(sum(d * weights[name] for d, weights in zip(decays[15:], after[:15], strict=True)))
+            parameter.div_(decays[15:].sum())
+        sae.W_dec.copy_(torch.nn.functional.normalize(sae.W_dec, dim=1))
+        error = float((sae(x) - x).double().square().sum() / (x - x.mean(0)).double().square().sum())
+    assert reported == pytest.approx(error, rel=1e-4)
 
 
 def test_a_loss_that_is_not_finite_stops_with_its_step(

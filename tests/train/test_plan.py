@@ -67,6 +67,9 @@ def test_all_variants_get_the_same_chunks(short: Any) -> None:
         (["+trainer.precision=bf16-mixed"], r"stay 32-bit here: .* set matmul=bf16"),
         (["matmul=fp8"], r"matmul=fp8 is unknown: choose one of float32, tf32, bf16"),
         (["+trainer.max_time=00:01:00"], r"trainer\.max_time is settled by this trainer"),
+        (["ema=1"], r"ema=1 is no mean of weights"),
+        (["ema=2"], r"ema=2 must be a number from 0 to 1"),
+        (["lr_at_width=0"], r"lr_at_width=0 must be a whole number, 1 or more"),
         (["store=/nowhere"], r"/nowhere is not a store"),
     ],
 )
@@ -142,6 +145,8 @@ def test_devices_in_a_sweep(short: Any, monkeypatch: pytest.MonkeyPatch) -> None
         ({"k": True}, r"sae\.k=True is not of its type, int"),
         ({"auxk_relu": 1}, r"sae\.auxk_relu=1 is not of its type, bool"),
         ({"width": 32, "k": 33}, r"k=33 .* width of 32"),
+        ({"auxk_k": 0}, "auxk_k=0 chooses nothing"),
+        ({"auxk_over": "sequence"}, "auxk_over='sequence' is unknown: choose one of token, batch"),
         ({"sparsity": 1.0}, "variant topk has no setting sparsity"),
         ({"_target_": "elsewhere.SAE"}, r"choose sae=relu\|topk"),
     ],

@@ -78,18 +78,24 @@ def noisy(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 # Mid-epoch off and on a validation step; around and on an epoch's last step (a validation step too); the very end.
-BREAKS = {"topk": (5, 16, 23, 24, 25, 48, 60), "batchtopk": (16, 24), "jumprelu": (40,)}
+BREAKS = {
+    "topk": (5, 16, 23, 24, 25, 48, 60),
+    "batchtopk": (16, 24),
+    "batchtopk ema=0.9 sae.selection=quantile lr_at_width=16": (16,),
+    "jumprelu": (40,),
+}
 
 
 @pytest.mark.parametrize("variant", BREAKS)
 def test_continued_equals_uninterrupted(
     short: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, noisy: None, variant: str
 ) -> None:
-    whole = short(*LONG, f"sae={variant}", f"out={tmp_path / 'whole'}")
+    asked = (*LONG, *f"sae={variant}".split())
+    whole = short(*asked, f"out={tmp_path / 'whole'}")
     train(whole)
     for step in BREAKS[variant]:
         folder = tmp_path / f"broken_{step}"
-        settings = short(*LONG, f"sae={variant}", f"out={folder}", f"checkpoint_every={step}")
+        settings = short(*asked, f"out={folder}", f"checkpoint_every={step}")
         with monkeypatch.context() as patch, pytest.raises(Broken):
             break_after(patch, step)
             train(settings)

@@ -36,6 +36,7 @@ KINDS = {
     "relu": ["sae=relu", "sae.k=6", "sparsity_warmup=0.3"],
     "gated": ["sae=gated", "sae.width=40", "optimizer.lr=0.01"],
     "jumprelu": ["sae=jumprelu", "sae.input_norm=token", "lr_decay=0.5"],
+    "quantile": ["sae=matryoshka", "sae.selection=quantile", "ema=0.9", "lr_at_width=32"],
 }
 TWO = ["topk", "batchtopk"]
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
@@ -108,10 +109,10 @@ def test_each_equals_its_run_alone_and_the_cache_is_read_once(
         plain = Member.train_batch
         patch.setattr(Member, "train_batch", lambda self, x_BD: (floats.append(x_BD), plain(self, x_BD)))
         train_all(jobs(kinds, *long))
-    assert reads == one and len(floats) == 5 * 32 and len({id(x_BD) for x_BD in floats}) == 32
+    assert reads == one and len(floats) == 6 * 32 and len({id(x_BD) for x_BD in floats}) == 32
     out = capsys.readouterr()
-    assert "5 SAEs in one pass: 2,048 tokens in 32 steps" in out.out and ", once for 5 SAEs" in out.out
-    assert "5 SAEs   50%" in out.err and "  relu  nmse " in out.err
+    assert "6 SAEs in one pass: 2,048 tokens in 32 steps" in out.out and ", once for 6 SAEs" in out.out
+    assert "6 SAEs   50%" in out.err and "  relu  nmse " in out.err
     alone(jobs(kinds, *long, sweep="alone"))
     assert_same_runs(tmp_path / "sweep", tmp_path / "alone", kinds)
 
@@ -304,7 +305,7 @@ def test_a_sweep_under_two_ranks_equals_a_run_alone_there(cache: Path, tmp_path:
 
     out = ranks("-m", "sae=batchtopk,relu", f"hydra.sweep.dir={tmp_path}")
     assert out.count("2 SAEs in one pass") == 1
-    folders = {path.parent.name[4:]: path.parent for path in tmp_path.rglob("config.json")}
+    folders = {load_config(path.parent)["variant"]: path.parent for path in tmp_path.rglob("config.json")}
     assert {load_config(folder)["training"]["world"] for folder in folders.values()} == {2} and len(folders) == 2
     ranks("sae=relu", f"hydra.run.dir={tmp_path / 'alone'}")
     assert_same_sae(folders["relu"], tmp_path / "alone")

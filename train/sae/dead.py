@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from train.sae import fixed
 from train.sae.encode import Codes
-from train.sae.select import TopPerToken
+from train.sae.select import TopOfBatch, TopPerToken
 
 _HELD = 8  # times k_aux: up to so many dead latents dense products are the faster ones
 _HELD_ON_GPU = 128  # set for memory, not yet measured
@@ -61,10 +61,16 @@ def auxk_size(d_in: int) -> int:
     return int(2 ** max(0, math.floor(math.log2(d_in / 2) + 0.5)))
 
 
-def auxk_selector(d_in: int, dead: int, *, on_gpu: bool = False) -> TopPerToken | None:
-    """What picks AuxK's latents among so many dead ones as z passes by; None where all their z may be held."""
-    k = auxk_size(d_in)
-    return TopPerToken(k, positive=False) if dead > (_HELD_ON_GPU if on_gpu else _HELD) * k else None
+def auxk_selector(
+    k: int, dead: int, tokens: int | None = None, *, on_gpu: bool = False
+) -> TopPerToken | TopOfBatch | None:
+    """What picks AuxK's k latents a token among so many dead ones as z passes by; None where all their z may be held.
+
+    `tokens`: of the batch, where they are chosen over it.
+    """
+    if dead <= (_HELD_ON_GPU if on_gpu else _HELD) * k:
+        return None
+    return TopPerToken(k, positive=False) if tokens is None else TopOfBatch(k * tokens, positive=False)
 
 
 def auxk_error(
@@ -72,22 +78,26 @@ def auxk_error(
     residual_BD: Float[Tensor, "B D"],
     W_dead_dD: Float[Tensor, "d D"],
     *,
+    k: int,
     relu: bool,
+    over_batch: bool = False,
     live_d: Bool[Tensor, " d"] | None = None,
 ) -> Float[Tensor, ""]:
     """AuxK (Gao et al. 2406.04093, A.2): E over tokens of ||r - a W_dec||^2 of dead latents' z and decoder rows.
 
-    a holds the k_aux largest pre-activations z of each token among the dead latents (live ones cannot win: they are
-    not looked at) and zero elsewhere; no b_dec. `residual_BD` r = x' - x_hat' must be detached. Signed values of a
-    give a gradient where z < 0; `relu` takes relu(a), the reference form, which gives none there. `live_d` marks
-    latents among these d that are not dead.
+    a holds the k = k_aux largest pre-activations z of each token, or with `over_batch` the k_aux * B largest of the
+    batch, among the dead latents (live ones cannot win: they are not looked at) and zero elsewhere; no b_dec.
+    `residual_BD` r = x' - x_hat' must be detached. Signed values of a give a gradient where z < 0; `relu` takes
+    relu(a), the reference form, which gives none there. `live_d` marks latents among these d that are not dead.
     """
     assert not residual_BD.requires_grad, "AuxK explains the residual and must not change it"
-    a, k = codes.values, auxk_size(residual_BD.shape[1])
+    a = codes.values
     if codes.support is None and k < a.shape[1]:
         z_Bd = a.detach() if live_d is None else a.detach().masked_fill(live_d, -torch.inf)
-        top_Bk = z_Bd.topk(k, dim=1, sorted=False).indices
-        a = torch.where(torch.zeros_like(a, dtype=torch.bool).scatter_(1, top_Bk, True), a, 0.0)
+        lines = z_Bd.view(1, -1) if over_batch else z_Bd
+        top = lines.topk(k * len(z_Bd) // len(lines), dim=1, sorted=False).indices
+        kept = torch.zeros_like(lines, dtype=torch.bool).scatter_(1, top, True)
+        a = torch.where(kept.view_as(a), a, 0.0)
     if live_d is not None:  # taken where fewer are dead than k_aux
         a = torch.where(codes.at(live_d), 0.0, a)
     if relu:

@@ -38,6 +38,9 @@ class Matryoshka(BatchSelected):
         auxk_alpha: float = 1 / 32,
         auxk_relu: bool = False,
         auxk_norm: str = "variance",
+        auxk_k: int | None = None,
+        auxk_over: str = "token",
+        selection: str = "batch",
     ) -> None:
         super().__init__(
             d_in,
@@ -48,6 +51,9 @@ class Matryoshka(BatchSelected):
             auxk_alpha=auxk_alpha,
             auxk_relu=auxk_relu,
             auxk_norm=auxk_norm,
+            auxk_k=auxk_k,
+            auxk_over=auxk_over,
+            selection=selection,
         )
         self.prefixes = [float(share) for share in prefixes]
         self.sizes = [math.ceil(share * width - 1e-9) for share in self.prefixes]
@@ -57,8 +63,8 @@ class Matryoshka(BatchSelected):
             )
 
     def reconstruct(
-        self, codes: Codes, xn_BD: Float[Tensor, "B D"]
+        self, codes: Codes, f: Tensor, xn_BD: Float[Tensor, "B D"]
     ) -> tuple[Float[Tensor, ""], Float[Tensor, ""], Float[Tensor, "B D"]]:
-        xn_hat_PBD = codes.decode(codes.values, self.W_dec, self.sizes) + self.b_dec
+        xn_hat_PBD = codes.decode(f, self.W_dec, self.sizes) + self.b_dec
         nmse_P = (xn_hat_PBD - xn_BD).square().sum((1, 2)) / (len(xn_BD) * self.variance)
         return nmse_P.sum(), nmse_P[-1], xn_hat_PBD[-1]

@@ -113,18 +113,18 @@ class _Largest(Selector):
 
 
 class TopOfBatch(_Largest):
-    """The `count` largest entries of the batch, those above zero."""
+    """The `count` largest entries of the batch; with `positive` those above zero."""
 
-    def __init__(self, count: int) -> None:
-        super().__init__(positive=True)
+    def __init__(self, count: int, *, positive: bool = True) -> None:
+        super().__init__(positive=positive)
         self.count = count
 
     def raise_bound(self, most_BG: Tensor) -> Tensor:
         if self.bound is None:
-            found = (
-                _largest(most_BG.reshape(-1), self.count) if most_BG.numel() >= self.count else most_BG.new_zeros(())
-            )
-            return found.clamp_min(0)
+            if most_BG.numel() >= self.count:
+                found = _largest(most_BG.reshape(-1), self.count)
+                return found.clamp_min(0) if self.positive else found
+            return most_BG.new_full((), 0 if self.positive else -torch.inf)
         values_n = torch.cat([part.values_n for part in self.parts])
         if values_n.numel() < self.count:
             return self.bound

@@ -9,11 +9,12 @@ from torch import Tensor
 from data.errors import UserError
 from train.sae import fixed
 from train.sae.base import SAE, Step
-from train.sae.dead import auxk_error, auxk_selector
+from train.sae.dead import auxk_error, auxk_selector, auxk_size
 from train.sae.encode import Codes
 from train.sae.select import Selector, TopPerToken
 
 _AUXK_NORMS = ("variance", "residual")
+_AUXK_OVER = ("token", "batch")
 
 Aside = tuple[Codes, Tensor, Tensor | None]  # z of the dead latents, which they are, which of them are not dead
 
@@ -23,6 +24,8 @@ class TopKFamily(SAE):
 
     auxk_alpha: weight of AuxK (1/32). auxk_relu: take relu of its activations, the reference form. auxk_norm: divide
     it by Vx (`variance`) or by the variance of the batch's residual (`residual`: OA and DL, heavier by 1 / NMSE).
+    auxk_k: its latents a token, None for the power of two near D / 2. auxk_over: they are the largest of each
+    `token`, or on average so many, the largest of the `batch` (the future work of BatchTopK's authors).
     """
 
     uses_auxk = True
@@ -38,16 +41,28 @@ class TopKFamily(SAE):
         auxk_alpha: float = 1 / 32,
         auxk_relu: bool = False,
         auxk_norm: str = "variance",
+        auxk_k: int | None = None,
+        auxk_over: str = "token",
     ) -> None:
         super().__init__(d_in, width, input_norm=input_norm, apply_b_dec_to_input=apply_b_dec_to_input)
         if not 1 <= k <= width:
             raise UserError(f"k={k} latents a token cannot be chosen from a width of {width}: take k from 1 to {width}")
         if auxk_norm not in _AUXK_NORMS:
             raise UserError(f"auxk_norm={auxk_norm!r} is unknown: choose one of {', '.join(_AUXK_NORMS)}")
+        if auxk_over not in _AUXK_OVER:
+            raise UserError(f"auxk_over={auxk_over!r} is unknown: choose one of {', '.join(_AUXK_OVER)}")
+        if auxk_k is not None and auxk_k < 1:
+            raise UserError(f"auxk_k={auxk_k} chooses nothing: take 1 or more, or null for the power of two near D / 2")
         if auxk_alpha < 0:
             raise UserError(f"auxk_alpha={auxk_alpha} would reward silent latents: take 0 (off) or more")
         self.k = k
         self.auxk_alpha, self.auxk_relu, self.auxk_norm = auxk_alpha, auxk_relu, auxk_norm
+        self.auxk_k, self.auxk_over = auxk_k, auxk_over
+
+    @property
+    def k_aux(self) -> int:
+        """Latents a token that AuxK takes."""
+        return auxk_size(self.d_in) if self.auxk_k is None else self.auxk_k
 
     def with_dead(
         self,
@@ -63,7 +78,8 @@ class TopKFamily(SAE):
         if not len(dead_d):
             return self.encoded(xn_BD, selector)[0], None
         live_d = None if among_d is None else ~dead_F.index_select(0, among_d)
-        picked = auxk_selector(self.d_in, len(dead_d), on_gpu=fixed.wanted(xn_BD))
+        tokens = len(xn_BD) if self.auxk_over == "batch" else None
+        picked = auxk_selector(self.k_aux, len(dead_d), tokens, on_gpu=fixed.wanted(xn_BD))
         codes, aside = self.encoded(xn_BD, selector, dead_d, picked, live_d)
         return codes, None if aside is None else (aside, dead_d, live_d)
 
@@ -73,7 +89,10 @@ class TopKFamily(SAE):
             return residual_BD.new_zeros(())
         codes, dead_d, live_d = aside
         W_dead_dD = self.W_dec.index_select(0, dead_d)
-        error = auxk_error(codes, residual_BD, W_dead_dD, relu=self.auxk_relu, live_d=live_d)
+        over_batch = self.auxk_over == "batch"
+        error = auxk_error(
+            codes, residual_BD, W_dead_dD, k=self.k_aux, relu=self.auxk_relu, over_batch=over_batch, live_d=live_d
+        )
         if live_d is not None:
             error = torch.where(live_d.all(), 0.0, error)
         over = self.variance
@@ -87,6 +106,7 @@ class TopK(TopKFamily):
     """f = relu of the k largest z of each token; loss = NMSE + AuxK. Gao et al. 2406.04093.
 
     `multi_topk` adds L(4k) / 8, the NMSE of the reconstruction by the 4k largest; its gradient reaches the encoder.
+    Without `tied_init` a latent's encoder starts in another's direction, unrelated to its decoder row (GAO's ablation).
     """
 
     name = "topk"
@@ -102,7 +122,10 @@ class TopK(TopKFamily):
         auxk_alpha: float = 1 / 32,
         auxk_relu: bool = False,
         auxk_norm: str = "variance",
+        auxk_k: int | None = None,
+        auxk_over: str = "token",
         multi_topk: bool = False,
+        tied_init: bool = True,
     ) -> None:
         super().__init__(
             d_in,
@@ -113,12 +136,14 @@ class TopK(TopKFamily):
             auxk_alpha=auxk_alpha,
             auxk_relu=auxk_relu,
             auxk_norm=auxk_norm,
+            auxk_k=auxk_k,
+            auxk_over=auxk_over,
         )
         if multi_topk and 4 * k > width:
             raise UserError(
                 f"multi_topk takes 4k={4 * k} latents a token from a width of {width}: lower k or widen the SAE"
             )
-        self.multi_topk = multi_topk
+        self.multi_topk, self.tied_init = multi_topk, tied_init
 
     def active(self, xn_BD: Float[Tensor, "B D"]) -> tuple[Codes, Tensor]:
         codes, _ = self.encoded(xn_BD, TopPerToken(self.k))
@@ -144,3 +169,9 @@ class TopK(TopKFamily):
             parts["multi"] = multi.detach()
             loss = loss + multi
         return Step(loss, parts, codes.of(codes.values), xn_hat_BD.detach())
+
+    def _start_encoder(self, scale: float) -> None:
+        super()._start_encoder(scale)
+        if not self.tied_init:
+            for parameter in (self.W_enc_FD, self.get_parameter("b_enc")):
+                parameter.copy_(parameter.roll(1, 0))

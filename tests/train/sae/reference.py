@@ -60,14 +60,27 @@ class Pass:
     def residual(self, f: Array) -> Array:
         return self.x - f @ self.p["W_dec"] - self.p["b_dec"]
 
-    def auxk(self, f: Array, dead: NDArray[np.bool_], *, alpha: float, relu: bool, by_residual: bool) -> None:
+    def auxk(
+        self,
+        f: Array,
+        dead: NDArray[np.bool_],
+        *,
+        alpha: float,
+        relu: bool,
+        by_residual: bool,
+        k_aux: int | None,
+        over_batch: bool,
+    ) -> None:
         r = self.residual(f)
         n_dead = int(dead.sum())
-        k = min(2 ** round(np.log2(self.x.shape[1] / 2)), n_dead)
+        k = min(k_aux or 2 ** round(np.log2(self.x.shape[1] / 2)), n_dead)
         if k == 0:
             return
         masked = np.where(dead, self.z, -np.inf)
-        kept = np.stack([largest(row, k) for row in masked])
+        if over_batch:
+            kept = largest(masked.ravel(), k * len(masked)).reshape(masked.shape)
+        else:
+            kept = np.stack([largest(row, k) for row in masked])
         if relu:
             kept &= self.z > 0
         a = np.where(kept, self.z, 0.0)
@@ -111,6 +124,8 @@ def topk(
     alpha: float = 1 / 32,
     relu: bool = False,
     by_residual: bool = False,
+    k_aux: int | None = None,
+    over_batch: bool = False,
     multi: bool = False,
 ) -> Result:
     run = Pass(x, p, v, centred)
@@ -120,7 +135,8 @@ def topk(
     if multi:
         wide = per_token(run.z, 4 * k)
         run.dz += run.squared(np.where(wide, run.z, 0), weight=1 / 8) * wide
-    run.auxk(f, dead, alpha=alpha, relu=relu, by_residual=by_residual)
+    how = {"alpha": alpha, "relu": relu, "by_residual": by_residual, "k_aux": k_aux, "over_batch": over_batch}
+    run.auxk(f, dead, **how)  # type: ignore[arg-type]
     return run.result()
 
 
@@ -135,15 +151,19 @@ def batchtopk(
     alpha: float = 1 / 32,
     relu: bool = False,
     by_residual: bool = False,
+    k_aux: int | None = None,
+    over_batch: bool = False,
     sizes: Sequence[int | None] = (None,),
+    threshold: float | None = None,
 ) -> Result:
-    """`sizes`: the nested prefixes of Matryoshka; None is the full width."""
+    """`sizes`: the nested prefixes of Matryoshka; None is the full width. `threshold`: T in the place of the batch."""
     run = Pass(x, p, v, centred)
-    kept = of_batch(run.z, k)
+    kept = of_batch(run.z, k) if threshold is None else run.z > threshold
     f = np.where(kept, run.z, 0)
     for size in sizes:
         run.dz += run.squared(f, latents=size) * kept
-    run.auxk(f, dead, alpha=alpha, relu=relu, by_residual=by_residual)
+    how = {"alpha": alpha, "relu": relu, "by_residual": by_residual, "k_aux": k_aux, "over_batch": over_batch}
+    run.auxk(f, dead, **how)  # type: ignore[arg-type]
     return run.result()
 
 

@@ -110,7 +110,9 @@ class TestContract:
         assert step.parts["l0"].item() == pytest.approx((f_of(step) > 0).sum().item() / 64)
         if form.startswith("matryoshka"):  # its reconstruction's term is the sum over prefixes
             return
-        terms = sum(part for name, part in step.parts.items() if name not in ("l0", "min_kept", "coefficient"))
+        terms = sum(
+            part for name, part in step.parts.items() if name not in ("l0", "min_kept", "threshold", "coefficient")
+        )
         torch.testing.assert_close(terms, step.loss.detach())
 
     def test_fired_marks_the_latents_of_the_training_form(self, form: str) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 from train.sae.codes import Support
 from train.sae.dead import DeadLatents, auxk_error, auxk_selector, auxk_size, default_window
 from train.sae.encode import Codes
-from train.sae.select import TopPerToken, select
+from train.sae.select import TopOfBatch, TopPerToken, select
 
 
 def test_counters_by_hand() -> None:
@@ -44,15 +44,18 @@ def test_the_size_of_auxk(d_in: int, k: int) -> None:
 ROWS = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.6, 0.8]])
 
 
-def auxk(z: Tensor, r: Tensor, dead: Tensor, rows: Tensor, relu: bool, sparse: bool = False) -> Tensor:
+def auxk(
+    z: Tensor, r: Tensor, dead: Tensor, rows: Tensor, relu: bool, sparse: bool = False, over_batch: bool = False
+) -> Tensor:
     """AuxK of all latents' z, through all of the dead ones' z or through those a selector keeps."""
-    dead_d = dead.nonzero().squeeze(1)
+    dead_d, k = dead.nonzero().squeeze(1), auxk_size(r.shape[1])
     z_Bd = z[:, dead_d]
     codes = Codes(z_Bd, None, tuple(z_Bd.shape))
     if sparse:
-        rows_n, latents_n, _ = select(TopPerToken(auxk_size(r.shape[1]), positive=False), z_Bd.detach())
+        chosen = TopOfBatch(k * len(z), positive=False) if over_batch else TopPerToken(k, positive=False)
+        rows_n, latents_n, _ = select(chosen, z_Bd.detach())
         codes = Codes(z_Bd[rows_n, latents_n], Support(rows_n, latents_n, tuple(z_Bd.shape)), tuple(z_Bd.shape))
-    return auxk_error(codes, r, rows[dead_d], relu=relu)
+    return auxk_error(codes, r, rows[dead_d], k=k, relu=relu, over_batch=over_batch)
 
 
 def error(
@@ -69,6 +72,15 @@ def test_auxk_by_hand(sparse: bool) -> None:
     assert error(z, r, [False, True, True], sparse=sparse) == pytest.approx((2**2 + 1.6**2 + 1.8**2) / 2)
     # relu makes the second token's 0.
     assert error(z, r, [False, True, True], relu=True, sparse=sparse) == pytest.approx((2**2 + 2) / 2)
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+def test_auxk_over_the_batch_by_hand(sparse: bool) -> None:
+    """The two largest dead z of the batch are both the first token's, the second explains nothing."""
+    z, r = torch.tensor([[9.0, 1.0, -0.5], [9.0, -2.0, -1.0]]), torch.tensor([[0.0, 3.0], [1.0, 1.0]])
+    found = auxk(z, r, torch.tensor([False, True, True]), ROWS, False, sparse, over_batch=True)
+    # 1 of the second and -0.5 of the third latent: (0, 1) + (-0.3, -0.4) against (0, 3); nothing against (1, 1).
+    assert found.item() == pytest.approx((0.3**2 + 2.4**2 + 2) / 2)
 
 
 @pytest.mark.parametrize("sparse", [False, True])
@@ -104,9 +116,11 @@ def test_auxk_is_a_true_derivative_of_z_and_rows(relu: bool, sparse: bool) -> No
 
 
 def test_many_dead_latents_are_selected_as_z_passes() -> None:
-    assert auxk_selector(768, 8 * 512) is None
-    selector = auxk_selector(768, 8 * 512 + 1)
-    assert selector is not None and selector.k == 512 and not selector.positive
+    assert auxk_selector(512, 8 * 512) is None
+    selector = auxk_selector(512, 8 * 512 + 1)
+    assert isinstance(selector, TopPerToken) and selector.k == 512 and not selector.positive
+    selector = auxk_selector(512, 8 * 512 + 1, 100)
+    assert isinstance(selector, TopOfBatch) and selector.count == 51200 and not selector.positive
 
 
 def test_an_undetached_residual_is_a_fault() -> None:

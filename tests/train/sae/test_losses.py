@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from tests.train.sae import reference
 from tests.train.sae.toy import f_of
 from train.sae import SAE, VARIANTS
+from train.sae.batchtopk import BatchSelected
 
 # Two tokens, two dimensions, three latents: the axes and a direction between them. Tokens (3, 1) and (1, 2) give
 # z = (3, 1, 2.6) and (1, 2, 2.2); every case below is worked by hand with Vx = 4.
@@ -150,6 +151,8 @@ def topk_cases() -> list[Case]:
         ({"auxk_relu": True}, {"relu": True}),
         ({"auxk_norm": "residual"}, {"by_residual": True}),
         ({"auxk_alpha": 0.5}, {"alpha": 0.5}),
+        ({"auxk_k": 2}, {"k_aux": 2}),
+        ({"auxk_over": "batch"}, {"over_batch": True}),
     ]
     sizes = {"batchtopk": (None,), "matryoshka": (3, 12, 24)}
     prefixes = {"matryoshka": {"prefixes": [1 / 8, 1 / 2, 1.0]}}
@@ -159,6 +162,8 @@ def topk_cases() -> list[Case]:
         for s, o in aux:
             settings = {"k": 3, **prefixes.get(name, {}), **s}
             cases.append(Case(name, settings, reference.batchtopk, {"k": 3, "sizes": nested, **o}, True))
+        settings = {"k": 3, **prefixes.get(name, {}), "selection": "quantile"}
+        cases.append(Case(name, settings, reference.batchtopk, {"k": 3, "sizes": nested, "threshold": 0.75}, True))
     return cases
 
 
@@ -188,6 +193,8 @@ def perturbed(case: Case, centred: bool) -> SAE:
                 parameter.abs_()
         sae.variance.fill_(2.5)
         sae.mean_sq.fill_(4.0)
+        if isinstance(sae, BatchSelected):
+            sae.threshold.fill_(0.75)
     return sae
 
 
@@ -215,6 +222,20 @@ def test_loss_and_every_gradient_equal_the_float64_reference(case: Case, centred
     for name, grad in as_formula(found).items():
         np.testing.assert_allclose(grad, grads[name], rtol=1e-9, atol=1e-12, err_msg=name)
         assert np.abs(grads[name]).max() > 1e-4, f"the case does not exercise {name}"
+
+
+@pytest.mark.parametrize("over", ["token", "batch"])
+def test_auxk_is_the_same_where_so_many_are_dead_that_z_is_selected(over: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case("batchtopk", {"k": 3, "auxk_over": over}, reference.batchtopk, {"k": 3, "over_batch": over == "batch"})
+    sae, x = perturbed(case, True), tokens()
+    parameters = as_formula({name: p.detach().numpy().copy() for name, p in sae.named_parameters()})
+    monkeypatch.setattr("train.sae.dead._HELD", 0)
+    step = sae.loss(x, dead_F=torch.from_numpy(DEAD))
+    step.loss.backward()
+    loss, grads = case.compute(x.numpy(), parameters, 2.5, True, dead=DEAD, **case.options)
+    assert step.loss.item() == pytest.approx(loss, rel=1e-12)
+    assert sae.W_enc_FD.grad is not None
+    np.testing.assert_allclose(sae.W_enc_FD.grad.numpy().T, grads["W_enc"], rtol=1e-9, atol=1e-12)
 
 
 class Loss(nn.Module):

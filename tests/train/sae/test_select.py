@@ -64,6 +64,17 @@ def test_the_batch_selection_is_that_of_a_sort(batch: tuple[Tensor, int], blocks
     assert (min(values) if len(values) == count else 0.0) == smallest
 
 
+@given(batch=batches(), blocks=st.integers(1, 5))
+@settings(max_examples=100, deadline=None)
+def test_the_batch_selection_may_take_what_is_negative(batch: tuple[Tensor, int], blocks: int) -> None:
+    z, count = batch
+    flat = z.flatten().tolist()
+    wanted = sorted(sorted(range(len(flat)), key=lambda i: (-flat[i], i))[:count])
+    positions, values = whole(TopOfBatch(count, positive=False), z, blocks)
+    assert positions == wanted
+    assert values == values_at(z, positions)
+
+
 @given(batch=batches(), share=st.floats(0, 1), blocks=st.integers(1, 5), positive=st.booleans())
 @settings(max_examples=200, deadline=None)
 def test_the_selection_of_each_token_is_that_of_a_sort(

@@ -1,0 +1,224 @@
+"""What each latent fires on, gathered in one pass over held-out text; memory grows with the latents, not the text.
+
+Letters: B contexts of a chunk, T tokens of a context, N kept tokens of the chunk, F latents, n firings (a latent above
+0 on a token), m examples, K places of a shelf, W tokens of a window.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Float
+from numpy.typing import NDArray
+from torch import Tensor
+
+BINS = 64  # of a latent's histogram: equal bins from 0 to the power of two above its maximum
+NEVER = -200  # below the exponent of every float32
+GATHERED = 1 << 22  # activations of windows looked up at a time
+
+
+def priority(token_n: NDArray[np.int64], latent_n: NDArray[np.int64], width: int, seed: int) -> NDArray[np.float64]:
+    """Numbers in [0, 1) that depend on (seed, token, latent) alone: the largest ones of a latent are a fair sample.
+
+    splitmix64 of token * F + latent, so that neither batches nor order decide what is sampled.
+    """
+    with np.errstate(over="ignore"):
+        z = token_n.astype(np.uint64) * np.uint64(width) + latent_n.astype(np.uint64)
+        z += np.uint64(seed + 1) * np.uint64(0x9E3779B97F4A7C15)
+        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        z ^= z >> np.uint64(31)
+    return (z >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+@dataclass(frozen=True)
+class Firings:
+    """All firings of a chunk by latent, then by token: latent, row among the kept tokens, activation."""
+
+    latent_n: NDArray[np.int64]
+    row_n: NDArray[np.int64]
+    value_n: NDArray[np.float32]
+
+    @classmethod
+    def of(cls, f_FN: NDArray[np.float32]) -> Firings:
+        latent_n, row_n = np.nonzero(f_FN > 0)
+        return cls(latent_n, row_n, f_FN[latent_n, row_n])
+
+
+class Shelf:
+    """For each latent the K examples with the largest keys, in falling order; of equal keys the earlier token's.
+
+    key_FK is -inf where there is none; sequence, position: the token; value: its activation; window_FKW: the latent's
+    activations on the tokens around it (0 where there is no token).
+    """
+
+    def __init__(self, width: int, places: int, window: int) -> None:
+        self.key_FK = np.full((width, places), -np.inf)
+        self.sequence_FK = np.full((width, places), -1, np.int64)
+        self.position_FK = np.full((width, places), -1, np.int64)
+        self.value_FK = np.zeros((width, places), np.float32)
+        self.window_FKW = np.zeros((width, places, window), np.float32)
+
+    @property
+    def places(self) -> int:
+        return self.key_FK.shape[1]
+
+    def candidates(self, latent_n: NDArray[np.int64], key_n: NDArray[np.float64]) -> NDArray[np.int64]:
+        """Which examples, given by latent and token, can stay: by latent, best first, K a latent at most."""
+        index_m = np.flatnonzero(key_n > self.key_FK[latent_n, -1])
+        index_m = index_m[np.lexsort((-key_n[index_m], latent_n[index_m]))]
+        return index_m[_rank(latent_n[index_m]) < self.places]
+
+    def put(
+        self,
+        latent_m: NDArray[np.int64],
+        key_m: NDArray[np.float64],
+        sequence_m: NDArray[np.int64],
+        position_m: NDArray[np.int64],
+        value_m: NDArray[np.float32],
+        window_mW: NDArray[np.float32],
+    ) -> None:
+        """Take in what `candidates` chose."""
+        if not len(latent_m):
+            return
+        touched, place_m = np.unique(latent_m, return_inverse=True)
+        at = (place_m, self.places + _rank(latent_m))
+        tables: tuple[NDArray[Any], ...] = (
+            self.key_FK,
+            self.sequence_FK,
+            self.position_FK,
+            self.value_FK,
+            self.window_FKW,
+        )
+        news: list[NDArray[Any]] = [key_m, sequence_m, position_m, value_m, window_mW]
+        order: NDArray[np.int64] | None = None
+        for table, new in zip(tables, news, strict=True):
+            both = np.concatenate([table[touched], np.full_like(table[touched], -np.inf if order is None else 0)], 1)
+            both[at] = new
+            if order is None:  # the keys are the first table
+                order = np.argsort(-both, axis=1, kind="stable")[:, : self.places]
+            table[touched] = both[np.arange(len(touched))[:, None], order]
+
+
+def _rank(latent_m: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The place of each entry among those of its latent, of latents in groups."""
+    starts = np.flatnonzero(np.diff(latent_m, prepend=-1))
+    sizes = np.diff(starts, append=len(latent_m))
+    return np.arange(len(latent_m)) - np.repeat(starts, sizes)
+
+
+class Collector:
+    """The statistics of F latents and their examples.
+
+    fired_F: tokens on which a latent fires. contexts_F: contexts in which it does. total_F, largest_F: sum and maximum
+    of its activations. top: the contexts with the largest activations, each at its largest token. sample: firings
+    drawn fairly, as many of each latent.
+    """
+
+    def __init__(self, width: int, *, top: int, sample: int, before: int, after: int, seed: int) -> None:
+        self.width, self.seed = width, seed
+        self.offsets_W = np.arange(-before, after + 1)
+        self.fired_F = np.zeros(width, np.int64)
+        self.contexts_F = np.zeros(width, np.int64)
+        self.total_F = np.zeros(width)
+        self.largest_F = np.zeros(width, np.float32)
+        self.top, self.sample = (Shelf(width, places, before + 1 + after) for places in (top, sample))
+        self.tokens = 0
+        self._exponent_F = np.full(width, NEVER)
+        self._histogram_FH = np.zeros((width, BINS), np.int64)
+
+    def update(self, f_NF: Float[Tensor, "N F"], keep_BT: Bool[Tensor, "B T"], first: int) -> None:
+        """Add the contexts number `first` and those after it, whose kept tokens have the activations `f_NF`."""
+        keep = keep_BT.cpu().numpy()
+        f_FN = f_NF.detach().t().contiguous().float().cpu().numpy()
+        assert f_FN.shape == (self.width, keep.sum())
+        self.tokens += f_FN.shape[1]
+        found = Firings.of(f_FN)
+        self._count(found)
+        sequence_N, position_N = np.nonzero(keep)
+        row_BT = np.where(keep, np.cumsum(keep).reshape(keep.shape) - 1, -1)
+        peaks = self._peaks(found, sequence_N)
+        tokens_n = (first + sequence_N[found.row_n]) * keep.shape[1] + position_N[found.row_n]
+        drawn = priority(tokens_n, found.latent_n, self.width, self.seed)
+        every = np.arange(len(found.latent_n))
+        for shelf, among, key in (
+            (self.top, peaks, found.value_n[peaks].astype(np.float64)),
+            (self.sample, every, drawn),
+        ):
+            chosen = shelf.candidates(found.latent_n[among], key)
+            index = among[chosen]
+            latent, row = found.latent_n[index], found.row_n[index]
+            windows = self._windows(f_FN, row_BT, latent, sequence_N[row], position_N[row])
+            shelf.put(latent, key[chosen], first + sequence_N[row], position_N[row], found.value_n[index], windows)
+
+    def _count(self, found: Firings) -> None:
+        latent, value = found.latent_n, found.value_n
+        self.fired_F += np.bincount(latent, minlength=self.width)
+        self.total_F += np.bincount(latent, weights=value.astype(np.float64), minlength=self.width)
+        np.maximum.at(self.largest_F, latent, value)
+        # Bins end at powers of two, so a larger maximum merges pairs of bins and no count is ever split.
+        exponent_F = np.where(self.largest_F > 0, np.frexp(self.largest_F)[1], NEVER)
+        for _ in range(int(np.log2(BINS)) + 1):
+            wider = (exponent_F > self._exponent_F) & (self._exponent_F > NEVER)
+            if not wider.any():
+                break
+            merged = self._histogram_FH[wider].reshape(-1, BINS // 2, 2).sum(2)
+            self._histogram_FH[wider] = np.concatenate([merged, np.zeros_like(merged)], 1)
+            self._exponent_F[wider] += 1
+        self._exponent_F = exponent_F
+        bins = np.floor(np.ldexp(value.astype(np.float64), int(np.log2(BINS)) - exponent_F[latent])).astype(np.int64)
+        self._histogram_FH += np.bincount(latent * BINS + bins, minlength=self.width * BINS).reshape(-1, BINS)
+
+    def _peaks(self, found: Firings, sequence_N: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Of each latent in each context the first of its largest firings; counts the contexts."""
+        if not len(found.latent_n):
+            return np.zeros(0, np.int64)
+        group = found.latent_n * (int(sequence_N[-1]) + 1) + sequence_N[found.row_n]
+        starts = np.flatnonzero(np.diff(group, prepend=-1))
+        sizes = np.diff(starts, append=len(group))
+        is_peak = found.value_n == np.repeat(np.maximum.reduceat(found.value_n, starts), sizes)
+        peaks: NDArray[np.int64] = np.flatnonzero(is_peak)
+        peaks = peaks[np.flatnonzero(np.diff(group[peaks], prepend=-1))]
+        self.contexts_F += np.bincount(found.latent_n[peaks], minlength=self.width)
+        return peaks
+
+    def _windows(
+        self,
+        f_FN: NDArray[np.float32],
+        row_BT: NDArray[np.int64],
+        latent_m: NDArray[np.int64],
+        sequence_m: NDArray[np.int64],
+        position_m: NDArray[np.int64],
+    ) -> NDArray[np.float32]:
+        """[m, W] activations on the tokens around each example."""
+        out = np.zeros((len(latent_m), len(self.offsets_W)), np.float32)
+        step = max(1, GATHERED // len(self.offsets_W))
+        for at in range(0, len(latent_m), step):
+            part = slice(at, at + step)
+            position = position_m[part, None] + self.offsets_W
+            inside = (position >= 0) & (position < row_BT.shape[1])
+            row = row_BT[sequence_m[part, None], np.where(inside, position, 0)]
+            out[part] = np.where(inside & (row >= 0), f_FN[latent_m[part, None], row], 0)
+        return out
+
+    def histogram(self, latent: int) -> tuple[list[int], float]:
+        """Firings in equal bins from 0 as far as the maximum's, and the width of a bin; nothing of a silent latent."""
+        if not self.fired_F[latent]:
+            return [], 0.0
+        counts = self._histogram_FH[latent]
+        return counts[: int(np.flatnonzero(counts)[-1]) + 1].tolist(), float(2.0 ** self._exponent_F[latent] / BINS)
+
+    def interest_F(self) -> NDArray[np.float64]:
+        """log10(1 / density) * (1 - mean / max) * min(1, contexts / 8): rare, peaked, and met in eight contexts.
+
+        0 for a silent latent; mean and max are of the activations above 0.
+        """
+        fired = np.maximum(self.fired_F, 1)
+        peaked = 1 - self.total_F / fired / np.maximum(self.largest_F, np.finfo(np.float32).tiny)
+        score = np.log10(max(self.tokens, 1) / fired) * peaked * np.minimum(1, self.contexts_F / ENOUGH_CONTEXTS)
+        return np.where(self.fired_F > 0, np.maximum(score, 0), 0)
+
+
+ENOUGH_CONTEXTS = 8  # of `interest_F`

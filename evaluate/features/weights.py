@@ -1,0 +1,104 @@
+"""What can be read off an SAE's weights: the logits a decoder row raises and lowers, and the rows near it.
+
+Letters: F latents, R rows at a time, D width of the site, V vocabulary, K entries kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor, nn
+
+ENTRIES_AT_ONCE = 1 << 25  # of a [R, V] or [R, F] product: 128 MB in float32
+
+
+class Lens:
+    """A decoder row alone, put through the LM's final norm and unembedding.
+
+    logits(row) = [N(r) - N(-r)] / 2 @ W_U^T, less its mean over V, with r = row * sqrt(D) / ||row||. The difference
+    takes the norm's bias away; of a LayerNorm there stays gamma * (r - mean r) / sd r, of an RMSNorm gamma * r / rms r.
+    What later layers make of the row is not in it (the direct path only), nor is the size of the rest of the residual.
+    """
+
+    def __init__(self, norm: nn.Module, unembedding: nn.Module) -> None:
+        self.norm, self.unembedding = norm, unembedding
+
+    @torch.inference_mode()
+    def logits(self, rows_RD: Float[Tensor, "R D"]) -> Float[Tensor, "R V"]:
+        weight = self.unembedding.weight
+        assert isinstance(weight, Tensor)
+        unit_RD = nn.functional.normalize(rows_RD.float().to(weight.device)) * rows_RD.shape[1] ** 0.5
+        unit_RD = unit_RD.to(weight.dtype)
+        through_RD = (self.norm(unit_RD) - self.norm(-unit_RD)) / 2
+        logits_RV = (through_RD.to(weight.dtype) @ weight.t()).float()
+        centred_RV: Tensor = logits_RV - logits_RV.mean(1, keepdim=True)
+        return centred_RV
+
+
+@torch.inference_mode()
+def find_lens(model: Any, d_in: int) -> Lens | None:
+    """The lens of a causal LM, its norm found as the module whose output the unembedding reads in a short forward.
+
+    None where the model has none that takes vectors of `d_in` entries.
+    """
+    unembedding = model.get_output_embeddings()
+    if unembedding is None:
+        return None
+    read: list[Tensor] = []
+    outputs: list[tuple[nn.Module, Tensor, Tensor]] = []
+
+    def note(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if args and isinstance(args[0], Tensor) and isinstance(output, Tensor) and output.is_floating_point():
+            outputs.append((module, args[0], output))
+
+    with ExitStack() as stack:
+        for module in model.modules():
+            if module is unembedding:
+                stack.callback(module.register_forward_pre_hook(lambda _, args: read.append(args[0])).remove)
+            elif not any(True for _ in module.children()):
+                stack.callback(module.register_forward_hook(note).remove)
+        model(input_ids=torch.arange(4, device=next(model.parameters()).device)[None], use_cache=False)
+    for module, given, made in reversed(outputs):
+        if read and made.numel() == read[-1].numel() and torch.equal(made.reshape(read[-1].shape), read[-1]):
+            return Lens(module, unembedding) if given.shape[-1] == d_in == made.shape[-1] else None
+    return None
+
+
+Ends = tuple[Int64[Tensor, "F K"], Float[Tensor, "F K"]]
+
+
+def ends(
+    lens: Lens, W_dec_FD: Float[Tensor, "F D"], vocabulary: int, kept: int, bar: Callable[[int], Any]
+) -> list[Ends]:
+    """The `kept` tokens that each row raises and lowers most, strongest first, and logits; `bar` hears of rows."""
+    kept = min(kept, vocabulary)
+    raised: list[Ends] = []
+    lowered: list[Ends] = []
+    for rows_RD in torch.split(W_dec_FD, max(1, ENTRIES_AT_ONCE // vocabulary)):
+        logits_RV = lens.logits(rows_RD)[:, :vocabulary]
+        for found, largest in ((raised, True), (lowered, False)):
+            values, tokens = logits_RV.topk(kept, largest=largest)
+            found.append((tokens.cpu(), values.cpu()))
+        bar(len(rows_RD))
+    return [(torch.cat([t for t, _ in found]), torch.cat([v for _, v in found])) for found in (raised, lowered)]
+
+
+@torch.inference_mode()
+def neighbours(W_dec_FD: Float[Tensor, "F D"], kept: int, bar: Callable[[int], Any]) -> Ends:
+    """The `kept` rows with the largest cosine to each row, itself left out, nearest first; `bar` hears of rows."""
+    unit_FD = nn.functional.normalize(W_dec_FD.float())
+    width = len(unit_FD)
+    found = []
+    for first in range(0, width, max(1, ENTRIES_AT_ONCE // width)):
+        rows_RD = unit_FD[first : first + max(1, ENTRIES_AT_ONCE // width)]
+        cosine_RF = rows_RD @ unit_FD.t()
+        own = torch.arange(len(rows_RD), device=cosine_RF.device)
+        cosine_RF[own, first + own] = -torch.inf
+        values, latents = cosine_RF.topk(min(kept, width - 1))
+        found.append((latents.cpu(), values.cpu()))
+        bar(len(rows_RD))
+    return torch.cat([latents for latents, _ in found]), torch.cat([values for _, values in found])

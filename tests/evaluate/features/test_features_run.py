@@ -1,0 +1,118 @@
+"""`python -m evaluate.features` from a saved SAE to its pages, and the sentences for what a user can get wrong."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from omegaconf import OmegaConf
+
+from data.cli import CONF
+from data.errors import UserError
+from data.reader import open_reader
+from evaluate.features import run
+from evaluate.features.run import make
+from evaluate.run import evaluate
+from train.sae.io import save
+from train.sae.relu import ReLU
+
+
+@pytest.fixture
+def config(harvested: dict[str, Any], rough_sae: Callable[[int], ReLU], tmp_path: Path) -> dict[str, Any]:
+    manifest = harvested["store"].manifest
+    record = {"site": "resid_post.0", "fingerprint": manifest.fingerprint, "store": manifest.folder}
+    save(rough_sae(16), tmp_path / "saes" / "rough", record)
+    own = {"cache": harvested["config"]["cache"], "device": "cpu", "tokens": 250, "folder": tmp_path / "saes" / "rough"}
+    defaults = OmegaConf.to_container(OmegaConf.load(CONF / "features.yaml"))
+    assert isinstance(defaults, dict)
+    return {**{str(name): value for name, value in defaults.items()}, **own, "out": str(tmp_path / "out")}
+
+
+def index_of(path: Path) -> dict[str, Any]:
+    text = (path.parent / "index.js").read_text()
+    found: dict[str, Any] = json.loads(text[len("thresher.index(") : -len(");\n")])
+    return found
+
+
+def test_the_figures_are_those_of_the_stores_held_out_rows(
+    config: dict[str, Any], harvested: dict[str, Any], rough_sae: Callable[[int], ReLU]
+) -> None:
+    import torch
+
+    store = harvested["store"]
+    config["tokens"] = rows = store.rows("heldout", "resid_post.0")
+    reader = open_reader(store, "heldout", "resid_post.0")
+    parts = []
+    for chunk, size in enumerate(reader.sizes):
+        out = np.empty((store.layout.chunk_rows, 16), dtype=np.uint16)
+        reader.read(chunk, out)
+        parts.append(torch.from_numpy(out[:size].view(np.int16)).view(torch.bfloat16))
+    f = rough_sae(16).encode(torch.cat(parts).float()).detach()
+    index = index_of(make(config))
+    # The store rounds to bfloat16, so a few activations near 0 may be on its other side.
+    assert np.abs(np.array(index["fired"]) - (f > 0).sum(0).numpy()).max() <= 0.02 * rows
+    np.testing.assert_allclose(index["max"], f.amax(0).numpy(), rtol=0.05, atol=0.05)
+
+
+def test_neither_the_batch_nor_the_chunk_changes_the_pages(
+    config: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = index_of(make(config))
+    monkeypatch.setattr("evaluate.score.ACTIVATIONS_AT_ONCE", 1)
+    other = index_of(make(config | {"lm_batch": 3}))
+    assert np.abs(np.array(one["fired"]) - other["fired"]).max() <= 1 and one["peaks"] == other["peaks"]
+    np.testing.assert_allclose(one["max"], other["max"], rtol=2e-3)
+
+
+def test_a_site_that_is_no_part_of_the_stream_has_no_logits(
+    config: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert index_of(make(config))["raised"] is not None
+    monkeypatch.setattr("evaluate.features.weights.find_lens", lambda model, d_in: None)
+    path = make(config)
+    assert index_of(path)["raised"] is None
+    assert "not shown: this site" in path.read_text()
+    assert '"r":' not in (path.parent / "part-000.js").read_text()
+
+
+def test_an_evaluation_puts_them_beside_its_report(config: dict[str, Any], tmp_path: Path) -> None:
+    asked = OmegaConf.to_container(OmegaConf.load(CONF / "evaluate.yaml"))
+    assert isinstance(asked, dict)
+    own = {**asked, "saes": str(config["folder"]), "tokens": 250, "bootstrap": 10, "features": "rough"}
+    report = evaluate({str(k): v for k, v in own.items()} | {k: config[k] for k in ("cache", "device", "out")})
+    page = report.parent / "features" / "index.html"
+    found = json.loads((report.parent / "report.json").read_text())["sites"][0]["saes"][0]
+    assert index_of(page)["fired"] == found["l0"]["fired"]
+    assert 'href="features/index.html"' in (report.parent / "report.html").read_text()
+    with pytest.raises(UserError, match="features=other is none of the SAEs"):
+        evaluate({**own, "features": "other", "cache": config["cache"], "device": "cpu", "out": tmp_path / "none"})
+    assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize(
+    "wrong, told",
+    [
+        ({"folder": None}, "folder is empty"),
+        ({"folder": "nowhere"}, "nowhere holds no trained SAE"),
+        ({"tokens": 10**9}, "tokens=1,000,000,000 cannot be scored"),
+        ({"top": 0}, "top=0 must be a whole number, 1 or more"),
+        ({"quantiles": [0.5, 0.9]}, "must be falling numbers"),
+        ({"quantiles": "half"}, "must be falling numbers"),
+        ({"lm_batch": 0}, "lm_batch=0"),
+    ],
+)
+def test_what_a_user_can_get_wrong(config: dict[str, Any], wrong: dict[str, Any], told: str) -> None:
+    with pytest.raises(UserError, match=told):
+        make(config | wrong)
+    assert not Path(config["out"]).exists()
+
+
+def test_one_of_several_must_be_named(config: dict[str, Any], rough_sae: Callable[[int], ReLU]) -> None:
+    folder = Path(config["folder"])
+    save(rough_sae(16), folder.parent / "second", json.loads((folder / "config.json").read_text()))
+    with pytest.raises(UserError, match="holds 2 SAEs: name the folder of one, such as"):
+        run.one_sae(folder.parent)

@@ -1,0 +1,67 @@
+"""python -m train.adopt saes=FOLDER store=outputs/cache/<store> out=adopted: other tools' SAEs as ours"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from data import cli
+from data.errors import UserError
+from data.manifest import TRAIN
+from data.names import Site
+from data.store import Store
+from train.export import matching, refuse_full
+from train.plan import origin
+
+
+def adopt(folder: Path, store: Store, site: str | None, out: Path) -> None:
+    """Write what SAELens, dictionary_learning or sparsify left in `folder` as an SAE of `site` of `store`.
+
+    Its function stays what it was, in model units (input_norm none, or token for layer_norm). Vx and E||x'||^2, which
+    only a training that goes on uses, are the store's.
+    """
+    from train.peers import format_of
+    from train.sae import save
+
+    refuse_full(out)
+    known = format_of(folder)
+    foreign = known.read(folder)
+    sae, name = foreign.sae, str(Site.parse(_site(folder, site or foreign.site)))
+    if name not in (sites := store.sites(TRAIN)):
+        raise UserError(f"{store.path} has no site {name}, only {', '.join(sites)}: name another store, or harvest it")
+    stats = store.stats(TRAIN, name)
+    if sae.d_in != (width := store.decoder(TRAIN, name).width):
+        raise UserError(f"{folder} is of {sae.d_in} entries and {name} in {store.path} has {width}: name its own site")
+    if sae.input_norm == "token":
+        sae.mean_sq.fill_(sae.d_in - 1)  # std has ddof 1
+        sae.variance.fill_(sae.d_in - 1)
+    else:
+        sae.mean_sq.fill_(stats.mean_sq_norm)
+        sae.variance.fill_(stats.variance)
+    save(sae, out, {**origin(store, name), "adopted": {"format": known.name, "from": folder.name}})
+
+
+def _site(folder: Path, named: str | None) -> str:
+    if named is None:
+        raise UserError(f"{folder} does not say which site it is of: give site=<site>")
+    return named
+
+
+def main(config: DictConfig) -> None:
+    """The command, from Hydra's configuration."""
+    found = OmegaConf.to_container(config, resolve=True)
+    assert isinstance(found, dict)
+    settings: Mapping[str, Any] = {str(name): value for name, value in found.items()}
+    if not settings["store"]:
+        raise UserError("store is not set: name the folder of the activations that the SAE is to be scored on")
+    folders, store = matching(settings), Store.open(settings["store"])
+    for folder, out in folders.items():
+        adopt(folder, store, settings["site"], out)
+        print(f"{folder} -> {out}")
+
+
+if __name__ == "__main__":
+    cli.run(main, "adopt")
