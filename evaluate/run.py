@@ -22,8 +22,8 @@ from evaluate.compare import baseline_of, compare, require_baseline
 from evaluate.gao import run as gao
 from evaluate.gao.bases import Reader, neurons_before
 from evaluate.gao.sample import Held
-from evaluate.score import FORMS, SiteScore
 from evaluate.html import report as page
+from evaluate.score import FORMS, SiteScore
 from harvest import lm
 from harvest.text import source_from
 from harvest.tokens import Packed, Packing, pack
