@@ -240,3 +240,26 @@ def pooled(columns: Columns, *, samples: int, seed: int) -> dict[str, dict[str, 
             "se": float(np.std(drawn[name], ddof=1)) if known else None,
         }
     return result
+
+
+def deltas(columns: Columns, baseline: Columns, *, samples: int, seed: int) -> dict[str, dict[str, float | None]]:
+    """Every statistic minus the baseline's, with its standard error and 95% percentile interval by the paired bootstrap
+    (each sample draws the same sequences for both). None stands for what is not finite.
+
+    `columns` and `baseline` must be of the same sequences in the same order.
+    """
+    assert np.array_equal(columns["tokens"], baseline["tokens"])
+    one, other = (statistics(totals(each)) for each in (columns, baseline))
+    drawn, drawn_other = (statistics(resampled(each, samples=samples, seed=seed)) for each in (columns, baseline))
+    result: dict[str, dict[str, float | None]] = {}
+    for name in one:
+        value, draws = float(one[name][0] - other[name][0]), drawn[name] - drawn_other[name]
+        known = min(samples, len(columns["tokens"])) > 1 and bool(np.isfinite(draws).all())
+        low, high = np.percentile(draws, [2.5, 97.5]) if known else (None, None)
+        result[name] = {
+            "value": value if np.isfinite(value) else None,
+            "se": float(np.std(draws, ddof=1)) if known else None,
+            "low": None if low is None else float(low),
+            "high": None if high is None else float(high),
+        }
+    return result

@@ -51,7 +51,8 @@ def _log_if_wide(axes: Axes, name: str, values: list[float]) -> None:
 
 
 def against_l0(rows: list[Row], metric: str, label: str, title: str) -> Figure:
-    """One line a variant of `metric` against mean L0, with one standard error (bootstrap over sequences) each way."""
+    """One line a variant of `metric` against mean L0, with one standard error (bootstrap over sequences) each way; and
+    the front of the SAEs that no other beats in both."""
     figure = Figure(figsize=(7, 4.6), layout="constrained")
     axes = figure.add_subplot()
     rows = [row for row in rows if row["metrics"][metric]["value"] is not None]
@@ -60,6 +61,11 @@ def against_l0(rows: list[Row], metric: str, label: str, title: str) -> Figure:
         x, y = ([float(row["metrics"][m]["value"]) for row in own] for m in ("l0", metric))
         x_err, y_err = ([row["metrics"][m]["se"] or 0.0 for row in own] for m in ("l0", metric))
         axes.errorbar(x, y, y_err, x_err, label=name, color=colour, marker=marker, ms=7, lw=1.3, capsize=3, alpha=0.9)
+    best = sorted(
+        tuple(float(row["metrics"][m]["value"]) for m in ("l0", metric)) for row in rows if metric in row["pareto"]
+    )
+    if len(best) > 1:
+        axes.plot(*zip(*best, strict=True), color="#888888", lw=5, alpha=0.3, zorder=0, label="Pareto front")
     for axis, name in (("x", "l0"), ("y", metric)):
         _log_if_wide(axes, axis, [float(row["metrics"][name]["value"]) for row in rows])
     axes.set(xlabel="L0 (mean latents active on a held-out token)", ylabel=label, title=title)

@@ -8,9 +8,13 @@ import re
 from pathlib import Path
 from typing import Any
 
+from evaluate.gao.table import section
+
 Json = dict[str, Any]
 
 FORMAT = 1  # of report.json
+BATCH = "batch"  # the form of an SAE that is not the one that ships
+PARETO = {"nmse": "NMSE", "ce_increase": "CE"}
 ASKED = ("k", "sparsity")  # the settings that say how sparse an SAE was asked to be
 
 # One line a column: heading, how it is read from an SAE's row, definition.
@@ -27,6 +31,9 @@ DEFINITIONS = {
     "CE increase": "CE spliced - CE clean.",
     "recovered zero": "(CE zero - CE spliced) / (CE zero - CE clean), of pooled means; recovered mean: likewise.",
     "KL": "KL(clean || spliced) of the next-token distributions, in nats, mean over the predicted tokens.",
+    "Pareto": "the costs (NMSE, CE) in which no other SAE of the table is at most as large at an L0 at most as large.",
+    "Δ": "difference from the baseline on the same contexts, with its 95% interval (paired bootstrap over contexts), in"
+    " bold where the interval leaves 0 out.",
     "silent": "latents that fire on none of the held-out tokens scored.",
     "dead": "latents that fired on none of the last training tokens (how many: in brackets), as training recorded.",
     "storage share": "NMSE of rounding x to the store's dtype, divided by the SAE's NMSE.",
@@ -87,17 +94,43 @@ def table(heads: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
-def _name(row: Json) -> str:
-    return f"{row['number']} {row['variant']}"
+def title(row: Json) -> str:
+    """What an SAE is called in the report."""
+    marked = " (batch form)" if row["form"] == BATCH else ""
+    return f"{row['number']} {row['variant']}{marked}"
 
 
 def _splice_table(rows: list[Json]) -> str:
-    heads = ["SAE", "L0", "NMSE", "CE", "CE increase", "recovered zero", "recovered mean", "KL"]
+    heads = ["SAE", "L0", "NMSE", "CE", "CE increase", "recovered zero", "recovered mean", "KL", "Pareto"]
     metrics = ["l0", "nmse", "ce_spliced", "ce_increase", "recovered_zero", "recovered_mean", "kl"]
     digits = [2, 4, 4, 4, 4, 4, 4]
-    return table(
-        heads, [[_name(r), *(with_error(r, m, d) for m, d in zip(metrics, digits, strict=True))] for r in rows]
-    )
+    cells = [[with_error(row, m, d) for m, d in zip(metrics, digits, strict=True)] for row in rows]
+    fronts = [", ".join(PARETO[cost] for cost in row["pareto"]) or "–" for row in rows]
+    return table(heads, [[title(row), *own, best] for row, own, best in zip(rows, cells, fronts, strict=True)])
+
+
+def _delta(row: Json, metric: str, digits: int) -> str:
+    """`difference [low, high]`, bold where the interval does not hold 0."""
+    entry = row["delta"][metric]
+    if entry["low"] is None:
+        return number(entry["value"], digits)
+    text = f"{entry['value']:+.{digits}f} [{entry['low']:+.{digits}f}, {entry['high']:+.{digits}f}]"
+    return f"**{text}**" if entry["low"] > 0 or entry["high"] < 0 else text
+
+
+def _comparison(site: Json) -> list[str]:
+    """A heading line and the table of differences, where there is a baseline."""
+    if site["baseline"] is None:
+        return []
+    heads = ["SAE", "L0", "Δ L0", "Δ NMSE", "Δ CE increase", "Δ recovered zero", "Δ KL"]
+    metrics = {"l0": 2, "nmse": 4, "ce_increase": 4, "recovered_zero": 4, "kl": 4}
+    (named,) = [title(row) for row in site["saes"] if row["folder"] == site["baseline"]]
+    rows = [
+        [title(row), with_error(row, "l0", 2), *(_delta(row, metric, digits) for metric, digits in metrics.items())]
+        for row in site["saes"]
+        if row["folder"] != site["baseline"]
+    ]
+    return [f"Differences from **{named}** (`{site['baseline']}`):", table(heads, rows)]
 
 
 def _detail_table(rows: list[Json]) -> str:
@@ -119,7 +152,7 @@ def _detail_table(rows: list[Json]) -> str:
         heads,
         [
             [
-                _name(row),
+                title(row),
                 *(number(row["metrics"][m]["value"], 4) for m in metrics),
                 number(row["l0"]["std"], 2),
                 f"{row['l0']['silent']:,}",
@@ -144,7 +177,7 @@ def _sizes_table(rows: list[Json]) -> str:
     heads = ["SAE", "asked", "latents F", "expansion", "training tokens", "seed", "folder"]
     cells = [
         [
-            _name(row),
+            title(row),
             ", ".join(f"{name}={row['settings'][name]:g}" for name in ASKED if row["settings"].get(name) is not None),
             f"{row['width']:,}",
             f"{row['expansion']:g}",
@@ -181,6 +214,8 @@ def _site_section(site: Json) -> str:
         f"## {site['site']} of {site['model']}",
         "\n".join(_site_lines(site)),
         _splice_table(rows),
+        *_comparison(site),
+        *(section(site["gao"], table) if "gao" in site else []),
         _detail_table(rows),
         _sizes_table(rows),
         figures,
@@ -191,9 +226,12 @@ def _site_section(site: Json) -> str:
 def markdown(report: Json) -> str:
     """The whole report as Markdown."""
     settings = report["settings"]
+    form = "with the SAE in the form that ships"
+    if settings["form"] == BATCH:
+        form = "**with BatchTopK and Matryoshka SAEs in their training form (`form=batch`), which is not what ships**"
     head = (
         "# Evaluation\n\n"
-        "Every number is measured on held-out documents, with the SAE in the form that ships."
+        f"Every number is measured on held-out documents, {form}."
         " ± is one standard error"
         f" (paired bootstrap over contexts, {settings['bootstrap']:,} samples, seed {settings['seed']})."
     )

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from omegaconf import DictConfig, OmegaConf
 
 from data.errors import UserError
@@ -17,7 +18,12 @@ from data.place import Location, locate
 from data.settings import whole
 from data.store import Store, find_fingerprint
 from evaluate import report
+from evaluate.compare import baseline_of, compare, require_baseline
+from evaluate.gao import run as gao
+from evaluate.gao.bases import Reader, neurons_before
+from evaluate.gao.sample import Held
 from evaluate.html import report as page
+from evaluate.score import FORMS, SiteScore
 from harvest import lm
 from harvest.text import source_from
 from harvest.tokens import Packed, Packing, pack
@@ -72,7 +78,11 @@ def checked(config: Mapping[str, Any]) -> dict[str, Any]:
     counts = {name: whole(config, name, least) for name, least in COUNTS.items()}
     if config["lm_batch"] is not None:
         counts["lm_batch"] = whole(config, "lm_batch", 1)
-    return {**config, **counts}
+    if config["form"] not in FORMS:
+        raise UserError(f"form={config['form']} is unknown: choose one of {', '.join(FORMS)}")
+    checked = {**config, **counts}
+    gao.asked(checked)
+    return checked
 
 
 @dataclass(frozen=True)
@@ -81,6 +91,7 @@ class Text:
 
     model: Any
     packed: Packed
+    tokenizer: Any
 
 
 def pinned(store: Store) -> Json:
@@ -116,52 +127,85 @@ def open_text(store: Store, config: Mapping[str, Any]) -> Text:
         packed = pack(source, tokenizer, packing, HELDOUT, config["tokens"])
     except UserError as error:
         raise UserError(f"tokens={config['tokens']:,} cannot be scored: {error}") from None
-    return Text(lm.load_model(model_cfg), packed)
+    return Text(lm.load_model(model_cfg), packed, tokenizer)
 
 
-def score_site(store: Store, name: str, saes: Sequence[Trained], text: Text, config: Mapping[str, Any]) -> Json:
-    """One site's part of the report."""
-    import torch
+def measured(store: Store, name: str, saes: Sequence[Trained], text: Text, config: Mapping[str, Any]) -> SiteScore:
+    """The sums of one site over the whole text. `columns(scores[i])` of what comes back are the per-context sums of
+    `saes[i]`, those of `shared` (clean, zero, mean) included: paired, for all SAEs of the site read the same contexts.
+    """
     from tqdm import tqdm
 
-    from evaluate.score import SiteScore
     from evaluate.splice import Splice
 
-    contexts, keep = torch.from_numpy(text.packed.contexts).long(), torch.from_numpy(text.packed.keep)
-    mean_D = torch.from_numpy(store.stats(TRAIN, name).mean)
+    contexts, keep = text.packed.contexts, text.packed.keep
     score = SiteScore(
         Splice(text.model, Site.parse(name)),
         [load(sae.folder) for sae in saes],
-        mean_D,
+        torch.from_numpy(store.stats(TRAIN, name).mean),
         getattr(torch, store.layout.dtype),
         (len(contexts), contexts.shape[1]),
+        config["form"],
     )
     size = config["lm_batch"] or store.manifest.identity["lm_batch"]
     device = next(text.model.parameters()).device
     label = f"evaluate {len(saes)} SAE{'s' * (len(saes) > 1)} at {name}"
     with tqdm(total=int(keep.sum()), unit="tok", unit_scale=True, desc=label, mininterval=1.0) as bar:
         for first in range(0, len(contexts), size):
-            ids_BT, keep_BT = contexts[first : first + size].to(device), keep[first : first + size].to(device)
+            ids_BT = torch.from_numpy(contexts[first : first + size]).to(device, torch.int64)
+            keep_BT = torch.from_numpy(keep[first : first + size]).to(device)
             score.batch(ids_BT, keep_BT, first)
             bar.update(int(keep_BT.sum()))
+    return score
+
+
+def score_site(store: Store, name: str, saes: Sequence[Trained], text: Text, config: Mapping[str, Any]) -> Json:
+    """One site's part of the report."""
+    score = measured(store, name, saes, text, config)
     results = score.result(samples=config["bootstrap"], seed=config["seed"])
     rows = [describe(sae, result) for sae, result in zip(saes, results, strict=True)]
-    rows.sort(key=lambda row: (row["variant"], row["metrics"]["l0"]["value"], row["folder"]))
+    baseline = baseline_of([sae.folder for sae in saes], config["baseline"])
+    compare(rows, [score.columns(each) for each in score.scores], baseline, config["bootstrap"], config["seed"])
+    order = sorted(range(len(rows)), key=lambda i: (rows[i]["variant"], rows[i]["metrics"]["l0"]["value"], i))
+    rows = [{"number": number, **rows[i]} for number, i in enumerate(order, 1)]
+    wanted = gao.asked(config)
+    features = {}
+    if wanted is not None:
+        named = {report.title(row): score.scores[i].sae for row, i in zip(rows, order, strict=True)}
+        features = {"gao": gao.measure(held_by(store, score, text, config), named, score.mean_D, density(rows), wanted)}
+    sequences, context = text.packed.contexts.shape
     return {
         "site": name,
         "store": store.path.name,
         "fingerprint": store.manifest.fingerprint,
         "model": store.manifest.name,
-        "d_model": len(mean_D),
+        "d_model": len(score.mean_D),
         "split": HELDOUT,
-        "context": contexts.shape[1],
-        "sequences": len(contexts),
-        "tokens": int(keep.sum()),
-        "excluded": int((~keep).sum()),
+        "context": context,
+        "sequences": sequences,
+        "tokens": int(text.packed.keep.sum()),
+        "excluded": int((~text.packed.keep).sum()),
         "predicted": int(score.shared["predicted"].sum()),
         "storage": {"dtype": store.layout.dtype, "nmse": score.storage_nmse()},
-        "saes": [{"number": number, **row} for number, row in enumerate(rows, 1)],
+        "baseline": None if baseline is None else str(saes[baseline].folder),
+        "saes": rows,
+        **features,
     }
+
+
+def held_by(store: Store, score: SiteScore, text: Text, config: Mapping[str, Any]) -> Held:
+    """The text of a site as the feature metrics read it."""
+    site, ids = score.splice.site, torch.from_numpy(text.packed.contexts[:1]).long()
+    model = score.splice.model
+    neurons = neurons_before(model, site, ids.to(next(model.parameters()).device))
+    bos = None if store.manifest.settings["packing"]["bos"] == "none" else text.tokenizer.bos_token_id
+    size = config["lm_batch"] or store.manifest.identity["lm_batch"]
+    return Held(text.packed, text.tokenizer, Reader(model, site, neurons), size, bos)
+
+
+def density(rows: Sequence[Json]) -> float:
+    """The share of tokens on which a latent of these SAEs is active, on average."""
+    return float(sum(row["metrics"]["l0"]["value"] / row["width"] for row in rows) / len(rows))
 
 
 def describe(sae: Trained, result: Json) -> Json:
@@ -182,13 +226,14 @@ def evaluate(config: Mapping[str, Any]) -> Path:
     """Score what a resolved configuration names; the path of the report."""
     config = checked(config)
     saes = find_saes(config["saes"] or ())
+    require_baseline([sae.folder for sae in saes], config["baseline"])
     page.check(config, [sae.folder for sae in saes])
     places = by_place(saes, locate(config["cache"]))
     sites = []
     for store, by_site in places:
         text = open_text(store, config)
         sites += [score_site(store, name, saes, text, config) for name, saes in by_site.items()]
-    settings = {name: config[name] for name in ("tokens", "lm_batch", "bootstrap", "seed")}
+    settings = {name: config[name] for name in ("tokens", "lm_batch", "bootstrap", "seed", "form")}
     found: Json = {"format": report.FORMAT, "settings": settings, "sites": sites}
     path = report.write(found, Path(config["out"]))
     print(f"page: {page.finish(found, config)}")

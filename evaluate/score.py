@@ -15,8 +15,11 @@ from torch import Tensor
 from evaluate.metrics import Columns, Firing, Predictions, Reconstruction, pooled, scored_positions
 from evaluate.splice import Splice
 from train.sae.base import SAE
+from train.sae.batchtopk import BatchSelected
 
 ACTIVATIONS_AT_ONCE = 1 << 25  # entries of the [rows, F] activations held at a time: 128 MB in float32
+SHIPPED, BATCH = "shipped", "batch"  # the forms an SAE can be scored in
+FORMS = (SHIPPED, BATCH)
 
 
 def column(sequences: int) -> Tensor:
@@ -24,29 +27,43 @@ def column(sequences: int) -> Tensor:
 
 
 class SAEScore:
-    """The sums of one SAE."""
+    """The sums of one SAE.
 
-    def __init__(self, sae: SAE, mean_D: Tensor, shape: tuple[int, int]) -> None:
+    form: `shipped`, or `batch`: BatchTopK and Matryoshka then take the k * N largest z of each batch of N kept tokens,
+    as in training; of the other variants the two are one.
+    """
+
+    def __init__(self, sae: SAE, mean_D: Tensor, shape: tuple[int, int], form: str = SHIPPED) -> None:
+        assert form in FORMS
         sequences, context = shape
         self.sae = sae
+        self.form = form if isinstance(sae, BatchSelected) else SHIPPED
         self.reconstruction = Reconstruction(mean_D, sequences)
         self.firing = Firing(sae.width, context, sequences)
         self.spliced, self.kl = column(sequences), column(sequences)
 
     @torch.inference_mode()
     def reconstruct(self, x_ND: Tensor, sequence_N: Tensor, position_N: Tensor) -> Tensor:
-        """x_hat [N, D] in model units, in the form that ships; adds what is to be counted of it."""
+        """x_hat [N, D] in model units; adds what is to be counted of it."""
         assert x_ND.shape[1] == self.sae.d_in
         self.sae.to(x_ND.device)
-        rows = max(1, ACTIVATIONS_AT_ONCE // self.sae.width)
+        rows = max(1, len(x_ND) if self.form == BATCH else ACTIVATIONS_AT_ONCE // self.sae.width)
         parts = []
         for x, sequence, position in zip(*(torch.split(t, rows) for t in (x_ND, sequence_N, position_N)), strict=True):
-            f, x_hat = self.sae.run(x)
+            f, x_hat = self._run(x)
             empty = self.sae.norm.denormalise(self.sae.b_dec.expand_as(x), x)
             self.reconstruction.update(x, x_hat, empty, sequence)
             self.firing.update(f, sequence, position)
             parts.append(x_hat)
         return torch.cat(parts)
+
+    def _run(self, x_ND: Tensor) -> tuple[Tensor, Tensor]:
+        """f [N, F] and x_hat [N, D]."""
+        if self.form == SHIPPED:
+            return self.sae.run(x_ND)
+        assert isinstance(self.sae, BatchSelected)
+        codes, f = self.sae.active_batch(self.sae.norm.normalise(x_ND))
+        return codes.dense(f), self.sae.norm.denormalise(self.sae.decoded(codes, f), x_ND)
 
     def predicted(self, clean: Predictions, spliced: Predictions, sequence_P: Tensor) -> None:
         """Add the losses of a batch."""
@@ -58,14 +75,20 @@ class SiteScore:
     """The sums of one site, filled batch by batch.
 
     mean_D: the training mean, the constant of the mean ablation. storage: the store's dtype, whose rounding is a line
-    of its own. shape: (S, T).
+    of its own. shape: (S, T). form: of the SAEs (SAEScore).
     """
 
     def __init__(
-        self, splice: Splice, saes: Sequence[SAE], mean_D: Tensor, storage: torch.dtype, shape: tuple[int, int]
+        self,
+        splice: Splice,
+        saes: Sequence[SAE],
+        mean_D: Tensor,
+        storage: torch.dtype,
+        shape: tuple[int, int],
+        form: str = SHIPPED,
     ) -> None:
         self.splice, self.mean_D, self.storage = splice, mean_D, storage
-        self.scores = [SAEScore(sae, mean_D, shape) for sae in saes]
+        self.scores = [SAEScore(sae, mean_D, shape, form) for sae in saes]
         self.rounding = Reconstruction(mean_D, shape[0])
         self.shared = {name: column(shape[0]) for name in ("predicted", "clean", "zero", "mean")}
 
@@ -108,5 +131,5 @@ class SiteScore:
             metrics = pooled(self.columns(score), samples=samples, seed=seed)
             nmse = metrics["nmse"]["value"]
             share = self.storage_nmse() / nmse if nmse else None
-            rows.append({"metrics": metrics, "l0": score.firing.result(), "storage_share": share})
+            rows.append({"form": score.form, "metrics": metrics, "l0": score.firing.result(), "storage_share": share})
         return rows

@@ -26,6 +26,7 @@ def a_row(number: int, variant: str, l0: float, nmse: float, *, width: int = 64,
     fired[0] = 0
     return {
         "number": number,
+        "form": "shipped",
         "folder": f"outputs/train/{variant}-{l0:g}",
         "variant": variant,
         "width": width,
@@ -35,6 +36,7 @@ def a_row(number: int, variant: str, l0: float, nmse: float, *, width: int = 64,
         "metrics": metrics,
         "l0": {"std": 1.5, "histogram": histogram, "by_position": [None, l0], "fired": fired, "silent": 1},
         "storage_share": 0.001,
+        "pareto": ["nmse"],
     }
 
 
@@ -59,9 +61,14 @@ def a_report(rows: list[dict[str, Any]], **site: Any) -> dict[str, Any]:
         "excluded": 40,
         "predicted": 960,
         "storage": {"dtype": "bfloat16", "nmse": 1.2e-5},
+        "baseline": None,
         "saes": rows,
     }
-    return {"format": 1, "settings": {"tokens": 1000, "bootstrap": 100, "seed": 0}, "sites": [base | site]}
+    return {
+        "format": 1,
+        "settings": {"tokens": 1000, "bootstrap": 100, "seed": 0, "form": "shipped"},
+        "sites": [base | site],
+    }
 
 
 @pytest.fixture
@@ -143,7 +150,7 @@ def test_lines_are_one_a_variant_and_width_in_order_of_l0() -> None:
     got = [(label, [row["number"] for row in own]) for label, _, own in families(rows)]
     assert got == [("relu, F=64", [4]), ("topk, F=64", [2, 1]), ("topk, F=128", [3])]
     axes = against_l0(rows, "nmse", "NMSE", "").axes[0]
-    assert [text.get_text() for text in axes.get_legend().get_texts()] == [label for label, _ in got]
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["Pareto front", *(label for label, _ in got)]
     assert axes.get_xlabel() and axes.get_ylabel() == "NMSE"
 
 

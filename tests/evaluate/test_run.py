@@ -51,6 +51,9 @@ def config(harvested: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
         "lm_batch": None,
         "bootstrap": 50,
         "seed": 0,
+        "form": "shipped",
+        "baseline": None,
+        "gao": None,
         "features": None,
         "device": "cpu",
         "device_map": None,
@@ -129,6 +132,68 @@ def test_one_sae_by_itself_and_another_batch_size(
     assert row["l0"] == both["sites"][0]["saes"][0]["l0"]
 
 
+def test_differences_from_a_baseline(
+    saved: Callable[..., Path],
+    config: dict[str, Any],
+    identity_sae: Callable[[int], ReLU],
+    rough_sae: Callable[[int], ReLU],
+) -> None:
+    base = saved("rough", rough_sae(16))
+    saved("same", identity_sae(16))
+    saved("other", rough_sae(16), site="mlp_out.1")
+    first, second = results(config | {"baseline": str(base), "saes": str(base.parent / "**")})["sites"]
+    site, other = (first, second) if first["site"] == "resid_post.0" else (second, first)
+    assert other["baseline"] is None and "delta" not in other["saes"][0]
+    rows = {Path(row["folder"]).name: row for row in site["saes"]}
+    assert set(rows["rough"]["delta"]["nmse"].values()) == {0.0}
+    delta = rows["same"]["delta"]["nmse"]
+    assert (
+        delta["value"] == -rows["rough"]["metrics"]["nmse"]["value"] and delta["low"] < delta["value"] < delta["high"]
+    )
+    assert rows["same"]["delta"]["ce_clean"]["se"] == 0  # what both share does not vary
+    text = (Path(config["out"]) / "report.md").read_text()
+    assert "Differences from **" in text
+    with pytest.raises(UserError, match="names 2 SAEs of one site"):
+        copy = saved("deeper/rough", rough_sae(16))
+        results(config | {"baseline": copy.name})
+
+
+GAO = {
+    "tasks": None,
+    "probe_tokens": 100,
+    "units": 6,
+    "examples": 2,
+    "places": 2,
+    "ablations": 2,
+    "baselines": ["channels", "neurons", "random", "pca"],
+}
+
+
+def test_feature_metrics_of_an_sae_and_the_baselines(
+    saved: Callable[..., Path],
+    config: dict[str, Any],
+    rough_sae: Callable[[int], ReLU],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    saved("rough", rough_sae(16))
+    (tmp_path / "tasks.yaml").write_text("- {name: low, token: 'w[0-4]'}\n- {name: none, token: 'q'}\n")
+    own = {"gao": ["probe", "patterns"], "gao_with": GAO | {"tasks": str(tmp_path / "tasks.yaml")}}
+    (site,) = results(config | own)["sites"]
+    names = [row["name"] for row in site["gao"]["bases"]]
+    assert names == ["1 relu", "residual channels", "MLP neurons", "random directions", "PCA"]
+    assert [row["width"] for row in site["gao"]["bases"]] == [48, 16, 64, 48, 16]
+    for row in site["gao"]["bases"]:
+        assert set(row["probe"]["tasks"]) == {"low"} and row["patterns"]["units"] == 6 and "ablation" not in row
+        assert 0 < row["probe"]["tasks"]["low"]["loss_chosen"] <= row["probe"]["loss_base_rate"] * 1.1
+    assert site["gao"]["left_out"] == ["none"]
+    told = capsys.readouterr().out
+    for metric in ("sample", "probe", "patterns"):
+        assert any(line.startswith(f"gao {metric}: ") and line.endswith(" min") for line in told.splitlines()), metric
+    text = (Path(config["out"]) / "report.md").read_text()
+    assert "### Feature metrics" in text and "Tasks with too few tokens of one answer, left out: none." in text
+
+
 def test_a_folder_with_brackets_is_found(saved: Callable[..., Path], rough_sae: Callable[[int], ReLU]) -> None:
     folder = saved("sae.k=[4]", rough_sae(16))
     assert [sae.folder for sae in find_saes(str(folder))] == [folder]
@@ -145,6 +210,11 @@ def test_a_folder_with_brackets_is_found(saved: Callable[..., Path], rough_sae: 
         ({"bootstrap": 1}, "bootstrap=1 must be a whole number, 2 or more"),
         ({"lm_batch": 0}, "lm_batch=0"),
         ({"cache": "elsewhere"}, "no store in elsewhere has the fingerprint"),
+        ({"gao": "probes", "gao_with": {}}, "gao=probes is unknown"),
+        ({"gao": "all", "gao_with": {}, "form": "batch"}, "gao measures the form that ships"),
+        ({"gao": "all", "gao_with": {"baselines": ["ica"]}}, "gao_with.baselines=ica is unknown"),
+        ({"form": "training"}, "form=training is unknown"),
+        ({"baseline": "gone"}, "baseline=gone is none of the SAEs"),
         ({"device": "cuda:77"}, "device=cuda:77"),
     ],
 )

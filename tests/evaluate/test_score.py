@@ -217,3 +217,25 @@ def test_a_half_precision_model_is_scored_in_its_own_dtype(
     columns = got.columns(got.scores[0])
     np.testing.assert_array_equal(columns["spliced"], columns["clean"])
     assert got.storage_nmse() == 0
+
+
+def test_the_training_form_is_the_batchs_top_k_where_it_is_asked_for(
+    tiny_lm: Any, ids: Tensor, keep: Tensor, mean_D: Tensor, rough_sae: Callable[[int], ReLU]
+) -> None:
+    saes = [BatchTopK(16, 64, k=4, input_norm="none"), rough_sae(16)]
+    with torch.no_grad():
+        saes[0].threshold.fill_(0.05)
+    shape = (CONTEXTS, LENGTH)
+    got = SiteScore(Splice(tiny_lm, Site.parse("resid_post.0")), saes, mean_D, torch.float32, shape, "batch")
+    got.batch(ids, keep, 0)
+    batch, other = got.result(samples=20, seed=0)
+    assert batch["metrics"]["l0"]["value"] == 4 and batch["form"] == "batch"
+    assert other["form"] == "shipped"
+    found: list[Tensor] = []
+    by_hand(tiny_lm, ids, lambda x: found.append(x) or x)
+    x = found[0][keep]
+    z = (x - saes[0].b_dec) @ saes[0].W_enc + saes[0].b_enc
+    bound = z.flatten().topk(4 * len(x)).values[-1]
+    x_hat = torch.where(z >= bound, z, 0.0) @ saes[0].W_dec + saes[0].b_dec
+    error = float((x - x_hat).detach().double().square().sum())
+    assert got.columns(got.scores[0])["error"].sum() == pytest.approx(error, rel=1e-5)

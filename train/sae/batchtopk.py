@@ -89,10 +89,10 @@ class BatchSelected(TopKFamily):
     def _above(self, codes: Codes) -> Tensor:
         return torch.where(codes.values > self.threshold, codes.values, 0.0)
 
-    def activate_batch(self, xn_BD: Float[Tensor, "B D"]) -> Float[Tensor, "B F"]:
-        """The training form, whose f of a token depends on the rest of its batch."""
+    def active_batch(self, xn_BD: Float[Tensor, "B D"]) -> tuple[Codes, Tensor]:
+        """Codes of normalised input and their f in the training form, which depend on the rest of the batch."""
         codes, _ = self.encoded(xn_BD, TopOfBatch(self.k * len(xn_BD)))
-        return codes.dense(codes.values)
+        return codes, codes.values
 
     def loss(
         self,

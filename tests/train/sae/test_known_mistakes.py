@@ -281,7 +281,8 @@ def test_mistake_11_training_form_metrics_for_a_model_that_ships_a_threshold(for
     sae.calibrate(list(activations(2048, seed=6).split(128)))
     mean = activations(2048).mean(0)
     faint = mean + 0.1 * (activations(128, seed=5) - mean)
-    batch_form, shipped = sae.activate_batch(sae.norm.normalise(faint)), sae.run(faint)[0]
+    codes, f = sae.active_batch(sae.norm.normalise(faint))
+    batch_form, shipped = codes.dense(f), sae.run(faint)[0]
     assert l0(batch_form) == K
     assert l0(shipped) < K / 2
     assert torch.equal(f_of(sae.loss(sae.norm.normalise(faint))), batch_form)
