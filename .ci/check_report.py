@@ -30,7 +30,11 @@ def faults(report: dict) -> list[str]:
 def main() -> None:
     path = Path(sys.argv[1])
     found = faults(json.loads(path.read_text()))
-    missing = [name for name in ("report.md", "plots") if not (path.parent / name).exists()]
+    missing = [
+        name
+        for name in ("report.md", "plots", "report.html", "features/index.html")
+        if not (path.parent / name).exists()
+    ]
     print("\n".join([*found, *(f"{name} is missing" for name in missing)]) or f"{path}: sane")
     sys.exit(bool(found or missing))
 

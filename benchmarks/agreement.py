@@ -169,7 +169,8 @@ def mistakes(sae: SAE, x_ND: Tensor, dl: Scores, sl: Scores, free: Scores, shift
     yield line("EV, constant error added: sae_lens", shifted["ours"]["ev"], shifted["saelens"]["explained_variance"])
     clean, zero, spliced = (free[name] for name in ("ce_clean", "ce_zero", "ce_spliced"))
     yield line("loss recovered as its reciprocal", free["recovered_zero"], (zero - clean) / (zero - spliced))
-    f_NF = torch.cat([sae.activate_batch(part) for part in torch.split(xn_ND, 1024)])
+    kept = [sae.active_batch(part) for part in torch.split(xn_ND, 1024)]
+    f_NF = torch.cat([codes.dense(f) for codes, f in kept])
     batch = float(sae.nmse(sae.decode_normalised(f_NF), xn_ND) * sae.variance)
     ships = float(sae.nmse(sae.decode_normalised(sae.activate(xn_ND)), xn_ND) * sae.variance)
     spread = float((xn_ND - xn_ND.mean(0)).square().sum(1).mean())

@@ -17,7 +17,6 @@ from train.sae.base import SAE
 from train.sae.batchtopk import BatchTopK
 from train.sae.encode import Codes
 from train.sae.relu import ReLU
-from train.sae.select import TopOfBatch
 
 _RIDGE = 1e-4  # of the mean diagonal; holds latents that hardly fire at scale 1 and shift 0
 
@@ -37,8 +36,7 @@ class BatchForm(BatchTopK):
     """f = relu of the k * B largest z of the batch that is read, as in training."""
 
     def active(self, xn_BD: Float[Tensor, "B D"]) -> tuple[Codes, Tensor]:
-        codes, _ = self.encoded(xn_BD, TopOfBatch(self.k * len(xn_BD)))
-        return codes, codes.values
+        return self.active_batch(xn_BD)
 
 
 def with_threshold(sae: SAE, batches: Sequence[Tensor]) -> BatchTopK:
