@@ -229,6 +229,9 @@ def evaluate(config: Mapping[str, Any]) -> Path:
     require_baseline([sae.folder for sae in saes], config["baseline"])
     page.check(config, [sae.folder for sae in saes])
     places = by_place(saes, locate(config["cache"]))
+    for _, by_site in places:
+        for rivals in by_site.values():
+            baseline_of([sae.folder for sae in rivals], config["baseline"])
     sites = []
     for store, by_site in places:
         text = open_text(store, config)

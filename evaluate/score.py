@@ -47,7 +47,8 @@ class SAEScore:
         """x_hat [N, D] in model units; adds what is to be counted of it."""
         assert x_ND.shape[1] == self.sae.d_in
         self.sae.to(x_ND.device)
-        rows = max(1, len(x_ND) if self.form == BATCH else ACTIVATIONS_AT_ONCE // self.sae.width)
+        whole = self.form == BATCH or getattr(self.sae, "of_batch", False)
+        rows = max(1, len(x_ND) if whole else ACTIVATIONS_AT_ONCE // self.sae.width)
         parts = []
         for x, sequence, position in zip(*(torch.split(t, rows) for t in (x_ND, sequence_N, position_N)), strict=True):
             f, x_hat = self._run(x)

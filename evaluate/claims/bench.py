@@ -16,6 +16,8 @@ NMSE, CE = "nmse", "ce_increase"
 METRICS = {NMSE: "NMSE", CE: "CE increase"}
 BASELINE = {"form": "bricken", "apply_b_dec_to_input": True}  # of Gated: ReLU with an L1 and unit rows
 
+BEYOND = 1.1  # times a sweep's ends, as far as it is read beyond them
+
 Pairs = Mapping[str, Sequence[tuple[Estimate, Estimate]]]
 
 
@@ -90,9 +92,10 @@ def of_seeds(saes: Iterable[Scored]) -> dict[int, list[Scored]]:
 
 
 def line(saes: Sequence[Scored], metric: str) -> Curve | None:
-    """A metric against L0 along one seed's sweep."""
+    """A metric against L0 along one seed's sweep, straight in log-log where it can be: both errors are near powers."""
     figures = [sae.figure(metric) for sae in saes]
-    return curve([sae.figure("l0") for sae in saes], figures, log=metric == NMSE)
+    log = metric in METRICS and all(one.value > 0 and float(np.min(one.drawn_M)) > 0 for one in figures)
+    return curve([sae.figure("l0") for sae in saes], figures, log=log)
 
 
 def compared(metric: str, pairs: Pairs, *, margin: float = 0.0, names: tuple[str, str] = ("A", "B")) -> list[Cell]:
@@ -142,6 +145,9 @@ def at_rivals_l0(ours: Iterable[Scored], rivals: Iterable[Scored], metric: str) 
     pairs = []
     for rival in sorted(rivals, key=lambda sae: sae.seed):
         sweep = lines.get(rival.seed)
-        if sweep is not None:
+        if sweep is None:
+            continue
+        low, high = sweep.reach()
+        if low / BEYOND <= rival.figure("l0").value <= high * BEYOND:
             pairs.append((sweep.at(rival.figure("l0")), rival.figure(metric)))
     return pairs

@@ -35,6 +35,8 @@ def turned(sae: SAE, variant: type[Variant]) -> Variant:
 class BatchForm(BatchTopK):
     """f = relu of the k * B largest z of the batch that is read, as in training."""
 
+    of_batch = True  # so a score reads batches whole
+
     def active(self, xn_BD: Float[Tensor, "B D"]) -> tuple[Codes, Tensor]:
         return self.active_batch(xn_BD)
 

@@ -23,7 +23,8 @@ RULES = (
     "Every interval is of 95%, by paired bootstrap over contexts; where a claim has several seeds, their spread is"
     " added in quadrature, and where it has one, that spread is not in it. A claim holds where every comparison's"
     " interval lies on its side, does not hold where one lies on the other side, and is undecided otherwise."
-    " Differences of NMSE are relative, of CE increase in nats."
+    " Differences of NMSE are relative, of CE increase in nats. Where two variants meet at an L0 that one of them was"
+    " not trained at, it is read off the line between its neighbours in log-log, whose error is not in the interval."
 )
 
 
@@ -65,7 +66,8 @@ def markdown(parts: Sequence[Part], place: Json, plots: Sequence[str], saes: Seq
     """The whole report."""
     head = (
         f"# The papers' claims on {place['model']}, {place['site']}\n\n"
-        f"Width {place['d_model']:,}; {len(saes)} SAEs, in the form that ships but where another is named, scored on"
+        f"Width {place['d_model']:,}; {len({sae.folder for sae in saes})} SAEs, in the form that ships but where"
+        f" another is named ({len(saes)} in all), scored on"
         f" the same {place['heldout_tokens']:,} held-out tokens ({place['sequences']:,} contexts of"
         f" {place['context']}).\n\n{RULES}"
     )
@@ -158,7 +160,7 @@ def _by_token(saes: Sequence[Scored], where: str) -> Figure:
     for number_, sae in enumerate(saes):
         rest, first = (counts_SL.sum(0) for counts_SL in sae.counts)
         total = (rest + first).sum()
-        kept = bool(first.sum())
+        kept = sae.special
         shares, colour = (rest + first) / total, f"C{number_ % 10}"
         left.plot(np.arange(len(shares)), np.where(shares > 0, shares, np.nan), color=colour, label=named(sae), lw=1.2)
         if kept:

@@ -53,11 +53,13 @@ def _gated(bench: Bench, rows: Callable[[Scored], Tensor]) -> list[Part]:
 def _shrinkage(gated: Sequence[Scored], baseline: Sequence[Scored]) -> Part:
     """gamma of the baseline below 1; Gated's nearer to 1."""
     told = "the L1 baseline shrinks (gamma below 1), Gated's gamma is nearer to 1"
-    one = {
-        f"gamma - 1 of L1, L0 {sae.figure('l0').value:.1f}": [sae.figure(GAMMA).to(lambda g: g - 1)] for sae in baseline
-    }
-    low = cells(one, kind=GAMMA, shown={label: {"L1": seeds[0].value + 1} for label, seeds in one.items()})
-    names = ("|gamma - 1| of Gated", "of L1")
+    one: dict[str, list[Estimate]] = {}
+    for sae in baseline:
+        asked = f"k={k:g}" if (k := sae.settings["k"]) is not None else f"sparsity={sae.settings['sparsity']:g}"
+        one.setdefault(f"gamma - 1 of L1, {asked}", []).append(sae.figure(GAMMA).to(lambda g: g - 1))
+    mean = {label: 1 + float(np.mean([seed.value for seed in seeds])) for label, seeds in one.items()}
+    low = cells(one, kind=GAMMA, shown={label: {"L1": gamma} for label, gamma in mean.items()})
+    names = ("distance of gamma from 1, Gated", "L1")
     nearer = at_equal_l0(gated, baseline, GAMMA, names=names, of=lambda g: abs(g - 1))
     return tested("S7", told, [*low, *nearer] if low and nearer else [], [*gated, *baseline])
 
@@ -65,7 +67,8 @@ def _shrinkage(gated: Sequence[Scored], baseline: Sequence[Scored]) -> Part:
 def _compute(gated: Sequence[Scored], baseline: Sequence[Scored], rows: Callable[[Scored], Tensor]) -> Part:
     """Loss and backward of the two, nearest in L0 of all pairs, timed by turns on one batch."""
     told = f"a training step of Gated costs at most {MOST} times the baseline's"
-    pairs = [(one, two) for one in gated for two in baseline if one.seed == two.seed]
+    fires = [[sae for sae in saes if sae.figure("l0").value > 0] for saes in (gated, baseline)]
+    pairs = [(one, two) for one in fires[0] for two in fires[1] if one.seed == two.seed]
     if not pairs:
         return tested("S7", told, [], [])
 

@@ -18,6 +18,8 @@ from evaluate.run import Trained, by_place, find_saes
 if TYPE_CHECKING:
     from evaluate.claims.scores import Asked, Place
 
+WIDEST_RESCALED = 8192  # latents; the fit holds a few matrices of twice that, squared, in float64
+
 COUNTS = {"tokens": 1, "bootstrap": 2, "seed": 0, "batch": 1, "calibration_tokens": 1}  # the least each may be
 
 
@@ -84,6 +86,8 @@ def wanted(saes: Sequence[Trained], config: Mapping[str, Any]) -> list[Asked]:
         fixed = settings["width"] == config["expansion"] * settings["d_in"]
         plain = options(sae.config) == (BASELINE if variant == "relu" else {})
         more = forms.get(variant, ()) if fixed and plain and training["batch"] == config["batch"] else ()
+        if settings["width"] > WIDEST_RESCALED:
+            more = tuple(form for form in more if form != RESCALED)
         found += [Asked(sae, form) for form in (SHIPPED, *more)]
     return found
 

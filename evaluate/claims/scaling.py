@@ -85,7 +85,7 @@ def _monotone(bench: Bench) -> list[Part]:
 
 def _share(sae: Scored) -> Estimate:
     """The share of latents that were dead at the end of training; the bootstrap is over latents."""
-    rng = np.random.default_rng(sae.seed)
+    rng = np.random.default_rng([sae.seed, *str(sae.folder).encode()])  # SAEs die independently of one another
     share = sae.training["dead"] / sae.width
     return Estimate(share, rng.binomial(sae.width, share, len(sae.figure(NMSE).drawn_M)) / sae.width)
 

@@ -63,11 +63,21 @@ class Scored:
     """An SAE's figures: pooled, resampled, and how its latents fire.
 
     counts: [2, S, L0 + 1], each sequence's tokens by their L0, those after its first position and those at it.
+    special: whether the rows of special tokens are among them.
     """
 
     def __init__(
-        self, asked: Asked, columns: Columns, firing: Json, counts: NDArray[np.int32], *, samples: int, seed: int
+        self,
+        asked: Asked,
+        columns: Columns,
+        firing: Json,
+        counts: NDArray[np.int32],
+        *,
+        samples: int,
+        seed: int,
+        special: bool = False,
     ) -> None:
+        self.special = special
         config = asked.trained.config
         self.form, self.firing, self.counts, self.folder = asked.form, firing, counts, asked.trained.folder
         self.variant: str = config["variant"]
@@ -145,7 +155,7 @@ class Place:
         if missing:
             kept.mkdir(parents=True, exist_ok=True)
             self._measure([asked[i] for i in missing], [paths[i] for i in missing])
-        draws = {"samples": self.settings["bootstrap"], "seed": self.settings["seed"]}
+        draws = {"samples": self.settings["bootstrap"], "seed": self.settings["seed"], "special": self.special}
         return [Scored(one, *_read(path), **draws) for one, path in zip(asked, paths, strict=True)]
 
     def _key(self, asked: Asked) -> str:

@@ -69,7 +69,7 @@ def _varying(bench: Bench) -> list[Part]:
 
 
 def named(sae: Scored) -> str:
-    kept = ["BOS in"] if sae.counts[1].sum() else []
+    kept = ["BOS in"] if sae.special else []
     told = [f"{name}={value}" for name, value in sae.options.items()]
     return " ".join([f"F={sae.width:,} k={sae.settings['k']} seed {sae.seed}", *told, *kept])
 
@@ -86,9 +86,10 @@ def _unlike(sae: Scored) -> Estimate:
     l0 = np.arange(counts_SL.shape[1])
     both = []
     for sums in _drawn(sae, n=counts_SL.sum(1), first=counts_SL @ l0, second=counts_SL @ l0**2):
-        with np.errstate(invalid="ignore"):  # an SAE that never fires
+        with np.errstate(invalid="ignore"):  # a draw without tokens
             mean, square = sums["first"] / sums["n"], sums["second"] / sums["n"]
-            both.append(VARIES - np.sqrt(np.maximum(square - mean**2, 0)) / mean)
+        sd = np.sqrt(np.maximum(square - mean**2, 0))
+        both.append(VARIES - np.divide(sd, mean, out=np.zeros_like(sd), where=mean > 0))  # one that never fires: 0
     return Estimate(float(both[0][0]), both[1])
 
 
@@ -128,11 +129,15 @@ def _low_peak(saes: Sequence[Scored]) -> Part:
         value, drawn = (np.abs(sums["low"] / sums["n"] * context - 1) for sums in both)
         found[named(sae)] = [Estimate(float(value[0]), drawn)]
         share, inside = low_S.sum() / histogram.sum(), first[: cut + 1].sum() / low_S.sum()
+        if inside < 0.5:
+            verdicts.append(FAILS)  # a low peak, of other tokens than BOS
         rows.append([*row, f"L0 <= {cut}", f"{share:.2%} (1/context {1 / context:.2%})", f"{inside:.0%}"])
     part = tested("S3", statement, cells(found, kind="share", margin=NEAR), saes)
     heads = ["SAE", "L0", "mean L0 at BOS", "most frequent L0", "low peak", "its share", "of it BOS"]
     verdict = FAILS if verdicts else part.verdict
-    notes = part.notes if found else ["There is no low peak: L0 falls to no second mode below the main one."]
+    without = [f"{len(verdicts)} of {len(saes)} SAEs have no low peak of BOS."] if verdicts else []
+    none = ["There is no low peak: L0 falls to no second mode below the main one."]
+    notes = [*without, *part.notes] if found else none
     return replace(part, verdict=verdict, table=(heads, rows), notes=notes)
 
 

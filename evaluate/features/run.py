@@ -127,6 +127,7 @@ def make(config: Mapping[str, Any]) -> Path:
         "fingerprint": store.manifest.fingerprint,
         "folder": str(trained.folder),
         "tokens": found.tokens,
+        "special": bool(store.manifest.settings["packing"]["keep_special"]),
         "contexts": len(text.packed.contexts),
         "silent": int((found.fired_F == 0).sum()),
         "sample": config["sample"],

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numpy as np
@@ -26,8 +25,8 @@ def nmse(width: int, k: float) -> float:
 
 
 def ce(l0: float) -> float:
-    """A line in log L0, as a sweep is read."""
-    return 0.3 - 0.1 * math.log(l0)
+    """A power of L0, as a sweep is read."""
+    return 0.3 * l0**-0.5
 
 
 def grid(made: Made, better: float, **told: Any) -> list[Scored]:
@@ -35,8 +34,8 @@ def grid(made: Made, better: float, **told: Any) -> list[Scored]:
     found = []
     for width in WIDTHS:
         for k in KS:
-            found.append(made("topk", width, nmse=nmse(width, 0.9 * k), l0=0.9 * k, k=k, ce=ce(0.9 * k), **told))
-            own = {"nmse": better * nmse(width, 1.1 * k), "ce": better * ce(1.1 * k), "l0": 1.1 * k}
+            found.append(made("topk", width, nmse=nmse(width, 0.96 * k), l0=0.96 * k, k=k, ce=ce(0.96 * k), **told))
+            own = {"nmse": better * nmse(width, 1.04 * k), "ce": better * ce(1.04 * k), "l0": 1.04 * k}
             found.append(made("batchtopk", width, k=k, **own, **told))
     return found
 

@@ -55,7 +55,14 @@ def a_page(out: Path, width: int = 5) -> tuple[Latents, Path]:
     latents = Latents(found, packed, Words(Tokenizer()), near, ends, ends, (0.9, 0.5), 2)
     about = {
         **{"variant": HOSTILE[0], "width": width, "site": HOSTILE[1], "model": HOSTILE[2], "store": "s"},
-        **{"fingerprint": "f" * 64, "folder": HOSTILE[0], "tokens": found.tokens, "contexts": 6, "silent": 1},
+        **{
+            "fingerprint": "f" * 64,
+            "folder": HOSTILE[0],
+            "tokens": found.tokens,
+            "special": False,
+            "contexts": 6,
+            "silent": 1,
+        },
         **{"sample": 4, "seed": 0, "logits": True, "settings": {"a": HOSTILE[2]}},
     }
     return latents, write(latents, about, out, lambda count: None)
