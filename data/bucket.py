@@ -34,9 +34,10 @@ from data.place import Url
 AT_ONCE = 8  # requests
 _RETRY = {
     "max_retries": 3,
-    "retry_timeout": timedelta(seconds=30),
+    "retry_timeout": timedelta(seconds=150),
     "backoff": {"init_backoff": timedelta(seconds=0.2), "max_backoff": timedelta(seconds=5), "base": 2},
 }
+_PIECE = 32 << 20  # bytes of one request, which has 60 s
 _TIMEOUTS = {"connect_timeout": "5s", "timeout": "60s"}  # of one request
 _OWN_CREDENTIALS = "http://169.254.169.254"  # where obstore looks for a machine's, when the environment has none
 
@@ -211,9 +212,13 @@ class Bucket:
         from obstore.exceptions import AlreadyExistsError, PreconditionError
 
         mode: Any = "create" if new else {"e_tag": tag} if tag is not None else "overwrite"
+        pieces = None if mode == "overwrite" else False  # None: several requests where it is longer than one piece
         try:
             with _asking(self.path / key):
-                return str(obstore.put(self._store, self._key(key), data, mode=mode, use_multipart=False)["e_tag"])
+                found = obstore.put(
+                    self._store, self._key(key), data, mode=mode, use_multipart=pieces, chunk_size=_PIECE
+                )
+                return str(found["e_tag"])
         except (AlreadyExistsError, PreconditionError):
             return None
         except FileNotFoundError:

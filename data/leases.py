@@ -73,7 +73,7 @@ class Leases:
 
         What is staged and not committed stays: it may be settled on at any time.
         """
-        gone = []
+        gone, claimed = [], {}  # and by what a claim was judged
         for name in self._bucket.below(FOLDER):
             split, unit, *rest = name.partition("/")[0].split(".", 2)
             if rest:
@@ -81,13 +81,14 @@ class Leases:
             elif (found := self._look(f"{FOLDER}/{name}")) is None:
                 continue
             else:
-                owner = json.loads(found[0])
+                owner, claimed[f"{FOLDER}/{name}"] = json.loads(found[0]), found[1]
                 done = self._is_free(f"{FOLDER}/{name}", *found) or all(
                     is_committed(split, int(unit), site) for site in owner["names"]
                 )
             if done:
                 gone.append(f"{FOLDER}/{name}")
-        self._bucket.remove(gone)
+        now = {key: self._look(key) for key in claimed if key in gone}  # one may have been taken over since
+        self._bucket.remove([key for key in gone if (found := now.get(key)) is None or found[1] == claimed[key]])
 
     def _claims(self) -> list[str]:
         return [name for name in self._bucket.names(FOLDER) if name.count(".") == 1]

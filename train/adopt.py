@@ -7,14 +7,19 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
 
 from data import cli
 from data.errors import UserError
+from data.loader import ActivationLoader
 from data.manifest import TRAIN
 from data.names import Site
+from data.reader import open_reader
 from data.store import Store
 from train.export import matching, refuse_full
 from train.plan import origin
+
+_ROWS = 32_768  # that token-normalised moments are measured on
 
 
 def adopt(folder: Path, store: Store, site: str | None, out: Path) -> None:
@@ -36,12 +41,21 @@ def adopt(folder: Path, store: Store, site: str | None, out: Path) -> None:
     if sae.d_in != (width := store.decoder(TRAIN, name).width):
         raise UserError(f"{folder} is of {sae.d_in} entries and {name} in {store.path} has {width}: name its own site")
     if sae.input_norm == "token":
-        sae.mean_sq.fill_(sae.d_in - 1)  # std has ddof 1
-        sae.variance.fill_(sae.d_in - 1)
+        xn_ND = sae.norm.normalise(_rows(store, name)).double()
+        sae.mean_sq.fill_(float(xn_ND.square().sum(1).mean()))
+        sae.variance.fill_(float(xn_ND.var(0, correction=0).sum()))
     else:
         sae.mean_sq.fill_(stats.mean_sq_norm)
         sae.variance.fill_(stats.variance)
     save(sae, out, {**origin(store, name), "adopted": {"format": known.name, "from": folder.name}})
+
+
+def _rows(store: Store, site: str) -> Tensor:
+    """A sample of the training rows, in model units."""
+    reader = open_reader(store, TRAIN, site)
+    loader = ActivationLoader(reader, batch=1)
+    rows: Tensor = store.decoder(TRAIN, site)(loader.sample(min(_ROWS, int(reader.sizes.sum())))).float()
+    return rows
 
 
 def _site(folder: Path, named: str | None) -> str:

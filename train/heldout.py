@@ -45,10 +45,15 @@ def held_out(
 ) -> list[dict[str, float]]:
     """The figures of each SAE over all ranks' `batches` in model units, which are read once for all."""
     sums = [HeldOut(sae.width, sae.d_in, device) for sae in saes]
+    modes = [sae.training for sae in saes]
+    for sae in saes:
+        sae.eval()  # what ships rounds no factors of the encoder's product
     for x_BD in batches:
         for sae, total in zip(saes, sums, strict=True):
             f_BF, x_hat_BD = sae.run(x_BD)
             total.add(x_BD, x_hat_BD, f_BF)
+    for sae, mode in zip(saes, modes, strict=True):
+        sae.train(mode)
     for total in sums if world > 1 else []:
         for tensor in (total.scalars, total.x_D, total.fired_F):
             dist.all_reduce(tensor)

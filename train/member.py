@@ -102,7 +102,8 @@ class Member(nn.Module):
         dead_F = among_d = None
         if self.sae.uses_auxk:
             dead_F = self.dead.mask(self.dead_after)
-            among_d = self.dead.among(self.dead_after, len(x_BD) * self.world, self.log_every)
+            tokens = len(x_BD) * self.world
+            among_d = self.dead.among(self.dead_after, tokens, self.dead_after // (2 * tokens))
         scale = self.schedule.sparsity(self.step)
         step = self.sae.loss(self.sae.norm.normalise(x_BD), dead_F=dead_F, among_d=among_d, sparsity_scale=scale)
         step.loss.backward()  # type: ignore[no-untyped-call]
@@ -171,8 +172,10 @@ class Member(nn.Module):
             logger.log_metrics({f"{prefix}/{name}": value for name, value in values.items()}, self.step)
 
     def shipping(self) -> AbstractContextManager[None]:
-        """While it lasts the SAE has the weights that ship."""
-        return nullcontext() if self.average is None else self.average.shipping(self.sae)
+        """While it lasts the SAE has the weights that ship, where their threshold is known before the end."""
+        if self.average is None or self.sae.needs_calibration:
+            return nullcontext()
+        return self.average.shipping(self.sae)
 
     def ship(self) -> None:
         """Give the SAE the weights that ship, for good."""

@@ -265,7 +265,7 @@ class Run:
     def stream(self) -> dict[str, Any]:
         """What runs of one pass have in common: what is read, in which order, on what, at what pace."""
         names = ("batch", "seed", "epochs", "outliers", "calibration_tokens", "heldout_tokens", "loader", "trainer")
-        paces = ("validate_every", "checkpoint_every")
+        paces = ("validate_every", "checkpoint_every", "matmul")
         store = self.plan.store.path
         place = {"store": str(store.resolve() if isinstance(store, Path) else store), "site": self.plan.site}
         extent = {"tokens": self.plan.tokens, "stored_chunks": self.plan.stored_chunks, "world": self.plan.world}

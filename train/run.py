@@ -195,6 +195,8 @@ def start(sae: SAE, folder: Path) -> None:
     state = given.state_dict()
     if "skipped_batches" in state:
         state["skipped_batches"].zero_()  # it counts batches of a run
+    if "sparsity_factor" in state:
+        state["sparsity_factor"].fill_(1)  # of the coefficient of a run
     sae.load_state_dict(state)
 
 
@@ -207,8 +209,12 @@ def build(settings: Mapping[str, Any], d_in: int, overrides: Sequence[str] = ())
     variant = next((v for v in VARIANTS.values() if f"{v.__module__}.{v.__qualname__}" == target), None)
     if variant is None:
         raise UserError(f"sae._target_={target} is not a variant of this project: choose sae={'|'.join(VARIANTS)}")
-    if {"sae.width", "sae.expansion"} <= {item.split("=")[0] for item in overrides if not item.endswith("=null")}:
-        raise UserError(f"sae.width={width} and sae.expansion={expansion} both say how many latents: give one of them")
+    given = {item.lstrip("+").split("=")[0] for item in overrides if not item.endswith("=null")}
+    if "sae.expansion" in given and width is not None:
+        raise UserError(
+            f"sae.width={width} and sae.expansion={expansion} both say how many latents: give one of them, and "
+            "sae.width=null where a preset gives the width"
+        )
     if width is None and expansion is None:
         raise UserError(
             "sae.width and sae.expansion are both null: give one of them, the latents or latents/site width"
@@ -317,5 +323,8 @@ def _read_run(folder: Path) -> dict[str, Any]:
 
 
 def _stored_chunks(folder: Path) -> int | None:
-    """How much of the store the run that stands in `folder` began with."""
-    return int(_read_run(folder)["stored_chunks"]) if (folder / RUN).is_file() else None
+    """How much of the store the run that stands in `folder` began with; None where it left nothing to go on from."""
+    from train.sae.io import CONFIG
+
+    stands = (folder / LAST).is_file() or (folder / CONFIG).is_file()
+    return int(_read_run(folder)["stored_chunks"]) if stands else None

@@ -34,6 +34,10 @@ def reported(report: Path, folder: Path, fingerprint: str) -> Json:
     for site in sites:
         for row in site["saes"]:
             if site["fingerprint"] == fingerprint and Path(row["folder"]).resolve() == folder.resolve():
+                if row.get("form", "shipped") != "shipped":
+                    raise UserError(
+                        f"report={report} scores {folder} as form={row['form']}: name one with form=shipped"
+                    )
                 return {"site": site, "row": row}
     raise UserError(f"report={report} has no row of {folder}: evaluate it, or leave the report out")
 

@@ -13,6 +13,7 @@ from train.sae.encode import Codes
 from train.sae.select import TopOfBatch, TopPerToken
 
 _HELD = 8  # times k_aux: up to so many dead latents dense products are the faster ones
+_LONGEST = 50  # steps between two looks at the device
 _HELD_ON_GPU = 128  # set for memory, not yet measured
 
 
@@ -44,12 +45,13 @@ class DeadLatents(nn.Module):
     def among(self, dead_after: int, tokens: int, every: int) -> Int[Tensor, " d"] | None:
         """For a step on a GPU: latents, ascending, outside of which `mask` marks none. None elsewhere: look at `mask`.
 
-        Call it before each step, of at most `tokens` tokens. Asks the device once in `every` steps, then for all that
-        can be dead by the last of them.
+        Call it before each step, of at most `tokens` tokens. Asks the device once in `every` steps (1 to 50 of them),
+        then for all that can be dead by the last of them.
         """
         if not fixed.wanted(self.since_F):
             return None
         if not self._left:
+            every = max(1, min(_LONGEST, every))
             self._among_d = self.mask(dead_after - (every - 1) * tokens).nonzero().squeeze(1)
             self._left = every
         self._left -= 1
