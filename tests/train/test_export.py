@@ -263,6 +263,10 @@ def test_the_card_has_the_figures_and_the_lines_that_load(tmp_path: Path) -> Non
     export(folder, "saelens", tmp_path / "scored", tmp_path / "report.json")
     text = (tmp_path / "scored" / "README.md").read_text()
     assert "| CE increase (nats) | 0.5000 ± 0.2500 |" in text and "999 held-out tokens in 7 contexts" in text
+    site["saes"] = [{"folder": str(folder), "metrics": metrics, "form": "batch"}]
+    (tmp_path / "report.json").write_text(json.dumps({"sites": [site]}))
+    with pytest.raises(UserError, match="as form=batch: name one with form=shipped"):
+        export(folder, "saelens", tmp_path / "batch", tmp_path / "report.json")
     site["saes"] = []
     (tmp_path / "report.json").write_text(json.dumps({"sites": [site]}))
     with pytest.raises(UserError, match="has no row of"):

@@ -161,6 +161,8 @@ def test_the_width_goes_before_the_default_expansion() -> None:
     assert build({**TOPK, "width": 100}, d_in=16, overrides=["sae.width=100"]).width == 100
     with pytest.raises(UserError, match=r"sae\.width=100 and sae\.expansion=8 both"):
         build({**TOPK, "width": 100}, d_in=16, overrides=["sae.width=100", "sae.expansion=8"])
+    with pytest.raises(UserError, match=r"sae\.width=null where a preset gives the width"):
+        build({**TOPK, "width": 100}, d_in=16, overrides=["+experiment=gao", "sae.expansion=8"])
 
 
 def test_refused_before_lightning_is_imported(short: Any) -> None:

@@ -33,6 +33,16 @@ def test_weights_norm_and_threshold_are_the_first_runs(short: Any, first: Path, 
         assert torch.equal(tensor, given[name]), name
 
 
+def test_the_coefficient_is_this_run_s_own(short: Any, tmp_path: Path) -> None:
+    run = prepare(Job(short("sae=gated", "sae.k=4", f"out={tmp_path / 'first'}")))
+    assert run is not None
+    run.sae.initialise(torch.from_numpy(activations(512, 5)), seed=3)
+    run.sae.get_buffer("sparsity_factor").fill_(5)
+    save(run.sae, tmp_path / "first", {})
+    run = prepare(Job(short("sae=gated", f"start={tmp_path / 'first'}", f"out={tmp_path / 'b'}")))
+    assert run is not None and run.sae.get_buffer("sparsity_factor") == 1
+
+
 def test_a_run_at_learning_rate_0_ends_with_the_weights_it_started_from(
     short: Any, first: Path, tmp_path: Path
 ) -> None:

@@ -23,7 +23,7 @@ from data.reader import DirectReader
 from tests.train.test_resume import Broken, assert_same, assert_same_sae, break_after, final_state
 from train.fit import _member
 from train.member import Member
-from train.plan import LAST
+from train.plan import LAST, passes
 from train.run import Job, prepare, train, train_all
 from train.sae import SAE, Step, load_config
 from train.sae.batchtopk import BatchTopK
@@ -236,6 +236,11 @@ def test_streams_that_differ_are_passes_of_their_own(
     assert out.count("2 SAEs in one pass") == 2
     alone(jobs(TWO, "seed=1", sweep="alone"))
     assert_same_runs(tmp_path / "seed", tmp_path / "alone", TWO)
+
+
+def test_another_matmul_is_a_pass_of_its_own(jobs: Any) -> None:
+    made = [prepare(job) for job in (*jobs(["topk"]), *jobs(["topk"], "matmul=bf16", sweep="bf16"))]
+    assert [len(one) for one in passes([run for run in made if run is not None])] == [1, 1]
 
 
 def test_two_jobs_of_one_folder_are_refused(jobs: Any, tmp_path: Path) -> None:
