@@ -85,7 +85,7 @@ claims: setup ## try the papers' claims on a model: harvest, SAEs, verdicts; lea
 	$(SWEEP)/batch +claims=batch $(FAMILY) batch=$(BATCHES)
 	$(SWEEP)/options +claims=options $(FAMILY)
 	$(SWEEP)/special +claims=special $(SPECIAL) tokens=$(SPECIAL_TOKENS) $(FAMILY) sae.k=$(KS)
-	$(PY) -m evaluate.claims saes=$(CLAIMS)/saes out=$(CLAIMS) expansion=$(WIDTH) $(SHARED) $(ARGS)
+	$(PY) -m benchmarks.claims saes=$(CLAIMS)/saes out=$(CLAIMS) expansion=$(WIDTH) $(SHARED) $(ARGS)
 
 test: lint types ## lint, types and the fast tests
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto --dist loadfile

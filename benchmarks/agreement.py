@@ -23,21 +23,21 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from data.errors import UserError
-from data.place import locate
-from data.store import Store
+from data.base.errors import UserError
+from data.storage.local import locate
+from data.store.store import Store
 from evaluate.metrics import statistics, totals
 from evaluate.run import Text, Trained, by_place, find_saes, open_text
 from evaluate.score import SiteScore
 from evaluate.splice import Splice
+from harvest.hooks import Site, run_to
 from harvest.lm import EMBEDDED
-from harvest.site import Site, run_to
-from train.export import export
-from train.peers import FORMATS
-from train.peers.foreign import Origin
+from train.interop import FORMATS
+from train.interop.export import export
+from train.interop.foreign import Origin
 from train.sae import SAE, load, load_config, save
-from train.sae.batchtopk import BatchSelected
-from train.sae.topk import TopK
+from train.sae.variants.batchtopk import BatchSelected
+from train.sae.variants.topk import TopK
 
 ROOT = Path(__file__).resolve().parents[1]
 APART = """apart: the difference, for l0 relative.

@@ -18,15 +18,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from data.bfloat16 import from_float32, to_float32
-from data.chunks import Format
-from data.encoding import PILOT_ROWS, Decoder, Standard, encode, rounded
-from data.manifest import CODECS, TRAIN, Layout
-from data.names import KINDS, Site
+from data.base.sites import KINDS, Site
+from data.store.chunk_codec import Format
+from data.store.int8 import PILOT_ROWS, Decoder, Standard, encode, rounded
+from data.store.manifest import CODECS, TRAIN, Layout
+from data.store.zarr_bfloat16 import from_float32, to_float32
 from harvest import lm
-from harvest.site import run_to
-from harvest.text import source_from
-from harvest.tokens import Packing, pack
+from harvest.documents import source_from
+from harvest.hooks import run_to
+from harvest.packing import Packing, pack
 
 GOAL = 1e-4
 BITS = 3  # of mantissa: with a codec about the bytes of int8

@@ -20,16 +20,16 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from data.cli import keep_freed_memory
+from data.base.cli import keep_freed_memory
 from evaluate.score import SiteScore
 from evaluate.splice import Splice
 from harvest import lm
-from harvest.site import Site, run_to
-from harvest.text import HELDOUT, StdlibText
-from harvest.tokens import Packing, pack
+from harvest.documents import HELDOUT, StdlibText
+from harvest.hooks import Site, run_to
+from harvest.packing import Packing, pack
 from train.sae.base import SAE
 from train.sae.io import load
-from train.sae.topk import TopK
+from train.sae.variants.topk import TopK
 
 MODEL = {"name": "embedded", "device": "cpu"}
 PACKING = Packing(context=256, bos="document", separator=False)

@@ -24,15 +24,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from data.cli import keep_freed_memory
-from data.manifest import ITEMSIZE, TRAIN, Layout, Manifest
-from data.names import Site
-from data.store import Store
+from data.base.cli import keep_freed_memory
+from data.base.sites import Site
+from data.store.manifest import ITEMSIZE, TRAIN, Layout, Manifest
+from data.store.store import Store
 from harvest import lm
 from harvest.harvester import Harvester, widths_of
-from harvest.plan import plan
-from harvest.site import locate, run_to
-from harvest.tokens import Packed
+from harvest.hooks import locate, run_to
+from harvest.packing import Packed
+from harvest.units import plan
 
 Method = Callable[[], float]  # seconds
 

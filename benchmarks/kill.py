@@ -31,10 +31,10 @@ from typing import Any
 
 from tqdm import tqdm
 
-from data.place import Location, locate, place_at
+from data.storage.local import Location, locate, place_at
 from harvest import harvester, lm
 from harvest.run import harvest
-from tests.harvest.corpus import config, save_model, write_stories
+from tests.helpers.corpus import config, save_model, write_stories
 
 WORKERS = (1, 2, 3, 4)
 CALLS = ("open", "fsync", "mkdir", "replace", "unlink", "rmdir")  # of the module os, that writing a store goes through
@@ -170,7 +170,9 @@ def places(bucket: bool) -> Iterator[tuple[Path, str]]:
         if not bucket:
             yield Path(folder), folder
             return
-        with subprocess.Popen([sys.executable, "-m", "tests.s3", "kills"], stdout=subprocess.PIPE, text=True) as server:
+        with subprocess.Popen(
+            [sys.executable, "-m", "tests.helpers.s3", "kills"], stdout=subprocess.PIPE, text=True
+        ) as server:
             try:
                 assert server.stdout is not None
                 for name, _, value in (item.partition("=") for item in server.stdout.readline().split()):

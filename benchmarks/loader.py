@@ -27,11 +27,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler
 
-from data.cli import keep_freed_memory
-from data.loader import ActivationLoader
-from data.manifest import TRAIN, Layout, Manifest
-from data.reader import DirectReader, Reader, ZarrReader
-from data.store import Store
+from data.base.cli import keep_freed_memory
+from data.loading.loader import ActivationLoader
+from data.loading.reader import DirectReader, Reader, ZarrReader
+from data.store.manifest import TRAIN, Layout, Manifest
+from data.store.store import Store
 
 SITE, BATCH = "resid_post.0", 4096
 SLOW_ROWS = 32_768  # of what takes one row at a time

@@ -32,10 +32,10 @@ from torch import Tensor
 from benchmarks.contestants.process import DENSE, ENTRIES, FLOOR, Failed, Process
 from benchmarks.contestants.spec import SELECTING, VARIANTS, Spec
 from benchmarks.contestants.table import Cell, Row, goals, show
-from data.loader import ActivationLoader
-from data.manifest import TRAIN
-from data.reader import open_reader
-from data.store import Store
+from data.loading.loader import ActivationLoader
+from data.loading.reader import open_reader
+from data.store.manifest import TRAIN
+from data.store.store import Store
 
 POOL = 4  # batches, taken in turn
 SLOW = 20.0  # seconds a step: such a contestant takes part in the first round only

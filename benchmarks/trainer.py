@@ -25,14 +25,14 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from benchmarks.loader import SITE, build
-from data.cli import CONF, keep_freed_memory
-from data.store import Store
+from data.base.cli import CONF, keep_freed_memory
+from data.store.store import Store
 from train.fit import fit
 from train.lit import LitSAEs
-from train.member import Member
 from train.plan import Run, Settings
 from train.run import Job, prepare
-from train.sae.update import update
+from train.sae.parts.update import update
+from train.sae_trainer import Member
 
 CHUNK_ROWS = 1024
 

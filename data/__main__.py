@@ -7,18 +7,18 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from data.cli import sentence
-from data.contents import size, stores_below
-from data.errors import UserError
-from data.place import locate, place_at
+from data.base.cli import sentence
+from data.base.errors import UserError
+from data.storage.local import locate, place_at
+from data.store.files import size, stores_below
 
 CACHE, OUTPUTS = "outputs/cache", Path("outputs")
 
 
 def _verify(args: argparse.Namespace) -> int:
     """1 where anything is damaged."""
-    from data.inventory import Entry
-    from data.verify import verify
+    from data.tools.inventory import Entry
+    from data.tools.verify import verify
 
     stores = [path for folder in args.folders or [CACHE] for path in stores_below(locate(folder))]
     if not stores:
@@ -40,7 +40,7 @@ def _verify(args: argparse.Namespace) -> int:
 
 
 def _info(args: argparse.Namespace) -> int:
-    from data.info import report
+    from data.tools.info import report
 
     if args.outlier <= 0 or args.rows < 1:
         raise UserError("--outlier must be above 0 and --rows at least 1")
@@ -50,14 +50,14 @@ def _info(args: argparse.Namespace) -> int:
 
 
 def _list(args: argparse.Namespace) -> int:
-    from data.inventory import listing
+    from data.tools.inventory import listing
 
     print("\n".join(listing(locate(args.folder))))
     return 0
 
 
 def _gc(args: argparse.Namespace) -> int:
-    from data.gc import Candidate, collect
+    from data.tools.gc import Candidate, collect
 
     def ask(candidate: Candidate) -> bool:
         return input(f"remove {candidate}? [y/N] ").strip().lower() == "y"

@@ -11,22 +11,22 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from data.errors import UserError
-from data.manifest import HELDOUT, TRAIN, Json, differing
-from data.names import Site
-from data.place import Location, locate
-from data.settings import whole
-from data.store import Store, find_fingerprint
-from evaluate import report
-from evaluate.compare import baseline_of, compare, require_baseline
-from evaluate.gao import run as gao
-from evaluate.gao.bases import Reader, neurons_before
-from evaluate.gao.sample import Held
-from evaluate.html import report as page
+from data.base.errors import UserError
+from data.base.settings import whole
+from data.base.sites import Site
+from data.storage.local import Location, locate
+from data.store.manifest import HELDOUT, TRAIN, Json, differing
+from data.store.store import Store, find_fingerprint
+from evaluate.feature_metrics import run as gao
+from evaluate.feature_metrics.bases import Reader, neurons_before
+from evaluate.feature_metrics.sample import Held
+from evaluate.pareto import baseline_of, compare, require_baseline
+from evaluate.report import markdown as report
+from evaluate.report import page
 from evaluate.score import FORMS, SiteScore
 from harvest import lm
-from harvest.text import source_from
-from harvest.tokens import Packed, Packing, pack
+from harvest.documents import source_from
+from harvest.packing import Packed, Packing, pack
 from train.sae.io import WEIGHTS, load, load_config
 
 COUNTS = {"tokens": 1, "bootstrap": 2, "seed": 0}  # the least each may be

@@ -15,7 +15,7 @@ from torch import Tensor
 from evaluate.metrics import Columns, Firing, Predictions, Reconstruction, pooled, scored_positions
 from evaluate.splice import Splice
 from train.sae.base import SAE
-from train.sae.batchtopk import BatchSelected
+from train.sae.variants.batchtopk import BatchSelected
 
 ACTIVATIONS_AT_ONCE = 1 << 25  # entries of the [rows, F] activations held at a time: 128 MB in float32
 SHIPPED, BATCH = "shipped", "batch"  # the forms an SAE can be scored in

@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
 from evaluate.metrics import Predictions, scored_positions
-from harvest.site import Site, capture, replace
+from harvest.hooks import Site, capture, replace
 
 
 class Splice:

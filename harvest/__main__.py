@@ -4,7 +4,7 @@ Several processes share one harvest: `torchrun --nproc-per-node 4 -m harvest <ov
 same command started any number of times, at any time, on hosts that share the cache's folder.
 """
 
-from data.cli import run
+from data.base.cli import run
 from harvest.run import main
 
 if __name__ == "__main__":

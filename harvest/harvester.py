@@ -1,7 +1,7 @@
 """The unit loop: contexts through the language model, several sites at once, rows permuted, written, committed.
 
 A unit is run in fixed batches, so its bytes do not depend on what was harvested before it, on an interruption, or on
-which other sites are taken with it. It is written while the next is run (harvest/held.py). Letters: B contexts in a
+which other sites are taken with it. It is written while the next is run (harvest/buffer.py). Letters: B contexts in a
 batch, T tokens of a context, N rows of a unit, D width of a site.
 """
 
@@ -20,16 +20,16 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from data.contents import size
-from data.errors import UserError
-from data.manifest import TRAIN, Json
-from data.names import Site
-from data.store import ORIGIN, TOKENS, Store
-from harvest.held import Held, Rows, Writer, native, send
-from harvest.pilot import standards
-from harvest.plan import BOOK_WIDTHS, Unit, refuse_mixed
-from harvest.site import capture, run_to
-from harvest.tokens import Packed
+from data.base.errors import UserError
+from data.base.sites import Site
+from data.store.files import size
+from data.store.manifest import TRAIN, Json
+from data.store.store import ORIGIN, TOKENS, Store
+from harvest.buffer import Held, Rows, Writer, native, send
+from harvest.hooks import capture, run_to
+from harvest.int8_scales import standards
+from harvest.packing import Packed
+from harvest.units import BOOK_WIDTHS, Unit, refuse_mixed
 
 POLL_S = 0.2  # between looks at units that other processes have
 FLOAT16_LIMIT = 6e4  # float16 ends at 65,504; so near to it, other tokens are likely beyond

@@ -6,7 +6,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from data.errors import UserError
+from data.base.errors import UserError
 from harvest.model_files import check_folder
 
 TIMEOUT = 6.0  # seconds until the hub counts as out of reach, name look-up and proxies included

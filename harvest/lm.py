@@ -16,7 +16,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from data.errors import UserError
+from data.base.errors import UserError
 from harvest import hub
 from harvest.model_files import Json, check_folder, read_config, weight_files
 

@@ -7,7 +7,7 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-from data.errors import UserError
+from data.base.errors import UserError
 
 Json = dict[str, Any]
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")

@@ -14,18 +14,18 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from data import cli
-from data.contents import size
-from data.errors import UserError
-from data.manifest import FORMAT, HELDOUT, TRAIN, Json, Layout, Manifest, choose_layout, differing, settings_of
-from data.names import Site
-from data.place import Location, locate, place_at
-from data.settings import whole
-from data.store import Store, find
+from data.base import cli
+from data.base.errors import UserError
+from data.base.settings import whole
+from data.base.sites import Site
+from data.storage.local import Location, locate, place_at
+from data.store.files import size
+from data.store.manifest import FORMAT, HELDOUT, TRAIN, Json, Layout, Manifest, choose_layout, differing, settings_of
+from data.store.store import Store, find
 from harvest import lm
-from harvest.plan import Unit, covered, finish, plan, summary
-from harvest.text import TextSource, source_from
-from harvest.tokens import Packing, check_tokenizer, pack
+from harvest.documents import TextSource, source_from
+from harvest.packing import Packing, check_tokenizer, pack
+from harvest.units import Unit, covered, finish, plan, summary
 
 DISK_MARGIN = 64 << 20  # records, metadata and what else the file system keeps
 
@@ -189,7 +189,7 @@ def harvest(cfg: Mapping[str, Any]) -> Store:
         say(f"nothing to do: {store.path} holds all of it ({summary(store)})")
         return store
     from harvest import harvester
-    from harvest.site import locate
+    from harvest.hooks import locate
 
     model = lm.load_model(request.model)
     for site in request.sites:

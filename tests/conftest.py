@@ -11,23 +11,23 @@ import hypothesis
 import pytest
 from jaxtyping import install_import_hook
 
-from tests.s3 import Server, serving
+from tests.helpers.s3 import Server, serving
 
 # The modules whose signatures state shapes; the rest import heavy libraries lazily and keep their types for mypy.
 SHAPED = [
-    "data.stats",
-    "data.order",
-    "data.reader",
-    "data.batches",
-    "data.encoding",
-    "data.loader",
+    "data.store.stats",
+    "data.loading.order",
+    "data.loading.reader",
+    "data.loading.epoch",
+    "data.store.int8",
+    "data.loading.loader",
     "train.sae",
-    "harvest.site",
+    "harvest.hooks",
     "evaluate.features.collect",
     "evaluate.features.weights",
     "evaluate.metrics",
     "evaluate.splice",
-    "evaluate.claims.forms",
+    "benchmarks.claims.forms",
 ]
 
 install_import_hook(SHAPED, "beartype.beartype")

@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 from pytorch_lightning import LightningDataModule
 from torch import Tensor
 
-from data.contents import size
-from data.errors import UserError
-from data.loader import ActivationLoader
-from data.manifest import HELDOUT, TRAIN
+from data.base.errors import UserError
+from data.loading.loader import ActivationLoader
+from data.store.files import size
+from data.store.manifest import HELDOUT, TRAIN
 from train.plan import Plan
 
 

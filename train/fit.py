@@ -17,18 +17,18 @@ from hydra.utils import instantiate
 from pytorch_lightning import Callback, Trainer
 from pytorch_lightning.loggers.logger import Logger
 
-from data.errors import UserError
-from data.manifest import TRAIN
-from data.order import mixing_span
+from data.base.errors import UserError
+from data.loading.order import mixing_span
+from data.store.manifest import TRAIN
 from train.callbacks import LastCheckpoint, Progress, clock
 from train.datamodule import ActivationData
 from train.lit import LitSAEs, OwnReduction, Passes
 from train.loggers import CsvLogger
-from train.member import Member, State
 from train.plan import LAST, Plan, Run, Settings, origin
 from train.sae import SAE, default_window, save
-from train.sae.batchtopk import BatchSelected
-from train.sae.init import SAMPLES
+from train.sae.parts.init import SAMPLES
+from train.sae.variants.batchtopk import BatchSelected
+from train.sae_trainer import Member, State
 from train.schedules import Schedule
 
 

@@ -12,10 +12,10 @@ from pytorch_lightning import LightningModule
 from pytorch_lightning.strategies import DDPStrategy
 from torch import Tensor, nn
 
-from data.errors import UserError
-from data.loader import ActivationLoader
-from train.heldout import held_out
-from train.member import Member, State
+from data.base.errors import UserError
+from data.loading.loader import ActivationLoader
+from train.sae.metrics import held_out
+from train.sae_trainer import Member, State
 
 
 class OwnReduction(DDPStrategy):

@@ -13,15 +13,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data import store as stores
-from data.errors import UserError
-from data.manifest import HELDOUT, TRAIN, canonical, differing, settings_of
-from data.names import Site
-from data.order import batches_per_epoch, reserve
-from data.outliers import Decode, KeptReader, median_norm, moments
-from data.place import locate
-from data.reader import Reader, open_reader
-from data.settings import number, whole
+from data.base.errors import UserError
+from data.base.settings import number, whole
+from data.base.sites import Site
+from data.loading.norm_filter import Decode, KeptReader, median_norm, moments
+from data.loading.order import batches_per_epoch, reserve
+from data.loading.reader import Reader, open_reader
+from data.storage.local import locate
+from data.store import store as stores
+from data.store.manifest import HELDOUT, TRAIN, canonical, differing, settings_of
 
 if TYPE_CHECKING:
     from train.sae import SAE

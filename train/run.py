@@ -18,10 +18,10 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from data import cli
-from data.errors import UserError
-from data.manifest import canonical, differing
-from data.settings import number, whole
+from data.base import cli
+from data.base.errors import UserError
+from data.base.settings import number, whole
+from data.store.manifest import canonical, differing
 from train.plan import LAST, Plan, Run, Settings, checked, make_plan, passes
 
 if TYPE_CHECKING:

@@ -9,9 +9,9 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from benchmarks.contestants.spec import LONG_SILENT, LR, PREFIXES, SELECTING, Contestant, Spec, level
-from data.cli import keep_freed_memory
+from data.base.cli import keep_freed_memory
 from train.sae import VARIANTS, DeadLatents, Step
-from train.sae.decoder import project_gradient_, renormalise_
+from train.sae.parts.unit_rows import project_gradient_, renormalise_
 
 _DEAD_AFTER = 10_000_000
 _LOOK = 50  # steps between two looks at which latents may be dead, on a GPU: log_every of conf/train.yaml

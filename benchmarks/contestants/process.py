@@ -40,7 +40,7 @@ ENTRIES = {
 
 
 _QUIET = {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled"}
-# data.cli.keep_freed_memory for a process that cannot call it.
+# data.base.cli.keep_freed_memory for a process that cannot call it.
 _KEPT = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1), "MALLOC_TOP_PAD_": str(256 << 20)}
 
 

@@ -1,6 +1,6 @@
 """`python -m evaluate.features folder=...`: browsable pages of one SAE's latents."""
 
-from data.cli import run
+from data.base.cli import run
 from evaluate.features.run import main
 
 if __name__ == "__main__":

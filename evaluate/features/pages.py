@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evaluate.features.collect import Collector, Shelf
-from evaluate.html.render import asset, digest, render, replace, safe_json
-from harvest.tokens import Packed
+from evaluate.report.render import asset, digest, render, replace, safe_json
+from harvest.packing import Packed
 
 Json = dict[str, Any]
 

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from data.cli import CONF
-from data.errors import UserError
-from data.names import Site
-from data.place import locate
-from data.settings import whole
+from data.base.cli import CONF
+from data.base.errors import UserError
+from data.base.settings import whole
+from data.base.sites import Site
+from data.storage.local import locate
 from evaluate.run import Text, Trained, by_place, find_saes, open_text, pinned
 from harvest import lm
 from train.sae.io import load
@@ -60,7 +60,7 @@ def collect(sae: SAE, text: Text, site: Site, config: Mapping[str, Any], size: i
 
     from evaluate.features.collect import Collector
     from evaluate.score import ACTIVATIONS_AT_ONCE
-    from harvest.site import run_to
+    from harvest.hooks import run_to
 
     contexts, keep = torch.from_numpy(text.packed.contexts), torch.from_numpy(text.packed.keep)
     found = Collector(sae.width, **{name: config[name] for name in ("top", "sample", "before", "after", "seed")})

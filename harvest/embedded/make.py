@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
+from harvest.documents import TRAIN, Document, StdlibText, split_of, unique
 from harvest.embedded.ngram import NGram, Tokens
-from harvest.text import TRAIN, Document, StdlibText, split_of, unique
 
 END = "<|endoftext|>"
 HELDOUT_FRACTION = 0.1

@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks import harvest
 from benchmarks.harvest import Trial
-from tests.harvest.corpus import build
+from tests.helpers.corpus import build
 
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the peak of memory is read from /proc")
 

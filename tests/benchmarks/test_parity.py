@@ -28,8 +28,8 @@ from benchmarks.parity import (
     parameters,
     scale,
 )
-from tests.train.sae import reference
-from tests.train.sae.reference import Parameters, Pass, Result
+from tests.helpers import reference
+from tests.helpers.reference import Parameters, Pass, Result
 
 ROOT = Path(__file__).resolve().parents[2]
 PEERS = ROOT / ".venv-peers" / "bin" / "python"

@@ -13,7 +13,7 @@ from benchmarks.contestants.process import DENSE, FLOOR, OURS, ROOT
 from benchmarks.contestants.spec import PREFIXES, Spec, level
 from benchmarks.contestants.table import Cell, fastest_peer, goals, ratio, show, valid
 from benchmarks.step import failing, mixture, parsed
-from train.sae.matryoshka import Matryoshka
+from train.sae.variants.matryoshka import Matryoshka
 
 PEERS_PYTHON = ROOT / ".venv-peers/bin/python"
 

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from data.manifest import TRAIN, Layout, Manifest
-from data.store import Store
+from data.store.manifest import TRAIN, Layout, Manifest
+from data.store.store import Store
 
 SITE = "resid_post.1"
 

@@ -13,14 +13,13 @@ import numpy as np
 import pytest
 
 from data.__main__ import main
-from data.gc import references
-from data.info import Norms
-from data.manifest import HELDOUT, TRAIN
-from data.store import ORIGIN, TOKENS, Store
-from data.verify import verify
-
-from .conftest import SITE, manifest
-from .damage import harvested
+from data.store.manifest import HELDOUT, TRAIN
+from data.store.store import ORIGIN, TOKENS, Store
+from data.tools.gc import references
+from data.tools.info import Norms
+from data.tools.verify import verify
+from tests.data.conftest import SITE, manifest
+from tests.helpers.damage import harvested
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -12,11 +12,10 @@ import pytest
 import torch
 import zarr
 
-import data.bfloat16  # noqa: F401  registers the type
-from data.manifest import TRAIN
-from data.store import ORIGIN, TOKENS, Store
-
-from .conftest import SITE, manifest
+import data.store.zarr_bfloat16  # noqa: F401  registers the type
+from data.store.manifest import TRAIN
+from data.store.store import ORIGIN, TOKENS, Store
+from tests.data.conftest import SITE, manifest
 
 # Runs with -I: neither this folder nor PYTHONPATH is on its path, so nothing of ours can be imported.
 TENSORSTORE = """

@@ -14,14 +14,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from data.errors import UserError
-from data.manifest import Manifest
-from data.reader import open_reader
-from data.store import Store
+from data.base.errors import UserError
+from data.loading.reader import open_reader
+from data.store.manifest import Manifest
+from data.store.store import Store
 from evaluate.run import evaluate, find_saes, pinned
 from train.sae.base import SAE
 from train.sae.io import save
-from train.sae.relu import ReLU
+from train.sae.variants.relu import ReLU
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -13,10 +13,10 @@ from torch import Tensor
 from evaluate import score as scoring
 from evaluate.score import SiteScore
 from evaluate.splice import Splice
-from harvest.site import Site
+from harvest.hooks import Site
 from train.sae.base import SAE
-from train.sae.batchtopk import BatchTopK
-from train.sae.relu import ReLU
+from train.sae.variants.batchtopk import BatchTopK
+from train.sae.variants.relu import ReLU
 
 CONTEXTS, LENGTH = 6, 12
 Score = Callable[..., SiteScore]

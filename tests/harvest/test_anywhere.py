@@ -16,17 +16,17 @@ import numpy as np
 import pytest
 import torch
 
-from data import claims
 from data.__main__ import main as look_after
-from data.loader import ActivationLoader
-from data.manifest import HELDOUT, TRAIN
-from data.place import Place, locate, place_at
-from data.reader import DirectReader, RangeReader, ZarrReader, open_reader
-from data.store import ORIGIN, TOKENS
+from data.loading.loader import ActivationLoader
+from data.loading.reader import DirectReader, RangeReader, ZarrReader, open_reader
+from data.storage import file_leases as claims
+from data.storage.local import Place, locate, place_at
+from data.store.manifest import HELDOUT, TRAIN
+from data.store.store import ORIGIN, TOKENS
 from harvest import harvester, lm
 from harvest.run import harvest
-from tests.harvest.corpus import ROOT, config, contents, save_model, write_stories
-from tests.s3 import Server
+from tests.helpers.corpus import ROOT, config, contents, save_model, write_stories
+from tests.helpers.s3 import Server
 from tests.train.conftest import composed
 from train.run import train
 

@@ -20,15 +20,15 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from data.errors import UserError
-from data.manifest import HELDOUT, TRAIN, settings_of
-from data.reader import open_reader
-from data.store import Store, find
-from data.verify import verify
+from data.base.errors import UserError
+from data.loading.reader import open_reader
+from data.store.manifest import HELDOUT, TRAIN, settings_of
+from data.store.store import Store, find
+from data.tools.verify import verify
 from harvest import lm
 from harvest.harvester import Harvester
 from harvest.run import Request, harvest, main
-from tests.harvest.corpus import ROOT, config, contents, save_model, story, write_stories
+from tests.helpers.corpus import ROOT, config, contents, save_model, story, write_stories
 
 
 @pytest.fixture(scope="module")

@@ -10,15 +10,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from data.contents import size
-from data.errors import UserError
-from data.manifest import HELDOUT, TRAIN, Layout, Manifest
-from data.names import Site
-from data.store import ORIGIN, TOKENS, Store
+from data.base.errors import UserError
+from data.base.sites import Site
+from data.store.files import size
+from data.store.manifest import HELDOUT, TRAIN, Layout, Manifest
+from data.store.store import ORIGIN, TOKENS, Store
 from harvest.harvester import Harvester, made_by, widths_of
-from harvest.plan import covered, plan, refuse_mixed
-from harvest.tokens import Packed
-from tests.harvest.corpus import LAYERS, WIDTH, build, contents
+from harvest.packing import Packed
+from harvest.units import covered, plan, refuse_mixed
+from tests.helpers.corpus import LAYERS, WIDTH, build, contents
 
 T = 8
 SITES = ("resid_pre.0", "resid_post.0", "resid_post.1", "mlp_out.1")

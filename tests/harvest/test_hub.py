@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 import pytest
 import torch
 
-from data.errors import UserError
+from data.base.errors import UserError
 from harvest import hub, lm
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from data.errors import UserError
+from data.base.errors import UserError
 from harvest import lm
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -18,16 +18,17 @@ from typing import Any
 import pytest
 import torch
 
-from data import claims, commit
-from data.cli import sentence
-from data.errors import UserError
-from data.manifest import TRAIN
-from data.place import Folder
-from data.store import Store
+from data.base.cli import sentence
+from data.base.errors import UserError
+from data.storage import file_leases as claims
+from data.storage.local import Folder
+from data.store import commit
+from data.store.manifest import TRAIN
+from data.store.store import Store
 from harvest import harvester, lm
 from harvest.harvester import Harvester
 from harvest.run import harvest
-from tests.harvest.corpus import ROOT, build, config, contents, save_model, tokenizer, write_stories
+from tests.helpers.corpus import ROOT, build, config, contents, save_model, tokenizer, write_stories
 
 SITES = "sites=[resid_post.1,attn_out.0]"
 MORE = ("tokens=600", "heldout_tokens=100")

@@ -11,11 +11,11 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from data.bfloat16 import from_float32
-from data.cli import CONF
-from data.encoding import Standard
-from data.manifest import HELDOUT, TRAIN, Layout, Manifest, settings_of
-from data.store import Store
+from data.base.cli import CONF
+from data.store.int8 import Standard
+from data.store.manifest import HELDOUT, TRAIN, Layout, Manifest, settings_of
+from data.store.store import Store
+from data.store.zarr_bfloat16 import from_float32
 
 SITE, D = "resid_post.3", 16
 ROWS = {TRAIN: 4096, HELDOUT: 1024}

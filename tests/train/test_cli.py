@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from data.cli import CONF
+from data.base.cli import CONF
 from train.sae import load_config
 
 SMALL = [

@@ -13,11 +13,11 @@ from benchmarks.agreement import ROOT, ask, margin
 from evaluate.metrics import statistics, totals
 from evaluate.score import SiteScore
 from evaluate.splice import Splice
+from harvest.hooks import Site, run_to
 from harvest.lm import EMBEDDED, load_model
-from harvest.site import Site, run_to
 from tests.train.conftest import SITE, activations
-from tests.train.test_export import RECORD, cases, make
-from train.export import export
+from tests.train.interop.test_export import RECORD, cases, make
+from train.interop.export import export
 from train.sae import VARIANTS, save
 
 PEERS = ROOT / ".venv-peers/bin/python"

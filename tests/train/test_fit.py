@@ -12,17 +12,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from data.cli import CONF
-from data.errors import UserError
-from data.loader import ActivationLoader
-from data.manifest import HELDOUT, TRAIN
-from data.reader import open_reader
+from data.base.cli import CONF
+from data.base.errors import UserError
+from data.loading.loader import ActivationLoader
+from data.loading.reader import open_reader
+from data.store.manifest import HELDOUT, TRAIN
 from train import datamodule, lit
-from train.member import Member
 from train.plan import LAST, make_plan
 from train.run import train
-from train.sae import VARIANTS, load, load_config, update
-from train.sae.topk import TopK
+from train.sae import VARIANTS, load, load_config
+from train.sae.parts import update
+from train.sae.variants.topk import TopK
+from train.sae_trainer import Member
 
 RUNS = {
     "relu": ["sae=relu"],

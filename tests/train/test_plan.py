@@ -11,14 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from data.errors import UserError
-from data.manifest import TRAIN
-from data.order import reserve
-from data.store import Store
+from data.base.errors import UserError
+from data.loading.order import reserve
+from data.store.manifest import TRAIN
+from data.store.store import Store
 from train.plan import make_plan
 from train.run import build, train
 
-TOPK = {"_target_": "train.sae.topk.TopK", "k": 4, "width": None, "expansion": 8}
+TOPK = {"_target_": "train.sae.variants.topk.TopK", "k": 4, "width": None, "expansion": 8}
 
 
 def test_the_plan_of_the_small_store(short: Any) -> None:
@@ -168,7 +168,7 @@ def test_the_width_goes_before_the_default_expansion() -> None:
 def test_refused_before_lightning_is_imported(short: Any) -> None:
     script = (
         "import sys, json\n"
-        "from data.errors import UserError\n"
+        "from data.base.errors import UserError\n"
         "from train.run import train\n"
         "try:\n    train(json.load(sys.stdin))\n"
         "except UserError as error:\n    print(error)\n"
@@ -183,7 +183,7 @@ def test_refused_before_lightning_is_imported(short: Any) -> None:
 
 
 def test_calibration_rows_are_never_trained_on(short: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from data.reader import DirectReader
+    from data.loading.reader import DirectReader
 
     read: dict[str, set[int]] = {"train": set(), "calibrate": set()}
     stage = "train"

@@ -11,17 +11,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from data.bfloat16 import from_float32
-from data.errors import UserError
-from data.manifest import HELDOUT, TRAIN
-from data.reader import open_reader
-from data.store import Store
+from data.base.errors import UserError
+from data.loading.reader import open_reader
+from data.store.manifest import HELDOUT, TRAIN
+from data.store.store import Store
+from data.store.zarr_bfloat16 import from_float32
 from tests.train.conftest import SITE, D, activations, composed, make_store
 from train.callbacks import LastCheckpoint
 from train.plan import LAST, make_plan
 from train.run import train
 from train.sae import SAE, Step, load
-from train.sae.topk import TopK
+from train.sae.variants.topk import TopK
 
 # 1,536 training rows in batches of 64: an epoch is 24 steps, the run 60. Validation every 8.
 LONG = ("tokens=3840", "epochs=3", "calibration_tokens=2560", "validate_every=8", "dead_after=256")

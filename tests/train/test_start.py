@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from data.errors import UserError
+from data.base.errors import UserError
 from tests.train.conftest import activations
 from train.run import Job, prepare, train
 from train.sae import load, load_config, save

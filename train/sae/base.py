@@ -15,11 +15,11 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from data.errors import UserError
-from train.sae.encode import Codes, encode
-from train.sae.init import SAMPLES, directions, geometric_median
-from train.sae.norm import InputNorm
-from train.sae.select import Selector
+from data.base.errors import UserError
+from train.sae.parts.init import SAMPLES, directions, geometric_median
+from train.sae.parts.norm import InputNorm
+from train.sae.sparse.encode import Codes, encode
+from train.sae.sparse.select import Selector
 
 _SCALING_ROWS = 1024  # tokens the first scale of the encoder is measured on
 

@@ -11,15 +11,15 @@ from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
-from data.commit import put
-from data.errors import UserError
+from data.base.errors import UserError
+from data.store.commit import put
 from train.sae.base import SAE
-from train.sae.batchtopk import BatchTopK
-from train.sae.gated import Gated
-from train.sae.jumprelu import JumpReLU
-from train.sae.matryoshka import Matryoshka
-from train.sae.relu import ReLU
-from train.sae.topk import TopK
+from train.sae.variants.batchtopk import BatchTopK
+from train.sae.variants.gated import Gated
+from train.sae.variants.jumprelu import JumpReLU
+from train.sae.variants.matryoshka import Matryoshka
+from train.sae.variants.relu import ReLU
+from train.sae.variants.topk import TopK
 
 FORMAT = 1
 WEIGHTS, CONFIG = "sae.safetensors", "config.json"

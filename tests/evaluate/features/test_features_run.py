@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 from omegaconf import OmegaConf
 
-from data.cli import CONF
-from data.errors import UserError
-from data.reader import open_reader
+from data.base.cli import CONF
+from data.base.errors import UserError
+from data.loading.reader import open_reader
 from evaluate.features import run
 from evaluate.features.run import make
 from evaluate.run import evaluate
 from train.sae.io import save
-from train.sae.relu import ReLU
+from train.sae.variants.relu import ReLU
 
 
 @pytest.fixture

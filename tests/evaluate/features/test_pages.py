@@ -14,8 +14,8 @@ import torch
 from evaluate.features import pages
 from evaluate.features.collect import Collector
 from evaluate.features.pages import Latents, Words, nearest, short, write
-from evaluate.html.render import safe_json
-from harvest.tokens import Packed
+from evaluate.report.render import safe_json
+from harvest.packing import Packed
 
 HOSTILE = [
     "<script>window.hacked=1</script>",

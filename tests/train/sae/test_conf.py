@@ -7,7 +7,7 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
-from data.cli import CONF
+from data.base.cli import CONF
 from train.sae import VARIANTS
 
 

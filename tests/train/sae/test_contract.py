@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from data.errors import UserError
-from tests.train.sae.toy import FORMS, D, F, activations, f_of, make, train, train_step
+from data.base.errors import UserError
+from tests.helpers.toy import FORMS, D, F, activations, f_of, make, train, train_step
 from train.sae import SAE, VARIANTS, load, save
 
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from data.errors import UserError
-from tests.train.sae.toy import D, F, make
+from data.base.errors import UserError
+from tests.helpers.toy import D, F, make
 from train.sae import load, load_config, save
 
 RECORD = {"site": "resid_post.3", "fingerprint": "abc", "training": {"tokens": 1000}}

@@ -12,11 +12,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from data.errors import UserError
-from tests.train.sae.toy import FORMS, D, F, K, activations, f_of, make, train, train_step
+from data.base.errors import UserError
+from tests.helpers.toy import FORMS, D, F, K, activations, f_of, make, train, train_step
 from train.sae import VARIANTS, DeadLatents, load, save
-from train.sae.batchtopk import BatchSelected
-from train.sae.decoder import project_gradient_, renormalise_
+from train.sae.parts.unit_rows import project_gradient_, renormalise_
+from train.sae.variants.batchtopk import BatchSelected
 
 TOPK_FAMILY = ["topk", "batchtopk", "matryoshka"]
 

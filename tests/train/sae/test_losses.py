@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.train.sae import reference
-from tests.train.sae.toy import f_of
+from tests.helpers import reference
+from tests.helpers.toy import f_of
 from train.sae import SAE, VARIANTS
-from train.sae.batchtopk import BatchSelected
+from train.sae.variants.batchtopk import BatchSelected
 
 # Two tokens, two dimensions, three latents: the axes and a direction between them. Tokens (3, 1) and (1, 2) give
 # z = (3, 1, 2.6) and (1, 2, 2.2); every case below is worked by hand with Vx = 4.
@@ -229,7 +229,7 @@ def test_auxk_is_the_same_where_so_many_are_dead_that_z_is_selected(over: str, m
     case = Case("batchtopk", {"k": 3, "auxk_over": over}, reference.batchtopk, {"k": 3, "over_batch": over == "batch"})
     sae, x = perturbed(case, True), tokens()
     parameters = as_formula({name: p.detach().numpy().copy() for name, p in sae.named_parameters()})
-    monkeypatch.setattr("train.sae.dead._HELD", 0)
+    monkeypatch.setattr("train.sae.parts.auxk._HELD", 0)
     step = sae.loss(x, dead_F=torch.from_numpy(DEAD))
     step.loss.backward()
     loss, grads = case.compute(x.numpy(), parameters, 2.5, True, dead=DEAD, **case.options)

@@ -1,0 +1,182 @@
+"""Bussmann et al.'s claims for BatchTopK (2412.06410 and the post before it): S1 to S5."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from benchmarks.claims.bench import CE, METRICS, NMSE, Bench, Part, at_rivals_l0, compared, same, tested
+from benchmarks.claims.scores import BATCH, PER_TOKEN, SHIPPED, THRESHOLD, Scored
+from benchmarks.claims.verdict import FAILS, UNTESTED, Cell, Estimate, cells
+from evaluate.metrics import Columns, resampled, totals
+from evaluate.report.markdown import number
+
+MARGINS = {NMSE: 0.01, CE: 0.002}  # S4: what "at least as good" forgives, of NMSE 1%, of CE in nats
+VARIES = 0.25  # S3: the standard deviation of L0 over its mean from which on it "varies by token"
+NEAR = 0.25  # S3: of 1 / context, within which the low peak's share is equal to it
+
+NAMES = ("BatchTopK", "TopK")
+
+
+def claims(bench: Bench) -> list[Part]:
+    k = bench.k()
+    if k is None:
+        return [tested("S1", "BatchTopK beats TopK", [], [])]
+    places = {(width, k) for width in bench.widths("topk")}
+    parts = [*_better(bench, "S1", f"at every width, k={k}", places)]
+    places = {(bench.width, k) for k in bench.ks("topk", bench.width)}
+    parts += _better(bench, "S2", f"at width {bench.width:,}, every k", places)
+    return parts + _varying(bench) + _inference(bench) + _swapped(bench)
+
+
+def _better(bench: Bench, claim: str, where: str, places: set[tuple[int, int]]) -> list[Part]:
+    """BatchTopK against TopK at TopK's measured L0, BatchTopK read off its sweep over k at the same width."""
+    parts = []
+    for metric, name in METRICS.items():
+        pairs, plain, used = {}, {}, []
+        for width, k in sorted(places):
+            ours, theirs = bench.pick("batchtopk", width=width), bench.pick("topk", width=width, k=k)
+            pairs[f"F={width:,} k={k}"] = at_rivals_l0(ours, theirs, metric)
+            plain[f"F={width:,} k={k}"] = same(_of(ours, k), theirs, metric)
+            used += [*ours, *theirs]
+        found = compared(metric, pairs, names=NAMES)
+        table = ["at equal k, whatever the L0", *NAMES, "difference"], _plain_rows(compared(metric, plain, names=NAMES))
+        told = f"BatchTopK beats TopK in {name} {where}, at equal L0"
+        parts.append(tested(claim, told, found, used, table=table if found else None))
+    return parts
+
+
+def _plain_rows(found: Sequence[Cell]) -> list[list[str]]:
+    return [[one.label, *(number(value, 4) for value in one.shown.values()), shown(one)] for one in found]
+
+
+def shown(cell: Cell) -> str:
+    """A difference with its interval."""
+    if cell.kind == "share":
+        return f"{cell.value:+.1%} [{cell.low:+.1%}, {cell.high:+.1%}]"
+    return f"{cell.value:+.4f} [{cell.low:+.4f}, {cell.high:+.4f}]"
+
+
+def _varying(bench: Bench) -> list[Part]:
+    saes = [*bench.pick("batchtopk", width=bench.width), *(s for s in bench.special if s.variant == "batchtopk")]
+    varying = cells({named(sae): [_unlike(sae)] for sae in saes}, kind="sd of L0 / mean L0, below", margin=0.0)
+    flat = [replace(one, shown={"sd / mean": VARIES - one.value}) for one in varying]
+    told = f"BatchTopK's L0 varies by token (its standard deviation is over {VARIES:.0%} of its mean)"
+    return [tested("S3", told, flat, saes), _low_peak([s for s in bench.special if s.variant == "batchtopk"])]
+
+
+def named(sae: Scored) -> str:
+    kept = ["BOS in"] if sae.special else []
+    told = [f"{name}={value}" for name, value in sae.options.items()]
+    return " ".join([f"F={sae.width:,} k={sae.settings['k']} seed {sae.seed}", *told, *kept])
+
+
+def _drawn(sae: Scored, **columns: NDArray[np.float64]) -> tuple[Columns, Columns]:
+    """Sums of columns over the sequences: of all of them, and of the bootstrap's draws."""
+    samples = len(sae.figure("l0").drawn_M)
+    return totals(columns), resampled(columns, samples=samples, seed=0)
+
+
+def _unlike(sae: Scored) -> Estimate:
+    """VARIES less the standard deviation of L0 over its mean."""
+    counts_SL = sae.counts.sum(0).astype(float)
+    l0 = np.arange(counts_SL.shape[1])
+    both = []
+    for sums in _drawn(sae, n=counts_SL.sum(1), first=counts_SL @ l0, second=counts_SL @ l0**2):
+        with np.errstate(invalid="ignore"):  # a draw without tokens
+            mean, square = sums["first"] / sums["n"], sums["second"] / sums["n"]
+        sd = np.sqrt(np.maximum(square - mean**2, 0))
+        both.append(VARIES - np.divide(sd, mean, out=np.zeros_like(sd), where=mean > 0))  # one that never fires: 0
+    return Estimate(float(both[0][0]), both[1])
+
+
+def low_peak(histogram: NDArray[np.float64]) -> int | None:
+    """The L0 at which a low peak ends: the emptiest place between it and the main one; None where there is none.
+
+    The main peak is the most frequent L0. A peak below it must stand at least twice as high as the emptiest place
+    between the two, which is the last of the low peak.
+    """
+    main = int(histogram.argmax())
+    best: tuple[float, int] | None = None
+    for low in range(main - 1):
+        valley = low + 1 + int(histogram[low + 1 : main].argmin())
+        height = float(histogram[low])
+        if height > 0 and height >= 2 * histogram[valley] and (best is None or height > best[0]):
+            best = height, valley
+    return None if best is None else best[1] - (0 if histogram[best[1]] else 1)
+
+
+def _low_peak(saes: Sequence[Scored]) -> Part:
+    statement = f"with BOS kept in, L0 has a low peak of 1/context of the tokens (within {NEAR:.0%})"
+    if not saes:
+        return Part("S3", statement, UNTESTED, notes=["No SAE was trained with the rows of special tokens."])
+    found, rows, verdicts = {}, [], []
+    for sae in saes:
+        counts_PSL = sae.counts.astype(float)
+        histogram, context = counts_PSL.sum((0, 1)), len(sae.firing["by_position"])
+        cut, first = low_peak(histogram), counts_PSL[1].sum(0)
+        bos = f"{float(first @ np.arange(len(first)) / first.sum()):.1f}"
+        row = [named(sae), f"{sae.figure('l0').value:.1f}", bos, str(int(histogram.argmax()))]
+        if cut is None:
+            rows.append([*row, "none", "–", "–"])
+            verdicts.append(FAILS)
+            continue
+        low_S = counts_PSL[:, :, : cut + 1].sum((0, 2))
+        both = _drawn(sae, low=low_S, n=counts_PSL.sum((0, 2)))
+        value, drawn = (np.abs(sums["low"] / sums["n"] * context - 1) for sums in both)
+        found[named(sae)] = [Estimate(float(value[0]), drawn)]
+        share, inside = low_S.sum() / histogram.sum(), first[: cut + 1].sum() / low_S.sum()
+        if inside < 0.5:
+            verdicts.append(FAILS)  # a low peak, of other tokens than BOS
+        rows.append([*row, f"L0 <= {cut}", f"{share:.2%} (1/context {1 / context:.2%})", f"{inside:.0%}"])
+    part = tested("S3", statement, cells(found, kind="share", margin=NEAR), saes)
+    heads = ["SAE", "L0", "mean L0 at BOS", "most frequent L0", "low peak", "its share", "of it BOS"]
+    verdict = FAILS if verdicts else part.verdict
+    without = [f"{len(verdicts)} of {len(saes)} SAEs have no low peak of BOS."] if verdicts else []
+    none = ["There is no low peak: L0 falls to no second mode below the main one."]
+    notes = [*without, *part.notes] if found else none
+    return replace(part, verdict=verdict, table=(heads, rows), notes=notes)
+
+
+def _inference(bench: Bench) -> list[Part]:
+    """The threshold, read off its sweep at the batch form's L0, against the batch's top k, of one batch of contexts."""
+    shipped, batch = (bench.pick("batchtopk", width=bench.width, form=form) for form in (SHIPPED, BATCH))
+    ks = sorted({sae.settings["k"] for sae in batch})
+    parts = []
+    for metric, name in METRICS.items():
+        pairs = {f"k={k}": at_rivals_l0(shipped, [sae for sae in batch if sae.settings["k"] == k], metric) for k in ks}
+        plain = {f"k={k}": same(_of(shipped, k), _of(batch, k), metric) for k in ks}
+        names = ("threshold", "batch form")
+        found = compared(metric, pairs, margin=MARGINS[metric], names=names)
+        forgiven = "1%" if metric == NMSE else f"{MARGINS[CE]:g} nats"
+        told = f"the fixed threshold is at least as good in {name} as the batch form at inference (within {forgiven})"
+        l0 = {k: [str(round(sae.figure("l0").value, 2)) for sae in _of(shipped, k)] for k in ks}
+        rows = [
+            [*row, ", ".join(l0[k])]
+            for k, row in zip(ks, _plain_rows(compared(metric, plain, names=names)), strict=True)
+        ]
+        table = ["as they are", *names, "difference", "L0 threshold"], rows
+        parts.append(tested("S4", f"{told}, at equal L0", found, batch, table=table if found else None))
+    return parts
+
+
+def _of(saes: Sequence[Scored], k: int) -> list[Scored]:
+    return [sae for sae in saes if sae.settings["k"] == k]
+
+
+def _swapped(bench: Bench) -> list[Part]:
+    """Each SAE's own form against the other's, with the same weights and for the same k."""
+    parts = []
+    for variant, called, form in (("topk", "TopK", THRESHOLD), ("batchtopk", "BatchTopK", PER_TOKEN)):
+        own, other = (bench.pick(variant, width=bench.width, form=one) for one in (SHIPPED, form))
+        ks = sorted({sae.settings["k"] for sae in other})
+        for metric, name in METRICS.items():
+            pairs = {f"k={k}": same(_of(own, k), _of(other, k), metric) for k in ks}
+            found = compared(metric, pairs, names=("own form", "swapped"))
+            into = "a calibrated threshold" if form == THRESHOLD else "the top k of each token"
+            told = f"{called} under the other's activation function ({into}) loses in {name}"
+            parts.append(tested("S5", told, found, other))
+    return parts

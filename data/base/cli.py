@@ -1,0 +1,116 @@
+"""How each stage starts: one Hydra main, settings from `conf/`, one sentence and exit code 1 for a user's mistake."""
+
+from __future__ import annotations
+
+import errno
+import sys
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+
+from data.base.errors import UserError
+from data.storage.local import refuse_credentials
+
+CONF = Path(__file__).resolve().parents[2] / "conf"
+STAGES = ("harvest", "train")  # that a preset speaks to
+
+# glibc gives large blocks back to the kernel at once and pays a page fault for each page of the next one.
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
+
+
+def keep_freed_memory() -> None:
+    """Let the C allocator keep and reuse large blocks (Linux with glibc; elsewhere nothing happens)."""
+    if not sys.platform.startswith("linux"):
+        return
+    import ctypes
+
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(_M_MMAP_MAX, 0)
+        libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+        libc.mallopt(_M_TOP_PAD, 256 << 20)
+
+
+def sentence(error: Exception) -> str | None:
+    """What to tell a user of this error, or None where it is a fault of the program and deserves its traceback."""
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return f"the disk is full ({error.filename or 'while writing'}): free some space and run the same command again"
+    if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
+        return f"{error.filename} cannot be written or read with your permissions: change them or choose another folder"
+    return None
+
+
+@cache
+def _known(stage: str) -> frozenset[str]:
+    """The names of a stage's own settings; within a Hydra that is initialised."""
+    return frozenset(map(str, hydra.compose(stage)))
+
+
+def own(config: DictConfig, stage: str) -> dict[str, Any]:
+    """A stage's settings of a composed preset (conf/experiment), resolved.
+
+    A preset speaks to several stages: of a setting written `name: {harvest: ..., train: ...}` a stage takes its own
+    part, and it leaves what is another's alone. UserError names what no stage has.
+    """
+    found: dict[str, Any] = {}
+    for name in map(str, config):
+        value = config[name]
+        if name not in _known(stage):
+            if not any(name in _known(other) for other in STAGES):
+                raise UserError(f"the preset sets {name}, which no stage has: mend it in conf/experiment")
+            continue
+        parted = isinstance(value, DictConfig) and value.keys() <= set(STAGES)
+        if parted and stage not in value:
+            raise UserError(f"the preset sets {name} for other stages only: give {name}=... to {stage} too")
+        value = value[stage] if parted else value
+        found[name] = OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+    return found
+
+
+def settings_of(config: DictConfig, stage: str) -> dict[str, Any]:
+    """A stage's settings, resolved; of a preset, where one is asked for, what is of this stage."""
+    if HydraConfig.initialized() and "experiment" in HydraConfig.get().runtime.choices:
+        return own(config, stage)
+    settings = OmegaConf.to_container(config, resolve=True)
+    assert isinstance(settings, dict)
+    return {str(name): value for name, value in settings.items()}
+
+
+_failed = False  # whether an error has been told that the process is to end with
+
+
+def attempt(act: Callable[[], None]) -> None:
+    """Do `act`; what a user can mend is told in one sentence, and the process will end with exit code 1."""
+    global _failed
+    try:
+        act()
+    except Exception as error:
+        told = sentence(error)
+        if told is None:
+            raise
+        print(f"error: {told}", file=sys.stderr)
+        _failed = True
+
+
+def run(main: Callable[[DictConfig], None], config_name: str) -> None:
+    """Run a stage's `main` under Hydra with `conf/<config_name>.yaml` and the command line's overrides."""
+    keep_freed_memory()
+    attempt(lambda: refuse_credentials(" ".join(sys.argv[1:])))  # before Hydra writes them down
+    if _failed:
+        raise SystemExit(1)
+
+    def job(config: DictConfig) -> None:
+        attempt(lambda: main(config))
+        if _failed:
+            raise SystemExit(1)
+
+    hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(job)()
+    if _failed:
+        raise SystemExit(1)

@@ -1,0 +1,42 @@
+"""How sites of a language model are named. No torch here: a name can be refused before anything heavy is imported."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from data.base.errors import UserError
+
+KINDS = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")
+_KIND = "|".join(KINDS)
+_CANONICAL = re.compile(rf"({_KIND})\.(\d+)")
+_TRANSFORMER_LENS = re.compile(rf"blocks\.(\d+)\.hook_({_KIND})")
+_MODULE_PATH = re.compile(r"[A-Za-z_]\w*(\.\w+)*")
+
+
+@dataclass(frozen=True)
+class Site:
+    """One named point of a model: a kind of `KINDS` at a layer, or (kind "module") the output of the module `path`."""
+
+    kind: str
+    layer: int | None = None
+    path: str | None = None
+
+    @classmethod
+    def parse(cls, name: str) -> Site:
+        """Read `resid_post.3`, TransformerLens' `blocks.3.hook_resid_post` or a module path; UserError for the rest."""
+        if found := _CANONICAL.fullmatch(name):
+            return cls(found[1], int(found[2]))
+        if found := _TRANSFORMER_LENS.fullmatch(name):
+            return cls(found[2], int(found[1]))
+        if not _MODULE_PATH.fullmatch(name) or name in KINDS or re.match(rf"({_KIND})\.|.*\.hook_", name):
+            raise UserError(f"site {name!r} is not known: name one as {choices()}")
+        return cls("module", path=name)
+
+    def __str__(self) -> str:
+        return self.path if self.path is not None else f"{self.kind}.{self.layer}"
+
+
+def choices() -> str:
+    """The end of a sentence that says how a site may be named."""
+    return f"{', '.join(f'{kind}.<layer>' for kind in KINDS)} or the path of a module of the model"

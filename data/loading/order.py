@@ -1,0 +1,169 @@
+"""The order of rows: pure functions of (sizes, seed, epoch, rank, world).
+
+An epoch is one seeded order of the chunks, cut by rows into one part a rank; a rank's part is grouped into pools of K
+chunks. A pool is dealt out in runs of 16 rows as they are stored, each chunk's runs in a seeded order and spread evenly
+over the pool: rows are permuted within their unit when they are stored, so a run is 16 random rows of a unit, and a
+batch of 16*K rows or more has as many of each chunk as a permutation of all rows would give it, with less scatter.
+Batch i of a rank is rows [i*B, (i+1)*B) of its pools one after another. `sizes` is the number of valid rows of each
+chunk.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data.base.errors import UserError
+
+Ints = NDArray[np.int64]
+
+RUN = 16  # rows copied as one block; at most this, less at a chunk's ends
+
+
+def _words(n: int, *key: int | str) -> NDArray[np.uint64]:
+    """Random words that depend on `key` alone: bit generators are stable between numpy versions."""
+    entropy = int.from_bytes(hashlib.sha256(repr(key).encode()).digest(), "little")
+    words: NDArray[np.uint64] = np.random.PCG64(entropy).random_raw(n)
+    return words
+
+
+def seeded_permutation(n: int, *key: int | str) -> Ints:
+    """A permutation of 0..n-1 that depends on `key` alone, on any machine and numpy version.
+
+    Sorts random 64-bit words whose low bits carry the index, so that no two are equal; `Generator.permutation` is not
+    promised to stay as it is.
+    """
+    bits = np.uint64(max(n - 1, 1).bit_length())
+    words = _words(n, *key)
+    words = np.sort((words >> bits << bits) | np.arange(n, dtype=np.uint64))
+    return (words & ((np.uint64(1) << bits) - np.uint64(1))).astype(np.int64)
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Rows [starts[i], stops[i]) of each of `chunks`, held and mixed together.
+
+    The index-th pool of its rank; its first row is row `begin` of the rank's epoch.
+    """
+
+    index: int
+    begin: int
+    chunks: Ints
+    starts: Ints
+    stops: Ints
+
+    @property
+    def rows(self) -> int:
+        return int((self.stops - self.starts).sum())
+
+
+@dataclass(frozen=True)
+class Runs:
+    """A pool's rows in their order: `rows[i]` rows from row `starts[i]` on of the pool's chunk number `chunks[i]`."""
+
+    chunks: Ints
+    starts: Ints
+    rows: Ints
+
+    def cut(self, at: Ints) -> Runs:
+        """The same rows in the same order, with a new run at each row of the pool's order that `at` names."""
+        ends = np.cumsum(self.rows)
+        begins = ends - self.rows
+        points = np.union1d(begins, at)
+        of = np.searchsorted(begins, points, side="right") - 1
+        return Runs(self.chunks[of], self.starts[of] + points - begins[of], np.diff(points, append=ends[-1:]))
+
+    def indices(self, begins: Ints) -> Ints:
+        """Where each row lies in an array in which the chunk at place i of the pool begins at row `begins[i]`."""
+        ends = np.cumsum(self.rows)
+        offsets = begins[self.chunks] + self.starts - (ends - self.rows)
+        return np.repeat(offsets, self.rows) + np.arange(int(ends[-1]))
+
+
+def reserve(sizes: Ints, rows: int, seed: int) -> tuple[Ints, Ints]:
+    """Split chunk ids in (training, reserved): the fewest, by a seeded order, that hold at least `rows` rows.
+
+    Reserved rows serve the calibration, the optimizer never sees them. Raises UserError where nothing would be left.
+    """
+    order = seeded_permutation(len(sizes), "reserve", seed)
+    count = int(np.searchsorted(np.cumsum(sizes[order]), rows)) + 1 if rows > 0 else 0
+    if count >= len(sizes):
+        raise UserError(
+            f"{rows} rows cannot be set aside for calibration and leave chunks to train on: the store holds "
+            f"{int(sizes.sum())} rows in {len(sizes)} chunks, so harvest more tokens or lower calibration_tokens"
+        )
+    return np.sort(order[count:]), np.sort(order[:count])
+
+
+def pools(
+    sizes: Ints, *, seed: int, epoch: int, rank: int, world: int, pool_chunks: int, shuffle: bool = True
+) -> list[Pool]:
+    """The pools of one rank in one epoch.
+
+    Each rank has rows [N*rank//world, N*(rank+1)//world) of the chunk order, so a chunk at a border is shared by rows.
+    """
+    order = seeded_permutation(len(sizes), "chunks", seed, epoch) if shuffle else np.arange(len(sizes))
+    ends = np.cumsum(sizes[order])
+    begins, total = ends - sizes[order], int(sizes.sum())
+    first, last = total * rank // world, total * (rank + 1) // world
+    starts, stops = np.maximum(first - begins, 0), np.minimum(last - begins, sizes[order])
+    mine = np.flatnonzero(starts < stops)
+    found: list[Pool] = []
+    for at in range(0, len(mine), pool_chunks):
+        group = mine[at : at + pool_chunks]
+        begin = found[-1].begin + found[-1].rows if found else 0
+        found.append(Pool(len(found), begin, order[group], starts[group], stops[group]))
+    return found
+
+
+def pool_runs(pool: Pool, *, seed: int, epoch: int, rank: int, shuffle: bool = True) -> Runs:
+    """The order of a pool's rows.
+
+    Each chunk is cut at a random offset and then every RUN rows. Its n runs, in a random order, have one random place
+    each in the n-ths of the pool, and the runs of all chunks are sorted by place.
+    """
+    chunks, rows = np.arange(len(pool.chunks)), pool.stops - pool.starts
+    if not shuffle:
+        return Runs(chunks, pool.starts, rows)
+    most = int((rows // RUN + 2).sum())
+    words = _words(len(rows) + 2 * most, "pool", seed, epoch, rank, pool.index)
+    offsets = (words[: len(rows)] % np.uint64(RUN)).astype(np.int64)
+    counts = -(-(rows + offsets) // RUN)
+    of = np.repeat(chunks, counts)
+    number = np.arange(len(of)) - np.repeat(np.cumsum(counts) - counts, counts)
+    begins = (pool.starts - offsets)[of] + number * RUN
+    starts, stops = np.maximum(begins, pool.starts[of]), np.minimum(begins + RUN, pool.stops[of])
+    shuffled, jitter = words[len(rows) :][: len(of)], words[len(rows) + most :][: len(of)]
+    turns = np.empty_like(number)
+    turns[np.lexsort((shuffled, of))] = number
+    places = ((turns << 40) + (jitter >> np.uint64(24)).astype(np.int64)) // counts[of]
+    order = np.argsort(places, kind="stable")
+    return Runs(of[order], starts[order], (stops - starts)[order])
+
+
+def batches_per_epoch(rows: int, *, batch: int, world: int, drop_last: bool = True) -> int:
+    """Batches of every rank: as many as the rank with the fewest of the `rows` rows has."""
+    least = rows // world
+    return least // batch if drop_last else -(-least // batch)
+
+
+def check(sizes: Ints, *, seed: int, epoch: int, world: int, pool_chunks: int, shuffle: bool = True) -> None:
+    """Prove that the ranks' pools, as they are dealt out, hold each row exactly once."""
+    begins, seen = np.cumsum(sizes) - sizes, np.zeros(int(sizes.sum()), np.int64)
+    for rank in range(world):
+        order = {"seed": seed, "epoch": epoch, "rank": rank}
+        for pool in pools(sizes, **order, world=world, pool_chunks=pool_chunks, shuffle=shuffle):
+            runs = pool_runs(pool, **order, shuffle=shuffle)
+            np.add.at(seen, runs.indices(begins[pool.chunks]), 1)
+    assert (seen == 1).all(), f"{int((seen != 1).sum())} rows do not come exactly once"
+
+
+def mixing_span(unit_rows: int, pool_chunks_units: int, total: int) -> float:
+    """The uniform shuffle buffer, in rows, that mixes as well: 1 / (1/(H*K) + 1/N).
+
+    H rows of a unit, K units in a pool, N rows in all.
+    """
+    return 1.0 / (1.0 / (unit_rows * pool_chunks_units) + 1.0 / total)

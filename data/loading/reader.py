@@ -1,0 +1,230 @@
+"""Read the committed chunks of one site, in (unit, chunk) order: straight from their files, or through zarr."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterable, Sequence
+from itertools import count
+from pathlib import Path
+from threading import Lock
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from data.base.errors import UserError
+from data.loading.order import Ints
+from data.store.commit import Chunk
+from data.store.store import Store
+
+_MOST_PARTS = 1024  # that one preadv takes, on Linux and elsewhere
+_TORCH = {
+    **{"uint16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32},
+    **{"int8": torch.int8, "int32": torch.int32},
+}
+
+
+@runtime_checkable
+class Reader(Protocol):
+    """Chunks 0..n-1 of a site. Reads may run in several threads at once."""
+
+    @property
+    def width(self) -> int:
+        """Numbers in a row as it is stored: rows are read so, and `Store.decoder` makes activations of them."""
+        ...
+
+    @property
+    def row_shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def sizes(self) -> Ints:
+        """Valid rows of each chunk."""
+        ...
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """In memory; uint16 are the bits of bfloat16."""
+        ...
+
+    @property
+    def torch_dtype(self) -> torch.dtype: ...
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes of rows that it has read so far, in all threads."""
+        ...
+
+    def read(self, chunk: int, out: NDArray[Any], start: int = 0) -> None:
+        """Fill `out` with the chunk's valid rows from `start` on, as many as there are and fit.
+
+        A UserError names a chunk file that is missing or of another length than was committed.
+        """
+        ...
+
+
+class _CommittedReader:
+    """What both readers know from the commit records alone."""
+
+    def __init__(self, store: Store, split: str, site: str) -> None:
+        self.store, self.split, self.site = store, split, site
+        self.row_shape = store.row_shape(split, site)
+        self.width = int(np.prod(self.row_shape))
+        self.dtype = store.rows_of(site).dtype
+        self.torch_dtype = _TORCH[self.dtype.name]
+        self.chunks: list[Chunk] = []  # the file that each chunk is in
+        self.numbers: list[int] = []  # of each chunk in the array
+        self.within: list[int] = []  # and in its file
+        sizes: list[int] = []
+        layout = store.layout
+        for unit, commit in store.committed(split, site).items():
+            for file, number in zip(commit.chunks, count(unit * layout.files_per_unit)):
+                rows = layout.chunks(file.rows)
+                first = number * layout.file_rows // layout.chunk_rows
+                self.chunks += [file] * len(rows)
+                self.numbers += range(first, first + len(rows))
+                self.within += range(len(rows))
+                sizes += rows
+        self.sizes = np.array(sizes, np.int64)
+        self.bytes_read, self._counting = 0, Lock()
+
+    def _count(self, rows: Iterable[NDArray[Any]]) -> None:
+        with self._counting:
+            self.bytes_read += sum(part.nbytes for part in rows)
+
+    def _part(self, chunk: int, out: NDArray[Any], start: int) -> NDArray[Any]:
+        """The rows of `out` that a read fills."""
+        assert out.dtype == self.dtype and out.shape[1:] == self.row_shape, (out.dtype, out.shape)
+        assert 0 <= start <= self.sizes[chunk], (chunk, start)
+        return out[: int(self.sizes[chunk]) - start]
+
+    def _wrong(self, record: Chunk, what: str) -> UserError:
+        return UserError(
+            f"{self.store.path / record.key} {what}: delete commits/{self.split}/*.{self.site}.json of its unit and "
+            "harvest again"
+        )
+
+
+def _missing(file: int, outs: Sequence[NDArray[Any]], at: int) -> int:
+    """Fill `outs` one after another from byte `at` of a file on; the bytes that its end leaves unfilled."""
+    wanted = sum(out.nbytes for out in outs)
+    got = os.preadv(file, outs, at)  # type: ignore[arg-type]  # numpy's arrays are buffers, which 3.11's types cannot say
+    while got < wanted:  # some file systems give less than they have
+        skipped, left = 0, []
+        for out in outs:
+            left += [out.data.cast("B")[max(got - skipped, 0) :]] if skipped + out.nbytes > got else []
+            skipped += out.nbytes
+        more = os.preadv(file, left, at + got)
+        if not more:
+            break
+        got += more
+    return wanted - got
+
+
+class DirectReader(_CommittedReader):
+    """Reads chunks into place from their files or shards; from folders without a codec, on little-endian machines.
+
+    In a shard without a codec the chunks lie one after another (`data.store.chunk_codec`), so its index need not be
+    read.
+    """
+
+    def __init__(self, store: Store, split: str, site: str) -> None:
+        super().__init__(store, split, site)
+        assert isinstance(store.path, Path)
+        self._folder = store.path
+
+    def read(self, chunk: int, out: NDArray[Any], start: int = 0) -> None:
+        self.scatter(chunk, [self._part(chunk, out, start)], start)
+
+    def scatter(self, chunk: int, outs: Sequence[NDArray[Any]], start: int) -> None:
+        """Fill `outs` one after another with the chunk's rows from `start` on, which must be enough."""
+        record = self.chunks[chunk]
+        try:
+            file = os.open(self._folder / record.key, os.O_RDONLY)
+        except FileNotFoundError:
+            raise self._wrong(record, "is missing") from None
+        try:
+            length = os.fstat(file).st_size
+            if length == record.bytes:
+                at = (self.within[chunk] * self.store.layout.chunk_rows + start) * self.width * self.dtype.itemsize
+                for first in range(0, len(outs), _MOST_PARTS):
+                    parts = outs[first : first + _MOST_PARTS]
+                    length -= _missing(file, parts, at)
+                    at += sum(part.nbytes for part in parts)
+        finally:
+            os.close(file)
+        if length != record.bytes:
+            raise self._wrong(record, f"has {length} bytes where {record.bytes} were committed")
+        self._count(outs)
+
+
+class RangeReader(_CommittedReader):
+    """Reads chunks into place, each by one request to wherever a store lies; without a codec, as `DirectReader`."""
+
+    def read(self, chunk: int, out: NDArray[Any], start: int = 0) -> None:
+        part, record = self._part(chunk, out, start), self.chunks[chunk]
+        assert part.flags.c_contiguous
+        at = (self.within[chunk] * self.store.layout.chunk_rows + start) * self.width * self.dtype.itemsize
+        into = memoryview(part.reshape(-1).view(np.uint8).data)
+        try:
+            length = self.store.place.read_into(record.key, at, into)
+        except FileNotFoundError:
+            raise self._wrong(record, "is missing") from None
+        if length != record.bytes:
+            raise self._wrong(record, f"has {length} bytes where {record.bytes} were committed")
+        self._count([part])
+
+
+class ZarrReader(_CommittedReader):
+    """Reads through zarr-python: any codec it knows."""
+
+    def __init__(self, store: Store, split: str, site: str) -> None:
+        super().__init__(store, split, site)
+        import zarr
+
+        import data.store.zarr_bfloat16  # noqa: F401  registers the type
+
+        self._array = zarr.open_array(**store.place.zarr(f"{split}/{site}"), mode="r")
+
+    def read(self, chunk: int, out: NDArray[Any], start: int = 0) -> None:
+        from zarr.core.buffer.cpu import NDBuffer
+
+        part, record = self._part(chunk, out, start), self.chunks[chunk]
+        length = self.store.place.size(record.key)
+        if length is None:  # zarr would give zeros
+            raise self._wrong(record, "is missing")
+        if length != record.bytes:
+            raise self._wrong(record, f"has {length} bytes where {record.bytes} were committed")
+        first = self.numbers[chunk] * self.store.layout.chunk_rows + start
+        try:
+            self._array.get_basic_selection(slice(first, first + len(part)), out=NDBuffer.from_numpy_array(part))
+        except (RuntimeError, ValueError):  # of codecs and of a shard's index
+            raise self._wrong(record, "is damaged") from None
+        self._count([part])
+
+
+def scatter(reader: Reader, chunk: int, outs: Sequence[NDArray[Any]], start: int) -> None:
+    """Fill `outs`, each [n, width], one after another with the chunk's rows from `start` on, as many as they take."""
+    if isinstance(reader, DirectReader):
+        reader.scatter(chunk, outs, start)
+        return
+    rows = np.empty((sum(map(len, outs)), *reader.row_shape), reader.dtype)
+    reader.read(chunk, rows, start)
+    at = 0
+    for out in outs:
+        out[...] = rows[at : at + len(out)]
+        at += len(out)
+
+
+def open_reader(store: Store, split: str, site: str) -> Reader:
+    """The fastest reader that can read this site; a UserError where the store does not have it."""
+    metadata, layout = store.metadata(split, site), store.layout
+    as_written = store.rows_of(site).format(tuple(metadata["shape"][1:])).metadata()
+    plain = layout.codec is None and metadata["codecs"] == as_written["codecs"]
+    if sys.byteorder == "little" and plain:
+        if not isinstance(store.path, Path):
+            return RangeReader(store, split, site)
+        if hasattr(os, "preadv"):
+            return DirectReader(store, split, site)
+    return ZarrReader(store, split, site)

@@ -1,0 +1,76 @@
+"""What lies in a place of stores, and which files belong to a store."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection
+from pathlib import Path
+
+from data.base.errors import UserError
+from data.storage.local import Location, place_at
+from data.store.manifest import HELDOUT, TRAIN, Json
+from data.store.store import Store
+
+SPLITS = (TRAIN, HELDOUT)
+RECORD = re.compile(r"(\d{6,})\.(\w[\w.-]*)\.json")
+
+
+def is_store(path: Location) -> bool:
+    """Whether a folder is a store or what is left of one."""
+    place = place_at(path)
+    return place.size("manifest.json") is not None or "commits" in place.folders()
+
+
+def stores_below(path: Location) -> list[Location]:
+    """The folder itself, if it is a store, else all stores below it, by path; a UserError where it does not exist."""
+    if isinstance(path, Path) and not path.is_dir():
+        raise UserError(f"{path} is no folder: name a store, or a folder that holds some")
+    if is_store(path):
+        return [path]
+    below = (path / name for name in place_at(path).folders())
+    return [store for at in below if not (isinstance(at, Path) and at.is_symlink()) for store in stores_below(at)]
+
+
+def leftovers(names: Collection[str], keys: Collection[str]) -> list[str]:
+    """Those of a store's files that are no part of it; `keys` are the chunk files its records name."""
+
+    def belongs(name: str) -> bool:
+        *folders, file = name.split("/")
+        if file == "zarr.json":
+            return len(folders) <= 2 and folders[:1] in ([], *([split] for split in SPLITS))
+        if folders[:1] == ["commits"]:
+            return len(folders) == 2 and folders[1] in SPLITS and bool(RECORD.fullmatch(file))
+        return name in ("manifest.json", "complete.json") or name in keys
+
+    return sorted(name for name in names if not belongs(name))
+
+
+def arrays(store: Store, split: str) -> list[str]:
+    """Every array of a split that has a commit record, tokens and origin among them."""
+    records = (RECORD.fullmatch(name) for name in store.place.names(f"commits/{split}"))
+    return sorted({record[2] for record in records if record})
+
+
+def chunk_keys(store: Store) -> set[str]:
+    """The chunk files that the commit records name; a UserError names a damaged record."""
+    return {
+        chunk.key
+        for split in SPLITS
+        for site in arrays(store, split)
+        for commit in store.committed(split, site).values()
+        for chunk in commit.chunks
+    }
+
+
+def extent(store: Store) -> Json:
+    """{split: {site: committed rows}}, as complete.json says it when all that was asked for is there."""
+    return {split: {site: store.rows(split, site) for site in store.sites(split)} for split in SPLITS}
+
+
+def size(count: float) -> str:
+    """A number of bytes for people: `1.3 GB`."""
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:,.0f} bytes" if unit == "bytes" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"

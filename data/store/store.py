@@ -1,0 +1,329 @@
+"""The store: a place of Zarr v3 arrays, one chunk a file, where only what a commit record names counts.
+
+    manifest.json                            written first
+    <split>/<site>/                          array [capacity, width], rows of all sites align; plain chunks, or as the
+                                             layout says int8 rows, compressed, a unit in one shard
+    <split>/tokens, <split>/origin           int32 [capacity], int32 [capacity, 2] (sequence, position)
+    commits/<split>/<unit>.<site>.json       written last: rows, bytes and crc32c of each chunk file, statistics
+    complete.json                            written when all that was asked for is committed
+    claims/                                  there only while processes write: data/storage/file_leases.py
+
+A unit is `layout.chunks_per_unit` consecutive chunks, of which only those that hold rows are written; with shards its
+one file is what is called a chunk file here. A committed unit is never written again. Any number of processes may
+write: each chunk is staged under a name of its own, and a unit's chunks come to their places and its record is written,
+once, as a folder or an object store can: data/storage/local.py.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data.base.errors import UserError
+from data.loading.order import Ints, seeded_permutation
+from data.storage.file_leases import Overtaken
+from data.storage.local import Location, locate, place_at
+from data.store.commit import Chunk, Commit
+from data.store.manifest import HELDOUT, TRAIN, Json, Layout, Manifest, differing, seal, seal_array, unseal
+from data.store.row_format import BOOKS, Rows
+from data.store.stats import Stats
+
+if TYPE_CHECKING:  # it needs torch
+    from data.store.int8 import Decoder, Standard
+
+TOKENS, ORIGIN = BOOKS
+_SITE = re.compile(r"\w[\w.-]*")
+
+
+class Store:
+    """One store, open."""
+
+    def __init__(self, path: Location, manifest: Manifest) -> None:
+        self.path, self.manifest, self.place = path, manifest, place_at(path)
+        self.claims = self.place.claims
+        self._commits: dict[str, Commit] = {}  # a record never changes once it is there
+        self._rows: dict[str, Rows] = {}  # nor does how a site's rows are encoded
+
+    @classmethod
+    def open(cls, path: Location | str) -> Store:
+        """Open a folder or URL; a UserError where it is no store, its manifest is damaged or its format is newer."""
+        path = locate(path)
+        try:
+            return cls(path, Manifest.from_json(place_at(path).read("manifest.json"), path / "manifest.json"))
+        except (FileNotFoundError, NotADirectoryError):
+            raise UserError(
+                f"{path} is not a store (it has no manifest.json): give the folder of a harvested cache"
+            ) from None
+
+    @classmethod
+    def create_or_open(cls, cache: Location, manifest: Manifest) -> Store:
+        """Open `manifest`'s folder in `cache`, or make it, manifest first; a UserError names fields that differ."""
+        path = cache / manifest.folder
+        place = place_at(path)
+        if place.size("manifest.json") is None:
+            if "commits" in place.folders():
+                raise UserError(
+                    f"{path} has lost its manifest.json: restore it, or delete the folder and harvest again"
+                )
+            place.create("manifest.json", manifest.to_json())
+        store = cls.open(path)
+        fields = differing(store.manifest.identity, manifest.identity)
+        if fields:
+            raise UserError(f"{path} was made otherwise ({'; '.join(fields)}): ask for the same, or use another cache")
+        return store
+
+    @property
+    def layout(self) -> Layout:
+        return self.manifest.layout
+
+    def array_path(self, split: str, site: str) -> Location:
+        return self.path / split / site
+
+    def metadata(self, split: str, site: str) -> Json:
+        """The array's zarr.json; a UserError where the store has no such site."""
+        key = f"{split}/{site}/zarr.json"
+        try:
+            return self._parsed(key, self.place.read(key))
+        except FileNotFoundError:
+            have = ", ".join(self.sites(split)) or "none"
+            raise UserError(
+                f"{self.path} has no site {site} in split {split} (it has: {have}): harvest it first"
+            ) from None
+
+    def _parsed(self, key: str, data: bytes) -> Json:
+        try:
+            found: Json = json.loads(data)
+            return found
+        except ValueError:
+            raise UserError(f"{self.path / key} is damaged: delete the store and harvest again") from None
+
+    def row_shape(self, split: str, site: str) -> tuple[int, ...]:
+        """Of rows as they are stored."""
+        return tuple(self.metadata(split, site)["shape"][1:])
+
+    def rows_of(self, site: str) -> Rows:
+        """The forms that the rows of a site or book have, in either split."""
+        rows = self._rows.get(site) or Rows(self.layout, site, {})
+        if rows.is_int8 and not rows.attributes:
+            for split in (TRAIN, HELDOUT):
+                if not rows.attributes and self.place.size(f"{split}/{site}/zarr.json") is not None:
+                    rows = Rows(self.layout, site, self.metadata(split, site).get("attributes", {}))
+        if rows.attributes or not rows.is_int8:
+            self._rows[site] = rows
+        return rows
+
+    def decoder(self, split: str, site: str) -> Decoder:
+        """A new module that turns stored rows [B, W] into activations [B, `decoder.width`], on any device."""
+        rows = self.rows_of(site)
+        return rows.decoder(rows.width(self.row_shape(split, site)))
+
+    def require(self, split: str, site: str, width: int, rows_capacity: int, standard: Standard | None = None) -> None:
+        """Make the array of a site with room for `rows_capacity` rows in whole units, or let it grow; never shrinks.
+
+        standard: what int8 rows are encoded by, where no array of the site says it yet.
+        """
+        assert _SITE.fullmatch(site), f"{site!r} cannot name a folder"
+        key, unit_rows = f"{split}/{site}/zarr.json", self.layout.unit_rows
+        capacity = -(-rows_capacity // unit_rows) * unit_rows
+        row_shape = self.rows_of(site).shape(width)
+        made = {} if self.place.size(key) else self.rows_of(site).zarr_files(split, (capacity, *row_shape))
+        for group in (name for name in made if name != key):
+            self.place.update(group, lambda old, new=made[group]: old or new)  # type: ignore[misc]
+
+        def grown(old: bytes | None) -> bytes:
+            found = self._parsed(key, old or made[key])
+            shape = (found["shape"][0], *row_shape)
+            assert tuple(found["shape"]) == shape, f"{key} has rows of shape {found['shape'][1:]}, not {row_shape}"
+            if self.rows_of(site).is_int8:
+                encoded_by = self.rows_of(site).standard or standard
+                assert encoded_by is not None and len(encoded_by.mean) == width, f"{site} has no standard for {width}"
+                found["attributes"] = {"encoding": encoded_by.attributes(site)}
+            return seal_array(found | {"shape": [max(capacity, shape[0]), *row_shape]})
+
+        self.place.update(key, grown)
+
+    @staticmethod
+    def _record(split: str, unit: int, site: str) -> str:
+        return f"commits/{split}/{unit:06d}.{site}.json"
+
+    def _records(self, split: str) -> list[tuple[int, str, str]]:
+        """(unit, site, key) of every commit of a split, by unit."""
+        names = (name for name in self.place.names(f"commits/{split}") if name[0].isdigit() and name.endswith(".json"))
+        parts = (name.split(".", 1) for name in names)
+        found = sorted((int(unit), rest.removesuffix(".json")) for unit, rest in parts)
+        return [(unit, site, self._record(split, unit, site)) for unit, site in found]
+
+    def is_committed(self, split: str, unit: int, site: str) -> bool:
+        return self.place.size(self._record(split, unit, site)) is not None
+
+    def committed(self, split: str, site: str) -> dict[int, Commit]:
+        """The commits of a site by unit, in order; a UserError names a damaged record."""
+        records = [(unit, key) for unit, name, key in self._records(split) if name == site]
+        unread = [key for _, key in records if key not in self._commits]
+        for key, data in zip(unread, self.place.reads(unread), strict=True):
+            if data is not None:  # else it was removed a moment ago
+                self._commits[key] = Commit.of(data, self.path / key)
+        return {unit: self._commits[key] for unit, key in records if key in self._commits}
+
+    def permutation(self, split: str, unit: int, n: int) -> Ints:
+        """The seeded order of a unit's `n` rows, the same for all its sites, tokens and origin."""
+        return seeded_permutation(n, "mixing", self.layout.mixing_seed, split, unit)
+
+    def write(
+        self, split: str, unit: int, site: str, rows: NDArray[Any], made_by: Json, order: Ints | None = None
+    ) -> Commit:
+        """Write and commit a unit's rows, [n, width] in the native dtype: row i is `rows[order[i]]`, or `rows[i]`.
+
+        Chunks are on the disk before their record is. Where the unit is committed by the time, that commit stands and
+        is returned. A UserError refuses values that are not finite; Overtaken tells that the claim was taken over.
+        """
+        layout = self.layout
+        shape = self.metadata(split, site)["shape"]
+        kind = self.rows_of(site)
+        assert rows.dtype == kind.native and np.prod(rows.shape[1:]) == kind.width(shape[1:]), (rows.dtype, rows.shape)
+        assert len(rows) <= layout.unit_rows and (unit + 1) * layout.unit_rows <= shape[0], (len(rows), unit, shape)
+        stage = self.claims.stage(split, unit, site)
+        try:
+            chunks, stats = self._stage(stage, split, unit, kind, rows, order, tuple(shape[1:]))
+            moments = (stats.sum.tolist(), stats.sum_sq, stats.mean_norm, stats.max_abs)
+            commit = Commit(split, unit, site, len(rows), tuple(chunks), *moments, nonfinite=0, made_by=made_by)
+            record, keys = self._record(split, unit, site), [chunk.key for chunk in chunks]
+            standing = self.place.settle(stage, keys, record, seal(asdict(commit)))
+            return Commit.of(standing, self.path / record)
+        except FileNotFoundError:
+            if self.place.size(f"{split}/{site}/zarr.json") is not None:
+                raise Overtaken(f"unit {unit} of {split}/{site}") from None
+            raise
+        finally:
+            self.claims.unstage(stage)
+
+    def _stage(
+        self,
+        stage: Location,
+        split: str,
+        unit: int,
+        kind: Rows,
+        rows: NDArray[Any],
+        order: Ints | None,
+        row_shape: tuple[int, ...],
+    ) -> tuple[list[Chunk], Stats]:
+        """Write the chunk files of a unit into `stage`; statistics are of the values that will be read."""
+        parts: list[Stats] = []
+
+        def stored(first: int, n: int) -> Iterator[NDArray[Any]]:
+            for at in range(first, first + n, self.layout.chunk_rows):
+                chunk = slice(at, min(at + self.layout.chunk_rows, first + n))
+                # Only a chunk is there twice; and rows[order[chunk]] takes ten times as long.
+                part = kind.stored(rows[chunk] if order is None else rows.take(order[chunk], axis=0))
+                if not kind.is_book:
+                    parts.append(Stats.of(kind.values(part)))
+                    if not np.isfinite(parts[-1].max_abs):
+                        at_site = f"unit {unit} of {split}/{kind.site}"
+                        raise UserError(f"{at_site} holds values that are not finite: it is not stored")
+                yield part
+
+        chunks, at = [], 0
+        for number, n in enumerate(self.layout.files(len(rows)), unit * self.layout.files_per_unit):
+            key = self.key(split, kind.site, number, row_shape)
+            pieces = kind.format(row_shape).pieces(stored(at, n))
+            chunks.append(Chunk(key, n, *self._write_chunk(stage, key, pieces)))
+            at += n
+        return chunks, Stats.merge(parts) if parts else Stats(len(rows), np.zeros(0), 0.0, 0.0, 0.0)
+
+    @staticmethod
+    def key(split: str, site: str, number: int, row_shape: tuple[int, ...]) -> str:
+        """The path, below the store, of the number-th chunk file of an array."""
+        return f"{split}/{site}/c.{number}" + ".0" * len(row_shape)
+
+    def _write_chunk(self, stage: Location, key: str, pieces: Iterable[bytes]) -> tuple[int, str]:
+        """Write one chunk file into `stage`; returns its bytes and their crc32c."""
+        import google_crc32c
+
+        crc, size = 0, 0
+
+        def counted() -> Iterator[bytes]:
+            nonlocal crc, size
+            for data in pieces:
+                crc, size = google_crc32c.extend(crc, data), size + len(data)
+                yield data
+
+        self.place.put_staged(stage, key.rpartition("/")[2], counted())
+        return size, f"{crc:08x}"
+
+    def rows(self, split: str, site: str) -> int:
+        """Committed rows."""
+        return sum(commit.rows for commit in self.committed(split, site).values())
+
+    def sites(self, split: str) -> list[str]:
+        """Activation sites with something committed, without tokens and origin."""
+        return sorted({site for _, site, _ in self._records(split)} - BOOKS.keys())
+
+    def stats(self, split: str, site: str) -> Stats:
+        """Statistics over all committed rows; a UserError where there are none."""
+        parts = [commit.stats for commit in self.committed(split, site).values() if commit.rows]
+        if not parts:
+            raise UserError(f"{self.path} holds no rows of {site} in split {split}: harvest them first")
+        return Stats.merge(parts)
+
+    def mark_complete(self, extent: Callable[[], Json]) -> None:
+        """Record that all of `extent()`, looked at while no other process does the same, is committed."""
+        self.place.update("complete.json", lambda _: seal(extent()))
+
+    @property
+    def complete(self) -> Json | None:
+        """The extent last marked complete, or None."""
+        try:
+            data = self.place.read("complete.json")
+        except FileNotFoundError:
+            return None
+        return unseal(data, self.path / "complete.json", "delete it and run the same harvest again")
+
+
+def _stores(cache: Location) -> tuple[list[Store], list[UserError]]:
+    """All stores of a cache folder by name, and what is wrong with those that cannot be opened."""
+    found, wrong = [], []
+    for path in (cache / name for name in place_at(cache).folders()):
+        if place_at(path).size("manifest.json") is None:
+            continue
+        try:
+            found.append(Store.open(path))
+        except UserError as error:
+            wrong.append(error)
+    return found, wrong
+
+
+def _matching(cache: Location, matches: Callable[[Store], bool]) -> list[Store]:
+    """The stores that match; where none does but some could not be opened, the first such error."""
+    stores, wrong = _stores(cache)
+    found = [store for store in stores if matches(store)]
+    if not found and wrong:
+        raise wrong[0]
+    return found
+
+
+def find(cache: Location, settings: Json) -> list[Store]:
+    """All stores of a cache that were asked for with just these settings."""
+    return _matching(cache, lambda store: store.manifest.settings == settings)
+
+
+def find_fingerprint(cache: Location, fingerprint: str) -> Store:
+    """The store with this fingerprint; a UserError where there is none."""
+    found = _matching(cache, lambda store: store.manifest.fingerprint == fingerprint)
+    if not found:
+        raise UserError(f"no store in {cache} has the fingerprint {fingerprint[:12]}: harvest it again or set cache=")
+    return found[0]
+
+
+def pick(stores: Sequence[Store]) -> Store:
+    """The one store of `stores` (at least one); a UserError lists several, for nothing is guessed."""
+    assert stores, "no store to pick from"
+    if len(stores) > 1:
+        names = ", ".join(str(store.path) for store in stores)
+        raise UserError(f"{len(stores)} stores match these settings ({names}): choose one with store=<path>")
+    return stores[0]

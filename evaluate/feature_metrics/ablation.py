@@ -1,0 +1,95 @@
+"""Downstream sparsity: how few of the next tokens' logits a single active latent moves.
+
+Gao et al. 2406.04093, section 4.3. At a random token a random active latent's part is taken from the site's tensor,
+the rest of it untouched. Of the differences of the logits, at this and the next AFTER tokens, the median over the
+vocabulary is subtracted at each token; of all V * T values d the figure is (||d||_1 / ||d||_2)^2 / (V T), near 1 where
+every logit moves alike and near 0 where few do. Letters: A ablations of a context, T tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from data.base.errors import UserError
+from evaluate.feature_metrics.bases import Basis
+from evaluate.feature_metrics.probe import interval
+from evaluate.feature_metrics.sample import Held
+from harvest.hooks import replace
+
+AFTER = 16
+
+
+def sparsity(d_ATV: Float[Tensor, "A T V"]) -> Float[Tensor, " A"]:
+    """(||d||_1 / ||d||_2)^2 / (V T) after the median over V (of an even V the lower) is taken from each token; NaN
+    where nothing moves."""
+    d = (d_ATV.double() - d_ATV.double().median(-1, keepdim=True).values).flatten(1)
+    return d.abs().sum(1).square() / d.square().sum(1) / d.shape[1]
+
+
+def places(held: Held, contexts: int, seed: int) -> list[tuple[int, int]]:
+    """(context, position) of seeded random kept tokens of the second half, one a context, with AFTER more to come."""
+    length = held.packed.contexts.shape[1]
+    if length <= AFTER:
+        raise UserError(
+            f"gao's ablation looks {AFTER} tokens ahead and contexts have {length}: leave ablation out of gao"
+        )
+    rng, half = np.random.default_rng([seed, 7]), held.half(True)
+    found = []
+    for context in rng.permutation(np.arange(half.start, half.stop)).tolist():
+        kept = np.flatnonzero(held.packed.keep[context, : length - AFTER])
+        if len(kept):
+            found.append((context, int(rng.choice(kept))))
+        if len(found) == contexts:
+            break
+    return sorted(found)
+
+
+@torch.inference_mode()
+def ablate(held: Held, basis: Basis, place: tuple[int, int], count: int, rng: np.random.Generator) -> Tensor:
+    """The figures of at most `count` units active at a place, [A], in one forward with the clean one beside them."""
+    context, position = place
+    reader = held.reader
+    device = next(reader.model.parameters()).device
+    ids_1T = torch.from_numpy(held.packed.contexts[context : context + 1, : position + AFTER + 1]).to(
+        device, torch.int64
+    )
+    row_1X = reader.read(ids_1T)[basis.of_neurons][:, position]
+    f_F = basis.active(row_1X)[0]
+    active = f_F.nonzero().squeeze(1).cpu().numpy()
+    if not len(active):
+        return torch.zeros(0)
+    units = torch.from_numpy(np.sort(rng.choice(active, min(count, len(active)), replace=False))).to(device)
+    part_AD = basis.part(row_1X.expand(len(units), -1), f_F[units], units)
+
+    def put(x_BTD: Tensor) -> Tensor:
+        changed = x_BTD.clone()
+        changed[1:, position] -= part_AD.to(changed)
+        return changed
+
+    with replace(reader.model, reader.site, put):
+        ids = ids_1T.expand(1 + len(units), -1)
+        logits = reader.model(input_ids=ids, use_cache=False).logits[:, position:].float()
+    return sparsity(logits[1:] - logits[:1]).cpu()
+
+
+def downstream(
+    held: Held, basis: Basis, *, contexts: int, count: int, bootstrap: int, seed: int, told: Callable[[int], Any]
+) -> dict[str, Any]:
+    """Mean sparsity over ablations, with an interval over contexts; how many there were and how many moved nothing."""
+    rng = np.random.default_rng([seed, 11])
+    items, ablations, still = [], 0, 0
+    for place in places(held, contexts, seed):
+        figures = ablate(held, basis, place, count, rng)
+        moved = figures[figures.isfinite()]
+        ablations, still = ablations + len(figures), still + len(figures) - len(moved)
+        if len(moved):
+            items.append([float(moved.sum()), float(len(moved))])
+        told(1)
+    figure = interval(np.array(items).reshape(-1, 2), lambda drawn: float(drawn[0] / drawn[1]), bootstrap, seed)
+    return {"fraction": figure, "ablations": ablations, "without_effect": still}

@@ -1,0 +1,195 @@
+"""The feature metrics of one site: what they will cost, told first, then each for all bases, with its progress."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from data.base.cli import CONF
+from data.base.errors import UserError
+from data.base.settings import whole
+from evaluate.feature_metrics import logistic as newton
+from evaluate.feature_metrics.ablation import AFTER, downstream
+from evaluate.feature_metrics.bases import BASELINES, Basis, Directions, Neurons, SAEBasis
+from evaluate.feature_metrics.patterns import LONGEST, SUBSTITUTES, explain
+from evaluate.feature_metrics.probe import BLOCK, ask, probe
+from evaluate.feature_metrics.sample import Held, Sample, take
+from evaluate.feature_metrics.tasks import Task, load_tasks
+from train.sae.base import SAE
+from train.sae.parts.init import directions
+
+METRICS = ("probe", "patterns", "ablation")
+COUNTS = ("probe_tokens", "units", "examples", "places", "ablations")
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The settings of `gao` and `gao_with`, checked."""
+
+    metrics: tuple[str, ...]
+    tasks: list[Task]
+    baselines: tuple[str, ...]
+    probe_tokens: int
+    units: int
+    examples: int
+    places: int
+    ablations: int
+    bootstrap: int
+    seed: int
+
+
+def asked(config: Mapping[str, Any]) -> Asked | None:
+    """None where `gao` is null; UserError for what the settings cannot be."""
+    if config["gao"] is None:
+        return None
+    named = config["gao"]
+    metrics = METRICS if named == "all" else tuple([named] if isinstance(named, str) else named)
+    if strange := [name for name in metrics if name not in METRICS]:
+        raise UserError(f"gao={strange[0]} is unknown: choose all or some of {', '.join(METRICS)}")
+    if config["form"] != "shipped":
+        raise UserError(f"gao measures the form that ships: leave it out with form={config['form']}")
+    own = config["gao_with"]
+    if strange := [name for name in own["baselines"] if name not in BASELINES]:
+        raise UserError(f"gao_with.baselines={strange[0]} is unknown: choose some of {', '.join(BASELINES)}")
+    counts = {name: whole({f"gao_with.{name}": own[name]}, f"gao_with.{name}", 1) for name in COUNTS}
+    tasks = load_tasks(Path(own["tasks"]) if own["tasks"] else CONF / "probes.yaml") if "probe" in metrics else []
+    shared = {name: config[name] for name in ("bootstrap", "seed")}
+    return Asked(metrics, tasks, tuple(own["baselines"]), **counts, **shared)
+
+
+def bases_of(
+    saes: Mapping[str, SAE],
+    wanted: Sequence[str],
+    sample: Sample,
+    mean_D: Tensor,
+    density: float,
+    neurons: Neurons | None,
+    seed: int,
+) -> list[Basis]:
+    """The SAEs by name, then the baselines; neurons are left out where the site has none."""
+    x_MD = sample.reads[False]
+    mean_D, width = mean_D.to(x_MD), x_MD.shape[1]
+    found: list[Basis] = [SAEBasis(name, sae.to(x_MD.device).eval()) for name, sae in saes.items()]
+    if "channels" in wanted:
+        eye = torch.eye(width, device=x_MD.device)
+        found.append(Directions("residual channels", None, mean_D, eye, x_MD, density))
+    if "neurons" in wanted and neurons is not None:
+        h_MH, out_HD = sample.reads[True], neurons.out_HD
+        centre_H = torch.zeros_like(h_MH[0])
+        found.append(Directions("MLP neurons", None, centre_H, out_HD, h_MH, density, of_neurons=True))
+    if "random" in wanted:
+        rows_FD = directions(max(sae.width for sae in saes.values()), width, seed).to(x_MD)
+        found.append(Directions("random directions", rows_FD, mean_D, rows_FD, x_MD, density))
+    if "pca" in wanted:
+        moved = (x_MD - mean_D).double().cpu()
+        rows_DD = torch.linalg.eigh(moved.t() @ moved).eigenvectors.t().flip(0).to(x_MD).contiguous()
+        found.append(Directions("PCA", rows_DD, mean_D, rows_DD, x_MD, density))
+    return found
+
+
+def seconds(act: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    act()
+    return time.perf_counter() - began
+
+
+def tell(metric: str, work: str, cost: float) -> None:
+    print(f"gao {metric}: {work}; about {cost / 60:.1f} min", flush=True)
+
+
+def bar(metric: str, total: int, unit: str) -> Any:
+    return tqdm(total=total, unit=unit, unit_scale=True, desc=f"gao {metric}", mininterval=1.0)
+
+
+class Site:
+    """The run over one site; `read_s` and `whole_s` are seconds a token of the LM as far as the site and to its end."""
+
+    def __init__(self, held: Held, settings: Asked) -> None:
+        self.held, self.settings = held, settings
+        self.sequences, self.context = held.packed.contexts.shape
+        held.half(True)  # says at once where there are too few contexts
+        _, ids_BT, _ = next(held.batches(range(min(2, self.sequences))))
+        held.reader.read(ids_BT)
+        self.read_s = seconds(lambda: held.reader.read(ids_BT)) / ids_BT.numel()
+        self.whole_s = seconds(lambda: held.reader.whole(ids_BT)) / ids_BT.numel()
+
+    def samples(self) -> tuple[Sample, Sample]:
+        """A sample of each half, for probes and for the baselines' thresholds."""
+        tokens = self.held.packed.contexts.size
+        tell("sample", f"{tokens:,} tokens through the LM as far as the site", self.read_s * tokens)
+        with bar("sample", self.sequences, "contexts") as progress:
+            first, second = (
+                take(self.held, self.held.half(half), self.settings.probe_tokens, self.settings.seed, progress.update)
+                for half in (False, True)
+            )
+        return first, second
+
+    def probes(self, bases: Sequence[Basis], samples: tuple[Sample, Sample]) -> tuple[list[Any], list[str]]:
+        questions = ask(self.held, self.settings.tasks, samples)
+        fits = sum(basis.width for basis in bases) * len(questions.names)
+        z_MC = bases[0].values(samples[0].reads[bases[0].of_neurons], slice(0, BLOCK))
+        y = torch.from_numpy(questions.chosen[0]).to(z_MC).clamp_min(0)
+        each = seconds(lambda: newton.fit(z_MC, y)) / z_MC.shape[1]
+        work = f"{len(questions.names)} tasks x {fits // len(questions.names):,} units of {len(bases)} bases"
+        tokens = " + ".join(f"{len(sample.sequence_M):,}" for sample in samples)
+        tell("probe", f"{work} on {tokens} tokens, no forward pass", each * fits)
+        shared = {"bootstrap": self.settings.bootstrap, "seed": self.settings.seed}
+        with bar("probe", fits, "fits") as progress:
+            found = [probe(basis, samples, questions, **shared, told=progress.update) for basis in bases]
+        return found, questions.left_out
+
+    def patterns(self, bases: Sequence[Basis]) -> list[Any]:
+        own = self.settings
+        lengths = range(1, LONGEST + 1)
+        tried = sum(length + 1 for length in lengths) + SUBSTITUTES * LONGEST * (LONGEST + 1)
+        cut, read = own.units * own.examples * tried * len(bases), self.held.packed.contexts.size * len(bases)
+        work = (
+            f"{own.units} units of {len(bases)} bases, {read:,} tokens of contexts and at most {cut:,} of cut-out texts"
+        )
+        tell("patterns", f"{work} through the LM as far as the site, at most", self.read_s * (cut + read))
+        found = []
+        with bar("patterns", self.sequences * len(bases), "contexts") as progress:
+            for basis in bases:
+                progress.set_postfix_str(basis.name)
+                counts = {"units": own.units, "count": own.examples, "bootstrap": own.bootstrap, "seed": own.seed}
+                found.append(explain(self.held, basis, **counts, told=progress.update, beat=progress.refresh))
+        return found
+
+    def ablations(self, bases: Sequence[Basis]) -> list[Any]:
+        own = self.settings
+        places = min(own.places, self.sequences - self.sequences // 2)
+        tokens = places * (own.ablations + 1) * (self.context + AFTER) // 2 * len(bases)
+        work = f"{places * len(bases):,} forward passes of {1 + own.ablations} contexts, about {tokens:,} tokens"
+        tell("ablation", work, self.whole_s * tokens)
+        counts = {"contexts": own.places, "count": own.ablations, "bootstrap": own.bootstrap, "seed": own.seed}
+        with bar("ablation", places * len(bases), "places") as progress:
+            return [downstream(self.held, basis, **counts, told=progress.update) for basis in bases]
+
+
+@torch.no_grad()
+def measure(held: Held, saes: Mapping[str, SAE], mean_D: Tensor, density: float, settings: Asked) -> dict[str, Any]:
+    """The site's part of the report: {"settings", "left_out", "bases": one entry a basis}.
+
+    saes: by the name they have in the report. density: the share of tokens on which a baseline's unit is to be active.
+    """
+    site = Site(held, settings)
+    samples = site.samples()
+    bases = bases_of(saes, settings.baselines, samples[0], mean_D, density, held.reader.neurons, settings.seed)
+    rows: list[dict[str, Any]] = [{"name": basis.name, "width": basis.width} for basis in bases]
+    left_out: list[str] = []
+    if "probe" in settings.metrics:
+        found, left_out = site.probes(bases, samples)
+        rows = [{**row, "probe": one} for row, one in zip(rows, found, strict=True)]
+    if "patterns" in settings.metrics:
+        rows = [{**row, "patterns": one} for row, one in zip(rows, site.patterns(bases), strict=True)]
+    if "ablation" in settings.metrics:
+        rows = [{**row, "ablation": one} for row, one in zip(rows, site.ablations(bases), strict=True)]
+    counts = {name: getattr(settings, name) for name in COUNTS}
+    return {"settings": {**counts, "density": density}, "left_out": left_out, "bases": rows}

@@ -1,0 +1,152 @@
+"""Binary questions about a token, answered from the text alone; the list is a YAML file.
+
+A task has a name and one of
+- `token`, `next`, `previous`: a regular expression found in the text of the token, of the one after or before it;
+- `span`: a regular expression over the text of the context, one of whose matches covers a part of the token;
+- `position`, `document`: [first, end) among the context's positions, or among the tokens since the document began;
+- `labels`: a JSON-lines file of {"document": name, "label": true or false}, for all tokens of the documents named.
+Where a task has no answer (no next token, a document without a label) the token takes no part in it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data.base.errors import UserError
+from harvest.packing import Packed
+
+Answers = NDArray[np.int8]  # 1, 0, or UNKNOWN
+UNKNOWN = -1
+NEIGHBOURS = {"token": 0, "next": 1, "previous": -1}
+KINDS = (*NEIGHBOURS, "span", "position", "document", "labels")
+
+
+@dataclass(frozen=True)
+class Task:
+    """One question: `kind` of KINDS and what it asks for, a pattern, a range (first, end) or labels by document."""
+
+    name: str
+    kind: str
+    asks: Any
+
+
+def load_tasks(path: Path) -> list[Task]:
+    """The tasks of a YAML file; UserError for what cannot be one."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError  # type: ignore[import-untyped]
+
+    try:
+        entries = OmegaConf.to_container(OmegaConf.load(path))
+    except (OSError, YAMLError, OmegaConfBaseException) as error:
+        told = str(error).splitlines()[0]
+        raise UserError(f"gao_with.tasks={path} cannot be read ({told}): name a YAML file of tasks") from None
+    if not isinstance(entries, list) or not entries:
+        raise UserError(f"gao_with.tasks={path} is no list of tasks: each is a name and one of {', '.join(KINDS)}")
+    tasks = [_task(path, entry) for entry in entries]
+    twice = {task.name for task in tasks if [other.name for other in tasks].count(task.name) > 1}
+    if twice:
+        raise UserError(f"{path} has several tasks named {min(twice)!r}: give each a name of its own")
+    return tasks
+
+
+def _task(path: Path, entry: Any) -> Task:
+    kinds = [kind for kind in KINDS if isinstance(entry, dict) and kind in entry]
+    if len(kinds) != 1 or set(entry) != {"name", kinds[0]} or not isinstance(entry["name"], str):
+        raise UserError(f"{path} has the task {entry!r}: write a name and one of {', '.join(KINDS)}")
+    (kind,) = kinds
+    name, asked = entry["name"], entry[kind]
+    if kind in ("position", "document"):
+        if not (isinstance(asked, list) and len(asked) == 2 and all(isinstance(n, int) for n in asked)):
+            raise UserError(f"task {name!r} of {path} has {kind}={asked}: write [first, end) as two whole numbers")
+        return Task(name, kind, (asked[0], asked[1]))
+    if kind == "labels":
+        return Task(name, kind, _labels(path.parent / str(asked)))
+    try:
+        return Task(name, kind, re.compile(str(asked), re.MULTILINE))
+    except re.error as error:
+        raise UserError(f"task {name!r} of {path} has no regular expression ({error}): mend {asked!r}") from None
+
+
+def _labels(path: Path) -> dict[str, bool]:
+    try:
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        labels = {row["document"]: row["label"] for row in rows}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f'{path} cannot be read ({error}): each line is {{"document": name, "label": true}}') from None
+    if not all(isinstance(label, bool) for label in labels.values()):
+        raise UserError(f"{path} has labels that are not true or false: write one of the two")
+    return labels
+
+
+class TokenTexts:
+    """The text of each token, its leading space included, as it stands after another token; decoded once each."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer, self.known = tokenizer, dict[int, str]()
+        # A decoder may drop a text's first space, so a token is decoded behind another and that one taken off.
+        plain = (i for i in range(len(tokenizer)) if re.fullmatch("[a-z]+", tokenizer.decode([i])))
+        self.anchor = next(plain, None)
+
+    def __getitem__(self, token: int) -> str:
+        if token not in self.known:
+            alone = self.tokenizer.decode([token])
+            if self.anchor is not None:
+                head, both = self.tokenizer.decode([self.anchor]), self.tokenizer.decode([self.anchor, token])
+                alone = both[len(head) :] if both.startswith(head) else alone
+            self.known[token] = alone
+        return self.known[token]
+
+
+def _spans(pattern: re.Pattern[str], texts: Sequence[str]) -> Answers:
+    """Which tokens a match over the joined texts covers a part of."""
+    ends = np.cumsum([len(text) for text in texts])
+    covered = np.zeros(int(ends[-1]) + 1, np.int64)
+    for match in pattern.finditer("".join(texts)):
+        covered[match.start() : match.end()] = 1
+    running = np.concatenate([[0], np.cumsum(covered)])
+    found: Answers = (running[ends] > running[ends - [len(text) for text in texts]]).astype(np.int8)
+    return found
+
+
+def _shifted(found: Callable[[str], Any], texts: Sequence[str], by: int) -> Answers:
+    own = np.array([bool(found(text)) for text in texts], np.int8)
+    answers = np.full(len(texts), UNKNOWN, np.int8)
+    if by > 0:
+        answers[:-by] = own[by:]
+    elif by < 0:
+        answers[-by:] = own[:by]
+    else:
+        answers[:] = own
+    return answers
+
+
+def answers(tasks: Sequence[Task], texts: TokenTexts, packed: Packed, sequence: int) -> Answers:
+    """[tasks, T]: what each task answers for each token of a context."""
+    ids = packed.contexts[sequence]
+    words, context = [texts[int(token)] for token in ids], len(ids)
+    position = np.arange(context)
+    at = sequence * packed.stride + np.maximum(position - (context - packed.stride), 0)
+    document = np.searchsorted(packed.starts, at, side="right") - 1
+    since = at - packed.starts[document] if len(packed.starts) else at
+    found = np.empty((len(tasks), context), np.int8)
+    for row, task in zip(found, tasks, strict=True):
+        if task.kind in NEIGHBOURS:
+            row[:] = _shifted(task.asks.search, words, NEIGHBOURS[task.kind])
+        elif task.kind == "span":
+            row[:] = _spans(task.asks, words)
+        elif task.kind == "labels":
+            names = {number: packed.names[number] for number in set(document.tolist())}
+            row[:] = [task.asks.get(names[number], UNKNOWN) for number in document.tolist()]
+        else:
+            counted = position if task.kind == "position" else since
+            row[:] = (counted >= task.asks[0]) & (counted < task.asks[1])
+    return found

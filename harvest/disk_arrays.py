@@ -1,0 +1,63 @@
+"""What grows with the text lies in files without a name, not in memory: they end with their process, killed or not."""
+
+from __future__ import annotations
+
+import tempfile
+import weakref
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from data.store.commit import naming
+
+
+class Spool:
+    """An array written piece by piece to a file in the system's folder for temporary files (TMPDIR), then mapped."""
+
+    def __init__(self) -> None:
+        self._file = tempfile.TemporaryFile()  # noqa: SIM115
+        weakref.finalize(self, self._file.close)
+
+    def write(self, piece: bytes | NDArray[Any]) -> None:
+        """Add to the end. An OSError names the folder."""
+        with naming(Path(tempfile.gettempdir())):
+            self._file.write(piece if isinstance(piece, bytes) else np.ascontiguousarray(piece).data)
+
+    def array(self, dtype: DTypeLike, *shape: int) -> NDArray[Any]:
+        """The first values written, of this many, as an array that the system reads from the file as needed.
+
+        A change to it is seen by this array alone.
+        """
+        with naming(Path(tempfile.gettempdir())):
+            self._file.flush()
+        if not np.prod(shape):
+            return np.empty(shape, dtype)
+        return np.memmap(self._file, dtype, "c", shape=shape)
+
+
+class Texts:
+    """Texts one after another, each found by its number; the first to be read ends the writing."""
+
+    def __init__(self) -> None:
+        self._spool, self._sizes, self._count = Spool(), Spool(), 0
+        self._read: tuple[NDArray[np.uint8], NDArray[np.int64]] | None = None
+
+    def append(self, text: str) -> None:
+        assert self._read is None
+        encoded = text.encode("utf-8", "surrogatepass")
+        self._spool.write(encoded)
+        self._sizes.write(np.array([len(encoded)], np.int64))
+        self._count += 1
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index: int) -> str:
+        if self._read is None:
+            ends = np.cumsum(self._sizes.array(np.int64, self._count))
+            self._read = self._spool.array(np.uint8, int(ends[-1])), ends
+        texts, ends = self._read
+        begin = int(ends[index - 1]) if index else 0
+        return texts[begin : int(ends[index])].tobytes().decode("utf-8", "surrogatepass")

@@ -1,0 +1,86 @@
+"""Rows that are left out by their norm: which, their statistics, and that a loader gives all others once."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from data.loading.loader import ActivationLoader
+from data.loading.norm_filter import KeptReader, median_norm, moments, sampled_chunks
+from data.store.stats import Stats
+
+SIZES = np.array([7, 1, 12, 9, 3], np.int64)
+
+
+class Rows:
+    """Rows [n, 2] in memory whose norms are known."""
+
+    width, row_shape, dtype = 2, (2,), np.dtype(np.float32)
+    bytes_read = 0
+
+    def __init__(self, x_ND: np.ndarray, sizes: np.ndarray) -> None:
+        import torch
+
+        self.x_ND, self.sizes, self.torch_dtype = x_ND, sizes, torch.float32
+        self.begins = np.cumsum(sizes) - sizes
+
+    def read(self, chunk: int, out: np.ndarray, start: int = 0) -> None:
+        begin = int(self.begins[chunk])
+        part = self.x_ND[begin + start : begin + int(self.sizes[chunk])][: len(out)]
+        out[: len(part)] = part
+
+
+@pytest.fixture
+def x_ND() -> np.ndarray:
+    """Norms 5 i; rows 3, 7 (a whole chunk) and 20 to 22 are twenty times as long."""
+    x = np.outer(np.arange(1, SIZES.sum() + 1), [3.0, 4.0]).astype(np.float32)
+    x[[3, 7, 20, 21, 22]] *= 100
+    return x
+
+
+def test_the_rows_above_the_limit_are_left_out(x_ND: np.ndarray) -> None:
+    reader = KeptReader(Rows(x_ND, SIZES), len(SIZES), 160.0, np.asarray)
+    kept = np.setdiff1d(np.arange(32), [3, 7, 20, 21, 22])
+    assert reader.sizes.tolist() == [6, 0, 12, 6, 3] and reader.left_out.rows == 5
+    for chunk, size in enumerate(reader.sizes):
+        for start in range(size + 1):
+            for room in range(size - start + 2):
+                out = np.full((room, 2), -1, np.float32)
+                reader.read(chunk, out, start)
+                whole = x_ND[kept][int(reader.sizes[:chunk].sum()) :][:size]
+                filled = min(room, size - start)
+                np.testing.assert_array_equal(out[:filled], whole[start:][:filled])
+                assert (out[filled:] == -1).all()
+    # At the limit itself a row stays.
+    assert KeptReader(Rows(x_ND, SIZES), 5, float(np.linalg.norm(x_ND[31])), np.asarray).sizes.sum() == 27
+    assert KeptReader(Rows(x_ND, SIZES), 3, 160.0, np.asarray).sizes.tolist() == [6, 0, 12]
+
+
+def test_every_row_that_is_kept_comes_once_over_the_ranks(x_ND: np.ndarray) -> None:
+    reader = KeptReader(Rows(x_ND, SIZES), len(SIZES), 160.0, np.asarray)
+    loaders = [ActivationLoader(reader, batch=4, rank=rank, world=2, pool_chunks=2) for rank in range(2)]
+    for _ in range(2):
+        got = (
+            np.concatenate([batch.numpy()[:, 0] / 3 - 1 for loader in loaders for batch in loader]).round().astype(int)
+        )
+        assert len(got) == len(set(got)) == 24 and not {3, 7, 20, 21, 22} & set(got)
+
+
+def test_the_moments_are_those_of_the_rows_that_are_kept(x_ND: np.ndarray) -> None:
+    reader = KeptReader(Rows(x_ND, SIZES), len(SIZES), 160.0, np.asarray)
+    kept = np.delete(x_ND.astype(np.float64), [3, 7, 20, 21, 22], axis=0)
+    found = moments(Stats.of(x_ND), reader.left_out)
+    assert found["mean_sq_norm"] == pytest.approx(float((kept**2).sum(1).mean()), rel=1e-12)
+    assert found["variance"] == pytest.approx(float(((kept - kept.mean(0)) ** 2).sum(1).mean()), rel=1e-12)
+
+
+def test_the_median_is_that_of_a_seeded_sample(x_ND: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = Rows(x_ND, SIZES)
+    norms = np.linalg.norm(x_ND.astype(np.float64), axis=1)
+    assert median_norm(rows, 5, np.asarray) == pytest.approx(float(np.median(norms)), rel=1e-12)
+    assert median_norm(rows, 3, np.asarray) == pytest.approx(float(np.median(norms[:20])), rel=1e-12)
+    monkeypatch.setattr("data.loading.norm_filter.SAMPLE", 8)
+    chunks = list(sampled_chunks(SIZES, 8))
+    assert SIZES[chunks].sum() >= 8 > SIZES[chunks[:-1]].sum()
+    sample = np.concatenate([norms[b : b + n] for b, n in zip(rows.begins[chunks], SIZES[chunks], strict=True)])
+    assert median_norm(rows, 5, np.asarray) == pytest.approx(float(np.median(sample)), rel=1e-12)

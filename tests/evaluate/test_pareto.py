@@ -1,0 +1,71 @@
+"""The paired comparison against hand-worked fronts and a float64 reference."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from evaluate.metrics import deltas, statistics, totals
+from evaluate.pareto import compare, front
+
+NAMES = [
+    *("tokens", "predicted", "error", "deviation", "error_token", "deviation_token", "error_btk", "l0", "cosine"),
+    *("norm", "dot", "norm_c", "dot_c", "clean", "spliced", "zero", "mean", "kl"),
+]
+
+
+def some(sequences: int, seed: int) -> dict[str, Any]:
+    rng = np.random.default_rng(seed)
+    return {name: rng.uniform(1, 2, sequences) for name in NAMES} | {"tokens": np.full(sequences, 7.0)}
+
+
+def test_front_worked_by_hand() -> None:
+    assert front([(1, 5), (2, 4), (2, 6), (3, 4), (4, 1)]) == [True, True, False, False, True]
+    assert front([(1, 1), (1, 1)]) == [True, True]  # equals do not beat each other
+
+
+@given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), min_size=1, max_size=12))
+def test_what_is_off_the_front_is_beaten_by_a_point_on_it(points: list[tuple[int, int]]) -> None:
+    on = [point for point, best in zip(points, front(points), strict=True) if best]
+    assert on
+    for x, y in set(points) - set(on):
+        assert any(a <= x and b <= y for a, b in on)
+
+
+def test_deltas_are_paired() -> None:
+    """A constant addition to every sequence has no error, however much the sequences differ."""
+    base = some(50, 0)
+    more = base | {"kl": base["kl"] + 0.25 * base["predicted"]}
+    got = deltas(more, base, samples=200, seed=3)
+    assert got["kl"]["value"] == pytest.approx(0.25) and got["kl"]["se"] == pytest.approx(0, abs=1e-12)
+    assert got["kl"]["low"] == pytest.approx(0.25) and got["nmse"] == {"value": 0, "se": 0, "low": 0, "high": 0}
+
+
+def test_deltas_equal_the_bootstrap_by_its_definition() -> None:
+    one, base = some(20, 1), some(20, 2)
+    got = deltas(one, base, samples=300, seed=5)["nmse"]
+    rng = np.random.default_rng(5)
+    draws = []
+    for _ in range(300):
+        rows = rng.integers(20, size=20)
+        draws.append(
+            one["error"][rows].sum() / one["deviation"][rows].sum()
+            - base["error"][rows].sum() / base["deviation"][rows].sum()
+        )
+    assert got["se"] == pytest.approx(np.std(draws, ddof=1))
+    assert [got["low"], got["high"]] == pytest.approx(list(np.percentile(draws, [2.5, 97.5])))
+    assert got["value"] == pytest.approx(float((statistics(totals(one))["nmse"] - statistics(totals(base))["nmse"])[0]))
+
+
+def test_unknown_values_are_on_no_front() -> None:
+    rows = [
+        {"metrics": {"l0": {"value": l0}, "nmse": {"value": nmse}, "ce_increase": {"value": None}}}
+        for l0, nmse in ((1.0, 2.0), (2.0, 1.0), (3.0, 1.0))
+    ]
+    compare(rows, [], None, 10, 0)
+    assert [row["pareto"] for row in rows] == [["nmse"], ["nmse"], []]
+    assert "delta" not in rows[0]

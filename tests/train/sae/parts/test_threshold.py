@@ -1,0 +1,175 @@
+"""python -m pytest tests/train/sae/test_calibrate.py: the running mean, T and T_k against their definitions."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from data.base.errors import UserError
+from tests.helpers.toy import K, activations, make, train
+from train.sae.parts.threshold import calibrate, running_mean_
+from train.sae.variants.batchtopk import BatchSelected
+
+
+def test_running_mean_by_hand() -> None:
+    mean, weight = torch.tensor(7.0), torch.tensor(0.0)  # where it starts has no weight
+    for value, wanted in ((2.0, 2.0), (4.0, (0.5 * 2 + 4) / 1.5), (8.0, (0.25 * 2 + 0.5 * 4 + 8) / 1.75)):
+        running_mean_(mean, weight, torch.tensor(value), 0.5)
+        assert mean.item() == pytest.approx(wanted)
+    assert weight.item() == pytest.approx(1 - 0.5**3)
+
+
+def test_running_mean_skips_a_batch_without_a_threshold() -> None:
+    mean, weight = torch.tensor(3.0), torch.tensor(0.5)
+    running_mean_(mean, weight, torch.tensor(0.0), 0.5)
+    assert (mean.item(), weight.item()) == (3.0, 0.5)
+
+
+@pytest.mark.parametrize("form", ["batchtopk", "matryoshka"])
+def test_training_follows_the_bias_corrected_mean_from_the_first_step(form: str) -> None:
+    sae = make(form)
+    kept = [float(step.parts["min_kept"]) for step in train(sae, 30)]
+    decays = 0.999 ** np.arange(29, -1, -1)
+    assert isinstance(sae, BatchSelected)
+    assert sae.threshold.item() == pytest.approx((decays * kept).sum() / decays.sum(), rel=1e-5)
+    assert sae.skipped_batches == 0
+
+
+def test_training_counts_the_batches_it_skips() -> None:
+    sae = make("batchtopk")
+    assert isinstance(sae, BatchSelected)
+    train(sae, 2)
+    before = sae.threshold.clone()
+    with torch.no_grad():
+        sae.get_parameter("b_enc").sub_(100.0)
+    train(sae, 3)
+    assert sae.skipped_batches == 3
+    assert torch.equal(sae.threshold, before)
+
+
+def pre_activations(batches: int, rows: int, seed: int = 0) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(rows, 20, generator=generator) * (1 + i / batches) for i in range(batches)]
+
+
+def test_calibration_is_its_definition() -> None:
+    z, k = pre_activations(7, 9), 3
+    found = calibrate(lambda batch: batch, z, k)
+    smallest = [np.sort(batch.numpy().ravel())[-k * 9] for batch in z]
+    values = np.sort(np.concatenate([batch.numpy().ravel() for batch in z]))
+    assert found.threshold == pytest.approx(np.mean(smallest), rel=1e-6)
+    assert found.threshold_k == values[-k * 63]
+    assert found.l0 == pytest.approx((values > found.threshold).sum() / 63)
+    assert (found.batches, found.skipped, found.tokens) == (7, 0, 63)
+
+
+def test_calibration_on_one_batch_is_its_smallest_kept_value() -> None:
+    (z,) = pre_activations(1, 9)
+    found = calibrate(lambda batch: batch, [z], 3)
+    assert found.threshold == found.threshold_k == z.flatten().topk(27).values[-1]
+    assert found.l0 == pytest.approx(26 / 9)  # z > T leaves the smallest out
+
+
+def test_calibration_of_batches_of_unequal_size() -> None:
+    z = [*pre_activations(3, 8), *pre_activations(1, 5, seed=1)]
+    found = calibrate(lambda batch: batch, z, 2)
+    values = np.sort(np.concatenate([batch.numpy().ravel() for batch in z]))
+    assert found.threshold_k == values[-2 * 29]
+
+
+def test_calibration_skips_and_counts_batches_without_enough_positives() -> None:
+    z, k = pre_activations(4, 9), 3
+    z[1] = -z[1].abs()
+    found = calibrate(lambda batch: batch, z, k)
+    smallest = [np.sort(batch.numpy().ravel())[-k * 9] for i, batch in enumerate(z) if i != 1]
+    values = np.sort(np.concatenate([batch.numpy().ravel() for batch in z]))
+    assert found.threshold == pytest.approx(np.mean(smallest), rel=1e-6)
+    assert found.threshold_k == values[-k * 36]  # enough positives in the whole set
+    assert (found.batches, found.skipped, found.tokens) == (3, 1, 36)
+
+
+def test_calibration_without_enough_positives_at_all() -> None:
+    found = calibrate(lambda batch: batch, [-batch.abs() for batch in pre_activations(2, 4)], 3)
+    assert (found.threshold, found.threshold_k, found.l0, found.skipped) == (0, 0, 0, 2)
+
+
+def test_a_calibrated_sae_has_the_l0_it_was_asked_for() -> None:
+    sae, held = make("batchtopk"), activations(4000, seed=8)
+    train(sae, 100)
+    assert isinstance(sae, BatchSelected)
+    weights = {name: p.clone() for name, p in sae.named_parameters()}
+    found = sae.calibrate(list(activations(4096, seed=7).split(128)))
+    assert sae.threshold.item() == pytest.approx(found.threshold)
+    assert found.l0 == pytest.approx(K, rel=0.05)
+    assert (sae.encode(held) > 0).sum().item() / 4000 == pytest.approx(K, rel=0.1)
+    assert all(torch.equal(weights[name], p) for name, p in sae.named_parameters())
+
+
+def test_calibration_takes_the_stores_units_and_dtype() -> None:
+    sae = make("batchtopk")
+    assert isinstance(sae, BatchSelected)
+    batches = [batch.bfloat16() for batch in activations(512, seed=7).split(128)]
+    found = sae.calibrate(batches)
+    smallest = [sae.loss(sae.norm.normalise(batch)).parts["min_kept"].item() for batch in batches]
+    assert found.threshold == pytest.approx(np.mean(smallest))
+
+
+def test_a_pooled_calibration_takes_the_quantile() -> None:
+    z, k = pre_activations(7, 9), 3
+    found = calibrate(lambda batch: batch, z, k, pooled=True)
+    assert found.threshold == found.threshold_k == calibrate(lambda batch: batch, z, k).threshold_k
+    assert found.l0 == pytest.approx((3 * 63 - 1) / 63)  # z > T leaves the smallest out
+
+
+@pytest.mark.parametrize("form", ["batchtopk quantile", "matryoshka quantile"])
+def test_a_running_quantile_by_hand(form: str) -> None:
+    sae, x = make(form), activations(128, seed=5)
+    assert isinstance(sae, BatchSelected)
+    for at, bound in ((0.5, 1.02), (1.0, None), (1e6, 0.98)):  # L0 of 2k and more, something between, 0
+        with torch.no_grad():
+            sae.threshold.mul_(at)
+        before = sae.threshold.clone()
+        step = sae.loss(sae.norm.normalise(x))
+        sae.after_step(step)
+        l0 = (sae.pre_activation(sae.norm.normalise(x)) > before).sum().item() / 128
+        assert step.parts["l0"].item() == pytest.approx(l0)
+        assert torch.equal(step.parts["threshold"], before)
+        wanted = 1 + 0.02 * min(l0 / K - 1, 1)
+        assert float(sae.threshold / before) == pytest.approx(wanted, rel=1e-5)
+        assert bound is None or wanted == pytest.approx(bound)
+
+
+@pytest.mark.parametrize("wrong", [0.0, 0.1, 10.0])
+def test_a_running_quantile_finds_the_quantile_of_frozen_weights(wrong: float) -> None:
+    sae = make("batchtopk quantile")
+    assert isinstance(sae, BatchSelected)
+    with torch.no_grad():
+        sae.threshold.mul_(wrong)
+    for i in range(800):
+        sae.after_step(sae.loss(sae.norm.normalise(activations(128, seed=i))))
+    z = sae.pre_activation(sae.norm.normalise(activations(8192, seed=9999)))
+    wanted = np.quantile(z.detach().numpy().ravel(), 1 - K / z.shape[1])
+    assert float(sae.threshold) == pytest.approx(wanted, rel=0.03)
+
+
+def test_a_quantile_trained_sae_trains_what_it_ships() -> None:
+    """The training form of a token does not depend on its batch, and is the shipping form."""
+    sae, x = make("batchtopk quantile"), activations(256, seed=5)
+    assert isinstance(sae, BatchSelected)
+    l0 = [float(step.parts["l0"]) for step in train(sae, 200)]
+    assert np.mean(l0[-100:]) == pytest.approx(K, rel=0.05)
+    step = sae.loss(sae.norm.normalise(x))
+    assert torch.equal(step.codes.dense(step.codes.values), sae.encode(x))
+    assert torch.equal(sae.encode(x)[:7], sae.encode(x[:7]))
+    found = sae.calibrate(list(activations(4096, seed=7).split(128)))
+    assert float(sae.threshold) == pytest.approx(found.threshold_k)
+    assert found.l0 == pytest.approx(K, abs=1e-3)
+
+
+def test_calibration_on_nothing_is_refused() -> None:
+    sae = make("batchtopk")
+    assert isinstance(sae, BatchSelected)
+    with pytest.raises(UserError, match="calibration_tokens"):
+        sae.calibrate([])

@@ -1,0 +1,180 @@
+"""python -m pytest tests/train/sae/test_encode.py: the sparse encoder and decoder against dense autograd in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.helpers.toy import make, train
+from train.sae.sparse import encode as encoding
+from train.sae.sparse.codes import Support
+from train.sae.sparse.encode import Codes, encode
+from train.sae.sparse.select import Above, Selector, TopOfBatch, TopPerToken, select
+
+B, D, F = 12, 5, 96
+DEAD = torch.tensor([3, 7, 31, 32, 40, 64, 95])
+SELECTORS: dict[str, Callable[[], Selector]] = {
+    "topk": lambda: TopPerToken(3),
+    "batchtopk": lambda: TopOfBatch(3 * B),
+    "above": lambda: Above(torch.tensor(1.5, dtype=torch.float64)),
+    "above each": lambda: Above(torch.linspace(1, 2, F, dtype=torch.float64)),
+}
+
+
+@pytest.fixture(params=[1 << 24, B * 32, B * 70], ids=["one block", "three blocks", "two uneven blocks"])
+def blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(encoding._BLOCK, "cpu", request.param)
+
+
+@pytest.fixture(params=[False, True], ids=["sparse", "dense"])
+def dense(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether `Above` finds too many active entries."""
+    monkeypatch.setattr(encoding, "_DENSE", 0.0 if request.param else 1.0)
+    return bool(request.param)
+
+
+def weights(seed: int = 0) -> list[Tensor]:
+    """x, W_enc [F, D], bias, b_dec, W_dec [F, D]."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = [(B, D), (F, D), (F,), (D,), (F, D)]
+    x, W, bias, b_dec, W_dec = (torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in shapes)
+    return [part.requires_grad_() for part in (x, W, bias, b_dec, W_dec)]
+
+
+def plain(codes: Codes, x: Tensor, W_enc: Tensor, bias: Tensor, b_dec: Tensor) -> Tensor:
+    """Dense z, zero where the codes keep nothing."""
+    z = (x - b_dec) @ W_enc.t() + bias
+    kept = torch.ones_like(z) if codes.support is None else codes.support.dense(torch.ones_like(codes.values))
+    return z * kept.detach()
+
+
+@pytest.mark.usefixtures("blocks")
+@pytest.mark.parametrize("name", SELECTORS)
+@pytest.mark.parametrize("aside", [None, "held", "selected"])
+def test_values_and_every_gradient_are_those_of_the_dense_formula(name: str, aside: str | None, dense: bool) -> None:
+    x, W_enc, bias, b_dec, W_dec = parts = weights()
+    selector = TopPerToken(2, positive=False) if aside == "selected" else None
+    codes, beside = encode(x, W_enc, bias, b_dec, SELECTORS[name](), None if aside is None else DEAD, selector)
+    assert (codes.support is None) == (dense and name.startswith("above"))
+    assert codes.shape == (B, F)
+    loss = (codes.decode(codes.values.sin(), W_dec)[0] ** 2).sum() + codes.totals(codes.values).square().sum()
+    z = plain(codes, x, W_enc, bias, b_dec)
+    wanted = ((z.sin() @ W_dec) ** 2).sum() + z.sum(0).square().sum()
+    if beside is not None:
+        loss = loss + (beside.decode(beside.values.cos(), W_dec[DEAD])[0] ** 2).sum()
+        z_Bd = ((x - b_dec) @ W_enc.t() + bias)[:, DEAD]
+        kept = torch.ones_like(z_Bd, dtype=torch.bool)
+        if aside == "selected":
+            kept = torch.zeros_like(kept).scatter_(1, z_Bd.topk(2, dim=1).indices, True)
+        wanted = wanted + (torch.where(kept, z_Bd.cos(), 0.0) @ W_dec[DEAD]).square().sum()
+    torch.testing.assert_close(loss, wanted)
+    found = torch.autograd.grad(loss, parts)
+    for one, other in zip(found, torch.autograd.grad(wanted, parts), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.usefixtures("blocks")
+@pytest.mark.parametrize("name", SELECTORS)
+def test_gradients_equal_finite_differences(name: str, dense: bool) -> None:
+    """The kept places do not move under a step of 1e-6."""
+
+    def of_all(x: Tensor, W_enc: Tensor, bias: Tensor, b_dec: Tensor, W_dec: Tensor) -> Tensor:
+        codes, beside = encode(x, W_enc, bias, b_dec, SELECTORS[name](), DEAD)
+        assert beside is not None
+        x_hat_PBD = codes.decode(codes.values, W_dec, [10, 11, F])
+        return torch.cat([x_hat_PBD.flatten(0, 1), beside.values @ W_dec[DEAD]])
+
+    assert torch.autograd.gradcheck(of_all, weights(3), fast_mode=True)
+
+
+def test_without_bias_and_b_dec() -> None:
+    x, W_enc, _, _, _ = weights()
+    codes, beside = encode(x, W_enc, None, None, TopPerToken(4))
+    assert beside is None
+    assert torch.allclose(codes.dense(codes.values), torch.where(codes.dense(codes.values) > 0, x @ W_enc.t(), 0.0))
+    codes.values.sum().backward()
+    assert x.grad is not None and W_enc.grad is not None
+
+
+@pytest.mark.usefixtures("blocks")
+@pytest.mark.parametrize("name", SELECTORS)
+def test_bf16_rounds_the_products_factors_and_nothing_else(name: str, dense: bool) -> None:
+    """The same places and values as a product of rounded factors; gradients as of factors that are not."""
+    x, W_enc, bias, b_dec, W_dec = parts = weights(4)
+    codes, beside = encode(x, W_enc, bias, b_dec, SELECTORS[name](), DEAD, matmul="bf16")
+    rounded = (x - b_dec).bfloat16().double() @ W_enc.bfloat16().double().t() + bias
+    assert beside is not None
+    torch.testing.assert_close(beside.values, rounded[:, DEAD], rtol=1e-12, atol=1e-12)
+    exact = select(SELECTORS[name](), rounded.detach())
+    if codes.support is None:
+        torch.testing.assert_close(codes.values, rounded, rtol=1e-12, atol=1e-12)
+    else:
+        assert torch.equal(codes.support.rows_n, exact.rows_n)
+        assert torch.equal(codes.support.latents_n, exact.latents_n)
+        torch.testing.assert_close(codes.values, exact.values_n, rtol=1e-12, atol=1e-12)
+    assert not torch.allclose(rounded, (x - b_dec) @ W_enc.t() + bias, atol=1e-4)
+    found = torch.autograd.grad(codes.decode(codes.values.detach(), W_dec).sum() + codes.values.sum(), parts)
+    z = plain(codes, x, W_enc, bias, b_dec)
+    f = codes.dense(codes.values.detach())
+    for one, other in zip(found, torch.autograd.grad((f @ W_dec).sum() + z.sum(), parts), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_only_training_rounds() -> None:
+    sae, xn = make("topk"), torch.randn(4, 16, generator=torch.Generator().manual_seed(0))
+    before = sae.activate(xn)
+    sae.matmul = "bf16"
+    assert not torch.equal(sae.activate(xn), before)
+    assert torch.equal(sae.eval().activate(xn), before)
+
+
+def test_a_prefix_decodes_its_own_latents_and_all_before() -> None:
+    x, W_enc, bias, b_dec, W_dec = weights(1)
+    codes, _ = encode(x, W_enc, bias, b_dec, TopPerToken(6))
+    f = codes.dense(codes.values)
+    for p, bound in enumerate(bounds := [1, 40, 41, F]):
+        torch.testing.assert_close(codes.decode(codes.values, W_dec, bounds)[p], f[:, :bound] @ W_dec[:bound])
+
+
+def test_nothing_kept_is_a_reconstruction_of_nothing() -> None:
+    x, W_enc, bias, b_dec, W_dec = parts = weights()
+    codes, _ = encode(x, W_enc, bias, b_dec, Above(torch.tensor(1e9, dtype=torch.float64)))
+    assert codes.values.shape == (0,)
+    assert not codes.fired(codes.values).any() and codes.l0(codes.values) == 0
+    x_hat = codes.decode(codes.values, W_dec)[0]
+    assert x_hat.shape == (B, D) and not x_hat.any()
+    for grad in torch.autograd.grad(x_hat.sum() + codes.values.sum(), parts, allow_unused=True, materialize_grads=True):
+        assert not grad.any()
+
+
+def test_a_support_by_hand() -> None:
+    """[[0, 5, 7], [0, 0, 0], [2, 0, 3]]"""
+    support = Support(torch.tensor([0, 0, 2, 2]), torch.tensor([1, 2, 0, 2]), (3, 3))
+    values = torch.tensor([5.0, 7.0, 2.0, 3.0])
+    assert support.dense(values).tolist() == [[0, 5, 7], [0, 0, 0], [2, 0, 3]]
+    assert support.row_ends.tolist() == [0, 2, 2, 4]
+    assert support.latent_ends.tolist() == [0, 1, 2, 4]
+    assert support.by_latent[0].tolist() == [2, 0, 1, 3]
+    rows = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
+    assert support.row_sums(values, rows).tolist() == [[7, 12], [0, 0], [5, 3]]
+    assert support.latent_sums(values, rows).tolist() == [[2, 2], [5, 0], [10, 3]]
+    assert support.latent_totals(values).tolist() == [2, 5, 10]
+    assert support.products(rows, rows).tolist() == [0, 1, 1, 2]
+    assert support.fired(torch.tensor([1.0, 0.0, 0.0, -1.0])).tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize("form", ["relu", "relu bricken", "gated", "jumprelu", "jumprelu target"])
+def test_dense_and_sparse_training_give_the_same_curve(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    curves, weights = [], []
+    for share in (0.0, 1.0):
+        monkeypatch.setattr(encoding, "_DENSE", share)
+        sae = make(form)
+        steps = train(sae, 20)
+        curves.append([float(step.loss.detach()) for step in steps])
+        weights.append(sae.W_dec.detach())
+        assert (steps[-1].codes.support is None) == (share == 0.0)
+    assert curves[0] == pytest.approx(curves[1], rel=1e-4)
+    torch.testing.assert_close(weights[0], weights[1], rtol=1e-2, atol=1e-3)

@@ -1,0 +1,140 @@
+"""python -m pytest tests/train/sae/test_select.py: selection against a plain sort, with ties and degenerate batches."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from train.sae.sparse.select import Above, Entries, Selector, TopOfBatch, TopPerToken, select, top_of_rows
+
+
+def by_sorting(z: Tensor, count: int) -> tuple[list[int], float]:
+    """Positions kept in the flattened batch, and the smallest value kept (0 where fewer than `count` are positive)."""
+    flat = z.flatten().tolist()
+    order = sorted(range(len(flat)), key=lambda i: (-flat[i], i))[:count]
+    kept = sorted(i for i in order if flat[i] > 0)
+    return kept, min(flat[i] for i in kept) if len(kept) == count else 0.0
+
+
+@st.composite
+def batches(draw: st.DrawFn) -> tuple[Tensor, int]:
+    rows, width = draw(st.integers(1, 40)), draw(st.integers(1, 40))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    kind = draw(st.sampled_from(["normal", "few values", "negative", "equal", "skewed latents"]))
+    z = rng.normal(size=(rows, width))
+    if kind == "few values":
+        z = rng.integers(-2, 3, size=z.shape).astype(float)
+    elif kind == "negative":
+        z = -np.abs(z)
+    elif kind == "equal":
+        z = np.full_like(z, draw(st.sampled_from([-1.0, 0.0, 2.0])))
+    elif kind == "skewed latents":
+        z = z + 10 * (np.arange(width) % 7 == 0)
+    return torch.from_numpy(z).to(draw(st.sampled_from([torch.float32, torch.float64]))), draw(
+        st.integers(1, rows * width)
+    )
+
+
+def whole(selector: Selector, z: Tensor, blocks: int = 1) -> tuple[list[int], list[float]]:
+    """Positions in the flattened batch and values, of z fed in so many blocks."""
+    first = 0
+    for block in z.tensor_split(min(blocks, z.shape[1]), dim=1):
+        selector.feed(block.contiguous(), first)
+        first += block.shape[1]
+    rows, latents, values = selector.finish()
+    return (rows * z.shape[1] + latents).tolist(), values.tolist()
+
+
+def values_at(z: Tensor, positions: list[int]) -> list[float]:
+    return z.flatten()[positions].tolist()
+
+
+@given(batch=batches(), blocks=st.integers(1, 5))
+@settings(max_examples=200, deadline=None)
+def test_the_batch_selection_is_that_of_a_sort(batch: tuple[Tensor, int], blocks: int) -> None:
+    z, count = batch
+    kept, smallest = by_sorting(z, count)
+    positions, values = whole(TopOfBatch(count), z, blocks)
+    assert positions == kept
+    assert values == values_at(z, positions)
+    assert (min(values) if len(values) == count else 0.0) == smallest
+
+
+@given(batch=batches(), blocks=st.integers(1, 5))
+@settings(max_examples=100, deadline=None)
+def test_the_batch_selection_may_take_what_is_negative(batch: tuple[Tensor, int], blocks: int) -> None:
+    z, count = batch
+    flat = z.flatten().tolist()
+    wanted = sorted(sorted(range(len(flat)), key=lambda i: (-flat[i], i))[:count])
+    positions, values = whole(TopOfBatch(count, positive=False), z, blocks)
+    assert positions == wanted
+    assert values == values_at(z, positions)
+
+
+@given(batch=batches(), share=st.floats(0, 1), blocks=st.integers(1, 5), positive=st.booleans())
+@settings(max_examples=200, deadline=None)
+def test_the_selection_of_each_token_is_that_of_a_sort(
+    batch: tuple[Tensor, int], share: float, blocks: int, positive: bool
+) -> None:
+    z, _ = batch
+    k = max(1, round(share * z.shape[1]))
+    expected = []
+    for row, entries in enumerate(z.tolist()):
+        order = sorted(range(len(entries)), key=lambda j: (-entries[j], j))[:k]
+        expected += sorted(row * len(entries) + j for j in order if entries[j] > 0 or not positive)
+    positions, values = whole(TopPerToken(k, positive=positive), z, blocks)
+    assert positions == expected
+    assert values == values_at(z, positions)
+
+
+@given(batch=batches(), blocks=st.integers(1, 5), each=st.booleans())
+@settings(max_examples=100, deadline=None)
+def test_all_above_a_bound_are_kept(batch: tuple[Tensor, int], blocks: int, each: bool) -> None:
+    z, seed = batch
+    bound = torch.randn(z.shape[1] if each else (), dtype=z.dtype, generator=torch.Generator().manual_seed(seed))
+    selector = Above(bound)
+    positions, values = whole(selector, z, blocks)
+    assert positions == (z > bound).flatten().nonzero().flatten().tolist()
+    assert values == values_at(z, positions)
+    assert selector.count == len(positions)
+
+
+@pytest.mark.parametrize("k", [1, 8, 40])
+def test_large_batches_agree_with_topk(k: int) -> None:
+    z = torch.randn(256, 4096, generator=torch.Generator().manual_seed(k))
+    rows, latents, values = select(TopOfBatch(256 * k), z)
+    assert torch.equal(values.sort(descending=True).values, z.flatten().topk(256 * k).values)
+    assert torch.equal(z[rows, latents], values)
+    rows, latents, values = select(TopPerToken(k), z)
+    assert torch.equal(values.view(256, k).sort(1, descending=True).values, z.topk(k, dim=1).values)
+    assert torch.equal(z[rows, latents], values)
+
+
+def test_the_bound_leaves_few_candidates() -> None:
+    """What is read twice is little more than what is kept."""
+    z = torch.randn(512, 4096, generator=torch.Generator().manual_seed(0))
+    for selector, count in ((TopOfBatch(512 * 16), 512 * 16), (TopPerToken(16), 512 * 16)):
+        selector.feed(z, 0)
+        assert count <= sum(len(part.rows_n) for part in selector.parts) < 1.3 * count
+
+
+def test_selection_by_hand() -> None:
+    z = torch.tensor([[3.0, 1.0, 2.6], [1.0, 2.0, -2.2]])
+    assert whole(TopPerToken(1), z)[0] == [0, 4]
+    assert whole(TopPerToken(3), z)[0] == [0, 1, 2, 3, 4]
+    assert whole(TopPerToken(3, positive=False), z)[0] == [0, 1, 2, 3, 4, 5]
+    assert whole(TopOfBatch(4), z)[0] == [0, 1, 2, 4]  # 3, 2.6, 2 and the first of the two ones
+    assert whole(TopOfBatch(6), z)[0] == [0, 1, 2, 3, 4]  # only five are positive
+
+
+def test_the_k_largest_of_given_entries() -> None:
+    rows = torch.tensor([0, 0, 0, 2, 2, 2, 2])
+    values = torch.tensor([1.0, 3.0, 1.0, 2.0, 5.0, 2.0, 2.0])
+    entries = Entries(rows, torch.arange(7), values)
+    assert top_of_rows(entries, 2, 4).tolist() == [True, True, False, True, True, False, False]
+    assert top_of_rows(entries, 4, 4).all()
+    assert top_of_rows(Entries(rows[:0], rows[:0], values[:0]), 1, 3).tolist() == []

@@ -1,0 +1,58 @@
+"""python -m pytest tests/train/sae/test_penalty.py: a coefficient that follows the wanted L0."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from data.base.errors import UserError
+from tests.helpers.toy import activations, make
+from train.sae import SAE, VARIANTS, Step
+
+
+def step_at(sae: SAE, l0: float, sparsity_scale: float = 1.0) -> Step:
+    """A training step's report of a mean L0."""
+    xn = sae.norm.normalise(activations(8))
+    step = sae.loss(xn, sparsity_scale=sparsity_scale)
+    return replace(step, parts=step.parts | {"l0": torch.tensor(l0)})
+
+
+@pytest.mark.parametrize("form", ["relu at k", "gated at k"])
+def test_the_factor_moves_by_the_logarithm_of_the_ratio(form: str) -> None:
+    sae = make(form)
+    sae.after_step(step_at(sae, 15.0))
+    assert float(sae.sparsity_factor) == pytest.approx(math.exp(0.02 * math.log(1.5)))
+    sae.after_step(step_at(sae, 10 / 1.5))
+    assert float(sae.sparsity_factor) == pytest.approx(1.0)
+    sae.after_step(step_at(sae, 0.0))
+    assert float(sae.sparsity_factor) == pytest.approx(math.exp(-0.02))
+
+
+def test_it_waits_for_the_warm_up() -> None:
+    sae = make("relu at k")
+    sae.after_step(step_at(sae, 60.0, sparsity_scale=0.5))
+    assert float(sae.sparsity_factor) == 1.0
+
+
+def test_the_factor_multiplies_the_term() -> None:
+    sae, xn = make("relu at k"), activations(16)
+    before = sae.loss(xn)
+    sae.sparsity_factor.fill_(3.0)
+    after = sae.loss(xn)
+    assert float(after.parts["sparsity"]) == pytest.approx(3 * float(before.parts["sparsity"]))
+    assert float((after.loss - before.loss).detach()) == pytest.approx(2 * float(before.parts["sparsity"]), rel=1e-4)
+
+
+def test_without_k_it_stays() -> None:
+    sae = make("relu")
+    sae.after_step(step_at(sae, 60.0))
+    assert float(sae.sparsity_factor) == 1.0
+
+
+@pytest.mark.parametrize(("sparsity", "k"), [(0.0, 4), (0.1, 0), (0.1, 65)])
+def test_a_wanted_l0_that_cannot_be_met_is_refused(sparsity: float, k: int) -> None:
+    with pytest.raises(UserError, match=f"k={k}"):
+        VARIANTS["gated"](16, 64, sparsity=sparsity, k=k)

@@ -1,0 +1,99 @@
+"""The model card: what an exported SAE is, how good, of what, and how it is loaded."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from data.base.errors import UserError
+from train.interop.foreign import Json, Origin
+from train.sae.base import SAE
+
+_NAMES = {
+    "l0": "L0",
+    "nmse": "NMSE",
+    "ev": "explained variance",
+    "ce_increase": "CE increase (nats)",
+    "recovered_zero": "CE recovered, zero ablation",
+    "recovered_mean": "CE recovered, mean ablation",
+    "kl": "KL from the model's own predictions (nats)",
+}
+_DIGITS = {"l0": 1}
+
+
+def reported(report: Path, folder: Path, fingerprint: str) -> Json:
+    """The row and site of `folder` in an evaluation's report.json; UserError where it has none."""
+    try:
+        sites = json.loads(report.read_text(encoding="utf-8"))["sites"]
+    except FileNotFoundError:
+        raise UserError(f"report={report} does not exist: name the report.json of an evaluation") from None
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"report={report} is no evaluation's report.json: name one") from None
+    for site in sites:
+        for row in site["saes"]:
+            if site["fingerprint"] == fingerprint and Path(row["folder"]).resolve() == folder.resolve():
+                if row.get("form", "shipped") != "shipped":
+                    raise UserError(
+                        f"report={report} scores {folder} as form={row['form']}: name one with form=shipped"
+                    )
+                return {"site": site, "row": row}
+    raise UserError(f"report={report} has no row of {folder}: evaluate it, or leave the report out")
+
+
+def card(sae: SAE, origin: Origin, config: Mapping[str, Any], loading: str, found: Json | None) -> str:
+    """Markdown. `sae`: as exported; `config`: of the folder it came from; `found`: what `reported` gave."""
+    training = config.get("training", {})
+    lines = [
+        f"# {origin.variant}, {sae.width:,} latents, {origin.site} of {origin.model}",
+        "",
+        f"A sparse autoencoder of width {sae.width:,} over the {sae.d_in} entries of `{origin.hook}`"
+        + (f", trained on {training['tokens']:,} tokens" if "tokens" in training else "")
+        + f". Its contexts had {origin.packing['context']} tokens, BOS: {origin.packing['bos']}.",
+        "",
+        "```python",
+        loading,
+        "```",
+        "",
+        _units(sae),
+        "",
+        *_figures(training, found),
+        "",
+        f"Activations: store `{origin.store}`, fingerprint `{origin.fingerprint}`. Settings: "
+        f"`{json.dumps(origin.settings)}`.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _units(sae: SAE) -> str:
+    if sae.input_norm == "token":
+        return "Each token is normalised on the way in (layer_norm), and x_hat is in the model's units again."
+    return (
+        "x, x_hat and f are in the model's own units (no normalisation is left to be applied), read from the model "
+        "without weight processing (`from_pretrained_no_processing` in TransformerLens)."
+    )
+
+
+def _figures(training: Mapping[str, Any], found: Json | None) -> list[str]:
+    if found is None:
+        held_out = training.get("heldout")
+        if not held_out:
+            return ["Not evaluated."]
+        told = f"On {held_out['tokens']:,.0f} held-out tokens, in the form that ships:"
+        return [told, "", *_table({"l0": (held_out["l0"], None), "nmse": (held_out["nmse"], None)})]
+    site, metrics = found["site"], found["row"]["metrics"]
+    told = f"On {site['tokens']:,} held-out tokens in {site['sequences']:,} contexts, in the form that ships:"
+    return [told, "", *_table({name: (metrics[name]["value"], metrics[name]["se"]) for name in _NAMES})]
+
+
+def _table(figures: Mapping[str, tuple[float | None, float | None]]) -> list[str]:
+    def shown(name: str, value: float | None, error: float | None) -> str:
+        digits = _DIGITS.get(name, 4)
+        if value is None:
+            return "-"
+        return f"{value:.{digits}f}" + (f" ± {error:.{digits}f}" if error is not None else "")
+
+    return ["| metric | value |", "| :-- | --: |"] + [
+        f"| {_NAMES[name]} | {shown(name, *pair)} |" for name, pair in figures.items()
+    ]

@@ -1,0 +1,67 @@
+"""What other tools' classes can hold of an SAE: the same function of x in model units.
+
+Letters: B tokens in a batch, D model width, F latents.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from train.sae.base import SAE
+from train.sae.variants.relu import ReLU
+
+_UNIT = 1e-5  # rows of W_dec this close to length 1 are unit rows in float32
+
+
+def rebuilt(sae: SAE, state: dict[str, Tensor], **settings: Any) -> SAE:
+    """An SAE of the same class with other settings and this state."""
+    new = type(sae)(**sae.settings() | settings)
+    new.load_state_dict(state)
+    return new
+
+
+def unit_rows(W_dec_FD: Tensor) -> bool:
+    """Whether all rows are unit, to rounding."""
+    return bool(((torch.linalg.vector_norm(W_dec_FD, dim=1) - 1).abs() < _UNIT).all())
+
+
+@torch.no_grad()
+def folded(sae: SAE) -> SAE:
+    """The same x_hat of model-unit x with `dataset` folded in (`token` cannot be) and, for April's ReLU, unit rows.
+
+    z, f, b_dec, the latents' biases, theta, T are divided by s; W_enc, W_dec and r_mag stay as they are. April's norms
+    go from the rows of W_dec to W_enc and b_enc, and with them to f.
+    """
+    state = {name: tensor.clone() for name, tensor in sae.state_dict().items()}
+    s = sae.norm.scale
+    for name in ("b_dec", *sae.bias_names, "theta", "threshold"):
+        if name in state:
+            state[name] /= s
+    for name in ("variance", "mean_sq"):
+        state[name] /= s.square()
+    state["norm.scale"] = torch.ones_like(s)
+    settings: dict[str, Any] = {"input_norm": "token" if sae.input_norm == "token" else "none"}
+    if isinstance(sae, ReLU):
+        settings["form"] = "bricken"
+        if not sae.unit_rows and not unit_rows(sae.W_dec):
+            norm_F = torch.linalg.vector_norm(sae.W_dec, dim=1).clamp_min(1e-12)
+            state["W_dec"] /= norm_F[:, None]
+            state["W_enc_FD"] *= norm_F[:, None]
+            state["b_enc"] *= norm_F
+    return rebuilt(sae, state, **settings)
+
+
+@torch.no_grad()
+def subtracting(sae: SAE, wanted: bool) -> SAE:
+    """The same function with or without b_dec subtracted at the encoder: what it adds to h goes into the biases."""
+    if sae.apply_b_dec_to_input == wanted:
+        return sae
+    state = {name: tensor.clone() for name, tensor in sae.state_dict().items()}
+    moved_F = sae.W_enc_FD.double() @ sae.b_dec.double() * (1 if wanted else -1)
+    for name in sae.bias_names:
+        by_F = moved_F * sae.get_parameter("r_mag").double().exp() if name == "b_mag" else moved_F
+        state[name] = (state[name].double() + by_F).to(state[name].dtype)
+    return rebuilt(sae, state, apply_b_dec_to_input=wanted)

@@ -1,0 +1,154 @@
+"""SAELens (sae_lens 6): cfg.json and sae_weights.safetensors, as `SAE.load_from_disk` reads them.
+
+Its classes keep z > threshold, as ours do, and name x_hat' = f W_dec + b_dec. What ships of BatchTopK and Matryoshka is
+its `jumprelu` with the same threshold for each latent: `batchtopk` is a class of its training only, which its loader
+does not know. `layer_norm` is our `token`, save that its way back multiplies by std where ours does by std + 1e-5.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import save as to_bytes
+from torch import Tensor
+
+from data.base.errors import UserError
+from train.interop.fold import unit_rows
+from train.interop.foreign import (
+    OURS,
+    Foreign,
+    Json,
+    Origin,
+    construct,
+    fill,
+    json_bytes,
+    own_record,
+    settings_in,
+    tensors_in,
+    wanted,
+)
+from train.sae.base import SAE
+from train.sae.variants.topk import TopK
+
+CONFIG, WEIGHTS = HOLDS = ("cfg.json", "sae_weights.safetensors")
+LOADING = """from sae_lens import SAE
+sae = SAE.load_from_disk("{folder}")
+f = sae.encode(x); x_hat = sae.decode(f)"""
+VERSION = "6.0.0"  # of the layout; without it the loader takes the folder for one of version 5
+
+_ARCHITECTURES = {
+    "relu": "standard",
+    "topk": "topk",
+    "batchtopk": "jumprelu",
+    "matryoshka": "jumprelu",
+    "gated": "gated",
+    "jumprelu": "jumprelu",
+}
+_BIASES = {"gated": ("b_gate", "b_mag", "r_mag")}
+
+
+def files(sae: SAE, origin: Origin) -> dict[str, bytes]:
+    """Every variant fits."""
+    architecture = _ARCHITECTURES[sae.name]
+    tensors = {name: getattr(sae, name).detach() for name in _names(architecture)}
+    config: Json = {
+        "architecture": architecture,
+        "d_in": sae.d_in,
+        "d_sae": sae.width,
+        "dtype": "float32",
+        "device": "cpu",
+        "apply_b_dec_to_input": sae.apply_b_dec_to_input,
+        "normalize_activations": "layer_norm" if sae.input_norm == "token" else "none",
+        "reshape_activations": "none",
+        "metadata": _metadata(origin),
+    }
+    if isinstance(sae, TopK):
+        config |= {"k": sae.k, "rescale_acts_by_decoder_norm": False}
+    if architecture == "jumprelu":
+        theta = getattr(sae, "theta" if sae.name == "jumprelu" else "threshold").detach()
+        tensors["threshold"] = theta.expand(sae.width)
+    whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    return {WEIGHTS: to_bytes(whole), CONFIG: json_bytes(config)}
+
+
+def _names(architecture: str) -> tuple[str, ...]:
+    return ("W_enc", "W_dec", "b_dec", *_BIASES.get(architecture, ("b_enc",)))
+
+
+def _metadata(origin: Origin) -> Json:
+    return {
+        "sae_lens_version": VERSION,
+        "sae_lens_training_version": None,
+        "model_name": origin.model,
+        "model_class_name": "AutoModelForCausalLM" if origin.site.path else "HookedTransformer",
+        "hook_name": origin.hook,
+        "hook_head_index": None,
+        "context_size": origin.packing["context"],
+        "prepend_bos": origin.prepend_bos,
+        OURS: origin.json(),
+    }
+
+
+def read(folder: Path) -> Foreign:
+    """Whichever of SAELens' inference classes is one of our variants; UserError with the reason for the others."""
+    path = folder / CONFIG
+    config = settings_in(path)
+    metadata = config.get("metadata") or {}
+    ours = own_record(metadata, folder)
+    if "architecture" not in config or "metadata" not in config:
+        raise UserError(f"{path} is older than SAELens 6: load and save it with a newer one")
+    architecture, token = config["architecture"], _norm(config, path)
+    if architecture not in set(_ARCHITECTURES.values()):
+        raise UserError(f"{path}: the architecture {architecture} is none of {', '.join(_ARCHITECTURES)}: name another")
+    names = (*_names(architecture), *(("threshold",) if architecture == "jumprelu" else ()))
+    tensors = tensors_in(folder / WEIGHTS, {name: name for name in names})
+    common: Json = {
+        "d_in": wanted(config, "d_in", path),
+        "width": wanted(config, "d_sae", path),
+        "input_norm": token,
+        "apply_b_dec_to_input": config.get("apply_b_dec_to_input", True),
+    }
+    if architecture == "jumprelu":
+        sae, tensors = _thresholded(tensors, ours, common)
+    elif architecture == "topk":
+        if config.get("rescale_acts_by_decoder_norm", False):
+            tensors = _unit(tensors)
+        sae = construct("topk", ours, k=wanted(config, "k", path), **common)
+    elif architecture == "standard":
+        form = "bricken" if unit_rows(tensors["W_dec"].float()) else "april"
+        sae = construct("relu", ours, form=form, **common)
+    else:
+        sae = construct("gated", ours, **common)
+    return Foreign(fill(sae, tensors, folder), metadata.get("hook_name"), ours)
+
+
+def _norm(config: Json, path: Path) -> str:
+    """Our `input_norm`; UserError for one whose numbers are not in the folder, and for shapes and factors not ours."""
+    kind = config.get("normalize_activations", "none")
+    if kind not in ("none", "layer_norm"):
+        raise UserError(
+            f"{path}: normalize_activations={kind} needs numbers that the folder does not hold: fold them in SAELens "
+            "(fold_activation_norm_scaling_factor) and save it again"
+        )
+    if (reshape := config.get("reshape_activations", "none")) != "none":
+        raise UserError(f"{path}: reshape_activations={reshape} takes heads apart, and a site here is one vector")
+    return "token" if kind == "layer_norm" else "none"
+
+
+def _thresholded(tensors: dict[str, Tensor], ours: Json, common: Json) -> tuple[SAE, dict[str, Tensor]]:
+    """A jumprelu, or the BatchTopK or Matryoshka that we wrote as one."""
+    theta_F = tensors.pop("threshold").clamp_min(0)  # its relu lets nothing below 0 through
+    if ours.get("variant") in ("batchtopk", "matryoshka") and bool((theta_F == theta_F[0]).all()):
+        return construct(ours["variant"], ours, **common), tensors | {"threshold": theta_F[0]}
+    return construct("jumprelu", ours, **common), tensors | {"theta": theta_F}
+
+
+def _unit(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """TopK that chooses by z * ||W_dec_j||, as one with unit rows that chooses by z."""
+    norm_F = torch.linalg.vector_norm(tensors["W_dec"].float(), dim=1)
+    tensors = dict(tensors)
+    tensors["W_dec"] = tensors["W_dec"].float() / norm_F[:, None]
+    tensors["W_enc"] = tensors["W_enc"].float() * norm_F
+    tensors["b_enc"] = tensors["b_enc"].float() * norm_F
+    return tensors

@@ -1,0 +1,78 @@
+"""The threshold that replaces the batch's top k when a BatchTopK ships: followed in training, calibrated at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from train.sae.sparse.select import TopOfBatch, select
+
+
+def running_mean_(mean: Tensor, weight: Tensor, value: Tensor, decay: float) -> None:
+    """In place, where `value` > 0: the bias-corrected exponential mean of all values so far.
+
+    mean_n = sum_i (1 - decay) decay^(n - i) v_i / w_n, w_n = 1 - decay^n: right from the first value on. `weight`
+    holds w_n.
+    """
+    seen = value > 0
+    new_weight = decay * weight + (1 - decay)
+    new_mean = mean + (1 - decay) / new_weight * (value - mean)
+    mean.copy_(torch.where(seen, new_mean, mean))
+    weight.copy_(torch.where(seen, new_weight, weight))
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What the calibration of a threshold found.
+
+    threshold: T, the mean over batches of the smallest positive value kept, or T_k where that was asked for.
+    threshold_k: T_k, the (k * N)-th largest z of the set (0 where fewer are positive). l0: mean number of z > T a
+    token. batches, skipped: those used, and those with fewer than k * B positives. tokens: N.
+    """
+
+    threshold: float
+    threshold_k: float
+    l0: float
+    batches: int
+    skipped: int
+    tokens: int
+
+
+def _smallest_kept(z_BF: Tensor, count: int) -> float:
+    """The `count`-th largest of z, 0 where fewer are positive."""
+    values_n = select(TopOfBatch(count), z_BF).values_n
+    return float(values_n.min()) if len(values_n) == count else 0.0
+
+
+@torch.no_grad()
+def calibrate(
+    pre_activation: Callable[[Tensor], Tensor],
+    batches: Sequence[Float[Tensor, "_ D"]],
+    k: int,
+    *,
+    pooled: bool = False,
+) -> Calibration:
+    """T, T_k and L0(T) of frozen weights; `pre_activation` maps a batch to z. Two passes over `batches`.
+
+    `pooled` makes T_k the threshold.
+
+    Every batch keeps its k * B largest, all at least as large as the smallest value any batch kept. So at least k * N
+    values of the set lie at or above that bound, and T_k is exact from those alone.
+    """
+    kept = [_smallest_kept(z_BF, k * z_BF.shape[0]) for z_BF in map(pre_activation, batches)]
+    used = [value for value in kept if value > 0]
+    bound, tokens = min(kept, default=0.0), 0
+    pool: list[Tensor] = []
+    for z_BF in map(pre_activation, batches):
+        tokens += z_BF.shape[0]
+        pool.append(z_BF[(z_BF >= bound) & (z_BF > 0)])
+    values = torch.cat(pool)
+    short = values.numel() < k * tokens
+    threshold_k = 0.0 if short else float(values.kthvalue(values.numel() - k * tokens + 1).values)
+    threshold = threshold_k if pooled else sum(used) / len(used) if used else 0.0
+    above = int((values > threshold).sum())  # a threshold is at least the bound
+    return Calibration(threshold, threshold_k, above / tokens, len(used), len(kept) - len(used), tokens)

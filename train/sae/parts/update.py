@@ -1,0 +1,66 @@
+"""What follows a backward: one optimizer step with its projection, clipping and renormalisation, in their order."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from train.sae.base import SAE
+from train.sae.parts.unit_rows import project_gradient_, renormalise_
+
+
+def update(sae: SAE, optimizer: Optimizer, clip: float | None) -> None:
+    """Move the parameters by their gradients, clipped to the norm `clip` over all of them where it is given."""
+    if sae.unit_rows:
+        project_gradient_(sae.W_dec)
+    if clip is not None:
+        torch.nn.utils.clip_grad_norm_(sae.parameters(), clip)
+    optimizer.step()
+    if sae.unit_rows:
+        renormalise_(sae.W_dec)
+
+
+class Average(nn.Module):
+    """The bias-corrected exponential mean of an SAE's parameters over the steps (Gao et al. 2406.04093, A.3).
+
+    m_n = sum_i (1 - decay) decay^(n - i) w_i / (1 - decay^n), w_i after step i; what an SAE ships with where it is
+    asked for. Unit rows of W_dec are brought to unit length in what ships, which the mean of unit rows is not.
+    Buffers hold m_n by the parameters' names.
+    """
+
+    def __init__(self, sae: SAE, decay: float) -> None:
+        super().__init__()
+        self.decay, self.unit_rows = decay, sae.unit_rows
+        for name, parameter in sae.named_parameters():
+            self.register_buffer(name, torch.zeros_like(parameter, requires_grad=False))
+
+    @torch.no_grad()
+    def update(self, sae: SAE, steps: int) -> None:
+        """Take in the parameters after so many steps, 1 or more."""
+        gain = (1 - self.decay) / (1 - self.decay**steps)
+        for mean, parameter in zip(self.buffers(), sae.parameters(), strict=True):
+            mean.lerp_(parameter, gain)
+
+    @torch.no_grad()
+    def ship(self, sae: SAE) -> None:
+        """Put the mean in the place of the parameters, for good."""
+        for mean, parameter in zip(self.buffers(), sae.parameters(), strict=True):
+            parameter.copy_(mean)
+        if self.unit_rows:
+            renormalise_(sae.W_dec)
+
+    @contextmanager
+    def shipping(self, sae: SAE) -> Iterator[None]:
+        """The same for a while."""
+        kept = [parameter.detach().clone() for parameter in sae.parameters()]
+        self.ship(sae)
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for own, parameter in zip(kept, sae.parameters(), strict=True):
+                    parameter.copy_(own)

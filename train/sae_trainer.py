@@ -1,0 +1,239 @@
+"""One SAE in training, in plain torch: its step, its counters, its state. One pass over the cache trains many of them.
+
+Letters: B tokens in a batch, D model width, F latents.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from data.base.errors import UserError
+from train.sae import SAE, DeadLatents, Step
+from train.sae.parts.update import Average, update
+from train.schedules import Schedule
+
+if TYPE_CHECKING:
+    from pytorch_lightning.loggers.logger import Logger
+
+OptimizerFactory = Callable[[Iterable[Tensor]], Optimizer]
+State = dict[str, Any]
+
+
+def random_state(device: torch.device) -> dict[str, Tensor]:
+    """The state of torch's generators that a step on `device` may draw from."""
+    cuda = {"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {}
+    return {"cpu": torch.get_rng_state(), **cuda}
+
+
+def set_random_state(state: dict[str, Tensor], device: torch.device) -> None:
+    """Put back what `random_state` gave; a generator it does not hold stays as it is."""
+    torch.set_rng_state(state["cpu"])
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], device)
+
+
+class Member(nn.Module):
+    """An SAE with its optimizer, schedules, clip, counters, loggers and folder.
+
+    Nothing of it is shared with the others of its pass: the random state too is its own, as if it were trained alone.
+    `step` counts its steps done; `failure` is the sentence it was stopped with. Counters move in `train_batch` only.
+    `ema` is the decay of the mean of the weights that ships, None for the weights themselves; `rate` a factor on the
+    optimizer's learning rates.
+    """
+
+    bad_step: Tensor
+
+    def __init__(
+        self,
+        sae: SAE,
+        optimizer: OptimizerFactory,
+        schedule: Schedule,
+        *,
+        folder: Path,
+        name: str,
+        seed: int,
+        dead_after: int,
+        clip: float | None = 1.0,
+        ema: float | None = None,
+        rate: float = 1.0,
+        log_every: int = 50,
+        world: int = 1,
+    ) -> None:
+        super().__init__()
+        self.sae, self.schedule, self.folder, self.name = sae, schedule, folder, name
+        self.dead_after, self.clip, self.log_every, self.world = dead_after, clip, log_every, world
+        self.dead = DeadLatents(sae.width)
+        self.average = None if ema is None else Average(sae, ema)
+        self.register_buffer("bad_step", torch.tensor(-1))
+        try:
+            self.optimizer = optimizer(sae.parameters())
+        except (TypeError, ValueError) as error:
+            raise UserError(f"the optimizer refuses its settings ({error}): mend them under optimizer.*") from None
+        self.rates = [rate * float(group["lr"]) for group in self.optimizer.param_groups]
+        self.step = 0
+        self.failure: str | None = None
+        self.loggers: Sequence[Logger] = ()
+        self.figures_logged: dict[str, float] = {}
+        self.validation: dict[str, float] = {}
+        self.seed = seed
+        torch.manual_seed(seed)
+        self.rng = random_state(torch.device("cpu"))
+        self._moments: State | None = None
+
+    # The step
+
+    def train_batch(self, x_BD: Tensor) -> None:
+        """One step on a batch in model units; raises UserError where a loss was not finite, at a step that is logged.
+
+        On a GPU nothing waits for the device but the steps that are logged.
+        """
+        set_random_state(self.rng, x_BD.device)
+        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
+            group["lr"] = rate * self.schedule.lr(self.step)
+        dead_F = among_d = None
+        if self.sae.uses_auxk:
+            dead_F = self.dead.mask(self.dead_after)
+            tokens = len(x_BD) * self.world
+            among_d = self.dead.among(self.dead_after, tokens, self.dead_after // (2 * tokens))
+        scale = self.schedule.sparsity(self.step)
+        step = self.sae.loss(self.sae.norm.normalise(x_BD), dead_F=dead_F, among_d=among_d, sparsity_scale=scale)
+        step.loss.backward()  # type: ignore[no-untyped-call]
+        self._average_gradients()
+        update(self.sae, self.optimizer, self.clip)
+        self.optimizer.zero_grad()  # the next SAE's step has the memory
+        self.sae.after_step(step)
+        self._count(step)
+        self.step += 1
+        if self.average is not None:
+            self.average.update(self.sae, self.step)
+        if self.step % self.log_every == 0 or self.step == self.schedule.total:
+            self.check_finite()
+            self.figures_logged = self._figures(step)
+            self.log("train", self.figures_logged)
+        self.rng = random_state(x_BD.device)
+
+    @torch.no_grad()
+    def _count(self, step: Step) -> None:
+        fired_F, tokens = step.fired_F, step.tokens
+        if self.world > 1:
+            fired = fired_F.int()
+            dist.all_reduce(fired, dist.ReduceOp.MAX)
+            fired_F = fired.bool()
+            for buffer in self.sae.buffers():
+                dist.broadcast(buffer, 0)
+        self.dead.update(fired_F, tokens * self.world)
+        bad = (self.bad_step < 0) & ~torch.isfinite(step.loss.detach())
+        self.bad_step = torch.where(bad, self.step, self.bad_step)
+
+    def _average_gradients(self) -> None:
+        if self.world > 1:
+            for parameter in self.sae.parameters():
+                assert parameter.grad is not None
+                dist.all_reduce(parameter.grad)
+                parameter.grad.div_(self.world)
+
+    def _figures(self, step: Step) -> dict[str, float]:
+        """What is logged of the step just done; reads values from the device."""
+        values = {"loss": float(step.loss.detach())}
+        values |= {name: float(value) for name, value in step.parts.items()}
+        values["dead"] = self.dead_count()
+        values["lr"] = self.rates[0] * self.schedule.lr(self.step - 1)
+        return values
+
+    def dead_count(self) -> int:
+        """Latents dead now."""
+        return int(self.dead.mask(self.dead_after).sum())
+
+    def check_finite(self) -> None:
+        """Raises UserError naming the first step whose loss was not finite, on every rank alike."""
+        if self.world > 1:
+            dist.all_reduce(self.bad_step, dist.ReduceOp.MAX)
+        if (step := int(self.bad_step)) >= 0:
+            rate = f"learning rate {self.rates[0] * self.schedule.lr(step):.2g}"
+            raise UserError(
+                f"the loss of variant {self.sae.name} was not finite at step {step} ({rate}): "
+                "lower optimizer.lr or clip, or lengthen lr_warmup"
+            )
+
+    # What is told of it
+
+    def log(self, prefix: str, values: dict[str, float]) -> None:
+        """Hand `values` to the loggers, under the steps done."""
+        for logger in self.loggers:
+            logger.log_metrics({f"{prefix}/{name}": value for name, value in values.items()}, self.step)
+
+    def shipping(self) -> AbstractContextManager[None]:
+        """While it lasts the SAE has the weights that ship, where their threshold is known before the end."""
+        if self.average is None or self.sae.needs_calibration:
+            return nullcontext()
+        return self.average.shipping(self.sae)
+
+    def ship(self) -> None:
+        """Give the SAE the weights that ship, for good."""
+        if self.average is not None:
+            self.average.ship(self.sae)
+
+    def validated(self, prefix: str, values: dict[str, float]) -> None:
+        """Take the figures on held-out tokens of the form that ships."""
+        assert all(map(math.isfinite, values.values())) or int(self.bad_step) >= 0
+        self.validation = values
+        self.log(prefix, values)
+
+    def fail(self, why: str) -> None:
+        """Stop it for good; its moments and loggers go."""
+        self.failure = why
+        self.optimizer.state.clear()
+        self.finalize("failed")
+
+    def finalize(self, status: str) -> None:
+        """Close the loggers."""
+        for logger in self.loggers:
+            logger.finalize(status)
+        self.loggers = ()
+
+    # Beginning and going on
+
+    def initialise(self, sample_ND: Tensor, mean_sq_norm: float, variance: float) -> None:
+        """Start from data in model units and the moments of all of it."""
+        set_random_state(self.rng, torch.device("cpu"))
+        self.sae.initialise(sample_ND, mean_sq_norm=mean_sq_norm, variance=variance, seed=self.seed)
+        self.rng = random_state(torch.device("cpu"))
+
+    def state(self) -> State:
+        """All that the next step depends on, beside the batch."""
+        mean = {} if self.average is None else {"average": self.average.state_dict()}
+        return mean | {
+            "step": self.step,
+            "sae": self.sae.state_dict(),
+            "dead": self.dead.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "rng": self.rng,
+            "figures": self.figures_logged,
+        }
+
+    def load(self, state: State) -> None:
+        """Go on from `state`; the moments follow in `begin`, when it is known where they live."""
+        self.step, self.rng, self.figures_logged = state["step"], state["rng"], state["figures"]
+        self.sae.load_state_dict(state["sae"])
+        self.dead.load_state_dict(state["dead"])
+        if self.average is not None:
+            self.average.load_state_dict(state["average"])
+        self._moments = state["optimizer"]
+
+    def begin(self, device: torch.device) -> None:
+        """To be called once the parameters are on `device`."""
+        if self._moments is not None:
+            self.optimizer.load_state_dict(self._moments)
+            self._moments = None
+        if device.type == "cuda" and "cuda" not in self.rng:
+            torch.cuda.manual_seed(self.seed)
+            self.rng["cuda"] = torch.cuda.get_rng_state(device)
