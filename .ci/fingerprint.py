@@ -1,6 +1,6 @@
 """Record what the demo computed, and compare two such records: the proof that a change altered no number.
 
-    python .ci/fingerprint.py record FILE.json [FOLDER]      after `make demo`; FOLDER is the checkout, by default this one
+    python .ci/fingerprint.py record FILE.json [FOLDER]     after `make demo`; FOLDER: the checkout, by default this one
     python .ci/fingerprint.py compare BEFORE.json AFTER.json
 
 A record holds the sha256 of every SAE's weights, of every chunk file and commit record of the store, and the numbers

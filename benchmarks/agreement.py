@@ -24,10 +24,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from data.base.errors import UserError
-from data.storage.local import locate
+from data.storage.local import parse_location
 from data.store.store import Store
 from evaluate.metrics import statistics, totals
-from evaluate.run import Text, Trained, by_place, find_saes, open_text
+from evaluate.run import SavedSAE, Text, find_saes, group_by_store, open_text
 from evaluate.score import SiteScore
 from evaluate.splice import Splice
 from harvest.hooks import Site, run_to
@@ -36,7 +36,7 @@ from train.interop import FORMATS
 from train.interop.export import export
 from train.interop.foreign import Origin
 from train.sae import SAE, load, load_config, save
-from train.sae.variants.batchtopk import BatchSelected
+from train.sae.variants.batchtopk import BatchTopKBase
 from train.sae.variants.topk import TopK
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -65,7 +65,7 @@ def margin(sae: SAE, x_ND: Tensor) -> Tensor:
     threshold: Any = torch.zeros(())
     if isinstance(sae, TopK):
         threshold = z_NF.topk(sae.k + 1, dim=1).values[:, -2:].mean(1, keepdim=True)
-    elif isinstance(sae, BatchSelected):
+    elif isinstance(sae, BatchTopKBase):
         threshold = sae.threshold
     elif hasattr(sae, "theta"):
         threshold = sae.theta
@@ -73,7 +73,7 @@ def margin(sae: SAE, x_ND: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def same_function(saes: Sequence[Trained], x_ND: Tensor, python: Path, room: Path) -> Iterator[str]:
+def same_function(saes: Sequence[SavedSAE], x_ND: Tensor, python: Path, room: Path) -> Iterator[str]:
     """A line for each SAE and format: the largest deviations of f and x_hat over the RMS of x."""
     save_file({"x": x_ND}, room / "x.safetensors")
     jobs = []
@@ -146,7 +146,7 @@ def offset(sae: SAE, x_ND: Tensor) -> SAE:
 @torch.no_grad()
 def mistakes(sae: SAE, x_ND: Tensor, dl: Scores, sl: Scores, free: Scores, shifted: dict[str, Scores]) -> Iterator[str]:
     """What known mistakes make of one BatchTopK."""
-    assert isinstance(sae, BatchSelected)
+    assert isinstance(sae, BatchTopKBase)
     xn_ND = sae.norm.normalise(x_ND)
     z_NF, s = sae.pre_activation(xn_ND), float(sae.norm.scale)
     yield f"{'mistake':<76}{'right':>10}{'wrong':>10}"
@@ -194,7 +194,7 @@ def main() -> None:
     python = args.peers / "bin" / "python"
     if not python.exists():
         raise SystemExit(f"{args.peers} is missing: make peers")
-    [(store, by_site)] = by_place(find_saes(args.saes), locate(args.cache))
+    [(store, by_site)] = group_by_store(find_saes(args.saes), parse_location(args.cache))
     [(site, saes)] = by_site.items()
     text = open_text(store, {"device": "cpu", "device_map": None, "tokens": args.tokens})
     ids_BT, keep_BT = torch.from_numpy(text.packed.contexts).long(), torch.from_numpy(text.packed.keep)
@@ -207,7 +207,7 @@ def main() -> None:
 def compare(
     store: Store,
     site: str,
-    saes: Sequence[Trained],
+    saes: Sequence[SavedSAE],
     text: Text,
     contexts: tuple[Tensor, Tensor],
     x_ND: Tensor,

@@ -19,8 +19,8 @@ import torch
 from numpy.typing import NDArray
 
 from data.base.sites import KINDS, Site
-from data.store.chunk_codec import Format
-from data.store.int8 import PILOT_ROWS, Decoder, Standard, encode, rounded
+from data.store.chunk_codec import ChunkCodec
+from data.store.int8 import PILOT_ROWS, FeatureScale, RowDecoder, encode, rounded
 from data.store.manifest import CODECS, TRAIN, Layout
 from data.store.zarr_bfloat16 import from_float32, to_float32
 from harvest import lm
@@ -60,7 +60,7 @@ def added(x: Floats, stored: Floats) -> float:
 def token_bytes(rows: NDArray[Any], codec: str | None) -> float:
     """Bytes a row takes in chunks of 4096."""
     layout = Layout("float32", 1, 4096, 1, 0, codec=codec)
-    files = Format(layout, rows.dtype, rows.shape[1:])
+    files = ChunkCodec(layout, rows.dtype, rows.shape[1:])
     whole = rows[: len(rows) // 4096 * 4096].reshape(-1, 4096, rows.shape[1])
     return sum(len(piece) for chunk in whole for piece in files.pieces([chunk])) / (len(whole) * 4096)
 
@@ -74,12 +74,12 @@ def absmax(x: Floats) -> Floats:
 def figures(x: Floats) -> dict[str, float]:
     """A line of the table."""
     bits = from_float32(x)
-    standard = Standard.of(x[:PILOT_ROWS])
+    standard = FeatureScale.of(x[:PILOT_ROWS])
     rows = encode(torch.from_numpy(x), standard)
     kept = rounded(bits, BITS)
     return {
         "bf16": added(x, to_float32(bits)),
-        "int8": added(x, Decoder(x.shape[1], standard)(rows).numpy()),
+        "int8": added(x, RowDecoder(x.shape[1], standard)(rows).numpy()),
         "absmax": added(x, absmax(x)),
         "bitround": added(x, to_float32(kept)),
         **{f"bf16 {codec or 'bytes'}": token_bytes(bits, codec) for codec in (None, *CODECS)},

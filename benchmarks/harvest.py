@@ -31,7 +31,7 @@ from data.store.store import Store
 from harvest import lm
 from harvest.harvester import Harvester, widths_of
 from harvest.hooks import locate, run_to
-from harvest.packing import Packed
+from harvest.packing import PackedTokens
 from harvest.units import plan
 
 Method = Callable[[], float]  # seconds
@@ -62,13 +62,13 @@ class Trial:
     def config(self) -> Any:
         return self.model.config.get_text_config()
 
-    def text(self, units: int) -> Packed:
+    def text(self, units: int) -> PackedTokens:
         """Random tokens, of which one in a context is not kept, as a BOS would not be."""
         shape = (units * self.unit_contexts, self.context)
         contexts = np.random.default_rng(0).integers(3, self.config.vocab_size, shape, dtype=np.int32)
         keep = np.ones(shape, np.bool_)
         keep[:, 0] = False
-        return Packed(contexts, keep)
+        return PackedTokens(contexts, keep)
 
 
 def gpt2() -> Trial:

@@ -31,7 +31,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from data.storage.local import Location, locate, place_at
+from data.storage.local import Location, open_storage, parse_location
 from harvest import harvester, lm
 from harvest.run import harvest
 from tests.helpers.corpus import config, save_model, write_stories
@@ -106,21 +106,21 @@ def snapshot(cache: Location) -> dict[str, bytes | None]:
     """Every name below a place, with the bytes of those that are files."""
     if isinstance(cache, Path):
         return {str(p.relative_to(cache)): p.read_bytes() if p.is_file() else None for p in cache.rglob("*")}
-    keys = [*place_at(cache).sizes()]
-    return dict(zip(keys, place_at(cache).reads(keys), strict=True))
+    keys = [*open_storage(cache).sizes()]
+    return dict(zip(keys, open_storage(cache).reads(keys), strict=True))
 
 
 def differing(whole: str, cut: str) -> list[str]:
     """Names that one of two places lacks, or whose bytes differ."""
-    here, there = snapshot(locate(whole)), snapshot(locate(cut))
+    here, there = snapshot(parse_location(whole)), snapshot(parse_location(cut))
     return sorted(name for name in here.keys() | there.keys() if here.get(name, "") != there.get(name, ""))
 
 
 def litter(at: str) -> Counter[str]:
     """What now lies about that a finished store has not."""
-    found, cache = Counter[str](), locate(at)
+    found, cache = Counter[str](), parse_location(at)
     if not isinstance(cache, Path):
-        names = [key.rpartition("claims/")[2] for key in place_at(cache).sizes() if "/claims/" in key]
+        names = [key.rpartition("claims/")[2] for key in open_storage(cache).sizes() if "/claims/" in key]
         found["stages"] = len({name.partition("/")[0] for name in names if "/" in name})
         found["settled"] = sum(name.endswith(".settled") for name in names)
         found["claims"] = sum(name.count(".") == 1 for name in names)

@@ -28,11 +28,11 @@ from benchmarks.loader import SITE, build
 from data.base.cli import CONF, keep_freed_memory
 from data.store.store import Store
 from train.fit import fit
-from train.lit import LitSAEs
-from train.plan import Run, Settings
-from train.run import Job, prepare
+from train.lit import MultiSAEModule
+from train.plan import Settings, TrainRun
+from train.run import TrainRequest, prepare
 from train.sae.parts.update import update
-from train.sae_trainer import Member
+from train.sae_trainer import SAETrainer
 
 CHUNK_ROWS = 1024
 
@@ -40,7 +40,7 @@ CHUNK_ROWS = 1024
 class Bare:
     """A copy of an SAE in training that does its steps and nothing else."""
 
-    def __init__(self, member: Member, optimizer: Settings) -> None:
+    def __init__(self, member: SAETrainer, optimizer: Settings) -> None:
         self.sae, self.clip = copy.deepcopy(member.sae), member.clip
         self.dead_F = member.dead.mask(member.dead_after) if member.sae.uses_auxk else None
         self.optimizer = instantiate(optimizer)(self.sae.parameters())
@@ -78,7 +78,7 @@ class Turns(Callback):
         self.fetching += time.perf_counter() - self.ended
 
     def on_train_batch_end(self, trainer: Trainer, module: LightningModule, _: Any, batch: Tensor, *args: Any) -> None:
-        assert isinstance(module, LitSAEs)
+        assert isinstance(module, MultiSAEModule)
         self.batches.append(batch)
         if len(self.batches) == self.steps:
             run = (self._now(module) - self.began) / self.steps
@@ -99,7 +99,7 @@ class Turns(Callback):
         self.ended = time.perf_counter()
 
 
-def runs_of(store: Store, folder: Path, saes: int, batch: int, steps: int, overrides: list[str]) -> list[Run]:
+def runs_of(store: Store, folder: Path, saes: int, batch: int, steps: int, overrides: list[str]) -> list[TrainRun]:
     """Runs of so many steps that differ in their learning rate alone."""
     tokens, found = batch * steps, []
     for index in range(saes):
@@ -109,7 +109,7 @@ def runs_of(store: Store, folder: Path, saes: int, batch: int, steps: int, overr
         with initialize_config_dir(str(CONF), version_base="1.3"):
             settings = OmegaConf.to_container(compose("train", asked), resolve=True)
         assert isinstance(settings, dict)
-        run = prepare(Job({str(name): value for name, value in settings.items()}))
+        run = prepare(TrainRequest({str(name): value for name, value in settings.items()}))
         assert run is not None
         found.append(run)
     return found

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from data.base.cli import sentence
 from data.base.errors import UserError
-from data.storage.local import locate, place_at
+from data.storage.local import open_storage, parse_location
 from data.store.files import size, stores_below
 
 CACHE, OUTPUTS = "outputs/cache", Path("outputs")
@@ -20,7 +20,7 @@ def _verify(args: argparse.Namespace) -> int:
     from data.tools.inventory import Entry
     from data.tools.verify import verify
 
-    stores = [path for folder in args.folders or [CACHE] for path in stores_below(locate(folder))]
+    stores = [path for folder in args.folders or [CACHE] for path in stores_below(parse_location(folder))]
     if not stores:
         raise UserError(f"no store in {', '.join(args.folders or [CACHE])}: name the folder of one")
     damages = 0
@@ -30,7 +30,7 @@ def _verify(args: argparse.Namespace) -> int:
             print(finding)
         damaged = sum(not finding.leftover for finding in findings)
         damages += damaged
-        sizes = place_at(path).sizes()
+        sizes = open_storage(path).sizes()
         state = f"{damaged} damaged" if damaged else f"sound, {Entry.of(path).state}"
         print(
             f"{path}: {state}; {len(sizes)} files, {size(sum(sizes.values()))}, {len(findings) - damaged} left over",
@@ -44,7 +44,7 @@ def _info(args: argparse.Namespace) -> int:
 
     if args.outlier <= 0 or args.rows < 1:
         raise UserError("--outlier must be above 0 and --rows at least 1")
-    for line in report(locate(args.store), args.outlier, args.rows):
+    for line in report(parse_location(args.store), args.outlier, args.rows):
         print(line, flush=True)
     return 0
 
@@ -52,7 +52,7 @@ def _info(args: argparse.Namespace) -> int:
 def _list(args: argparse.Namespace) -> int:
     from data.tools.inventory import listing
 
-    print("\n".join(listing(locate(args.folder))))
+    print("\n".join(listing(parse_location(args.folder))))
     return 0
 
 
@@ -68,7 +68,7 @@ def _gc(args: argparse.Namespace) -> int:
         def confirm(candidate: Candidate) -> bool:
             return True
 
-    print("\n".join(collect(locate(args.folder), args.outputs, args.idle, confirm)))
+    print("\n".join(collect(parse_location(args.folder), args.outputs, args.idle, confirm)))
     return 0
 
 

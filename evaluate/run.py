@@ -14,33 +14,33 @@ from omegaconf import DictConfig, OmegaConf
 from data.base.errors import UserError
 from data.base.settings import whole
 from data.base.sites import Site
-from data.storage.local import Location, locate
-from data.store.manifest import HELDOUT, TRAIN, Json, differing
+from data.storage.local import Location, parse_location
+from data.store.manifest import HELDOUT, TRAIN, Json, diff_fields
 from data.store.store import Store, find_fingerprint
 from evaluate.feature_metrics import run as gao
 from evaluate.feature_metrics.bases import Reader, neurons_before
-from evaluate.feature_metrics.sample import Held
+from evaluate.feature_metrics.sample import FeatureText
 from evaluate.pareto import baseline_of, compare, require_baseline
 from evaluate.report import markdown as report
 from evaluate.report import page
 from evaluate.score import FORMS, SiteScore
 from harvest import lm
 from harvest.documents import source_from
-from harvest.packing import Packed, Packing, pack
+from harvest.packing import PackedTokens, Packing, pack
 from train.sae.io import WEIGHTS, load, load_config
 
 COUNTS = {"tokens": 1, "bootstrap": 2, "seed": 0}  # the least each may be
 
 
 @dataclass(frozen=True)
-class Trained:
+class SavedSAE:
     """A folder of a trained SAE and the record in it."""
 
     folder: Path
     config: Json
 
 
-def find_saes(patterns: str | Sequence[str]) -> list[Trained]:
+def find_saes(patterns: str | Sequence[str]) -> list[SavedSAE]:
     """Every SAE in or below the folders that match, in order of their path; UserError for a pattern without any."""
     folders: set[Path] = set()
     several = isinstance(patterns, Sequence) and not isinstance(patterns, str)
@@ -55,13 +55,13 @@ def find_saes(patterns: str | Sequence[str]) -> list[Trained]:
         folders |= found
     if not folders:
         raise UserError("saes is empty: name at least one folder, as in saes=outputs/train")
-    return [Trained(folder, load_config(folder)) for folder in sorted(folders)]
+    return [SavedSAE(folder, load_config(folder)) for folder in sorted(folders)]
 
 
-def by_place(saes: Iterable[Trained], cache: Location) -> list[tuple[Store, dict[str, list[Trained]]]]:
+def group_by_store(saes: Iterable[SavedSAE], cache: Location) -> list[tuple[Store, dict[str, list[SavedSAE]]]]:
     """The SAEs of each store by site; UserError where the cache has no such store, or it lacks the site."""
     stores: dict[str, Store] = {}
-    places: dict[str, dict[str, list[Trained]]] = {}
+    places: dict[str, dict[str, list[SavedSAE]]] = {}
     for sae in saes:
         fingerprint, site = sae.config.get("fingerprint"), sae.config.get("site")
         if not isinstance(fingerprint, str) or not isinstance(site, str):
@@ -90,7 +90,7 @@ class Text:
     """What the SAEs of a store are scored on, and the LM that reads it."""
 
     model: Any
-    packed: Packed
+    packed: PackedTokens
     tokenizer: Any
 
 
@@ -119,7 +119,7 @@ def open_text(store: Store, config: Mapping[str, Any]) -> Text:
     now: Json = {"model": lm.identify(model_cfg), "text": source.identity()}
     tokenizer = lm.load_tokenizer(model_cfg)
     now["tokenizer"] = lm.tokenizer_hash(tokenizer)
-    fields = differing({name: identity[name] for name in now}, now)
+    fields = diff_fields({name: identity[name] for name in now}, now)
     if fields:
         told = "; ".join(field.replace(" here,", " in the store,").replace(" asked", " now") for field in fields)
         raise UserError(f"{store.path} was made from something else ({told}): restore it, or harvest and train again")
@@ -130,7 +130,7 @@ def open_text(store: Store, config: Mapping[str, Any]) -> Text:
     return Text(lm.load_model(model_cfg), packed, tokenizer)
 
 
-def measured(store: Store, name: str, saes: Sequence[Trained], text: Text, config: Mapping[str, Any]) -> SiteScore:
+def measured(store: Store, name: str, saes: Sequence[SavedSAE], text: Text, config: Mapping[str, Any]) -> SiteScore:
     """The sums of one site over the whole text. `columns(scores[i])` of what comes back are the per-context sums of
     `saes[i]`, those of `shared` (clean, zero, mean) included: paired, for all SAEs of the site read the same contexts.
     """
@@ -159,7 +159,7 @@ def measured(store: Store, name: str, saes: Sequence[Trained], text: Text, confi
     return score
 
 
-def score_site(store: Store, name: str, saes: Sequence[Trained], text: Text, config: Mapping[str, Any]) -> Json:
+def score_site(store: Store, name: str, saes: Sequence[SavedSAE], text: Text, config: Mapping[str, Any]) -> Json:
     """One site's part of the report."""
     score = measured(store, name, saes, text, config)
     results = score.result(samples=config["bootstrap"], seed=config["seed"])
@@ -193,14 +193,14 @@ def score_site(store: Store, name: str, saes: Sequence[Trained], text: Text, con
     }
 
 
-def held_by(store: Store, score: SiteScore, text: Text, config: Mapping[str, Any]) -> Held:
+def held_by(store: Store, score: SiteScore, text: Text, config: Mapping[str, Any]) -> FeatureText:
     """The text of a site as the feature metrics read it."""
     site, ids = score.splice.site, torch.from_numpy(text.packed.contexts[:1]).long()
     model = score.splice.model
     neurons = neurons_before(model, site, ids.to(next(model.parameters()).device))
     bos = None if store.manifest.settings["packing"]["bos"] == "none" else text.tokenizer.bos_token_id
     size = config["lm_batch"] or store.manifest.identity["lm_batch"]
-    return Held(text.packed, text.tokenizer, Reader(model, site, neurons), size, bos)
+    return FeatureText(text.packed, text.tokenizer, Reader(model, site, neurons), size, bos)
 
 
 def density(rows: Sequence[Json]) -> float:
@@ -208,7 +208,7 @@ def density(rows: Sequence[Json]) -> float:
     return float(sum(row["metrics"]["l0"]["value"] / row["width"] for row in rows) / len(rows))
 
 
-def describe(sae: Trained, result: Json) -> Json:
+def describe(sae: SavedSAE, result: Json) -> Json:
     """A row of the report: what the SAE is, and what was measured."""
     settings = sae.config["settings"]
     return {
@@ -228,7 +228,7 @@ def evaluate(config: Mapping[str, Any]) -> Path:
     saes = find_saes(config["saes"] or ())
     require_baseline([sae.folder for sae in saes], config["baseline"])
     page.check(config, [sae.folder for sae in saes])
-    places = by_place(saes, locate(config["cache"]))
+    places = group_by_store(saes, parse_location(config["cache"]))
     for _, by_site in places:
         for rivals in by_site.values():
             baseline_of([sae.folder for sae in rivals], config["baseline"])

@@ -15,7 +15,7 @@ from torch import Tensor
 from evaluate.metrics import Columns, Firing, Predictions, Reconstruction, pooled, scored_positions
 from evaluate.splice import Splice
 from train.sae.base import SAE
-from train.sae.variants.batchtopk import BatchSelected
+from train.sae.variants.batchtopk import BatchTopKBase
 
 ACTIVATIONS_AT_ONCE = 1 << 25  # entries of the [rows, F] activations held at a time: 128 MB in float32
 SHIPPED, BATCH = "shipped", "batch"  # the forms an SAE can be scored in
@@ -37,7 +37,7 @@ class SAEScore:
         assert form in FORMS
         sequences, context = shape
         self.sae = sae
-        self.form = form if isinstance(sae, BatchSelected) else SHIPPED
+        self.form = form if isinstance(sae, BatchTopKBase) else SHIPPED
         self.reconstruction = Reconstruction(mean_D, sequences)
         self.firing = Firing(sae.width, context, sequences)
         self.spliced, self.kl = column(sequences), column(sequences)
@@ -62,7 +62,7 @@ class SAEScore:
         """f [N, F] and x_hat [N, D]."""
         if self.form == SHIPPED:
             return self.sae.run(x_ND)
-        assert isinstance(self.sae, BatchSelected)
+        assert isinstance(self.sae, BatchTopKBase)
         codes, f = self.sae.active_batch(self.sae.norm.normalise(x_ND))
         return codes.dense(f), self.sae.norm.denormalise(self.sae.decoded(codes, f), x_ND)
 

@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from data.storage.file_leases import Overtaken
+from data.storage.file_leases import LeaseLost
 from harvest.units import Unit
 
 Rows = NDArray[Any]
@@ -28,7 +28,7 @@ def send(x: Tensor, device: torch.device) -> Tensor:
     return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 
 
-class Held:
+class ActivationBuffer:
     """Room for one unit's rows at each site, in the order of the text; used again for unit after unit.
 
     rows: at most so many. dtype: of storage.
@@ -98,15 +98,19 @@ def native(x_ND: Tensor) -> Rows:
 class Writer:
     """Writes units one after another in a thread of its own; leaving the `with` block waits for it.
 
-    write: called with a unit and its rows, and raises Overtaken where another process was faster. ended: called in the
+    write: called with a unit and its rows, and raises LeaseLost where another process was faster. ended: called in the
     thread of the caller, with each unit written and whether it was this process that committed it.
     """
 
     def __init__(
-        self, write: Callable[[Unit, Held], None], ended: Callable[[Unit, bool], None], rows: int, dtype: torch.dtype
+        self,
+        write: Callable[[Unit, ActivationBuffer], None],
+        ended: Callable[[Unit, bool], None],
+        rows: int,
+        dtype: torch.dtype,
     ) -> None:
         self._write, self._ended = write, ended
-        self._rooms = cycle((Held(rows, dtype), Held(rows, dtype)))
+        self._rooms = cycle((ActivationBuffer(rows, dtype), ActivationBuffer(rows, dtype)))
         self._pool = ThreadPoolExecutor(1, "writer")
         self._last: tuple[Unit, Future[None]] | None = None
 
@@ -118,20 +122,20 @@ class Writer:
     ) -> None:
         self._pool.shutdown()
 
-    def room(self) -> Held:
+    def room(self) -> ActivationBuffer:
         """Where the next unit's rows go, until it is handed over."""
         held = next(self._rooms)
         held.begin()
         return held
 
-    def hand_over(self, unit: Unit, held: Held, claim: ExitStack) -> None:
+    def hand_over(self, unit: Unit, held: ActivationBuffer, claim: ExitStack) -> None:
         """Have a unit written, and its claim given up after that; the one before is committed when this returns."""
         with claim:
             self.finish()
             mine = claim.pop_all()
         self._last = unit, self._pool.submit(self._run, unit, held, mine)
 
-    def _run(self, unit: Unit, held: Held, claim: ExitStack) -> None:
+    def _run(self, unit: Unit, held: ActivationBuffer, claim: ExitStack) -> None:
         with claim:
             held.wait()
             self._write(unit, held)
@@ -143,7 +147,7 @@ class Writer:
         (unit, writing), mine = self._last, True
         try:
             writing.result()
-        except Overtaken:
+        except LeaseLost:
             mine = False
         self._last = None
         self._ended(unit, mine)

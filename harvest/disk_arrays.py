@@ -13,7 +13,7 @@ from numpy.typing import DTypeLike, NDArray
 from data.store.commit import naming
 
 
-class Spool:
+class DiskArray:
     """An array written piece by piece to a file in the system's folder for temporary files (TMPDIR), then mapped."""
 
     def __init__(self) -> None:
@@ -37,11 +37,11 @@ class Spool:
         return np.memmap(self._file, dtype, "c", shape=shape)
 
 
-class Texts:
-    """Texts one after another, each found by its number; the first to be read ends the writing."""
+class DiskStrings:
+    """DiskStrings one after another, each found by its number; the first to be read ends the writing."""
 
     def __init__(self) -> None:
-        self._spool, self._sizes, self._count = Spool(), Spool(), 0
+        self._spool, self._sizes, self._count = DiskArray(), DiskArray(), 0
         self._read: tuple[NDArray[np.uint8], NDArray[np.int64]] | None = None
 
     def append(self, text: str) -> None:

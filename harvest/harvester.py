@@ -25,17 +25,17 @@ from data.base.sites import Site
 from data.store.files import size
 from data.store.manifest import TRAIN, Json
 from data.store.store import ORIGIN, TOKENS, Store
-from harvest.buffer import Held, Rows, Writer, native, send
+from harvest.buffer import ActivationBuffer, Rows, Writer, native, send
 from harvest.hooks import capture, run_to
-from harvest.int8_scales import standards
-from harvest.packing import Packed
+from harvest.int8_scales import measure_scales
+from harvest.packing import PackedTokens
 from harvest.units import BOOK_WIDTHS, Unit, refuse_mixed
 
 POLL_S = 0.2  # between looks at units that other processes have
 FLOAT16_LIMIT = 6e4  # float16 ends at 65,504; so near to it, other tokens are likely beyond
 
 
-def widths_of(model: nn.Module, sites: Sequence[Site], packed: Packed) -> dict[str, int]:
+def widths_of(model: nn.Module, sites: Sequence[Site], packed: PackedTokens) -> dict[str, int]:
     """The width of each site, by a forward of one context; UserError where the model has no such site."""
     seen = run_to(model, sites, _ids(packed.contexts[:1], model))
     return {name: x_BTD.shape[-1] for name, x_BTD in seen.items()}
@@ -70,7 +70,7 @@ class Harvester:
         self,
         store: Store,
         model: nn.Module,
-        packed: Mapping[str, Packed],
+        packed: Mapping[str, PackedTokens],
         widths: Mapping[str, int],
         lm_batch: int,
         decode: Callable[[int], str] = str,
@@ -142,7 +142,7 @@ class Harvester:
         if not self.allow_mixed_devices:
             refuse_mixed(self.store, self.made_by)
 
-    def _write(self, unit: Unit, held: Held) -> None:
+    def _write(self, unit: Unit, held: ActivationBuffer) -> None:
         """Permute, write and commit the rows of a unit."""
         self._refuse_unstorable(unit, held)
         order = self.store.permutation(unit.split, unit.index, unit.rows)
@@ -164,7 +164,7 @@ class Harvester:
         """Make or grow the arrays, once for the whole run and before anything is claimed."""
         asked = sorted({site for unit in units for site in unit.sites})
         new = [site for site in asked if (rows := self.store.rows_of(site)).is_int8 and rows.standard is None]
-        encoded_by = standards(self.model, self.packed[TRAIN], self.layout, self.lm_batch, new) if new else {}
+        encoded_by = measure_scales(self.model, self.packed[TRAIN], self.layout, self.lm_batch, new) if new else {}
         for split in self.packed:
             mine = [unit for unit in units if unit.split == split]
             if mine:
@@ -173,7 +173,7 @@ class Harvester:
                     width = self.widths.get(name, BOOK_WIDTHS.get(name, 0))
                     self.store.require(split, name, width, capacity, encoded_by.get(name))
 
-    def _fill(self, unit: Unit, held: Held, bar: Any) -> None:
+    def _fill(self, unit: Unit, held: ActivationBuffer, bar: Any) -> None:
         """Run a unit's contexts; `held` takes the rows of each site, in the order of the text."""
         if not unit.sites:
             bar.update(unit.rows)
@@ -191,7 +191,7 @@ class Harvester:
                 at += len(kept)
                 bar.update(len(kept))
 
-    def _refuse_unstorable(self, unit: Unit, held: Held) -> None:
+    def _refuse_unstorable(self, unit: Unit, held: ActivationBuffer) -> None:
         """UserError names site, text and token of the first value that is not finite, or too large for float16."""
         limit = FLOAT16_LIMIT if self.dtype is torch.float16 else torch.finfo(self.dtype).max
         site = next((site for site in unit.sites if not held.peak(site) <= limit), None)  # NaN compares false

@@ -27,7 +27,7 @@ from torch.utils.hooks import RemovableHandle
 from data.base.errors import UserError
 from data.base.sites import KINDS, Site, choices
 
-__all__ = ["KINDS", "Place", "Site", "capture", "locate", "replace", "run_to"]
+__all__ = ["KINDS", "HookPoint", "Site", "capture", "locate", "replace", "run_to"]
 
 Edit = Callable[[Tensor], Tensor | None]
 
@@ -93,7 +93,7 @@ _inferred: WeakKeyDictionary[nn.Module, Family | None] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True, eq=False)
-class Place:
+class HookPoint:
     """One point of one model: the input or the output (`end` "in", "out") of `module`, to be read or changed.
 
     `shared`: the tensor at an "in" end is also read by a skip path, so a replacement is written into it.
@@ -178,11 +178,11 @@ class _Stop(Exception):
     """Every site wanted was read: the rest of the forward is not needed."""
 
 
-def locate(model: nn.Module, site: Site) -> Place:
+def locate(model: nn.Module, site: Site) -> HookPoint:
     """Find a site in a model; UserError for an unknown module, a layer out of range, an architecture without it."""
     if site.path is not None:
         try:
-            return Place(model, site, model.get_submodule(site.path), "out")
+            return HookPoint(model, site, model.get_submodule(site.path), "out")
         except AttributeError:
             raise UserError(f"site {site.path!r} is not in this {_kind(model)} model: name {choices()}") from None
     family = _family(model)
@@ -263,7 +263,7 @@ def _kind(model: nn.Module) -> str:
     return str(getattr(getattr(model, "config", None), "model_type", type(model).__name__))
 
 
-def _place(model: nn.Module, family: Family, site: Site) -> Place:
+def _place(model: nn.Module, family: Family, site: Site) -> HookPoint:
     blocks = model.get_submodule(family.blocks)
     assert isinstance(blocks, nn.ModuleList) and site.layer is not None
     if site.layer >= len(blocks):
@@ -284,7 +284,7 @@ def _place(model: nn.Module, family: Family, site: Site) -> Place:
             "use resid_pre or resid_post"
         )
     path, end = point.split(":")
-    return Place(model, site, block.get_submodule(path), end, shared=site.kind == "resid_mid" and end == "in")
+    return HookPoint(model, site, block.get_submodule(path), end, shared=site.kind == "resid_mid" and end == "in")
 
 
 def _family(model: nn.Module) -> Family | None:

@@ -9,15 +9,15 @@ import torch
 from torch import nn
 
 from data.base.sites import Site
-from data.store.int8 import PILOT_ROWS, Standard
+from data.store.int8 import PILOT_ROWS, FeatureScale
 from data.store.manifest import Layout
 from harvest.hooks import run_to
-from harvest.packing import Packed
+from harvest.packing import PackedTokens
 
 
-def standards(
-    model: nn.Module, text: Packed, layout: Layout, lm_batch: int, sites: Sequence[str]
-) -> dict[str, Standard]:
+def measure_scales(
+    model: nn.Module, text: PackedTokens, layout: Layout, lm_batch: int, sites: Sequence[str]
+) -> dict[str, FeatureScale]:
     """The standard of each site, from the first batches of unit 0 of train/ that hold PILOT_ROWS rows, or all of it.
 
     The batches are those in which the unit itself is run. text: of train/.
@@ -35,4 +35,4 @@ def standards(
         rows += int(mask.sum())
         if rows >= PILOT_ROWS:
             break
-    return {site: Standard.of(np.concatenate(parts)) for site, parts in held.items()}
+    return {site: FeatureScale.of(np.concatenate(parts)) for site, parts in held.items()}

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data.base.errors import UserError
-from harvest.disk_arrays import Spool, Texts
+from harvest.disk_arrays import DiskArray, DiskStrings
 from harvest.documents import HELDOUT, Document, TextSource, split_of, unique
 
 BOS_RULES = ("context", "document", "none")
@@ -67,7 +67,7 @@ class Packing:
 
 
 @dataclass(frozen=True)
-class Packed:
+class PackedTokens:
     """Contexts of one split: `contexts` [n, T] token ids, `keep` [n, T] whether the token's row is harvested.
 
     starts, names: where in the stream each document begins, and its name; stride: tokens of the stream in a context.
@@ -77,7 +77,7 @@ class Packed:
     contexts: NDArray[np.int32]
     keep: NDArray[np.bool_]
     starts: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
-    names: Sequence[str] | Texts = ()
+    names: Sequence[str] | DiskStrings = ()
     stride: int = 1
 
     def document(self, sequence: int, position: int) -> str:
@@ -112,7 +112,7 @@ def ordered(source: TextSource, packing: Packing, split: str) -> Iterator[tuple[
 
 def _shuffled(documents: Iterable[Document], seed: int) -> Iterator[tuple[str, str]]:
     """By sha256(seed, key), compared as bytes."""
-    names, texts, ranks = Texts(), Texts(), Spool()
+    names, texts, ranks = DiskStrings(), DiskStrings(), DiskArray()
     for doc in documents:
         names.append(doc.name)
         texts.append(doc.text)
@@ -144,7 +144,7 @@ class _Cutter:
         self.head = [tokenizer.bos_token_id] if packing.bos == "context" else []
         self.context, self.stride = packing.context, packing.context - len(self.head)
         self.length = 0
-        self.starts, self.names = Spool(), Texts()
+        self.starts, self.names = DiskArray(), DiskStrings()
 
     def blocks(self, documents: Iterable[tuple[str, NDArray[np.int32]]]) -> Iterator[NDArray[np.int32]]:
         """[n, T] whole contexts, n of 1 or more."""
@@ -163,7 +163,9 @@ class _Cutter:
                 yield np.concatenate([head, cut], axis=1)
 
 
-def pack(source: TextSource, tokenizer: Any, packing: Packing, split: str, rows: int, *, multiple: int = 1) -> Packed:
+def pack(
+    source: TextSource, tokenizer: Any, packing: Packing, split: str, rows: int, *, multiple: int = 1
+) -> PackedTokens:
     """The first contexts of a split that hold at least `rows` kept rows.
 
     Their number is rounded up to a `multiple` where the text goes on that far, and is all there is where it does not.
@@ -173,7 +175,7 @@ def pack(source: TextSource, tokenizer: Any, packing: Packing, split: str, rows:
     check_tokenizer(tokenizer, packing)
     special = np.array(special_ids(tokenizer), np.int32)
     cutter = _Cutter(tokenizer, packing)
-    contexts, keeps = Spool(), Spool()
+    contexts, keeps = DiskArray(), DiskArray()
     count, kept, goal = 0, 0, None
     for block in cutter.blocks(encoded(ordered(source, packing, split), tokenizer, packing)):
         keep = np.ones_like(block, np.bool_) if packing.keep_special else ~np.isin(block, special)
@@ -190,7 +192,9 @@ def pack(source: TextSource, tokenizer: Any, packing: Packing, split: str, rows:
         raise UserError(_too_short(source, packing, split, rows, kept))
     shape = min(goal, count), packing.context
     starts = cutter.starts.array(np.int64, len(cutter.names))
-    return Packed(contexts.array(np.int32, *shape), keeps.array(np.bool_, *shape), starts, cutter.names, cutter.stride)
+    return PackedTokens(
+        contexts.array(np.int32, *shape), keeps.array(np.bool_, *shape), starts, cutter.names, cutter.stride
+    )
 
 
 def _too_short(source: TextSource, packing: Packing, split: str, rows: int, kept: int) -> str:

@@ -18,9 +18,9 @@ from data.base import cli
 from data.base.errors import UserError
 from data.base.settings import whole
 from data.base.sites import Site
-from data.storage.local import Location, locate, place_at
+from data.storage.local import Location, open_storage, parse_location
 from data.store.files import size
-from data.store.manifest import FORMAT, HELDOUT, TRAIN, Json, Layout, Manifest, choose_layout, differing, settings_of
+from data.store.manifest import FORMAT, HELDOUT, TRAIN, Json, Layout, Manifest, choose_layout, diff_fields, settings_of
 from data.store.store import Store, find
 from harvest import lm
 from harvest.documents import TextSource, source_from
@@ -61,7 +61,7 @@ class Request:
             sites=sites,
             rows={split: count for split, count in rows.items() if count},
             lm_batch=whole(cfg, "lm_batch", 1),
-            cache=locate(cfg["cache"]),
+            cache=parse_location(cfg["cache"]),
             store=layout_asked(cfg["store"]),
             allow_mixed_devices=bool(cfg["allow_mixed_devices"]),
         )
@@ -73,7 +73,7 @@ class Request:
     def check(self) -> None:
         """Look at the bucket, the text and the model from outside."""
         if not isinstance(self.cache, Path):
-            place_at(self.cache).folders()
+            open_storage(self.cache).folders()
         self.source.check()
         lm.check_model(self.model)
         limit = lm.context_limit(self.model)
@@ -115,7 +115,7 @@ def existing(request: Request, identity: Json) -> Store | None:
     refused = []
     for store in find(request.cache, request.settings):
         layout = dataclasses.replace(store.layout, **asked)
-        fields = differing(store.manifest.identity, {**identity, "layout": layout.json})
+        fields = diff_fields(store.manifest.identity, {**identity, "layout": layout.json})
         if not fields:
             return store
         refused.append(f"{store.path} has these settings but was made otherwise ({'; '.join(fields)})")

@@ -15,9 +15,9 @@ import numpy as np
 from data.base.errors import UserError
 from data.base.sites import Site
 from data.store.files import extent
-from data.store.manifest import HELDOUT, TRAIN, Json, Layout, differing
+from data.store.manifest import HELDOUT, TRAIN, Json, Layout, diff_fields
 from data.store.store import ORIGIN, TOKENS, Store
-from harvest.packing import Packed
+from harvest.packing import PackedTokens
 
 BOOK_WIDTHS = {TOKENS: 1, ORIGIN: 2}  # what each row is, in int32 values
 
@@ -53,7 +53,7 @@ class Unit:
         return stored * (values + sum(BOOK_WIDTHS[book] for book in self.books) * np.dtype(np.int32).itemsize)
 
 
-def plan(store: Store | None, layout: Layout, packed: Mapping[str, Packed], sites: Sequence[Site]) -> list[Unit]:
+def plan(store: Store | None, layout: Layout, packed: Mapping[str, PackedTokens], sites: Sequence[Site]) -> list[Unit]:
     """The units of `packed` with anything not yet committed in `store` (None: a store yet to be made), in order."""
     units: list[Unit] = []
     names = [*map(str, sites), *BOOK_WIDTHS]
@@ -87,7 +87,7 @@ def refuse_mixed(store: Store, mine: Json) -> None:
         for site in store.sites(split):
             makers += [commit.made_by for commit in store.committed(split, site).values()]
     for made_by in makers:
-        if fields := differing(made_by, mine):
+        if fields := diff_fields(made_by, mine):
             raise UserError(
                 f"{store.path} was begun elsewhere ({'; '.join(fields)}) and the bits may differ: "
                 "go on there, or set allow_mixed_devices=true"

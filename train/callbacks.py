@@ -11,7 +11,7 @@ from typing import Any, TextIO
 import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
 
-from train.lit import LitSAEs
+from train.lit import MultiSAEModule
 from train.plan import LAST
 
 
@@ -33,14 +33,14 @@ class LastCheckpoint(Callback):
         self.every = every
 
     def on_train_batch_end(self, trainer: Trainer, module: LightningModule, *args: Any) -> None:
-        assert isinstance(module, LitSAEs)
+        assert isinstance(module, MultiSAEModule)
         if module.step % self.every and module.step != module.total:
             return
-        for member in module.abreast:
+        for member in module.in_step:
             module.attempt(member, member.check_finite)
-        for member in module.abreast if trainer.is_global_zero else []:
+        for member in module.in_step if trainer.is_global_zero else []:
             write_checkpoint(member.folder / LAST, {**member.state(), "loader": module.stream.state(member.step)})
-        if not module.going:
+        if not module.running:
             trainer.should_stop = True
 
 
@@ -71,13 +71,13 @@ class Progress(Callback):
         self.shown_tenth = 0
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
-        assert isinstance(module, LitSAEs)
+        assert isinstance(module, MultiSAEModule)
         self.began_at, self.began_step = time.monotonic(), module.step
         self.shown_at = self.began_at
         self.shown_tenth = 10 * module.step // module.total
 
     def on_train_batch_end(self, trainer: Trainer, module: LightningModule, *args: Any) -> None:
-        assert isinstance(module, LitSAEs)
+        assert isinstance(module, MultiSAEModule)
         step, total, now = module.step, module.total, time.monotonic()
         last, tenth = step == total, 10 * step // total > self.shown_tenth
         due = now - self.shown_at > (0.5 if self.live else 60) or (tenth and not self.live)
@@ -86,7 +86,7 @@ class Progress(Callback):
             return
         alone = {} if several else module.members[0].figures_logged
         text = self.line(step, total, now - self.began_at, alone)
-        shown = module.abreast if several and (tenth or last) else []
+        shown = module.in_step if several and (tenth or last) else []
         table = [f"  {member.name}{figures(member.figures_logged)}" for member in shown if member.figures_logged]
         self.shown_at, self.shown_tenth = now, 10 * step // total
         end = "\n" if not self.live or last or table else ""

@@ -16,7 +16,7 @@ from data.base.errors import UserError
 from data.loading.loader import ActivationLoader
 from data.store.files import size
 from data.store.manifest import HELDOUT, TRAIN
-from train.plan import Plan
+from train.plan import DataPlan
 
 
 def _must_fit(loader: ActivationLoader, device: torch.device, preload: str) -> None:
@@ -41,7 +41,7 @@ def free_bytes(device: torch.device) -> int:
 
 
 class ActivationData(LightningDataModule):
-    """Batches [B, D] of what a `Plan` says. Rank, world and device are the trainer's, if any.
+    """Batches [B, D] of what a `DataPlan` says. Rank, world and device are the trainer's, if any.
 
     The loaders give rows as they are stored, which `model_units` decodes on the training device.
     preload: where the training rows are kept after they are read once, "ram" or "device"; a UserError where they do
@@ -49,7 +49,7 @@ class ActivationData(LightningDataModule):
     """
 
     def __init__(
-        self, plan: Plan, *, seed: int, pool_chunks: int = 16, threads: int = 2, preload: str | None = None
+        self, plan: DataPlan, *, seed: int, pool_chunks: int = 16, threads: int = 2, preload: str | None = None
     ) -> None:
         super().__init__()
         self.plan = plan

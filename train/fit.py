@@ -22,13 +22,13 @@ from data.loading.order import mixing_span
 from data.store.manifest import TRAIN
 from train.callbacks import LastCheckpoint, Progress, clock
 from train.datamodule import ActivationData
-from train.lit import LitSAEs, OwnReduction, Passes
+from train.lit import MultiSAEModule, OwnReduction, Passes
 from train.loggers import CsvLogger
-from train.plan import LAST, Plan, Run, Settings, origin
+from train.plan import LAST, DataPlan, Settings, TrainRun, origin
 from train.sae import SAE, default_window, save
 from train.sae.parts.init import SAMPLES
-from train.sae.variants.batchtopk import BatchSelected
-from train.sae_trainer import Member, State
+from train.sae.variants.batchtopk import BatchTopKBase
+from train.sae_trainer import SAETrainer, State
 from train.schedules import Schedule
 
 
@@ -45,7 +45,7 @@ def _quiet() -> Iterator[None]:
 
 
 @_quiet()
-def fit(runs: Sequence[Run], *watching: Callback) -> dict[str, str]:
+def fit(runs: Sequence[TrainRun], *watching: Callback) -> dict[str, str]:
     """Train the SAEs of `runs`, which read one stream, in one pass over it, each into its folder.
 
     `watching` are called after what watches every pass. Prints what begins and what ends; returns why those failed
@@ -68,16 +68,16 @@ def fit(runs: Sequence[Run], *watching: Callback) -> dict[str, str]:
         return failed
     stream = Passes(data.train_dataloader, min(member.step for member in members), plan.steps, order)
     rows = data.val_dataloader if len(plan.heldout) else None
-    module = LitSAEs(
+    module = MultiSAEModule(
         members, stream, data.model_units, validate_every=first.settings["validate_every"], held_out_rows=rows
     )
     fitting = time.monotonic()
     try:
         trainer.fit(module, stream)
         waited = round(data.waited / (time.monotonic() - fitting), 4)  # share of the time, for batches
-        assert module.step == plan.steps or not module.going
-        for member in module.going:
-            member.ship()
+        assert module.step == plan.steps or not module.running
+        for member in module.running:
+            member.copy_to()
         found = _calibrate(module, data, trainer.strategy.root_device)
         module.validate("final")
     except (SystemExit, KeyboardInterrupt):  # Lightning's answer to Ctrl-C is the first
@@ -87,23 +87,23 @@ def fit(runs: Sequence[Run], *watching: Callback) -> dict[str, str]:
     if trainer.is_global_zero:
         seconds = round(time.monotonic() - began, 1)
         by_name = {run.name: run for run in runs}
-        for member in module.going:
+        for member in module.running:
             _keep(by_name[member.name], member, {"waited": waited, **found.get(member.name, {}), "seconds": seconds})
         shared = f", once for {len(members)} SAEs" if len(members) > 1 else ""
         print(f"read {(_bytes_read(plan) - read) / 1e6:,.1f} MB of the cache{shared}")
     return failed | {member.name: member.failure for member in members if member.failure}
 
 
-def _bytes_read(plan: Plan) -> int:
+def _bytes_read(plan: DataPlan) -> int:
     return sum(reader.bytes_read for reader in plan.readers.values())
 
 
-def _members(runs: Sequence[Run], data: ActivationData) -> tuple[list[Member], dict[str, str], State | None]:
+def _members(runs: Sequence[TrainRun], data: ActivationData) -> tuple[list[SAETrainer], dict[str, str], State | None]:
     """The SAEs at their first step or at their checkpoint, why others could not begin, and the loader's state."""
     plan = runs[0].plan
     fresh = [run for run in runs if not run.step and not run.settings["start"]]
     sample_ND = data.sample(SAMPLES) if fresh else None
-    members: list[Member] = []
+    members: list[SAETrainer] = []
     failed: dict[str, str] = {}
     order: State | None = None
     for run in runs:
@@ -131,10 +131,10 @@ def label(sae: SAE) -> str:
     return f"{sae.name}{target}"
 
 
-def _member(run: Run) -> Member:
+def _member(run: TrainRun) -> SAETrainer:
     settings, plan = run.settings, run.plan
     shares = {name: settings[name] for name in ("lr_warmup", "lr_decay", "sparsity_warmup")}
-    return Member(
+    return SAETrainer(
         run.sae,
         instantiate(settings["optimizer"]),
         Schedule.of_shares(plan.steps, **shares),
@@ -150,12 +150,12 @@ def _member(run: Run) -> Member:
     )
 
 
-def _progress(runs: Sequence[Run]) -> Progress:
+def _progress(runs: Sequence[TrainRun]) -> Progress:
     name = label(runs[0].sae) if len(runs) == 1 else f"{len(runs)} SAEs"
     return Progress(name, runs[0].plan.batch * runs[0].plan.world)
 
 
-def _trainer(settings: Settings, plan: Plan, *callbacks: Callback) -> Trainer:
+def _trainer(settings: Settings, plan: DataPlan, *callbacks: Callback) -> Trainer:
     device = settings["trainer"]
     if device["accelerator"] in ("gpu", "cuda") and not torch.cuda.is_available():
         raise UserError(f"trainer.accelerator={device['accelerator']} finds no GPU here: use trainer.accelerator=cpu")
@@ -183,7 +183,7 @@ def _matmul(asked: str | None, device: torch.device) -> str:
     return found
 
 
-def _loggers(run: Run, shared: bool) -> list[Logger]:
+def _loggers(run: TrainRun, shared: bool) -> list[Logger]:
     """metrics.csv, cut where the run goes on, and what `logger` asks for beside it."""
     rows = CsvLogger(run.folder)
     rows.cut(run.step)
@@ -206,15 +206,15 @@ def _loggers(run: Run, shared: bool) -> list[Logger]:
     return loggers
 
 
-def _calibrate(module: LitSAEs, data: ActivationData, device: torch.device) -> dict[str, dict[str, Any]]:
+def _calibrate(module: MultiSAEModule, data: ActivationData, device: torch.device) -> dict[str, dict[str, Any]]:
     """Settle the thresholds, where there are any, with frozen weights on rows no optimizer has seen, read once."""
     module.to(device)  # Lightning ends a fit by moving it to the CPU
-    members = [member for member in module.going if isinstance(member.sae, BatchSelected)]
+    members = [member for member in module.running if isinstance(member.sae, BatchTopKBase)]
     batches = [data.model_units(batch.to(device)) for batch in data.calibration_loader()] if members else []
     found = {}
     for member in members:
         sae = member.sae
-        assert isinstance(sae, BatchSelected)
+        assert isinstance(sae, BatchTopKBase)
         followed = float(sae.threshold)
         calibration = asdict(sae.calibrate(batches))
         skipped = int(sae.skipped_batches)
@@ -226,7 +226,7 @@ def _calibrate(module: LitSAEs, data: ActivationData, device: torch.device) -> d
     return found
 
 
-def _keep(run: Run, member: Member, found: dict[str, Any]) -> None:
+def _keep(run: TrainRun, member: SAETrainer, found: dict[str, Any]) -> None:
     """Write the SAE with its record, and print the line that sums it up."""
     training = _training(run, member) | found
     save(member.sae, run.folder, {**origin(run.plan.store, run.plan.site), "training": training})
@@ -234,7 +234,7 @@ def _keep(run: Run, member: Member, found: dict[str, Any]) -> None:
     print(_closing(member.sae, training, run.folder))
 
 
-def _training(run: Run, member: Member) -> dict[str, Any]:
+def _training(run: TrainRun, member: SAETrainer) -> dict[str, Any]:
     """What config.json keeps: what the run saw, how it ended, how the form that ships does on held-out tokens."""
     settings, plan = run.settings, run.plan
     return {
@@ -262,7 +262,7 @@ def _named(optimizer: Settings) -> dict[str, Any]:
     return {"name": name} | {key: value for key, value in optimizer.items() if not key.startswith("_")}
 
 
-def _opening(runs: Sequence[Run]) -> str:
+def _opening(runs: Sequence[TrainRun]) -> str:
     """What begins, on what; of several SAEs each in a line of its own."""
     settings, plan = runs[0].settings, runs[0].plan
     rows = int(plan.readers[TRAIN].sizes[: plan.stored_chunks].sum())
@@ -279,7 +279,7 @@ def _opening(runs: Sequence[Run]) -> str:
     return "\n".join([f"{len(runs)} SAEs in one pass: {read}", *lines])
 
 
-def _interrupted(runs: Sequence[Run]) -> str:
+def _interrupted(runs: Sequence[TrainRun]) -> str:
     """How to go on."""
     kept = [run.folder for run in runs if (run.folder / LAST).exists()]
     if not kept:

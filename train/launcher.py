@@ -11,16 +11,16 @@ from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn
 
 
-class Together(BasicLauncher):
+class SinglePassLauncher(BasicLauncher):
     """Makes each job's folder and records as Hydra's own launcher does, then trains what all of them ask for."""
 
     __module__ = "hydra_plugins.together"  # Hydra takes launchers of this package only, by name
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         from data.base import cli
-        from train.run import Job, asked, train_all
+        from train.run import TrainRequest, asked, train_all
 
-        jobs: list[Job] = []
+        jobs: list[TrainRequest] = []
         self.task_function = lambda config: jobs.append(asked(config))
         done = super().launch(job_overrides, initial_job_idx)
         for job in done:
@@ -33,5 +33,5 @@ def register() -> None:
     """Let Hydra find the launcher by the name it asks of plugins, as if it lay in an installed `hydra_plugins`."""
     plugins = Plugins.instance()  # imports what is installed there first
     sys.modules.setdefault("hydra_plugins", ModuleType("hydra_plugins"))
-    sys.modules[Together.__module__] = sys.modules[__name__]
-    plugins.register(Together)
+    sys.modules[SinglePassLauncher.__module__] = sys.modules[__name__]
+    plugins.register(SinglePassLauncher)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from data.base.errors import UserError
 from data.loading.loader import ActivationLoader
 from train.sae.metrics import held_out
-from train.sae_trainer import Member, State
+from train.sae_trainer import SAETrainer, State
 
 
 class OwnReduction(DDPStrategy):
@@ -62,7 +62,7 @@ class Passes:
         return {"epoch": epoch, "delivered": delivered}
 
 
-class LitSAEs(LightningModule):
+class MultiSAEModule(LightningModule):
     """Members that read one stream of batches; alone or among others, each goes the same way.
 
     The members' optimizers are stepped here one after another, so one step's activations and gradients are held at a
@@ -72,7 +72,7 @@ class LitSAEs(LightningModule):
 
     def __init__(
         self,
-        members: Sequence[Member],
+        members: Sequence[SAETrainer],
         stream: Passes,
         model_units: Callable[[Tensor], Tensor],
         *,
@@ -97,14 +97,14 @@ class LitSAEs(LightningModule):
         return self.make_rows and self.make_rows()
 
     @property
-    def going(self) -> list[Member]:
+    def running(self) -> list[SAETrainer]:
         """The members that have not failed."""
         return [member for member in self.members if member.failure is None]
 
     @property
-    def abreast(self) -> list[Member]:
+    def in_step(self) -> list[SAETrainer]:
         """Those of them that have done as many steps as the stream."""
-        return [member for member in self.going if member.step == self.step]
+        return [member for member in self.running if member.step == self.step]
 
     def configure_optimizers(self) -> Any:
         for member in self.members:
@@ -113,33 +113,33 @@ class LitSAEs(LightningModule):
 
     def training_step(self, batch: Tensor, batch_idx: int) -> None:
         x_BD = self.model_units(batch)
-        for member in self.abreast:
-            self.attempt(member, partial(member.train_batch, x_BD))
+        for member in self.in_step:
+            self.attempt(member, partial(member.training_step_on, x_BD))
         self.step += 1
         if self.step % self.validate_every == 0:
             self.validate("val")
-        if not self.going:
+        if not self.running:
             self.trainer.should_stop = True
 
-    def attempt(self, member: Member, act: Callable[[], None]) -> None:
+    def attempt(self, member: SAETrainer, act: Callable[[], None]) -> None:
         """Do `act`; a member that it fails is stopped and named."""
         try:
             act()
         except UserError as error:
             member.fail(str(error))
             if len(self.members) > 1 and self.trainer.is_global_zero:
-                others = len(self.going)
+                others = len(self.running)
                 print(f"{member.name} is stopped, {others} go on: {error}", file=sys.stderr)
 
     def validate(self, prefix: str) -> None:
         """Score the members on the held-out rows, where there are any; `prefix` is that of their logged names."""
-        members = self.abreast
+        members = self.in_step
         if self.held_out_rows is None or not members:
             return
         rows = (self.model_units(batch.to(self.device, non_blocking=True)) for batch in self.held_out_rows)
         with ExitStack() as shipping:
             for member in members:
-                shipping.enter_context(member.shipping())
+                shipping.enter_context(member.swapped_in())
             found = held_out([m.sae for m in members], rows, self.device, self.trainer.world_size)
         for member, values in zip(members, found, strict=True):
             member.validated(prefix, values)

@@ -16,12 +16,12 @@ from numpy.typing import NDArray
 from data.base.errors import UserError
 from data.base.settings import number, whole
 from data.base.sites import Site
-from data.loading.norm_filter import Decode, KeptReader, median_norm, moments
-from data.loading.order import batches_per_epoch, reserve
+from data.loading.norm_filter import Decode, NormFilteredReader, median_norm, moments
+from data.loading.order import batches_per_epoch, split_calibration
 from data.loading.reader import Reader, open_reader
-from data.storage.local import locate
+from data.storage.local import parse_location
 from data.store import store as stores
-from data.store.manifest import HELDOUT, TRAIN, canonical, differing, settings_of
+from data.store.manifest import HELDOUT, TRAIN, canonical, diff_fields, settings_of
 
 if TYPE_CHECKING:
     from train.sae import SAE
@@ -49,7 +49,7 @@ class Outliers:
 
 
 @dataclass(frozen=True)
-class Plan:
+class DataPlan:
     """Chunk ids are of the split's reader; `steps` are optimizer steps of `batch` rows on each of `world` ranks."""
 
     store: stores.Store
@@ -74,7 +74,7 @@ class Plan:
     def moments(self) -> dict[str, float]:
         """E ||x||^2 and the variance of the training rows, less the outliers that are left out."""
         stats, reader = self.store.stats(TRAIN, self.site), self.readers[TRAIN]
-        if isinstance(reader, KeptReader):
+        if isinstance(reader, NormFilteredReader):
             return moments(stats, reader.left_out)
         return {"mean_sq_norm": stats.mean_sq_norm, "variance": stats.variance}
 
@@ -141,7 +141,7 @@ def find_store(settings: Settings, overrides: Sequence[str]) -> stores.Store:
     """The store named by `store`, else the one in `cache` whose model, text and packing are the configured ones."""
     if settings["store"]:
         return stores.Store.open(settings["store"])
-    found = stores.find(locate(settings["cache"]), settings_of(settings))
+    found = stores.find(parse_location(settings["cache"]), settings_of(settings))
     if not found:
         line = harvest_line(settings, overrides, wanted_rows(settings, margin=1.05))
         raise UserError(f"no store in {settings['cache']} holds this model, text and packing; make it with: {line}")
@@ -173,7 +173,7 @@ def _too_few(settings: Settings, overrides: Sequence[str], store: stores.Store, 
     rows = wanted_rows(settings) + settings["batch"] * world + store.layout.chunk_rows
     line = harvest_line(settings, [*overrides, *_kept_by(store)], rows)
     remedy = f"make them with: {line}"
-    if settings["store"] and (fields := differing(store.manifest.settings, settings_of(settings))):
+    if settings["store"] and (fields := diff_fields(store.manifest.settings, settings_of(settings))):
         remedy = (
             f"harvest them with the settings that store was made with (they differ from yours: {'; '.join(fields)})"
         )
@@ -192,14 +192,16 @@ def _kept_readers(
     median = median_norm(readers[TRAIN], chunks, decode)
     limit, threads = settings["outliers"] * median, settings["loader"]["threads"]
     counts = {split: chunks if split == TRAIN else len(reader.sizes) for split, reader in readers.items()}
-    kept = {split: KeptReader(one, counts[split], limit, decode, threads=threads) for split, one in readers.items()}
+    kept = {
+        split: NormFilteredReader(one, counts[split], limit, decode, threads=threads) for split, one in readers.items()
+    }
     left_out = {split: reader.left_out.rows for split, reader in kept.items()}
     return {**kept}, Outliers(settings["outliers"], median, left_out)
 
 
 def make_plan(
     settings: Settings, overrides: Sequence[str] = (), multirun: bool = False, stored_chunks: int | None = None
-) -> Plan:
+) -> DataPlan:
     """Find the store and check that it covers site, tokens and held-out tokens; raises UserError with the remedy.
 
     `stored_chunks`: take only so many chunks of train/, the first, as a run did that goes on after the store grew.
@@ -230,7 +232,7 @@ def make_plan(
         )
     enough = rows > settings["calibration_tokens"]
     if enough:
-        chunks, reserved = reserve(sizes, settings["calibration_tokens"], settings["seed"])
+        chunks, reserved = split_calibration(sizes, settings["calibration_tokens"], settings["seed"])
         one_pass = batches_per_epoch(int(sizes[chunks].sum()), batch=batch, world=world)
     if not enough or one_pass * settings["epochs"] < steps:
         asked = f"tokens={settings['tokens']} with calibration_tokens={settings['calibration_tokens']}"
@@ -243,11 +245,11 @@ def make_plan(
         raise _too_few(settings, overrides, store, f"{asked} needs more than the {have} held-out tokens that are left")
     width, reserved_rows = store.decoder(TRAIN, site).width, int(sizes[reserved].sum())
     parts = (chunks, reserved, heldout, stored_chunks, reserved_rows, readers, outliers)
-    return Plan(store, site, width, batch, world, steps, *parts)
+    return DataPlan(store, site, width, batch, world, steps, *parts)
 
 
 @dataclass
-class Run:
+class TrainRun:
     """One SAE to be trained as `plan` says into `folder`.
 
     name: tells it from the others of its sweep. step: where its checkpoint stands, 0 for a new one. sweep: the folder
@@ -255,7 +257,7 @@ class Run:
     """
 
     settings: Settings
-    plan: Plan
+    plan: DataPlan
     sae: SAE
     folder: Path
     name: str
@@ -272,13 +274,13 @@ class Run:
         return place | extent | {name: self.settings[name] for name in (*names, *paces)}
 
 
-def passes(runs: Sequence[Run]) -> list[list[Run]]:
+def group_by_stream(runs: Sequence[TrainRun]) -> list[list[TrainRun]]:
     """The runs by the pass over the cache that trains them: of one stream, and less than two checkpoints apart.
 
     Checkpoints of one pass stand at one step, or one apart where a kill came between their files.
     """
-    found: list[list[Run]] = []
-    latest: dict[str, list[Run]] = {}
+    found: list[list[TrainRun]] = []
+    latest: dict[str, list[TrainRun]] = {}
     for run in sorted(runs, key=lambda run: run.step):
         stream = canonical(run.stream())
         if stream not in latest or run.step - latest[stream][-1].step > run.settings["checkpoint_every"]:

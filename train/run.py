@@ -21,8 +21,8 @@ from omegaconf import DictConfig, OmegaConf
 from data.base import cli
 from data.base.errors import UserError
 from data.base.settings import number, whole
-from data.store.manifest import canonical, differing
-from train.plan import LAST, Plan, Run, Settings, checked, make_plan, passes
+from data.store.manifest import canonical, diff_fields
+from train.plan import LAST, DataPlan, Settings, TrainRun, checked, group_by_stream, make_plan
 
 if TYPE_CHECKING:
     from train.sae import SAE
@@ -52,7 +52,7 @@ _RESUME_TAKES = ("resume", "cache", "store", "trainer.")
 
 
 @dataclass(frozen=True)
-class Job:
+class TrainRequest:
     """What one Hydra job asks for: resolved settings, the overrides behind them, the folder of its sweep or None."""
 
     settings: Settings
@@ -65,29 +65,29 @@ def main(config: DictConfig) -> None:
     train_all([asked(config)])
 
 
-def asked(config: DictConfig) -> Job:
+def asked(config: DictConfig) -> TrainRequest:
     """The Hydra job's settings, with what Hydra knows of it."""
     overrides, sweep = [], None
     if HydraConfig.initialized():
         job = HydraConfig.get()
         overrides = list(job.overrides.task)
         sweep = Path(job.sweep.dir) if job.mode == RunMode.MULTIRUN else None
-    return Job(cli.settings_of(config, "train"), overrides, sweep)
+    return TrainRequest(cli.settings_of(config, "train"), overrides, sweep)
 
 
 def train(settings: Settings, overrides: Sequence[str] = ()) -> None:
     """Train what `settings` (conf/train.yaml, resolved) describe, or go on with it, into the folder `out`."""
-    train_all([Job(settings, overrides)])
+    train_all([TrainRequest(settings, overrides)])
 
 
-def train_all(jobs: Sequence[Job]) -> None:
+def train_all(jobs: Sequence[TrainRequest]) -> None:
     """Train what the jobs ask for, all that can share a pass over the cache side by side.
 
     A UserError at the end names those that failed and why; the others are trained by then.
     """
-    runs: dict[Path, Run] = {}
+    runs: dict[Path, TrainRun] = {}
     failed: dict[str, str] = {}
-    plans: dict[str, Plan] = {}
+    plans: dict[str, DataPlan] = {}
     for job, name in zip(jobs, _names(jobs), strict=True):
         folder = Path(job.settings["resume"] or job.settings["out"])
         try:
@@ -99,7 +99,7 @@ def train_all(jobs: Sequence[Job]) -> None:
             failed[name] = str(error)
             if len(jobs) > 1:
                 print(f"{name} is left out: {error}", file=sys.stderr)
-    groups = passes(list(runs.values()))
+    groups = group_by_stream(list(runs.values()))
     if len(groups) > 1:
         print(f"{len(runs)} SAEs in {len(groups)} passes over the cache, as they differ in {_apart(groups)}")
     for run in runs.values():
@@ -118,7 +118,7 @@ def train_all(jobs: Sequence[Job]) -> None:
         raise UserError(_told(failed, len(jobs)))
 
 
-def _names(jobs: Sequence[Job]) -> list[str]:
+def _names(jobs: Sequence[TrainRequest]) -> list[str]:
     """What tells the jobs apart: the overrides that not all of them have, else their folders."""
     shared = set.intersection(*(set(job.overrides) for job in jobs))
     own = [" ".join(item for item in job.overrides if item not in shared) for job in jobs]
@@ -129,7 +129,7 @@ def _names(jobs: Sequence[Job]) -> list[str]:
     return short if len(set(short)) == len(jobs) else [str(folder) for folder in folders]
 
 
-def _apart(groups: Sequence[Sequence[Run]]) -> str:
+def _apart(groups: Sequence[Sequence[TrainRun]]) -> str:
     """The settings in which the groups' streams differ."""
     streams = [group[0].stream() for group in groups]
     names = [name for name in streams[0] if any(stream[name] != streams[0][name] for stream in streams)]
@@ -145,7 +145,7 @@ def _told(failed: Mapping[str, str], count: int) -> str:
     return f"{len(failed)} of {count} SAEs failed: {each}"
 
 
-def prepare(job: Job, plans: dict[str, Plan] | None = None) -> Run | None:
+def prepare(job: TrainRequest, plans: dict[str, DataPlan] | None = None) -> TrainRun | None:
     """Every check of a job that can be made before it trains; None where its folder holds the SAE already.
 
     `plans` keeps the plans made, which jobs share that differ in nothing but the SAE and its optimizer.
@@ -171,7 +171,7 @@ def prepare(job: Job, plans: dict[str, Plan] | None = None) -> Run | None:
         )
     if settings["start"] and not step:
         start(sae, Path(settings["start"]))
-    return Run(settings, plan, sae, folder, folder.name, step, job.sweep)
+    return TrainRun(settings, plan, sae, folder, folder.name, step, job.sweep)
 
 
 def start(sae: SAE, folder: Path) -> None:
@@ -261,7 +261,7 @@ def resumed(settings: Settings, overrides: Sequence[str]) -> Settings:
     return {str(name): value for name, value in merged.items()} | given | {"out": str(folder), "resume": None}
 
 
-def standing(folder: Path, settings: Settings, plan: Plan) -> int | None:
+def standing(folder: Path, settings: Settings, plan: DataPlan) -> int | None:
     """The step the run in `folder` stands at, None where it is done; another run is refused by its fields."""
     from train.sae.io import CONFIG
 
@@ -269,7 +269,7 @@ def standing(folder: Path, settings: Settings, plan: Plan) -> int | None:
         if (folder / CONFIG).is_file():
             raise UserError(f"{folder} holds an SAE already: choose another folder with hydra.run.dir=<folder>")
         return 0
-    fields = differing(_read_run(folder)["numbers"], numbers(settings, plan))
+    fields = diff_fields(_read_run(folder)["numbers"], numbers(settings, plan))
     if fields and ((folder / CONFIG).is_file() or (folder / LAST).is_file()):
         raise UserError(
             f"{folder} holds another run ({'; '.join(fields)}): choose another folder with hydra.run.dir=<folder>, "
@@ -297,14 +297,14 @@ def _step_of(checkpoint: Path) -> int:
     return int(state["step"])
 
 
-def numbers(settings: Settings, plan: Plan) -> Settings:
+def numbers(settings: Settings, plan: DataPlan) -> Settings:
     """What determines the numbers of a run, the store's identity with it."""
     kept = {name: value for name, value in settings.items() if name not in (*_FREE, "model", "text", "packing")}
     kept["loader"] = {"pool_chunks": settings["loader"]["pool_chunks"]}  # the rest changes no number
     return {**kept, "store": plan.store.manifest.fingerprint, "world": plan.world}
 
 
-def _write_run(folder: Path, settings: Settings, plan: Plan) -> None:
+def _write_run(folder: Path, settings: Settings, plan: DataPlan) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     record = {"settings": settings, "numbers": numbers(settings, plan), "stored_chunks": plan.stored_chunks}
     beside = folder / f"{RUN}.part"

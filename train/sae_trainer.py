@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from data.base.errors import UserError
-from train.sae import SAE, DeadLatents, Step
-from train.sae.parts.update import Average, update
+from train.sae import SAE, DeadLatents, StepOutput
+from train.sae.parts.update import WeightEMA, update
 from train.schedules import Schedule
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def set_random_state(state: dict[str, Tensor], device: torch.device) -> None:
         torch.cuda.set_rng_state(state["cuda"], device)
 
 
-class Member(nn.Module):
+class SAETrainer(nn.Module):
     """An SAE with its optimizer, schedules, clip, counters, loggers and folder.
 
     Nothing of it is shared with the others of its pass: the random state too is its own, as if it were trained alone.
@@ -72,7 +72,7 @@ class Member(nn.Module):
         self.sae, self.schedule, self.folder, self.name = sae, schedule, folder, name
         self.dead_after, self.clip, self.log_every, self.world = dead_after, clip, log_every, world
         self.dead = DeadLatents(sae.width)
-        self.average = None if ema is None else Average(sae, ema)
+        self.average = None if ema is None else WeightEMA(sae, ema)
         self.register_buffer("bad_step", torch.tensor(-1))
         try:
             self.optimizer = optimizer(sae.parameters())
@@ -91,7 +91,7 @@ class Member(nn.Module):
 
     # The step
 
-    def train_batch(self, x_BD: Tensor) -> None:
+    def training_step_on(self, x_BD: Tensor) -> None:
         """One step on a batch in model units; raises UserError where a loss was not finite, at a step that is logged.
 
         On a GPU nothing waits for the device but the steps that are logged.
@@ -122,7 +122,7 @@ class Member(nn.Module):
         self.rng = random_state(x_BD.device)
 
     @torch.no_grad()
-    def _count(self, step: Step) -> None:
+    def _count(self, step: StepOutput) -> None:
         fired_F, tokens = step.fired_F, step.tokens
         if self.world > 1:
             fired = fired_F.int()
@@ -141,7 +141,7 @@ class Member(nn.Module):
                 dist.all_reduce(parameter.grad)
                 parameter.grad.div_(self.world)
 
-    def _figures(self, step: Step) -> dict[str, float]:
+    def _figures(self, step: StepOutput) -> dict[str, float]:
         """What is logged of the step just done; reads values from the device."""
         values = {"loss": float(step.loss.detach())}
         values |= {name: float(value) for name, value in step.parts.items()}
@@ -171,16 +171,16 @@ class Member(nn.Module):
         for logger in self.loggers:
             logger.log_metrics({f"{prefix}/{name}": value for name, value in values.items()}, self.step)
 
-    def shipping(self) -> AbstractContextManager[None]:
+    def swapped_in(self) -> AbstractContextManager[None]:
         """While it lasts the SAE has the weights that ship, where their threshold is known before the end."""
         if self.average is None or self.sae.needs_calibration:
             return nullcontext()
-        return self.average.shipping(self.sae)
+        return self.average.swapped_in(self.sae)
 
-    def ship(self) -> None:
+    def copy_to(self) -> None:
         """Give the SAE the weights that ship, for good."""
         if self.average is not None:
-            self.average.ship(self.sae)
+            self.average.copy_to(self.sae)
 
     def validated(self, prefix: str, values: dict[str, float]) -> None:
         """Take the figures on held-out tokens of the form that ships."""

@@ -11,9 +11,9 @@ from omegaconf import DictConfig, OmegaConf
 
 from data.base.errors import UserError
 from data.base.settings import number, whole
-from data.storage.local import locate
+from data.storage.local import parse_location
 from data.store.manifest import Json, canonical
-from evaluate.run import Trained, by_place, find_saes
+from evaluate.run import SavedSAE, find_saes, group_by_store
 
 if TYPE_CHECKING:
     from benchmarks.claims.scores import Asked, Place
@@ -55,7 +55,7 @@ def judge(config: Mapping[str, Any]) -> Path:
 
 
 def _stores(config: Mapping[str, Any]) -> list[Any]:
-    return by_place(find_saes(config["saes"] or ()), locate(config["cache"]))
+    return group_by_store(find_saes(config["saes"] or ()), parse_location(config["cache"]))
 
 
 def settled(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -67,7 +67,7 @@ def settled(config: Mapping[str, Any]) -> dict[str, Any]:
     return {**config, **counts}
 
 
-def wanted(saes: Sequence[Trained], config: Mapping[str, Any]) -> list[Asked]:
+def wanted(saes: Sequence[SavedSAE], config: Mapping[str, Any]) -> list[Asked]:
     """Every SAE in the form that ships, those of the fixed width in the other forms that a claim compares.
 
     Of SAEs that two sweeps have in common one is taken.

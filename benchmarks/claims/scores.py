@@ -23,12 +23,12 @@ from benchmarks.claims.forms import BatchForm, rescaled, turned, with_threshold
 from benchmarks.claims.verdict import Estimate
 from data.base.sites import Site
 from data.loading.loader import ActivationLoader
-from data.loading.order import reserve
+from data.loading.order import split_calibration
 from data.loading.reader import open_reader
 from data.store.manifest import TRAIN, Json, canonical
 from data.store.store import Store
 from evaluate.metrics import Columns, resampled, statistics, totals
-from evaluate.run import Text, Trained, open_text
+from evaluate.run import SavedSAE, Text, open_text
 from evaluate.score import SiteScore
 from evaluate.splice import Splice
 from train.sae.base import SAE
@@ -55,7 +55,7 @@ FORMS: dict[str, Callable[[SAE, Batches], SAE]] = {
 class Asked:
     """A trained SAE in one of FORMS."""
 
-    trained: Trained
+    trained: SavedSAE
     form: str = SHIPPED
 
 
@@ -136,13 +136,13 @@ class Place:
         """The LM and the held-out contexts; opened when first needed, as kept scores need neither."""
         return open_text(self.store, self.settings)
 
-    def batches(self, trained: Trained) -> Sequence[Tensor]:
+    def batches(self, trained: SavedSAE) -> Sequence[Tensor]:
         """Calibration rows in batches as the SAE was trained in, in model units."""
         training = trained.config["training"]
         key = (training["batch"], training["seed"])
         if key not in self._batches:
             reader = open_reader(self.store, TRAIN, self.site)
-            _, chunks = reserve(reader.sizes, self.settings["calibration_tokens"], training["seed"])
+            _, chunks = split_calibration(reader.sizes, self.settings["calibration_tokens"], training["seed"])
             loader = ActivationLoader(reader, batch=training["batch"], chunks=chunks, seed=training["seed"])
             decode = self.store.decoder(TRAIN, self.site)
             self._batches[key] = [decode(rows).float() for rows in loader]

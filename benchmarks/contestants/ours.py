@@ -10,7 +10,7 @@ from torch import Tensor
 
 from benchmarks.contestants.spec import LONG_SILENT, LR, PREFIXES, SELECTING, Contestant, Spec, level
 from data.base.cli import keep_freed_memory
-from train.sae import VARIANTS, DeadLatents, Step
+from train.sae import VARIANTS, DeadLatents, StepOutput
 from train.sae.parts.unit_rows import project_gradient_, renormalise_
 
 _DEAD_AFTER = 10_000_000
@@ -45,7 +45,7 @@ class Ours:
         self.dead = DeadLatents(spec.width).to(spec.device)
         self._silence(sample_BD[:256])
         self.optimizer = adam(spec.variant, self.sae.parameters())
-        self.last: Step | None = None
+        self.last: StepOutput | None = None
         self.auxk = torch.zeros(())
 
     @torch.no_grad()

@@ -30,7 +30,7 @@ def bits(x: Tensor) -> NDArray[Any]:
 
 
 @dataclass(frozen=True)
-class Part:
+class EpochSlice:
     """Rows [at, stop) of a rank's epoch in batches of `batch` rows, of which `at` is a multiple; the last may be short.
 
     `pools` are those that hold these rows, `chunks` the reader's names of the pools' chunks.
@@ -68,7 +68,7 @@ class _Targets:
     places: Ints
 
 
-def _targets(part: Part, pool: Pool) -> list[_Targets]:
+def _targets(part: EpochSlice, pool: Pool) -> list[_Targets]:
     """Those of each chunk of a pool, none over the border of a batch, in the order of the chunk's rows."""
     end = pool.begin + pool.rows
     first, last = max(pool.begin, part.at), min(end, part.stop)
@@ -83,7 +83,7 @@ def _targets(part: Part, pool: Pool) -> list[_Targets]:
     return [target for target in targets if len(target.rows)]
 
 
-def _fetch(part: Part, target: _Targets, batches: list[NDArray[Any]], first: int) -> None:
+def _fetch(part: EpochSlice, target: CopyPlan, batches: list[NDArray[Any]], first: int) -> None:
     """Read a chunk's rows into their places; `batches[0]` is the batch number `first` of the epoch."""
     numbers, froms = np.divmod(target.places, part.batch)
     ends = (froms + target.rows).tolist()
@@ -93,7 +93,7 @@ def _fetch(part: Part, target: _Targets, batches: list[NDArray[Any]], first: int
         scatter(part.reader, target.chunk, outs[a:b], int(target.starts[a]))
 
 
-def scattered(part: Part) -> Iterator[Tensor]:
+def stream_to_cpu(part: EpochSlice) -> Iterator[Tensor]:
     """Batches in memory of their own, each chunk read straight into them; the next pool is read while one is used."""
     last: list[Tensor] = []  # the batch that begins in one pool and goes on in the next, if any
     reads: list[Future[None]] = []
@@ -125,7 +125,7 @@ def scattered(part: Part) -> Iterator[Tensor]:
                 read.cancel()
 
 
-def _drawn(part: Part, pools: Iterator[tuple[Tensor, Tensor]]) -> Iterator[Tensor]:
+def _drawn(part: EpochSlice, pools: Iterator[tuple[Tensor, Tensor]]) -> Iterator[Tensor]:
     """Batches gathered from pools: held rows, and which of them to take one after another."""
     sizes = iter(part.sizes(part.at, part.stop))
     out, filled = None, 0
@@ -140,14 +140,14 @@ def _drawn(part: Part, pools: Iterator[tuple[Tensor, Tensor]]) -> Iterator[Tenso
                 out, filled = None, 0
 
 
-def _wanted(part: Part, pool: Pool, begins: Ints, device: torch.device) -> Int64[Tensor, " N"]:
+def _wanted(part: EpochSlice, pool: Pool, begins: Ints, device: torch.device) -> Int64[Tensor, " N"]:
     """Which rows of an array to take for a pool, where its i-th chunk's row 0 is, or would be, row `begins[i]`."""
     indices = part.runs(pool).indices(begins)
     first, last = max(part.at - pool.begin, 0), part.stop - pool.begin
     return torch.from_numpy(indices[first:last]).to(device)
 
 
-def hold(reader: Reader, chunks: Ints, device: torch.device, threads: int) -> Real[Tensor, "_ D"]:
+def load_all(reader: Reader, chunks: Ints, device: torch.device, threads: int) -> Real[Tensor, "_ D"]:
     """All rows of the chunks one after another on a device."""
     sizes = reader.sizes[chunks]
     held = torch.empty(int(sizes.sum()), reader.width, dtype=reader.torch_dtype, device=device)
@@ -164,19 +164,19 @@ def hold(reader: Reader, chunks: Ints, device: torch.device, threads: int) -> Re
     return held
 
 
-def from_held(part: Part, held: Real[Tensor, "_ D"]) -> Iterator[Tensor]:
-    """Batches from the rows that `hold` gives for the part's chunks."""
+def from_resident(part: EpochSlice, held: Real[Tensor, "_ D"]) -> Iterator[Tensor]:
+    """Batches from the rows that `load_all` gives for the part's chunks."""
     sizes = part.reader.sizes[part.chunks]
     begins = np.cumsum(sizes) - sizes
     return _drawn(part, ((held, _wanted(part, pool, begins[pool.chunks], held.device)) for pool in part.pools))
 
 
-def through_device(part: Part, device: torch.device) -> Iterator[Tensor]:
+def stream_to_device(part: EpochSlice, device: torch.device) -> Iterator[Tensor]:
     """Batches on a device: each pool goes over in one copy, from pinned memory for CUDA, and is put in order there."""
     return _drawn(part, _sent(part, device))
 
 
-def _sent(part: Part, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+def _sent(part: EpochSlice, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
     """The pools on the device, the next one read and sent while one is used."""
     stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
     shape = (max(pool.rows for pool in part.pools), part.reader.width)
@@ -202,7 +202,7 @@ def _sent(part: Part, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
             yield held, _wanted(part, pool, np.cumsum(pool.stops - pool.starts) - pool.stops, device)
 
 
-def ahead(batches: Iterator[Tensor]) -> Iterator[Tensor]:
+def prefetch(batches: Iterator[Tensor]) -> Iterator[Tensor]:
     """The same batches, the next ones made in a thread; its errors are raised here, in their place."""
     with ThreadPoolExecutor(1) as maker:
         waiting: deque[Future[Tensor | None]] = deque(maker.submit(next, batches, None) for _ in range(_AHEAD))

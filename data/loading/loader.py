@@ -13,7 +13,7 @@ from torch import Tensor
 
 from data.base.errors import UserError
 from data.loading import order
-from data.loading.epoch import Part, ahead, from_held, hold, scattered, through_device
+from data.loading.epoch import EpochSlice, from_resident, load_all, prefetch, stream_to_cpu, stream_to_device
 from data.loading.order import RUN, Ints
 from data.loading.reader import Reader
 
@@ -129,9 +129,11 @@ class ActivationLoader:
             for pool in order.pools(self.sizes, **place, **settings, shuffle=self.shuffle)
             if pool.begin < self._stop and pool.begin + pool.rows > at
         ]
-        part = Part(self.reader, self.chunks, pools, place, self.shuffle, self.batch, at, self._stop, self.threads)
+        part = EpochSlice(
+            self.reader, self.chunks, pools, place, self.shuffle, self.batch, at, self._stop, self.threads
+        )
         if self.preload:
             if self._held is None:
-                self._held = hold(self.reader, self.chunks, self.device or torch.device("cpu"), self.threads)
-            return ahead(from_held(part, self._held))
-        return scattered(part) if self.device is None else ahead(through_device(part, self.device))
+                self._held = load_all(self.reader, self.chunks, self.device or torch.device("cpu"), self.threads)
+            return prefetch(from_resident(part, self._held))
+        return stream_to_cpu(part) if self.device is None else prefetch(stream_to_device(part, self.device))

@@ -47,7 +47,7 @@ def median_norm(reader: Reader, chunks: int, decode: Decode) -> float:
     return float(np.median(np.concatenate(sample)))
 
 
-class KeptReader:
+class NormFilteredReader:
     """A reader's first `chunks` chunks without the rows whose norm is above `limit`; they are all read once to tell.
 
     `left_out` are the statistics of those rows. `decode` makes floats [n, D] of rows as they are stored.

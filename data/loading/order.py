@@ -83,7 +83,7 @@ class Runs:
         return np.repeat(offsets, self.rows) + np.arange(int(ends[-1]))
 
 
-def reserve(sizes: Ints, rows: int, seed: int) -> tuple[Ints, Ints]:
+def split_calibration(sizes: Ints, rows: int, seed: int) -> tuple[Ints, Ints]:
     """Split chunk ids in (training, reserved): the fewest, by a seeded order, that hold at least `rows` rows.
 
     Reserved rows serve the calibration, the optimizer never sees them. Raises UserError where nothing would be left.

@@ -1,4 +1,4 @@
-"""Claims: which process works on which unit, so that no two work on one.
+"""FileLeases: which process works on which unit, so that no two work on one.
 
     claims/<split>.<unit>                who has it; the file's time of change is its owner's heartbeat
     claims/<split>.<unit>.<site>.<id>/   chunk files of a write that is not committed yet
@@ -6,8 +6,8 @@
 A claim is made by create-if-absent. It ends with its unit, or is taken over where its owner is dead: its process is
 gone from this host, or its heartbeat stood still for LEASE_S by the watcher's own clock (hosts' clocks may differ).
 
-Claims save work, and no more hangs on them: what a store holds is decided under its lock, where a unit is committed
-once. An owner taken for dead that was only slow finds its unit committed, or what it had staged gone (`Overtaken`).
+FileLeases save work, and no more hangs on them: what a store holds is decided under its lock, where a unit is committed
+once. An owner taken for dead that was only slow finds its unit committed, or what it had staged gone (`LeaseLost`).
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ BEAT_S = 15.0
 _held: set[str] = set()
 
 
-class Overtaken(Exception):
+class LeaseLost(Exception):
     """Another process took this unit over in the belief that this one was dead."""
 
 
@@ -99,7 +99,7 @@ def _beating(path: Path) -> Iterator[None]:
         thread.join()
 
 
-class Claims:
+class FileLeases:
     """The claims of one store. lock: enters the store's lock, which the caller must not hold."""
 
     def __init__(self, folder: Path, lock: Callable[[], AbstractContextManager[None]]) -> None:

@@ -20,7 +20,7 @@ from typing import Any, Protocol
 
 from data.base.errors import UserError
 from data.base.lock import alone
-from data.storage.file_leases import Claims
+from data.storage.file_leases import FileLeases
 from data.store.commit import fsync, put, put_first, whole_file
 from data.store.manifest import Json
 
@@ -63,7 +63,7 @@ def refuse_credentials(text: str) -> None:
         )
 
 
-def locate(text: str | Location) -> Location:
+def parse_location(text: str | Location) -> Location:
     """What a setting such as `cache` names; UserError for a URL of another kind or one with credentials in it."""
     found = None if isinstance(text, Path | Url) else _URL.fullmatch(str(text))
     if found is None:
@@ -75,7 +75,7 @@ def locate(text: str | Location) -> Location:
     return Url(found[1], found[2], "/".join(part for part in found[3].split("/") if part))
 
 
-class Claiming(Protocol):
+class LeaseProtocol(Protocol):
     """Which process works on which unit, and where its chunks wait for their commit: `file_leases`, `object_leases`."""
 
     def take(self, split: str, unit: int, names: Sequence[str], made_by: Json) -> AbstractContextManager[bool]: ...
@@ -86,14 +86,14 @@ class Claiming(Protocol):
     def any(self) -> bool: ...
 
 
-class Place(Protocol):
+class Storage(Protocol):
     """The files below a location. What reads raises FileNotFoundError where there is none, unless it says otherwise."""
 
     @property
     def path(self) -> Location: ...
 
     @property
-    def claims(self) -> Claiming: ...
+    def claims(self) -> LeaseProtocol: ...
 
     def read(self, key: str) -> bytes: ...
 
@@ -121,7 +121,7 @@ class Place(Protocol):
         """{key: bytes} of every file; links count as themselves."""
         ...
 
-    def idle(self) -> float:
+    def seconds_since_write(self) -> float:
         """Seconds since anything below was written."""
         ...
 
@@ -134,10 +134,10 @@ class Place(Protocol):
         ...
 
     def put_staged(self, stage: Any, name: str, pieces: Iterable[bytes]) -> None:
-        """Write a file, piece after piece, that a `settle` will bring to its place."""
+        """Write a file, piece after piece, that a `commit_staged` will bring to its place."""
         ...
 
-    def settle(self, stage: Any, keys: Sequence[str], record: str, data: bytes) -> bytes:
+    def commit_staged(self, stage: Any, keys: Sequence[str], record: str, data: bytes) -> bytes:
         """Bring what is staged to its `keys`, then write the record, unless there is one; returns the one that stands.
 
         FileNotFoundError: another process took what was staged for a dead one's.
@@ -157,21 +157,21 @@ class Place(Protocol):
         ...
 
 
-def place_at(location: Location) -> Place:
+def open_storage(location: Location) -> Storage:
     """The files below a location; UserError where an object store is named and cannot be used."""
     if isinstance(location, Path):
-        return Folder(location)
-    from data.storage.object_store import Bucket
+        return LocalStorage(location)
+    from data.storage.object_store import ObjectStorage
 
-    return Bucket(location)
+    return ObjectStorage(location)
 
 
-class Folder:
+class LocalStorage:
     """A folder of a file system."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.claims = Claims(path / "claims", self._alone)
+        self.claims = FileLeases(path / "claims", self._alone)
 
     def _alone(self) -> AbstractContextManager[None]:
         """Be the only one to change what the store holds, for a moment; not to be entered twice."""
@@ -220,7 +220,7 @@ class Folder:
                 found[os.path.relpath(path, self.path)] = os.lstat(path).st_size
         return found
 
-    def idle(self) -> float:
+    def seconds_since_write(self) -> float:
         return time.time() - max((os.lstat(self.path / name).st_mtime for name in self.sizes()), default=0.0)
 
     def create(self, key: str, data: bytes) -> None:
@@ -246,7 +246,7 @@ class Folder:
             for piece in pieces:
                 file.write(piece)
 
-    def settle(self, stage: Path, keys: Sequence[str], record: str, data: bytes) -> bytes:
+    def commit_staged(self, stage: Path, keys: Sequence[str], record: str, data: bytes) -> bytes:
         path = self.path / record
         with self._alone():
             if path.exists():

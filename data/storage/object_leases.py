@@ -24,15 +24,15 @@ from data.store.manifest import Json
 
 if TYPE_CHECKING:
     from data.storage.local import Url
-    from data.storage.object_store import Bucket
+    from data.storage.object_store import ObjectStorage
 
 FOLDER = "claims"
 
 
-class Leases:
+class ObjectLeases:
     """The claims of one store."""
 
-    def __init__(self, bucket: Bucket) -> None:
+    def __init__(self, bucket: ObjectStorage) -> None:
         self._bucket = bucket
         self._seen: dict[str, tuple[str, float]] = {}  # a claim's last version, and when it was first seen
 

@@ -29,7 +29,7 @@ from typing import Any
 
 from data.base.errors import UserError
 from data.storage.local import Url
-from data.storage.object_leases import Leases
+from data.storage.object_leases import ObjectLeases
 
 AT_ONCE = 8  # requests
 _RETRY = {
@@ -61,7 +61,7 @@ def _uploaders() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(AT_ONCE, thread_name_prefix="upload")
 
 
-def _told(url: Url, error: Exception) -> UserError:
+def to_user_error(url: Url, error: Exception) -> UserError:
     """One sentence for what a request failed of."""
     text, bucket = str(error), f"{url.scheme}://{url.bucket}"
     at = re.sub(r"//[^/]*@", "//", os.environ.get("AWS_ENDPOINT_URL", "AWS"))
@@ -88,7 +88,7 @@ def _asking(url: Url) -> Iterator[None]:
         yield
     except FileNotFoundError as error:
         if "NoSuchBucket" in str(error):
-            raise _told(url, error) from None
+            raise to_user_error(url, error) from None
         raise FileNotFoundError(2, "No such object", str(url)) from None
     except Exception as error:
         if not type(error).__module__.startswith("obstore"):
@@ -97,20 +97,20 @@ def _asking(url: Url) -> Iterator[None]:
 
         if isinstance(error, AlreadyExistsError | PreconditionError):
             raise
-        raise _told(url, error) from None
+        raise to_user_error(url, error) from None
 
 
 def _name(key: str) -> str:
     return key.rpartition("/")[2]
 
 
-class Bucket:
+class ObjectStorage:
     """What lies below a URL."""
 
     def __init__(self, path: Url) -> None:
         self.path = path
         self._store = _opened(path.scheme, path.bucket)
-        self.claims = Leases(self)
+        self.claims = ObjectLeases(self)
         self._offered: set[Url] = set()
         self._uploads: dict[Url, list[Future[str | None]]] = {}
 
@@ -190,7 +190,7 @@ class Bucket:
     def sizes(self) -> dict[str, int]:
         return {key: int(meta["size"]) for key, meta in self.below("").items()}
 
-    def idle(self) -> float:
+    def seconds_since_write(self) -> float:
         # Hours are meant here, so that the store's clock and this host's may be some minutes apart.
         return time.time() - max((meta["last_modified"].timestamp() for meta in self.below("").values()), default=0.0)
 
@@ -265,7 +265,7 @@ class Bucket:
         assert not self.path.key or url.key.startswith(self.path.key + "/")
         return url.key[len(self.path.key) + 1 if self.path.key else 0 :]
 
-    def settle(self, stage: Url, keys: Sequence[str], record: str, data: bytes) -> bytes:
+    def commit_staged(self, stage: Url, keys: Sequence[str], record: str, data: bytes) -> bytes:
         for upload in self._uploads.pop(stage, []):
             upload.result()
         self._offered.add(stage)  # from here on others may do what it says
@@ -304,7 +304,7 @@ class Bucket:
         return self.first(record, chosen["record"].encode())
 
     def discard(self, stage: Url) -> None:
-        """Remove what was staged, unless it may have been settled on: then `settle` did, or `Leases.sweep` will."""
+        """Remove what was staged, unless it may be committed yet: by `commit_staged`, or `ObjectLeases.sweep`."""
         for upload in self._uploads.pop(stage, []):
             with contextlib.suppress(Exception):  # why the write ended, or will be told of by the next request
                 upload.result()

@@ -24,7 +24,7 @@ _ABSENT = 2**64 - 1
 
 
 @dataclass(frozen=True)
-class Format:
+class ChunkCodec:
     """How the files of one array are made. dtype, row_shape: of stored rows."""
 
     layout: Layout

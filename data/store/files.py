@@ -7,7 +7,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from data.base.errors import UserError
-from data.storage.local import Location, place_at
+from data.storage.local import Location, open_storage
 from data.store.manifest import HELDOUT, TRAIN, Json
 from data.store.store import Store
 
@@ -17,7 +17,7 @@ RECORD = re.compile(r"(\d{6,})\.(\w[\w.-]*)\.json")
 
 def is_store(path: Location) -> bool:
     """Whether a folder is a store or what is left of one."""
-    place = place_at(path)
+    place = open_storage(path)
     return place.size("manifest.json") is not None or "commits" in place.folders()
 
 
@@ -27,7 +27,7 @@ def stores_below(path: Location) -> list[Location]:
         raise UserError(f"{path} is no folder: name a store, or a folder that holds some")
     if is_store(path):
         return [path]
-    below = (path / name for name in place_at(path).folders())
+    below = (path / name for name in open_storage(path).folders())
     return [store for at in below if not (isinstance(at, Path) and at.is_symlink()) for store in stores_below(at)]
 
 

@@ -33,14 +33,14 @@ _FORMULA = (
 
 
 @dataclass(frozen=True)
-class Standard:
+class FeatureScale:
     """Mean and standard deviation of each dimension of a site."""
 
     mean: Float32[np.ndarray, " D"]
     std: Float32[np.ndarray, " D"]
 
     @classmethod
-    def of(cls, x: Float[np.ndarray, "N D"]) -> Standard:
+    def of(cls, x: Float[np.ndarray, "N D"]) -> FeatureScale:
         """From the pilot's rows, those not finite left out: they are refused where they are to be stored.
 
         In numpy, whose sums do not depend on a number of threads.
@@ -58,11 +58,11 @@ class Standard:
         return {"name": "int8", "site": site, "formula": _FORMULA, **numbers}
 
     @classmethod
-    def from_attributes(cls, attributes: Json) -> Standard:
+    def from_attributes(cls, attributes: Json) -> FeatureScale:
         return cls(np.array(attributes["mean"], np.float32), np.array(attributes["std"], np.float32))
 
 
-def encode(x_ND: Float[Tensor, "N D"], standard: Standard) -> Int8[Tensor, "N S"]:
+def encode(x_ND: Float[Tensor, "N D"], standard: FeatureScale) -> Int8[Tensor, "N S"]:
     """int8 rows on the device of `x_ND`; a value that is not finite decodes to one that is not."""
     assert sys.byteorder == "little", "int8 rows are written on little-endian machines"
     mean_D, std_D = (torch.from_numpy(part).to(x_ND.device) for part in (standard.mean, standard.std))
@@ -72,7 +72,7 @@ def encode(x_ND: Float[Tensor, "N D"], standard: Standard) -> Int8[Tensor, "N S"
     return torch.cat([q_ND.to(torch.int8), scale_N1.view(torch.int8)], 1)
 
 
-class Decoder(nn.Module):
+class RowDecoder(nn.Module):
     """Stored rows [B, S] to activations [B, D] on whatever device they are; rows of floats stay what they are.
 
     Each operation of the formula is rounded on its own, so that every device gives the same float32 bits.
@@ -81,7 +81,7 @@ class Decoder(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, width: int, standard: Standard | None = None) -> None:
+    def __init__(self, width: int, standard: FeatureScale | None = None) -> None:
         super().__init__()
         self.width, self.encoded = width, standard is not None
         if standard is not None:

@@ -242,19 +242,19 @@ def settings_of(cfg: Mapping[str, Any]) -> Json:
     return settings
 
 
-def leaves(obj: object, prefix: str = "") -> dict[str, object]:
+def flatten(obj: object, prefix: str = "") -> dict[str, object]:
     """{dotted name: value} of nested mappings."""
     if not isinstance(obj, Mapping) or (prefix and not obj):
         return {prefix: obj}
     found: dict[str, object] = {}
     for key, value in obj.items():
-        found |= leaves(value, f"{prefix}.{key}" if prefix else str(key))
+        found |= flatten(value, f"{prefix}.{key}" if prefix else str(key))
     return found
 
 
-def differing(a: Json, b: Json) -> list[str]:
+def diff_fields(a: Json, b: Json) -> list[str]:
     """Dotted names of the fields that differ, with both values: `packing.context: 128 here, 256 asked`."""
-    here, asked = leaves(a), leaves(b)
+    here, asked = flatten(a), flatten(b)
 
     def show(side: dict[str, object], name: str) -> str:
         return canonical(side[name]) if name in side else "absent"

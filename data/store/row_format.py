@@ -13,20 +13,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data.base.errors import UserError
-from data.store.chunk_codec import Format
+from data.store.chunk_codec import ChunkCodec
 from data.store.manifest import SCALE_BYTES, Json, Layout
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from data.store.int8 import Decoder, Standard
+    from data.store.int8 import FeatureScale, RowDecoder
 
-BOOKS: dict[str, tuple[int, ...]] = {"tokens": (), "origin": (2,)}  # what each row is, with the shape of theirs
+INDEX_ARRAYS: dict[str, tuple[int, ...]] = {"tokens": (), "origin": (2,)}  # what each row is, with the shape of theirs
 _NATIVE = {"bfloat16": np.uint16, "float16": np.float16, "float32": np.float32}
 
 
 @dataclass(frozen=True)
-class Rows:
+class RowFormat:
     """The rows of a site in either split, or of a book. attributes: of its array, where that is made."""
 
     layout: Layout
@@ -35,7 +35,7 @@ class Rows:
 
     @property
     def is_book(self) -> bool:
-        return self.site in BOOKS
+        return self.site in INDEX_ARRAYS
 
     @property
     def is_int8(self) -> bool:
@@ -53,33 +53,33 @@ class Rows:
 
     def shape(self, width: int) -> tuple[int, ...]:
         """Of a stored row of `width` numbers."""
-        return BOOKS.get(self.site, (width + SCALE_BYTES if self.is_int8 else width,))
+        return INDEX_ARRAYS.get(self.site, (width + SCALE_BYTES if self.is_int8 else width,))
 
     def width(self, shape: tuple[int, ...]) -> int:
         """Numbers in a row that is stored in this shape."""
         return int(np.prod(shape)) - (SCALE_BYTES if self.is_int8 else 0)
 
-    def format(self, shape: tuple[int, ...]) -> Format:
+    def format(self, shape: tuple[int, ...]) -> ChunkCodec:
         """How files of rows of this shape are made."""
-        return Format(self.layout, self.dtype, shape)
+        return ChunkCodec(self.layout, self.dtype, shape)
 
     @cached_property
-    def standard(self) -> Standard | None:
+    def standard(self) -> FeatureScale | None:
         """What int8 rows are encoded by; None where no array says it yet."""
-        from data.store.int8 import Standard
+        from data.store.int8 import FeatureScale
 
-        return Standard.from_attributes(self.attributes["encoding"]) if "encoding" in self.attributes else None
+        return FeatureScale.from_attributes(self.attributes["encoding"]) if "encoding" in self.attributes else None
 
-    def decoder(self, width: int) -> Decoder:
+    def decoder(self, width: int) -> RowDecoder:
         """A new module that turns stored rows, as tensors, into activations."""
-        from data.store.int8 import Decoder
+        from data.store.int8 import RowDecoder
 
         if self.is_int8 and self.standard is None:
             raise UserError(
                 f"the arrays of site {self.site} do not say how their rows are encoded: delete the store and harvest "
                 "again"
             )
-        return Decoder(width, self.standard if self.is_int8 else None)
+        return RowDecoder(width, self.standard if self.is_int8 else None)
 
     def values(self, stored: NDArray[Any]) -> NDArray[Any]:
         """Stored rows as the floats that readers get of them."""

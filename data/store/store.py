@@ -27,17 +27,17 @@ from numpy.typing import NDArray
 
 from data.base.errors import UserError
 from data.loading.order import Ints, seeded_permutation
-from data.storage.file_leases import Overtaken
-from data.storage.local import Location, locate, place_at
+from data.storage.file_leases import LeaseLost
+from data.storage.local import Location, open_storage, parse_location
 from data.store.commit import Chunk, Commit
-from data.store.manifest import HELDOUT, TRAIN, Json, Layout, Manifest, differing, seal, seal_array, unseal
-from data.store.row_format import BOOKS, Rows
+from data.store.manifest import HELDOUT, TRAIN, Json, Layout, Manifest, diff_fields, seal, seal_array, unseal
+from data.store.row_format import INDEX_ARRAYS, RowFormat
 from data.store.stats import Stats
 
 if TYPE_CHECKING:  # it needs torch
-    from data.store.int8 import Decoder, Standard
+    from data.store.int8 import FeatureScale, RowDecoder
 
-TOKENS, ORIGIN = BOOKS
+TOKENS, ORIGIN = INDEX_ARRAYS
 _SITE = re.compile(r"\w[\w.-]*")
 
 
@@ -45,17 +45,17 @@ class Store:
     """One store, open."""
 
     def __init__(self, path: Location, manifest: Manifest) -> None:
-        self.path, self.manifest, self.place = path, manifest, place_at(path)
+        self.path, self.manifest, self.place = path, manifest, open_storage(path)
         self.claims = self.place.claims
         self._commits: dict[str, Commit] = {}  # a record never changes once it is there
-        self._rows: dict[str, Rows] = {}  # nor does how a site's rows are encoded
+        self._rows: dict[str, RowFormat] = {}  # nor does how a site's rows are encoded
 
     @classmethod
     def open(cls, path: Location | str) -> Store:
         """Open a folder or URL; a UserError where it is no store, its manifest is damaged or its format is newer."""
-        path = locate(path)
+        path = parse_location(path)
         try:
-            return cls(path, Manifest.from_json(place_at(path).read("manifest.json"), path / "manifest.json"))
+            return cls(path, Manifest.from_json(open_storage(path).read("manifest.json"), path / "manifest.json"))
         except (FileNotFoundError, NotADirectoryError):
             raise UserError(
                 f"{path} is not a store (it has no manifest.json): give the folder of a harvested cache"
@@ -65,7 +65,7 @@ class Store:
     def create_or_open(cls, cache: Location, manifest: Manifest) -> Store:
         """Open `manifest`'s folder in `cache`, or make it, manifest first; a UserError names fields that differ."""
         path = cache / manifest.folder
-        place = place_at(path)
+        place = open_storage(path)
         if place.size("manifest.json") is None:
             if "commits" in place.folders():
                 raise UserError(
@@ -73,7 +73,7 @@ class Store:
                 )
             place.create("manifest.json", manifest.to_json())
         store = cls.open(path)
-        fields = differing(store.manifest.identity, manifest.identity)
+        fields = diff_fields(store.manifest.identity, manifest.identity)
         if fields:
             raise UserError(f"{path} was made otherwise ({'; '.join(fields)}): ask for the same, or use another cache")
         return store
@@ -107,23 +107,25 @@ class Store:
         """Of rows as they are stored."""
         return tuple(self.metadata(split, site)["shape"][1:])
 
-    def rows_of(self, site: str) -> Rows:
+    def rows_of(self, site: str) -> RowFormat:
         """The forms that the rows of a site or book have, in either split."""
-        rows = self._rows.get(site) or Rows(self.layout, site, {})
+        rows = self._rows.get(site) or RowFormat(self.layout, site, {})
         if rows.is_int8 and not rows.attributes:
             for split in (TRAIN, HELDOUT):
                 if not rows.attributes and self.place.size(f"{split}/{site}/zarr.json") is not None:
-                    rows = Rows(self.layout, site, self.metadata(split, site).get("attributes", {}))
+                    rows = RowFormat(self.layout, site, self.metadata(split, site).get("attributes", {}))
         if rows.attributes or not rows.is_int8:
             self._rows[site] = rows
         return rows
 
-    def decoder(self, split: str, site: str) -> Decoder:
+    def decoder(self, split: str, site: str) -> RowDecoder:
         """A new module that turns stored rows [B, W] into activations [B, `decoder.width`], on any device."""
         rows = self.rows_of(site)
         return rows.decoder(rows.width(self.row_shape(split, site)))
 
-    def require(self, split: str, site: str, width: int, rows_capacity: int, standard: Standard | None = None) -> None:
+    def require(
+        self, split: str, site: str, width: int, rows_capacity: int, standard: FeatureScale | None = None
+    ) -> None:
         """Make the array of a site with room for `rows_capacity` rows in whole units, or let it grow; never shrinks.
 
         standard: what int8 rows are encoded by, where no array of the site says it yet.
@@ -181,7 +183,7 @@ class Store:
         """Write and commit a unit's rows, [n, width] in the native dtype: row i is `rows[order[i]]`, or `rows[i]`.
 
         Chunks are on the disk before their record is. Where the unit is committed by the time, that commit stands and
-        is returned. A UserError refuses values that are not finite; Overtaken tells that the claim was taken over.
+        is returned. A UserError refuses values that are not finite; LeaseLost tells that the claim was taken over.
         """
         layout = self.layout
         shape = self.metadata(split, site)["shape"]
@@ -194,11 +196,11 @@ class Store:
             moments = (stats.sum.tolist(), stats.sum_sq, stats.mean_norm, stats.max_abs)
             commit = Commit(split, unit, site, len(rows), tuple(chunks), *moments, nonfinite=0, made_by=made_by)
             record, keys = self._record(split, unit, site), [chunk.key for chunk in chunks]
-            standing = self.place.settle(stage, keys, record, seal(asdict(commit)))
+            standing = self.place.commit_staged(stage, keys, record, seal(asdict(commit)))
             return Commit.of(standing, self.path / record)
         except FileNotFoundError:
             if self.place.size(f"{split}/{site}/zarr.json") is not None:
-                raise Overtaken(f"unit {unit} of {split}/{site}") from None
+                raise LeaseLost(f"unit {unit} of {split}/{site}") from None
             raise
         finally:
             self.claims.unstage(stage)
@@ -208,7 +210,7 @@ class Store:
         stage: Location,
         split: str,
         unit: int,
-        kind: Rows,
+        kind: RowFormat,
         rows: NDArray[Any],
         order: Ints | None,
         row_shape: tuple[int, ...],
@@ -262,7 +264,7 @@ class Store:
 
     def sites(self, split: str) -> list[str]:
         """Activation sites with something committed, without tokens and origin."""
-        return sorted({site for _, site, _ in self._records(split)} - BOOKS.keys())
+        return sorted({site for _, site, _ in self._records(split)} - INDEX_ARRAYS.keys())
 
     def stats(self, split: str, site: str) -> Stats:
         """Statistics over all committed rows; a UserError where there are none."""
@@ -288,8 +290,8 @@ class Store:
 def _stores(cache: Location) -> tuple[list[Store], list[UserError]]:
     """All stores of a cache folder by name, and what is wrong with those that cannot be opened."""
     found, wrong = [], []
-    for path in (cache / name for name in place_at(cache).folders()):
-        if place_at(path).size("manifest.json") is None:
+    for path in (cache / name for name in open_storage(cache).folders()):
+        if open_storage(path).size("manifest.json") is None:
             continue
         try:
             found.append(Store.open(path))

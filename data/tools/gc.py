@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from data.base.errors import UserError
-from data.storage.local import Location, place_at
+from data.storage.local import Location, open_storage
 from data.store.files import chunk_keys, is_store, leftovers, size
 from data.tools.inventory import DAMAGED, UNFINISHED, Entry, entries
 
@@ -29,7 +29,7 @@ class Candidate:
         return f"{what}  {self.why}, {size(self.bytes)}"
 
     def remove(self) -> None:
-        place = place_at(self.path)
+        place = open_storage(self.path)
         if self.files:
             place.remove(self.files)
         else:
@@ -75,7 +75,7 @@ def candidates(folder: Location, outputs: Path, idle_minutes: float) -> tuple[li
             spared.append(f"{entry.line}: whether it is needed cannot be read ({entry.wrong})")
         elif isinstance(entry.path, Path) and entry.path.is_symlink():
             spared.append(f"{entry.line}: a link")
-        elif place_at(entry.path).idle() < 60 * idle_minutes:
+        elif open_storage(entry.path).seconds_since_write() < 60 * idle_minutes:
             spared.append(f"{entry.line}: written to in the last {idle_minutes:g} minutes")
         elif entry.store.manifest.fingerprint in needed:
             found += _leftovers(entry)

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from data.loading.norm_filter import read_norms, sampled_chunks
 from data.storage.local import Location
 from data.store.files import SPLITS, arrays, size
-from data.store.manifest import canonical, leaves
+from data.store.manifest import canonical, flatten
 from data.store.store import ORIGIN, Store
 from data.tools.inventory import Entry, made_by
 
@@ -118,8 +118,8 @@ def report(path: Location, times: float, most: int) -> Iterator[str]:
     entry, layout = Entry.of(path), store.layout
     yield entry.line
     yield f"fingerprint {store.manifest.fingerprint}"
-    yield from _fields("settings as asked", leaves(store.manifest.settings))
-    yield from _fields("identity", leaves(store.manifest.identity))
+    yield from _fields("settings as asked", flatten(store.manifest.settings))
+    yield from _fields("identity", flatten(store.manifest.identity))
     yield f"a unit: {layout.unit_rows:,} rows in {layout.chunks_per_unit} chunks of {layout.chunk_rows:,}"
     makers = made_by(store)
     yield f"devices and libraries: {'mixed' if len(makers) > 1 else 'the same throughout'}"

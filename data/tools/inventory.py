@@ -6,9 +6,9 @@ from collections import Counter
 from dataclasses import dataclass
 
 from data.base.errors import UserError
-from data.storage.local import Location, place_at
+from data.storage.local import Location, open_storage
 from data.store.files import SPLITS, arrays, extent, size, stores_below
-from data.store.manifest import canonical, leaves
+from data.store.manifest import canonical, flatten
 from data.store.store import Store
 
 COMPLETE, UNFINISHED, DAMAGED = "complete", "unfinished", "damaged"
@@ -26,7 +26,7 @@ class Entry:
 
     @classmethod
     def of(cls, path: Location) -> Entry:
-        total = sum(place_at(path).sizes().values())
+        total = sum(open_storage(path).sizes().values())
         try:
             store = Store.open(path)
             whole = store.complete is not None and store.complete == extent(store)
@@ -50,7 +50,7 @@ def made_by(store: Store) -> Counter[str]:
     for split in SPLITS:
         for site in arrays(store, split):
             for commit in store.committed(split, site).values():
-                found[", ".join(f"{name} {value}" for name, value in leaves(commit.made_by).items())] += 1
+                found[", ".join(f"{name} {value}" for name, value in flatten(commit.made_by).items())] += 1
     return found
 
 
@@ -58,7 +58,7 @@ def describe(entry: Entry) -> list[str]:
     """An entry in a few lines."""
     if entry.store is None:
         return [entry.line, f"  {entry.wrong}"]
-    asked = leaves(entry.store.manifest.settings)
+    asked = flatten(entry.store.manifest.settings)
     settings = (
         f"{name}={value if isinstance(value, str) else canonical(value)}" for name, value in sorted(asked.items())
     )

@@ -13,11 +13,11 @@ from itertools import chain, count
 import numpy as np
 
 from data.base.errors import UserError
-from data.storage.local import Location, place_at
+from data.storage.local import Location, open_storage
 from data.store.commit import Chunk, Commit
 from data.store.files import RECORD, SPLITS, leftovers
 from data.store.manifest import Json, Layout, Manifest, seal, seal_array, unseal
-from data.store.row_format import Rows
+from data.store.row_format import RowFormat
 from data.store.stats import Stats
 from data.store.store import ORIGIN, TOKENS, Store
 
@@ -45,7 +45,7 @@ def _sealed(data: bytes, path: Location, indent: int | None = None) -> Json:
     return obj
 
 
-def _array(raw: bytes, layout: Layout, site: str) -> tuple[Rows, tuple[int, ...]]:
+def _array(raw: bytes, layout: Layout, site: str) -> tuple[RowFormat, tuple[int, ...]]:
     """The rows that an array's zarr.json tells of, and their shape; a UserError where it is not as it was written."""
     try:
         found = json.loads(raw)
@@ -54,7 +54,7 @@ def _array(raw: bytes, layout: Layout, site: str) -> tuple[Rows, tuple[int, ...]
         sound = False
     if not sound:
         raise UserError("is not as it was written")
-    rows, shape = Rows(layout, site, found["attributes"]), tuple(found["shape"][1:])
+    rows, shape = RowFormat(layout, site, found["attributes"]), tuple(found["shape"][1:])
     wanted = {
         "data_type": "int8" if rows.is_int8 else "int32" if rows.is_book else layout.dtype,
         "chunk_key_encoding": {"name": "default", "configuration": {"separator": "."}},
@@ -76,9 +76,9 @@ class Verifier:
     """One store's check; `run` fills `findings`. Letters: N rows of a chunk, D width."""
 
     def __init__(self, path: Location) -> None:
-        self.path, self.place, self.findings = path, place_at(path), list[Finding]()
+        self.path, self.place, self.findings = path, open_storage(path), list[Finding]()
         self.commits: dict[tuple[str, str], dict[int, Commit | None]] = {}  # (split, site) -> unit; None: damaged
-        self.arrays: dict[tuple[str, str], tuple[Rows, tuple[int, ...]]] = {}  # whose metadata is sound
+        self.arrays: dict[tuple[str, str], tuple[RowFormat, tuple[int, ...]]] = {}  # whose metadata is sound
         self.complete: Json | None = None
 
     def damaged(self, path: Location, what: str) -> None:
@@ -168,7 +168,7 @@ class Verifier:
                 self.damaged(self.path / split / site / "zarr.json", f"is encoded otherwise than in {SPLITS[0]}/")
 
     def _folders(self, split: str) -> list[str]:
-        return place_at(self.path / split).folders()
+        return open_storage(self.path / split).folders()
 
     def _group(self, key: str) -> None:
         try:

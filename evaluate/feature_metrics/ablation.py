@@ -19,7 +19,7 @@ from torch import Tensor
 from data.base.errors import UserError
 from evaluate.feature_metrics.bases import Basis
 from evaluate.feature_metrics.probe import interval
-from evaluate.feature_metrics.sample import Held
+from evaluate.feature_metrics.sample import FeatureText
 from harvest.hooks import replace
 
 AFTER = 16
@@ -32,7 +32,7 @@ def sparsity(d_ATV: Float[Tensor, "A T V"]) -> Float[Tensor, " A"]:
     return d.abs().sum(1).square() / d.square().sum(1) / d.shape[1]
 
 
-def places(held: Held, contexts: int, seed: int) -> list[tuple[int, int]]:
+def places(held: FeatureText, contexts: int, seed: int) -> list[tuple[int, int]]:
     """(context, position) of seeded random kept tokens of the second half, one a context, with AFTER more to come."""
     length = held.packed.contexts.shape[1]
     if length <= AFTER:
@@ -51,7 +51,7 @@ def places(held: Held, contexts: int, seed: int) -> list[tuple[int, int]]:
 
 
 @torch.inference_mode()
-def ablate(held: Held, basis: Basis, place: tuple[int, int], count: int, rng: np.random.Generator) -> Tensor:
+def ablate(held: FeatureText, basis: Basis, place: tuple[int, int], count: int, rng: np.random.Generator) -> Tensor:
     """The figures of at most `count` units active at a place, [A], in one forward with the clean one beside them."""
     context, position = place
     reader = held.reader
@@ -79,7 +79,7 @@ def ablate(held: Held, basis: Basis, place: tuple[int, int], count: int, rng: np
 
 
 def downstream(
-    held: Held, basis: Basis, *, contexts: int, count: int, bootstrap: int, seed: int, told: Callable[[int], Any]
+    held: FeatureText, basis: Basis, *, contexts: int, count: int, bootstrap: int, seed: int, told: Callable[[int], Any]
 ) -> dict[str, Any]:
     """Mean sparsity over ablations, with an interval over contexts; how many there were and how many moved nothing."""
     rng = np.random.default_rng([seed, 11])

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from evaluate.feature_metrics.bases import Basis
 from evaluate.feature_metrics.probe import interval
-from evaluate.feature_metrics.sample import Held, draw
+from evaluate.feature_metrics.sample import FeatureText, draw
 
 LONGEST = 16  # tokens of a pattern
 HALF = 0.5  # of the activation must be left
@@ -43,7 +43,7 @@ class Examples:
     ids_nL: Tensor  # [n, LONGEST], ANY where the context begins later
 
 
-def examples(held: Held, basis: Basis, units_U: Tensor, count: int, seed: int, told: Told) -> Examples:
+def examples(held: FeatureText, basis: Basis, units_U: Tensor, count: int, seed: int, told: Told) -> Examples:
     """At most `count` tokens of the first half for each unit, drawn at random from those where it fires.
 
     Every firing token gets a random rank; the lowest of each unit stay. Memory does not grow with the text.
@@ -71,11 +71,11 @@ def _endings(ids_BT: Int64[Tensor, "B T"]) -> Int64[Tensor, "B T longest"]:
     return torch.cat([before, ids_BT], 1).unfold(1, LONGEST, 1)
 
 
-def _active(held: Held, basis: Basis, ids_BT: Tensor, keep_BT: Tensor) -> Tensor:
+def _active(held: FeatureText, basis: Basis, ids_BT: Tensor, keep_BT: Tensor) -> Tensor:
     return basis.active(held.reader.read(ids_BT)[basis.of_neurons][keep_BT])
 
 
-def activation_at_end(held: Held, basis: Basis, units_U: Tensor, beat: Callable[[], Any]) -> Activation:
+def activation_at_end(held: FeatureText, basis: Basis, units_U: Tensor, beat: Callable[[], Any]) -> Activation:
     """Reads cut-out texts, behind a BOS where the packing has one; `beat` is called after each forward."""
     device = next(held.reader.model.parameters()).device
 
@@ -145,7 +145,7 @@ def foretold(ids_BT: Int64[Tensor, "B T"], known: set[Pattern]) -> Bool[Tensor, 
     return hit_BT
 
 
-def score(held: Held, basis: Basis, units_U: Tensor, known: list[set[Pattern]], told: Told) -> Tensor:
+def score(held: FeatureText, basis: Basis, units_U: Tensor, known: list[set[Pattern]], told: Told) -> Tensor:
     """Sums over the second half for each unit, [U, 5]: foretold and firing, foretold, firing, activation foretold,
     activation."""
     sums = torch.zeros(len(units_U), 5, dtype=torch.float64)
@@ -161,7 +161,7 @@ def score(held: Held, basis: Basis, units_U: Tensor, known: list[set[Pattern]], 
 
 
 def explain(
-    held: Held,
+    held: FeatureText,
     basis: Basis,
     *,
     units: int,

@@ -18,7 +18,7 @@ from torch import Tensor
 from data.base.errors import UserError
 from evaluate.feature_metrics import logistic as newton
 from evaluate.feature_metrics.bases import Basis
-from evaluate.feature_metrics.sample import Held, Sample
+from evaluate.feature_metrics.sample import FeatureText, Sample
 from evaluate.feature_metrics.tasks import UNKNOWN, Answers, Task, TokenTexts, answers
 
 LEAST = 20  # tokens that must answer yes, and no, in either half
@@ -35,7 +35,7 @@ class Questions:
     left_out: list[str]
 
 
-def ask(held: Held, tasks: Sequence[Task], samples: tuple[Sample, Sample]) -> Questions:
+def ask(held: FeatureText, tasks: Sequence[Task], samples: tuple[Sample, Sample]) -> Questions:
     """UserError where no task is left."""
     texts = TokenTexts(held.tokenizer)
     found = [_answers(held, tasks, texts, sample) for sample in samples]
@@ -48,7 +48,7 @@ def ask(held: Held, tasks: Sequence[Task], samples: tuple[Sample, Sample]) -> Qu
     return Questions(kept, found[0][fit], found[1][fit], [name for name in names if name not in kept])
 
 
-def _answers(held: Held, tasks: Sequence[Task], texts: TokenTexts, sample: Sample) -> Answers:
+def _answers(held: FeatureText, tasks: Sequence[Task], texts: TokenTexts, sample: Sample) -> Answers:
     found = np.empty((len(tasks), len(sample.sequence_M)), np.int8)
     for sequence in np.unique(sample.sequence_M):
         low, high = np.searchsorted(sample.sequence_M, [sequence, sequence + 1])

@@ -20,7 +20,7 @@ from evaluate.feature_metrics.ablation import AFTER, downstream
 from evaluate.feature_metrics.bases import BASELINES, Basis, Directions, Neurons, SAEBasis
 from evaluate.feature_metrics.patterns import LONGEST, SUBSTITUTES, explain
 from evaluate.feature_metrics.probe import BLOCK, ask, probe
-from evaluate.feature_metrics.sample import Held, Sample, take
+from evaluate.feature_metrics.sample import FeatureText, Sample, take
 from evaluate.feature_metrics.tasks import Task, load_tasks
 from train.sae.base import SAE
 from train.sae.parts.init import directions
@@ -30,7 +30,7 @@ COUNTS = ("probe_tokens", "units", "examples", "places", "ablations")
 
 
 @dataclass(frozen=True)
-class Asked:
+class FeatureMetricsConfig:
     """The settings of `gao` and `gao_with`, checked."""
 
     metrics: tuple[str, ...]
@@ -45,7 +45,7 @@ class Asked:
     seed: int
 
 
-def asked(config: Mapping[str, Any]) -> Asked | None:
+def asked(config: Mapping[str, Any]) -> FeatureMetricsConfig | None:
     """None where `gao` is null; UserError for what the settings cannot be."""
     if config["gao"] is None:
         return None
@@ -61,7 +61,7 @@ def asked(config: Mapping[str, Any]) -> Asked | None:
     counts = {name: whole({f"gao_with.{name}": own[name]}, f"gao_with.{name}", 1) for name in COUNTS}
     tasks = load_tasks(Path(own["tasks"]) if own["tasks"] else CONF / "probes.yaml") if "probe" in metrics else []
     shared = {name: config[name] for name in ("bootstrap", "seed")}
-    return Asked(metrics, tasks, tuple(own["baselines"]), **counts, **shared)
+    return FeatureMetricsConfig(metrics, tasks, tuple(own["baselines"]), **counts, **shared)
 
 
 def bases_of(
@@ -108,10 +108,10 @@ def bar(metric: str, total: int, unit: str) -> Any:
     return tqdm(total=total, unit=unit, unit_scale=True, desc=f"gao {metric}", mininterval=1.0)
 
 
-class Site:
+class FeatureMetricsRun:
     """The run over one site; `read_s` and `whole_s` are seconds a token of the LM as far as the site and to its end."""
 
-    def __init__(self, held: Held, settings: Asked) -> None:
+    def __init__(self, held: FeatureText, settings: FeatureMetricsConfig) -> None:
         self.held, self.settings = held, settings
         self.sequences, self.context = held.packed.contexts.shape
         held.half(True)  # says at once where there are too few contexts
@@ -174,12 +174,14 @@ class Site:
 
 
 @torch.no_grad()
-def measure(held: Held, saes: Mapping[str, SAE], mean_D: Tensor, density: float, settings: Asked) -> dict[str, Any]:
+def measure(
+    held: FeatureText, saes: Mapping[str, SAE], mean_D: Tensor, density: float, settings: FeatureMetricsConfig
+) -> dict[str, Any]:
     """The site's part of the report: {"settings", "left_out", "bases": one entry a basis}.
 
     saes: by the name they have in the report. density: the share of tokens on which a baseline's unit is to be active.
     """
-    site = Site(held, settings)
+    site = FeatureMetricsRun(held, settings)
     samples = site.samples()
     bases = bases_of(saes, settings.baselines, samples[0], mean_D, density, held.reader.neurons, settings.seed)
     rows: list[dict[str, Any]] = [{"name": basis.name, "width": basis.width} for basis in bases]

@@ -17,16 +17,16 @@ from torch import Tensor
 
 from data.base.errors import UserError
 from evaluate.feature_metrics.bases import Reader
-from harvest.packing import Packed
+from harvest.packing import PackedTokens
 
 Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class Held:
+class FeatureText:
     """The held-out text, what reads it, and how many contexts the LM takes at a time."""
 
-    packed: Packed
+    packed: PackedTokens
     tokenizer: Any
     reader: Reader
     lm_batch: int
@@ -73,7 +73,7 @@ def draw(keep_ST: NDArray[np.bool_], contexts: range, tokens: int, seed: int) ->
     return np.concatenate(sequences), np.concatenate(positions)
 
 
-def take(held: Held, contexts: range, tokens: int, seed: int, told: Callable[[int], Any]) -> Sample:
+def take(held: FeatureText, contexts: range, tokens: int, seed: int, told: Callable[[int], Any]) -> Sample:
     """A sample of the contexts; `told` hears how many contexts were read."""
     sequence_M, position_M = draw(held.packed.keep, contexts, tokens, seed)
     parts: dict[bool, list[Tensor]] = {}

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data.base.errors import UserError
-from harvest.packing import Packed
+from harvest.packing import PackedTokens
 
 Answers = NDArray[np.int8]  # 1, 0, or UNKNOWN
 UNKNOWN = -1
@@ -129,7 +129,7 @@ def _shifted(found: Callable[[str], Any], texts: Sequence[str], by: int) -> Answ
     return answers
 
 
-def answers(tasks: Sequence[Task], texts: TokenTexts, packed: Packed, sequence: int) -> Answers:
+def answers(tasks: Sequence[Task], texts: TokenTexts, packed: PackedTokens, sequence: int) -> Answers:
     """[tasks, T]: what each task answers for each token of a context."""
     ids = packed.contexts[sequence]
     words, context = [texts[int(token)] for token in ids], len(ids)

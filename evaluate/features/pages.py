@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from evaluate.features.collect import Collector, Shelf
 from evaluate.report.render import asset, digest, render, replace, safe_json
-from harvest.packing import Packed
+from harvest.packing import PackedTokens
 
 Json = dict[str, Any]
 
@@ -60,7 +60,7 @@ class Latents:
     """All that the pages tell of F latents; ends are (ids [F, K], values [F, K]), None where there are none."""
 
     found: Collector
-    packed: Packed
+    packed: PackedTokens
     words: Words
     near: tuple[NDArray[np.int64], NDArray[np.float32]]
     raised: tuple[NDArray[np.int64], NDArray[np.float32]] | None

@@ -12,8 +12,8 @@ from data.base.cli import CONF
 from data.base.errors import UserError
 from data.base.settings import whole
 from data.base.sites import Site
-from data.storage.local import locate
-from evaluate.run import Text, Trained, by_place, find_saes, open_text, pinned
+from data.storage.local import parse_location
+from evaluate.run import SavedSAE, Text, find_saes, group_by_store, open_text, pinned
 from harvest import lm
 from train.sae.io import load
 
@@ -43,7 +43,7 @@ def checked(config: Mapping[str, Any]) -> dict[str, Any]:
     return {**config, **counts}
 
 
-def one_sae(folder: Any) -> Trained:
+def one_sae(folder: Any) -> SavedSAE:
     """The SAE that was named; UserError where there is none, or several."""
     if not folder:
         raise UserError("folder is empty: name that of one trained SAE, as in folder=outputs/demo/saes/sae-batchtopk")
@@ -107,7 +107,7 @@ def make(config: Mapping[str, Any]) -> Path:
     """Write the pages a resolved configuration asks for; the path of `index.html`."""
     config = checked(config)
     trained = one_sae(config["folder"])
-    ((store, by_site),) = by_place([trained], locate(config["cache"]))
+    ((store, by_site),) = group_by_store([trained], parse_location(config["cache"]))
     (site,) = map(Site.parse, by_site)
     sae = load(trained.folder).eval()
     text = open_text(store, config)

@@ -10,7 +10,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from data.base.errors import UserError
-from data.storage.local import locate
+from data.storage.local import parse_location
 from data.store.store import find_fingerprint
 from evaluate.report.markdown import DEFINITIONS
 from evaluate.report.render import asset, digest, render, replace
@@ -87,7 +87,7 @@ def section(site: Json, config: Mapping[str, Any], features: Mapping[str, Path])
         "Active latents of a token": figures.l0_histogram(rows),
         "Densities of the latents": figures.density_histogram(rows, site["tokens"]),
     }
-    store = find_fingerprint(locate(config["cache"]), site["fingerprint"])
+    store = find_fingerprint(parse_location(config["cache"]), site["fingerprint"])
     facts = {name: value for name, value in site.items() if name not in TOLD and is_plain(value) and value is not None}
     tables: list[Table] = [*sae_tables(rows), *site_tables(site, TOLD)]
     return {

@@ -20,7 +20,7 @@ from data.__main__ import main as look_after
 from data.loading.loader import ActivationLoader
 from data.loading.reader import DirectReader, RangeReader, ZarrReader, open_reader
 from data.storage import file_leases as claims
-from data.storage.local import Place, locate, place_at
+from data.storage.local import Storage, open_storage, parse_location
 from data.store.manifest import HELDOUT, TRAIN
 from data.store.store import ORIGIN, TOKENS
 from harvest import harvester, lm
@@ -70,13 +70,13 @@ def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def held(cache: str) -> dict[str, bytes]:
     """What the one store of a cache holds."""
-    (name,) = place_at(locate(cache)).folders()
-    place = place_at(locate(cache) / name)
+    (name,) = open_storage(parse_location(cache)).folders()
+    place = open_storage(parse_location(cache) / name)
     keys = sorted(place.sizes())
     return {key: data for key, data in zip(keys, place.reads(keys), strict=True) if data is not None}
 
 
-def bit_flipped(place: Place, key: str) -> bytes:
+def bit_flipped(place: Storage, key: str) -> bytes:
     """Plant a flipped bit past the middle; what was there."""
     was = place.read(key)
     at = len(was) // 2
@@ -118,7 +118,7 @@ def test_harvest_to_gc(
     (run / "config.json").unlink()
     (run / "run.json").unlink()
     assert look_after([*collect, "--idle", "0"]) == 0
-    assert place_at(store.path).sizes() == {}
+    assert open_storage(store.path).sizes() == {}
 
 
 @pytest.mark.parametrize("anywhere", SLOW_IN_A_BUCKET, indirect=True)

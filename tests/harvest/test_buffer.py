@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from data.storage.file_leases import Overtaken
-from harvest.buffer import Held, Writer, native
+from data.storage.file_leases import LeaseLost
+from harvest.buffer import ActivationBuffer, Writer, native
 from harvest.units import Unit
 
 KEPT = torch.tensor([1, 2, 5])
@@ -20,7 +20,7 @@ KEPT = torch.tensor([1, 2, 5])
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_rows_are_taken_in_the_dtype_of_storage(dtype: torch.dtype) -> None:
-    held, x_BTD = Held(8, dtype), torch.randn(2, 3, 4)
+    held, x_BTD = ActivationBuffer(8, dtype), torch.randn(2, 3, 4)
     held.begin()
     held.take("a", 0, x_BTD, KEPT)
     held.take("a", 3, -9 * x_BTD.transpose(0, 1), KEPT[:1])
@@ -37,7 +37,7 @@ def test_rows_are_taken_in_the_dtype_of_storage(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("odd", [float("nan"), float("inf"), -float("inf")])
 def test_a_value_that_is_not_finite_is_the_peak_of_its_unit_only(odd: float) -> None:
-    held, x_BTD = Held(9, torch.float32), torch.ones(2, 3, 4)
+    held, x_BTD = ActivationBuffer(9, torch.float32), torch.ones(2, 3, 4)
     for value in (odd, 2.0):
         held.begin()
         x_BTD[0, 1, 3] = value
@@ -49,7 +49,7 @@ def test_a_value_that_is_not_finite_is_the_peak_of_its_unit_only(odd: float) -> 
 
 
 def test_room_is_made_once() -> None:
-    held = Held(6, torch.float32)
+    held = ActivationBuffer(6, torch.float32)
     places = set()
     for _ in range(3):
         held.begin()
@@ -78,7 +78,7 @@ def write_all(n: int, write: Any) -> tuple[list[tuple[int, bool]], list[str]]:
 def test_units_are_written_in_order_by_another_thread_into_two_rooms() -> None:
     rooms, threads = [], set()
 
-    def write(unit: Unit, held: Held) -> None:
+    def write(unit: Unit, held: ActivationBuffer) -> None:
         rooms.append(held)
         threads.add(threading.get_ident())
         time.sleep(0.002)
@@ -89,9 +89,9 @@ def test_units_are_written_in_order_by_another_thread_into_two_rooms() -> None:
 
 
 def test_a_unit_lost_to_another_process_is_told() -> None:
-    def write(unit: Unit, held: Held) -> None:
+    def write(unit: Unit, held: ActivationBuffer) -> None:
         if unit.index == 1:
-            raise Overtaken
+            raise LeaseLost
 
     assert write_all(3, write) == ([(0, True), (1, False), (2, True)], list("012"))
 
@@ -99,7 +99,7 @@ def test_a_unit_lost_to_another_process_is_told() -> None:
 def test_after_a_failure_nothing_more_is_written_and_claims_are_given_up() -> None:
     written, given_up = [], []
 
-    def write(unit: Unit, held: Held) -> None:
+    def write(unit: Unit, held: ActivationBuffer) -> None:
         written.append(unit.index)
         if unit.index == 1:
             raise ValueError("no")

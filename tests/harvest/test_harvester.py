@@ -16,7 +16,7 @@ from data.store.files import size
 from data.store.manifest import HELDOUT, TRAIN, Layout, Manifest
 from data.store.store import ORIGIN, TOKENS, Store
 from harvest.harvester import Harvester, made_by, widths_of
-from harvest.packing import Packed
+from harvest.packing import PackedTokens
 from harvest.units import covered, plan, refuse_mixed
 from tests.helpers.corpus import LAYERS, WIDTH, build, contents
 
@@ -24,12 +24,12 @@ T = 8
 SITES = ("resid_pre.0", "resid_post.0", "resid_post.1", "mlp_out.1")
 
 
-def text(n: int, seed: int) -> Packed:
+def text(n: int, seed: int) -> PackedTokens:
     """n contexts of random tokens, about one in six of them not kept."""
     rng = np.random.default_rng(seed)
     contexts = rng.integers(3, 40, (n, T), dtype=np.int32)
     contexts[rng.random((n, T)) < 0.16] = 1
-    return Packed(contexts, contexts != 1, np.array([0, 3 * T]), ("first", "second"), T)
+    return PackedTokens(contexts, contexts != 1, np.array([0, 3 * T]), ("first", "second"), T)
 
 
 PACKED = {TRAIN: text(11, 0), HELDOUT: text(3, 1)}
@@ -41,7 +41,9 @@ def store_in(folder: Path, dtype: str = "float32") -> Store:
     return Store.create_or_open(folder, Manifest({"layout": vars(layout)}, {}, "tiny", WIDTH))
 
 
-def harvest(store: Store, model: Any, *names: str, packed: dict[str, Packed] = PACKED, lm_batch: int = 3) -> Harvester:
+def harvest(
+    store: Store, model: Any, *names: str, packed: dict[str, PackedTokens] = PACKED, lm_batch: int = 3
+) -> Harvester:
     sites = [Site.parse(name) for name in names]
     worker = Harvester(store, model, packed, widths_of(model, sites, packed[TRAIN]), lm_batch)
     worker.run(plan(store, store.layout, packed, sites))

@@ -24,7 +24,7 @@ from data.base.cli import sentence
 from data.base.errors import UserError
 from harvest import disk_arrays as spool
 from harvest.documents import HELDOUT, TRAIN, Document, TextSource, split_of
-from harvest.packing import Packed, Packing, check_tokenizer, pack, special_ids
+from harvest.packing import PackedTokens, Packing, check_tokenizer, pack, special_ids
 from tests.helpers.corpus import ROOT, ids, story, tokenizer
 
 TOKENIZER = tokenizer()
@@ -134,7 +134,7 @@ def test_a_token_is_traced_to_its_document() -> None:
             token = found.contexts[sequence, position]
             told[found.document(sequence, position)] += "abcdef"[[A, B, C, D, E, F].index(token)]
         assert all(whole.startswith(told[name]) and told[name] for name, whole in letters.items()), told
-    assert Packed(found.contexts, found.keep).document(0, 0) == "unknown"
+    assert PackedTokens(found.contexts, found.keep).document(0, 0) == "unknown"
 
 
 def test_seeds_give_other_orders_of_the_same_documents() -> None:
@@ -196,7 +196,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 
 
 def test_texts_are_found_by_their_number() -> None:
-    texts = spool.Texts()
+    texts = spool.DiskStrings()
     given = ["", "a", "\n", "é\udc80", "", "the end"]
     for text in given:
         texts.append(text)

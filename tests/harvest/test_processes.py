@@ -21,7 +21,7 @@ import torch
 from data.base.cli import sentence
 from data.base.errors import UserError
 from data.storage import file_leases as claims
-from data.storage.local import Folder
+from data.storage.local import LocalStorage
 from data.store import commit
 from data.store.manifest import TRAIN
 from data.store.store import Store
@@ -175,7 +175,7 @@ def test_a_unit_lost_to_another_is_looked_at_again(
     def losing(self: Store, split: str, unit: int, site: str, *rest: Any) -> Any:
         if unit == 1 and not lost:
             lost.append(site)
-            raise claims.Overtaken
+            raise claims.LeaseLost
         return write(self, split, unit, site, *rest)
 
     monkeypatch.setattr(Store, "write", losing)
@@ -203,7 +203,7 @@ def test_a_finished_store_may_be_read_only(
 ) -> None:
     cfg = config(model, text, tmp_path)
     harvest(cfg)
-    monkeypatch.setattr(Folder, "_alone", None)
+    monkeypatch.setattr(LocalStorage, "_alone", None)
     harvest(cfg)
     assert "nothing to do" in capsys.readouterr().out
 

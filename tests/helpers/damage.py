@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data.store.int8 import Standard
+from data.store.int8 import FeatureScale
 from data.store.manifest import HELDOUT, TRAIN
 from data.store.store import ORIGIN, TOKENS, Store
 from tests.data.conftest import manifest
@@ -25,7 +25,7 @@ def harvested(cache: Path, dtype: str = "bfloat16", **layout: object) -> Store:
     for split, units in ROWS.items():
         begin = 0
         for name, width in {**SITES, TOKENS: 1, ORIGIN: 2}.items():
-            pilot = Standard.of(np.random.default_rng(width).standard_normal((9, width)).astype(np.float32))
+            pilot = FeatureScale.of(np.random.default_rng(width).standard_normal((9, width)).astype(np.float32))
             store.require(split, name, width, len(units) * store.layout.unit_rows, pilot)
         for unit, n in enumerate(units):
             order = store.permutation(split, unit, n)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from train.sae import SAE, VARIANTS, Step
+from train.sae import SAE, VARIANTS, StepOutput
 from train.sae.parts.unit_rows import project_gradient_, renormalise_
 
 D, F, K = 16, 64, 4
@@ -49,7 +49,7 @@ def make(form: str = "batchtopk", **settings: Any) -> SAE:
     return sae
 
 
-def train_step(sae: SAE, optimizer: torch.optim.Optimizer, x_BD: Tensor, dead_F: Tensor | None = None) -> Step:
+def train_step(sae: SAE, optimizer: torch.optim.Optimizer, x_BD: Tensor, dead_F: Tensor | None = None) -> StepOutput:
     """What a trainer does with a batch, in its order."""
     step = sae.loss(sae.norm.normalise(x_BD), dead_F=dead_F)
     optimizer.zero_grad()
@@ -64,11 +64,11 @@ def train_step(sae: SAE, optimizer: torch.optim.Optimizer, x_BD: Tensor, dead_F:
     return step
 
 
-def train(sae: SAE, steps: int, *, lr: float = 3e-3, batch: int = 128) -> list[Step]:
+def train(sae: SAE, steps: int, *, lr: float = 3e-3, batch: int = 128) -> list[StepOutput]:
     optimizer = torch.optim.Adam(sae.parameters(), lr=lr)
     return [train_step(sae, optimizer, activations(batch, seed=1000 + i)) for i in range(steps)]
 
 
-def f_of(step: Step) -> Tensor:
+def f_of(step: StepOutput) -> Tensor:
     """The training form's f [B, F]."""
     return step.codes.dense(step.codes.values)

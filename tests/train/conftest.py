@@ -12,7 +12,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from data.base.cli import CONF
-from data.store.int8 import Standard
+from data.store.int8 import FeatureScale
 from data.store.manifest import HELDOUT, TRAIN, Layout, Manifest, settings_of
 from data.store.store import Store
 from data.store.zarr_bfloat16 import from_float32
@@ -45,7 +45,7 @@ def make_store(cache: Path, settings: Settings, name: str = "tiny", dtype: str =
     store = Store.create_or_open(cache, Manifest(identity, settings_of(settings), name, D))
     for seed, (split, rows) in enumerate(ROWS.items()):
         x = activations(rows, seed + 1)
-        store.require(split, SITE, D, rows, Standard.of(x))
+        store.require(split, SITE, D, rows, FeatureScale.of(x))
         for unit in range(rows // layout.unit_rows):
             part = x[unit * layout.unit_rows : (unit + 1) * layout.unit_rows]
             native = from_float32(part) if dtype == "bfloat16" else part

@@ -11,7 +11,7 @@ from unittest.mock import MagicMock
 import pytest
 
 from train.callbacks import Progress, clock
-from train.lit import LitSAEs
+from train.lit import MultiSAEModule
 
 
 class Terminal(io.StringIO):
@@ -24,7 +24,7 @@ LOGGED = {"loss": 1.0, "nmse": 0.25, "l0": 31.5, "dead": 3.0, "lr": 1e-3}
 
 def follow(progress: Progress, steps: int, start: int = 0, names: Sequence[str] = ("topk",)) -> None:
     """Drive the callback through a run of `steps` steps."""
-    module: Any = MagicMock(LitSAEs)
+    module: Any = MagicMock(MultiSAEModule)
     members = [SimpleNamespace(figures_logged=LOGGED, name=name) for name in names]
     module.configure_mock(step=start, total=steps, members=members, abreast=members)
     trainer: Any = SimpleNamespace(is_global_zero=True)

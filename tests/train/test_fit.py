@@ -23,7 +23,7 @@ from train.run import train
 from train.sae import VARIANTS, load, load_config
 from train.sae.parts import update
 from train.sae.variants.topk import TopK
-from train.sae_trainer import Member
+from train.sae_trainer import SAETrainer
 
 RUNS = {
     "relu": ["sae=relu"],
@@ -221,13 +221,13 @@ def test_logging_and_validating_change_nothing(short: Any, tmp_path: Path) -> No
 def test_parameters_and_moments_are_float32(short: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Known mistake 12; the batches come in the storage dtype."""
     seen = set()
-    step = lit.LitSAEs.training_step
+    step = lit.MultiSAEModule.training_step
 
     def note(self: Any, batch_BD: Tensor, batch_idx: int) -> None:
         seen.add(batch_BD.dtype)
         step(self, batch_BD, batch_idx)
 
-    monkeypatch.setattr(lit.LitSAEs, "training_step", note)
+    monkeypatch.setattr(lit.MultiSAEModule, "training_step", note)
     train(short("sae=jumprelu"))
     assert seen == {torch.bfloat16}
     state = torch.load(tmp_path / "run" / LAST, weights_only=True)
@@ -307,13 +307,13 @@ def test_the_learning_rate_falls_with_the_square_root_of_the_width(
 def test_the_mean_of_the_weights_ships(
     short: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variant: str
 ) -> None:
-    plain, after = Member.train_batch, []
+    plain, after = SAETrainer.training_step_on, []
 
-    def note(self: Member, x_BD: Tensor) -> None:
+    def note(self: SAETrainer, x_BD: Tensor) -> None:
         plain(self, x_BD)
         after.append({name: p.detach().double().clone() for name, p in self.sae.named_parameters()})
 
-    monkeypatch.setattr(Member, "train_batch", note)
+    monkeypatch.setattr(SAETrainer, "train_batch", note)
     train(short(f"sae={variant}", "ema=0.9", f"out={tmp_path / 'mean'}"))
     decays = 0.9 ** torch.arange(29, -1, -1, dtype=torch.float64)
     sae = load(tmp_path / "mean")

@@ -22,12 +22,12 @@ from data.base.errors import UserError
 from data.loading.reader import DirectReader
 from tests.train.test_resume import Broken, assert_same, assert_same_sae, break_after, final_state
 from train.fit import _member
-from train.plan import LAST, passes
-from train.run import Job, prepare, train, train_all
-from train.sae import SAE, Step, load_config
+from train.plan import LAST, group_by_stream
+from train.run import TrainRequest, prepare, train, train_all
+from train.sae import SAE, StepOutput, load_config
 from train.sae.variants.batchtopk import BatchTopK
 from train.sae.variants.topk import TopK
-from train.sae_trainer import Member
+from train.sae_trainer import SAETrainer
 
 # Variants with state of every kind: AuxK, thresholds followed and calibrated, a coefficient that follows L0.
 KINDS = {
@@ -47,7 +47,7 @@ def noisy(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every variant draws a random number a step, so that the random state matters."""
     plain = SAE.after_step
 
-    def after_step(self: SAE, step: Step) -> None:
+    def after_step(self: SAE, step: StepOutput) -> None:
         plain(self, step)
         with torch.no_grad():
             self.b_dec += 1e-3 * torch.randn_like(self.b_dec)
@@ -60,9 +60,9 @@ def noisy(monkeypatch: pytest.MonkeyPatch) -> None:
 def jobs(short: Any, tmp_path: Path) -> Any:
     """Jobs of a sweep into `<tmp>/<sweep>/<kind>`."""
 
-    def make(kinds: list[str], *common: str, sweep: str = "sweep") -> list[Job]:
+    def make(kinds: list[str], *common: str, sweep: str = "sweep") -> list[TrainRequest]:
         folder = tmp_path / sweep
-        return [Job(short(f"out={folder / kind}", *KINDS[kind], *common), sweep=folder) for kind in kinds]
+        return [TrainRequest(short(f"out={folder / kind}", *KINDS[kind], *common), sweep=folder) for kind in kinds]
 
     return make
 
@@ -81,7 +81,7 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[tuple[str, int]]]
     yield found
 
 
-def alone(jobs: list[Job]) -> None:
+def alone(jobs: list[TrainRequest]) -> None:
     for job in jobs:
         train(job.settings)
 
@@ -106,8 +106,8 @@ def test_each_equals_its_run_alone_and_the_cache_is_read_once(
     reads.clear()
     floats: list[torch.Tensor] = []
     with monkeypatch.context() as patch:
-        plain = Member.train_batch
-        patch.setattr(Member, "train_batch", lambda self, x_BD: (floats.append(x_BD), plain(self, x_BD)))
+        plain = SAETrainer.training_step_on
+        patch.setattr(SAETrainer, "train_batch", lambda self, x_BD: (floats.append(x_BD), plain(self, x_BD)))
         train_all(jobs(kinds, *long))
     assert reads == one and len(floats) == 6 * 32 and len({id(x_BD) for x_BD in floats}) == 32
     out = capsys.readouterr()
@@ -240,7 +240,7 @@ def test_streams_that_differ_are_passes_of_their_own(
 
 def test_another_matmul_is_a_pass_of_its_own(jobs: Any) -> None:
     made = [prepare(job) for job in (*jobs(["topk"]), *jobs(["topk"], "matmul=bf16", sweep="bf16"))]
-    assert [len(one) for one in passes([run for run in made if run is not None])] == [1, 1]
+    assert [len(one) for one in group_by_stream([run for run in made if run is not None])] == [1, 1]
 
 
 def test_two_jobs_of_one_folder_are_refused(jobs: Any, tmp_path: Path) -> None:
@@ -289,7 +289,7 @@ def test_two_ranks_average_their_gradients_and_count_both_batches(
         member = _member(replace(run, plan=replace(run.plan, world=world), sae=copy.deepcopy(run.sae)))
         member.initialise(torch.cat(batches), 16.0, 16.0)
         for x_BD in batches:
-            member.train_batch(x_BD)
+            member.training_step_on(x_BD)
         members.append(member)
     assert sums.count(dist.ReduceOp.SUM) == 8 * len(list(run.sae.parameters()))
     assert all(torch.equal(a, b) for a, b in zip(*(m.sae.state_dict().values() for m in members), strict=True))

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from data.base.errors import UserError
-from data.loading.order import reserve
+from data.loading.order import split_calibration
 from data.store.manifest import TRAIN
 from data.store.store import Store
 from train.plan import make_plan
@@ -31,7 +31,7 @@ def test_the_plan_of_the_small_store(short: Any) -> None:
 def test_all_variants_get_the_same_chunks(short: Any) -> None:
     plans = [make_plan(short(f"sae={variant}")) for variant in ("relu", "batchtopk")]
     assert np.array_equal(plans[0].chunks, plans[1].chunks)
-    assert np.array_equal(plans[0].reserved, reserve(np.full(64, 64), 512, 0)[1])
+    assert np.array_equal(plans[0].reserved, split_calibration(np.full(64, 64), 512, 0)[1])
 
 
 @pytest.mark.parametrize(

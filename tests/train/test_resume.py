@@ -20,7 +20,7 @@ from tests.train.conftest import SITE, D, activations, composed, make_store
 from train.callbacks import LastCheckpoint
 from train.plan import LAST, make_plan
 from train.run import train
-from train.sae import SAE, Step, load
+from train.sae import SAE, StepOutput, load
 from train.sae.variants.topk import TopK
 
 # 1,536 training rows in batches of 64: an epoch is 24 steps, the run 60. Validation every 8.
@@ -69,7 +69,7 @@ def noisy(monkeypatch: pytest.MonkeyPatch) -> None:
     """A variant that draws a random number a step, so that the random state matters."""
     plain = SAE.after_step
 
-    def after_step(self: SAE, step: Step) -> None:
+    def after_step(self: SAE, step: StepOutput) -> None:
         plain(self, step)
         with torch.no_grad():
             self.b_dec += 1e-3 * torch.randn_like(self.b_dec)

@@ -10,13 +10,13 @@ import torch
 
 from data.base.errors import UserError
 from tests.train.conftest import activations
-from train.run import Job, prepare, train
+from train.run import TrainRequest, prepare, train
 from train.sae import load, load_config, save
 
 
 @pytest.fixture
 def first(short: Any, tmp_path: Path) -> Path:
-    run = prepare(Job(short("sae=batchtopk", f"out={tmp_path / 'first'}")))
+    run = prepare(TrainRequest(short("sae=batchtopk", f"out={tmp_path / 'first'}")))
     assert run is not None
     run.sae.initialise(torch.from_numpy(activations(512, 5)), seed=3)
     run.sae.get_buffer("skipped_batches").fill_(7)
@@ -25,7 +25,7 @@ def first(short: Any, tmp_path: Path) -> Path:
 
 
 def test_weights_norm_and_threshold_are_the_first_runs(short: Any, first: Path, tmp_path: Path) -> None:
-    run = prepare(Job(short("sae=batchtopk", f"start={first}", f"out={tmp_path / 'b'}")))
+    run = prepare(TrainRequest(short("sae=batchtopk", f"start={first}", f"out={tmp_path / 'b'}")))
     assert run is not None
     given = load(first).state_dict()
     given["skipped_batches"].zero_()
@@ -34,12 +34,12 @@ def test_weights_norm_and_threshold_are_the_first_runs(short: Any, first: Path, 
 
 
 def test_the_coefficient_is_this_run_s_own(short: Any, tmp_path: Path) -> None:
-    run = prepare(Job(short("sae=gated", "sae.k=4", f"out={tmp_path / 'first'}")))
+    run = prepare(TrainRequest(short("sae=gated", "sae.k=4", f"out={tmp_path / 'first'}")))
     assert run is not None
     run.sae.initialise(torch.from_numpy(activations(512, 5)), seed=3)
     run.sae.get_buffer("sparsity_factor").fill_(5)
     save(run.sae, tmp_path / "first", {})
-    run = prepare(Job(short("sae=gated", f"start={tmp_path / 'first'}", f"out={tmp_path / 'b'}")))
+    run = prepare(TrainRequest(short("sae=gated", f"start={tmp_path / 'first'}", f"out={tmp_path / 'b'}")))
     assert run is not None and run.sae.get_buffer("sparsity_factor") == 1
 
 
@@ -67,7 +67,7 @@ def test_what_does_not_fit_is_refused_by_name(
     short: Any, first: Path, tmp_path: Path, overrides: list[str], says: str
 ) -> None:
     with pytest.raises(UserError, match=says) as caught:
-        prepare(Job(short(*overrides, f"start={first}", f"out={tmp_path / 'b'}")))
+        prepare(TrainRequest(short(*overrides, f"start={first}", f"out={tmp_path / 'b'}")))
     assert "\n" not in str(caught.value)
 
 
@@ -77,4 +77,4 @@ def test_rows_that_are_not_unit_are_refused(short: Any, first: Path, tmp_path: P
         sae.W_dec[0] *= 1.5
     save(sae, tmp_path / "long", {})
     with pytest.raises(UserError, match=r"not unit \(by 0\.5\)"):
-        prepare(Job(short("sae=batchtopk", f"start={tmp_path / 'long'}", f"out={tmp_path / 'b'}")))
+        prepare(TrainRequest(short("sae=batchtopk", f"start={tmp_path / 'long'}", f"out={tmp_path / 'b'}")))

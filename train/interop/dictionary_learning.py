@@ -30,7 +30,7 @@ from train.interop.foreign import (
 )
 from train.sae.base import SAE
 from train.sae.variants.matryoshka import Matryoshka
-from train.sae.variants.topk import TopKFamily
+from train.sae.variants.topk import TopKBase
 
 CONFIG, WEIGHTS = "config.json", "ae.pt"
 HOLDS = (CONFIG, WEIGHTS)
@@ -100,7 +100,7 @@ def files(sae: SAE, origin: Origin) -> dict[str, bytes]:
 
 def _theirs(sae: SAE, theirs: str, ours: str) -> Tensor:
     if ours == "k":
-        assert isinstance(sae, TopKFamily)
+        assert isinstance(sae, TopKBase)
         return torch.tensor(sae.k, dtype=torch.int)
     if ours == "group_sizes":
         assert isinstance(sae, Matryoshka)

@@ -25,7 +25,7 @@ _SCALING_ROWS = 1024  # tokens the first scale of the encoder is measured on
 
 
 @dataclass(frozen=True)
-class Step:
+class StepOutput:
     """What a loss returns.
 
     loss: the scalar to differentiate.
@@ -103,7 +103,7 @@ class SAE(nn.Module, ABC):
         dead_F: Bool[Tensor, " F"] | None = None,
         among_d: Int[Tensor, " d"] | None = None,
         sparsity_scale: float = 1.0,
-    ) -> Step:
+    ) -> StepOutput:
         """The training loss of normalised input; changes no state.
 
         `dead_F` marks the latents AuxK revives (used where `uses_auxk`), all of them in `among_d`, ascending, where it
@@ -179,7 +179,7 @@ class SAE(nn.Module, ABC):
         """E over tokens of sum_j f_j / sqrt(Vx), for f at least 0, of the latents active on so many tokens."""
         return f.sum() / (tokens * self.variance.sqrt())
 
-    def after_step(self, step: Step) -> None:
+    def after_step(self, step: StepOutput) -> None:
         """After the optimizer's step, in training only: `step` is what `loss` gave for this batch."""
 
     @torch.no_grad()

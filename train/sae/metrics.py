@@ -14,7 +14,7 @@ from torch import Tensor
 from train.sae import SAE
 
 
-class HeldOut:
+class ReconstructionSums:
     """Sums over held-out tokens in float64; `values()` are ratios of the sums, never means of ratios."""
 
     def __init__(self, width: int, d_in: int, device: torch.device) -> None:
@@ -44,7 +44,7 @@ def held_out(
     saes: Sequence[SAE], batches: Iterable[Tensor], device: torch.device, world: int
 ) -> list[dict[str, float]]:
     """The figures of each SAE over all ranks' `batches` in model units, which are read once for all."""
-    sums = [HeldOut(sae.width, sae.d_in, device) for sae in saes]
+    sums = [ReconstructionSums(sae.width, sae.d_in, device) for sae in saes]
     modes = [sae.training for sae in saes]
     for sae in saes:
         sae.eval()  # what ships rounds no factors of the encoder's product

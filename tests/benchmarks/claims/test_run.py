@@ -14,7 +14,7 @@ import pytest
 from benchmarks.claims.bench import BASELINE
 from benchmarks.claims.run import judge, wanted
 from data.base.errors import UserError
-from evaluate.run import Trained
+from evaluate.run import SavedSAE
 from train.sae.io import save
 from train.sae.variants.topk import TopK
 
@@ -73,10 +73,10 @@ def test_mistakes_are_told_in_a_sentence(harvested: dict[str, Any], tmp_path: Pa
 
 
 def test_forms_are_asked_of_the_plain_saes_of_the_fixed_width() -> None:
-    def trained(variant: str, width: int, batch: int = 16, **more: Any) -> Trained:
+    def trained(variant: str, width: int, batch: int = 16, **more: Any) -> SavedSAE:
         settings = {"d_in": 16, "width": width, "k": 2, **more}
         training = {"tokens": 1000, "seed": 0, "batch": batch}
-        return Trained(Path(variant), {"variant": variant, "settings": settings, "training": training})
+        return SavedSAE(Path(variant), {"variant": variant, "settings": settings, "training": training})
 
     saes = [
         trained("topk", 32),

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from data.loading.loader import ActivationLoader
-from data.loading.norm_filter import KeptReader, median_norm, moments, sampled_chunks
+from data.loading.norm_filter import NormFilteredReader, median_norm, moments, sampled_chunks
 from data.store.stats import Stats
 
 SIZES = np.array([7, 1, 12, 9, 3], np.int64)
@@ -39,7 +39,7 @@ def x_ND() -> np.ndarray:
 
 
 def test_the_rows_above_the_limit_are_left_out(x_ND: np.ndarray) -> None:
-    reader = KeptReader(Rows(x_ND, SIZES), len(SIZES), 160.0, np.asarray)
+    reader = NormFilteredReader(Rows(x_ND, SIZES), len(SIZES), 160.0, np.asarray)
     kept = np.setdiff1d(np.arange(32), [3, 7, 20, 21, 22])
     assert reader.sizes.tolist() == [6, 0, 12, 6, 3] and reader.left_out.rows == 5
     for chunk, size in enumerate(reader.sizes):
@@ -52,12 +52,12 @@ def test_the_rows_above_the_limit_are_left_out(x_ND: np.ndarray) -> None:
                 np.testing.assert_array_equal(out[:filled], whole[start:][:filled])
                 assert (out[filled:] == -1).all()
     # At the limit itself a row stays.
-    assert KeptReader(Rows(x_ND, SIZES), 5, float(np.linalg.norm(x_ND[31])), np.asarray).sizes.sum() == 27
-    assert KeptReader(Rows(x_ND, SIZES), 3, 160.0, np.asarray).sizes.tolist() == [6, 0, 12]
+    assert NormFilteredReader(Rows(x_ND, SIZES), 5, float(np.linalg.norm(x_ND[31])), np.asarray).sizes.sum() == 27
+    assert NormFilteredReader(Rows(x_ND, SIZES), 3, 160.0, np.asarray).sizes.tolist() == [6, 0, 12]
 
 
 def test_every_row_that_is_kept_comes_once_over_the_ranks(x_ND: np.ndarray) -> None:
-    reader = KeptReader(Rows(x_ND, SIZES), len(SIZES), 160.0, np.asarray)
+    reader = NormFilteredReader(Rows(x_ND, SIZES), len(SIZES), 160.0, np.asarray)
     loaders = [ActivationLoader(reader, batch=4, rank=rank, world=2, pool_chunks=2) for rank in range(2)]
     for _ in range(2):
         got = (
@@ -67,7 +67,7 @@ def test_every_row_that_is_kept_comes_once_over_the_ranks(x_ND: np.ndarray) -> N
 
 
 def test_the_moments_are_those_of_the_rows_that_are_kept(x_ND: np.ndarray) -> None:
-    reader = KeptReader(Rows(x_ND, SIZES), len(SIZES), 160.0, np.asarray)
+    reader = NormFilteredReader(Rows(x_ND, SIZES), len(SIZES), 160.0, np.asarray)
     kept = np.delete(x_ND.astype(np.float64), [3, 7, 20, 21, 22], axis=0)
     found = moments(Stats.of(x_ND), reader.left_out)
     assert found["mean_sq_norm"] == pytest.approx(float((kept**2).sum(1).mean()), rel=1e-12)

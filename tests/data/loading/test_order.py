@@ -142,7 +142,7 @@ def test_epochs_and_seeds_differ_and_unshuffled_ones_do_not() -> None:
 def test_reserved_chunks_hold_enough_and_no_more_than_needed(sizes: np.ndarray, seed: int, share: float) -> None:
     rows = int(share * sizes.sum())
     try:
-        training, reserved = order.reserve(sizes, rows, seed)
+        training, reserved = order.split_calibration(sizes, rows, seed)
     except UserError:
         # Refused only where the chunks left could all be needed: nothing would be left to train on.
         assert rows + sizes.max() > sizes.sum() or rows == 0
@@ -154,7 +154,7 @@ def test_reserved_chunks_hold_enough_and_no_more_than_needed(sizes: np.ndarray, 
 
 def test_reserve_names_what_is_short() -> None:
     with pytest.raises(UserError, match=r"20 rows .* holds 20 rows in 2 chunks"):
-        order.reserve(np.array([10, 10]), 20, 0)
+        order.split_calibration(np.array([10, 10]), 20, 0)
 
 
 @pytest.mark.parametrize(

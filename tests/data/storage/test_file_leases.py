@@ -1,4 +1,4 @@
-"""Claims and the lock, with owners that live, die, stand still or are elsewhere."""
+"""FileLeases and the lock, with owners that live, die, stand still or are elsewhere."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ import pytest
 
 from data.base.lock import alone
 from data.storage import file_leases as module
-from data.storage.file_leases import Claims
+from data.storage.file_leases import FileLeases
 
 ME = {"device": "cpu"}
 
 
 @pytest.fixture
-def claims(tmp_path: Path) -> Claims:
+def claims(tmp_path: Path) -> FileLeases:
     return another(tmp_path)
 
 
-def another(folder: Path) -> Claims:
+def another(folder: Path) -> FileLeases:
     """As another process sees the same store."""
     (folder / "manifest.json").touch()
-    return Claims(folder / "claims", lambda: alone(folder / "manifest.json"))
+    return FileLeases(folder / "claims", lambda: alone(folder / "manifest.json"))
 
 
 @pytest.fixture
@@ -39,7 +39,9 @@ def dead_pid() -> int:
     return process.pid
 
 
-def plant(claims: Claims, pid: int, host: str | None = None, names: tuple[str, ...] = ("a",), unit: int = 3) -> Path:
+def plant(
+    claims: FileLeases, pid: int, host: str | None = None, names: tuple[str, ...] = ("a",), unit: int = 3
+) -> Path:
     """A claim of another process, and a chunk it has staged."""
     path = claims.folder / f"train.{unit:06d}"
     stage = claims.stage("train", unit, "resid_post.1")
@@ -49,11 +51,11 @@ def plant(claims: Claims, pid: int, host: str | None = None, names: tuple[str, .
     return path
 
 
-def left(claims: Claims) -> list[str]:
+def left(claims: FileLeases) -> list[str]:
     return sorted(path.name.split(".")[-1] if path.is_file() else "stage" for path in claims.folder.glob("*"))
 
 
-def test_a_claim_says_who_andis_gone_after(claims: Claims, tmp_path: Path) -> None:
+def test_a_claim_says_who_andis_gone_after(claims: FileLeases, tmp_path: Path) -> None:
     with claims.take("train", 3, ["resid_post.1"], ME) as mine:
         assert mine
         owner = json.loads((tmp_path / "claims/train.000003").read_text())
@@ -70,14 +72,14 @@ def test_a_claim_says_who_andis_gone_after(claims: Claims, tmp_path: Path) -> No
     assert [path.name for path in tmp_path.iterdir()] == ["manifest.json"]
 
 
-def test_a_claim_is_given_back_after_an_error(claims: Claims) -> None:
+def test_a_claim_is_given_back_after_an_error(claims: FileLeases) -> None:
     with pytest.raises(KeyError), claims.take("train", 0, [], ME):
         raise KeyError
     assert not claims.folder.exists()
 
 
 @pytest.mark.parametrize("who", ["dead", "own number", "before it wrote"])
-def test_a_dead_owner_s_claim_is_taken_over_with_what_it_staged(claims: Claims, dead_pid: int, who: str) -> None:
+def test_a_dead_owner_s_claim_is_taken_over_with_what_it_staged(claims: FileLeases, dead_pid: int, who: str) -> None:
     path = plant(claims, dead_pid if who == "dead" else os.getpid())
     if who == "before it wrote":
         path.write_text("")
@@ -88,7 +90,7 @@ def test_a_dead_owner_s_claim_is_taken_over_with_what_it_staged(claims: Claims, 
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the heartbeat tells, later")
-def test_a_process_that_only_waits_to_be_reaped_is_dead(claims: Claims) -> None:
+def test_a_process_that_only_waits_to_be_reaped_is_dead(claims: FileLeases) -> None:
     with subprocess.Popen([sys.executable, "-c", ""], stdout=subprocess.PIPE) as process:
         plant(claims, process.pid)
         assert process.stdout is not None and process.stdout.read() == b""  # it has ended, or is about to
@@ -102,7 +104,7 @@ def test_a_process_that_only_waits_to_be_reaped_is_dead(claims: Claims) -> None:
 
 
 @pytest.mark.parametrize("who", ["alive", "elsewhere", "another user's"])
-def test_a_living_or_unknown_owner_s_claim_is_not(claims: Claims, dead_pid: int, who: str) -> None:
+def test_a_living_or_unknown_owner_s_claim_is_not(claims: FileLeases, dead_pid: int, who: str) -> None:
     pids = {"alive": os.getppid(), "elsewhere": dead_pid, "another user's": 1}
     plant(claims, pids[who], "elsewhere" if who == "elsewhere" else None)
     with claims.take("train", 3, ["a"], ME) as mine:
@@ -112,7 +114,7 @@ def test_a_living_or_unknown_owner_s_claim_is_not(claims: Claims, dead_pid: int,
 
 @pytest.mark.parametrize("host", [None, "elsewhere"])
 def test_a_heartbeat_that_stands_still_is_death(
-    claims: Claims, monkeypatch: pytest.MonkeyPatch, host: str | None
+    claims: FileLeases, monkeypatch: pytest.MonkeyPatch, host: str | None
 ) -> None:
     """The age counts from when this process first saw it: other hosts' clocks may be far off."""
     now = [1000.0]
@@ -137,7 +139,7 @@ def test_a_heartbeat_that_stands_still_is_death(
     assert not claims.folder.exists()
 
 
-def test_a_held_claim_s_heart_beats(claims: Claims, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_held_claim_s_heart_beats(claims: FileLeases, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "BEAT_S", 0.01)
     with claims.take("train", 0, [], ME):
         path = claims.folder / "train.000000"
@@ -149,14 +151,14 @@ def test_a_held_claim_s_heart_beats(claims: Claims, monkeypatch: pytest.MonkeyPa
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("heartbeat")]
 
 
-def test_an_owner_taken_over_leaves_the_claim_to_the_other(claims: Claims, tmp_path: Path) -> None:
+def test_an_owner_taken_over_leaves_the_claim_to_the_other(claims: FileLeases, tmp_path: Path) -> None:
     with claims.take("train", 0, [], ME):
         path = claims.folder / "train.000000"
         path.write_text(path.read_text().replace('"token": "', '"token": "another'))
     assert path.exists()
 
 
-def test_sweep_removes_what_is_dead_or_done_and_nothing_else(claims: Claims, dead_pid: int) -> None:
+def test_sweep_removes_what_is_dead_or_done_and_nothing_else(claims: FileLeases, dead_pid: int) -> None:
     plant(claims, dead_pid, unit=0)
     plant(claims, os.getppid(), names=("resid_post.1", "tokens"), unit=1)  # alive, all it does is committed
     plant(claims, os.getppid(), names=("resid_post.1", "mlp_out.0"), unit=2)  # alive, and half done
@@ -172,7 +174,7 @@ def test_sweep_removes_what_is_dead_or_done_and_nothing_else(claims: Claims, dea
     assert [path.name[:13] for path in claims.folder.iterdir() if path.is_dir()] == ["train.000003."]
 
 
-def test_a_claim_that_cannot_be_written_leaves_nothing(claims: Claims, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_claim_that_cannot_be_written_leaves_nothing(claims: FileLeases, monkeypatch: pytest.MonkeyPatch) -> None:
     """A full disk takes the name, and not the content."""
     opened = Path.open
 

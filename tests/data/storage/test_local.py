@@ -10,43 +10,43 @@ from typing import Any
 import pytest
 
 from data.base.errors import UserError
-from data.storage.local import Place, Url, locate, place_at
+from data.storage.local import Storage, Url, open_storage, parse_location
 
 RECORD = "commits/train/000003.a.b.json"
 KEYS = ["train/a.b/c.12.0", "train/a.b/c.13.0"]
 
 
 @pytest.fixture
-def place(anywhere: str) -> Place:
-    found = place_at(locate(anywhere))
+def place(anywhere: str) -> Storage:
+    found = open_storage(parse_location(anywhere))
     found.create("manifest.json", b"{}")
     return found
 
 
 def test_locations() -> None:
-    url = locate("s3://bucket//a/b/")
+    url = parse_location("s3://bucket//a/b/")
     assert url == Url("s3", "bucket", "a/b") and str(url / "c.json") == "s3://bucket/a/b/c.json"
     assert isinstance(url, Url) and (url.name, str(url.parent)) == ("b", "s3://bucket/a")
     assert url.parent.parent.name == "bucket"
     assert str(url.parent.parent / "x") == "s3://bucket/x"
-    assert locate("memory://m") == Url("memory", "m") and locate(url) is url
-    assert locate("a/b") == Path("a/b") == locate(Path("a/b"))
+    assert parse_location("memory://m") == Url("memory", "m") and parse_location(url) is url
+    assert parse_location("a/b") == Path("a/b") == parse_location(Path("a/b"))
 
 
 @pytest.mark.parametrize("text", ["s3://key:hidden@bucket/a", "s3://hidden@bucket", "s3://bucket/a?secret=hidden"])
 def test_credentials_in_a_url_are_refused_and_not_repeated(text: str) -> None:
     with pytest.raises(UserError, match="AWS_ACCESS_KEY_ID") as refused:
-        locate(text)
+        parse_location(text)
     assert "hidden" not in str(refused.value)
 
 
 @pytest.mark.parametrize("text", ["gs://bucket/a", "s3:///a", "file:///tmp"])
 def test_other_urls_are_refused(text: str) -> None:
     with pytest.raises(UserError, match="no place for a store: name a folder, or give s3://bucket/prefix"):
-        locate(text)
+        parse_location(text)
 
 
-def test_what_is_there(place: Place) -> None:
+def test_what_is_there(place: Storage) -> None:
     for number, key in enumerate((RECORD, "train/zarr.json", "train/a.b/zarr.json", "trainer")):
         place.update(key, lambda old, number=number: b"x" * number)  # type: ignore[misc]
     assert place.sizes() == {
@@ -57,9 +57,9 @@ def test_what_is_there(place: Place) -> None:
         "trainer": 3,
     }
     assert place.folders() == ["commits", "train"]
-    assert place_at(place.path / "train").folders() == ["a.b"]
+    assert open_storage(place.path / "train").folders() == ["a.b"]
     assert (place.names("train"), place.names("commits/train")) == (["zarr.json"], ["000003.a.b.json"])
-    assert place.names("nothing") == [] == place_at(place.path / "nothing").folders()
+    assert place.names("nothing") == [] == open_storage(place.path / "nothing").folders()
     assert [place.size(key) for key in ("trainer", "train", "train/zarr", RECORD)] == [3, None, None, 0]
     assert [*place.reads(["trainer", "no", "manifest.json", *["trainer"] * 20])] == [
         b"xxx",
@@ -67,7 +67,7 @@ def test_what_is_there(place: Place) -> None:
         b"{}",
         *[b"xxx"] * 20,
     ]
-    assert place.idle() < 3600
+    assert place.seconds_since_write() < 3600
     with pytest.raises(FileNotFoundError, match="nothing"):
         place.read("nothing")
     place.remove(["trainer", "train/zarr.json"])
@@ -76,7 +76,7 @@ def test_what_is_there(place: Place) -> None:
     assert place.sizes() == {}
 
 
-def test_parts_of_a_file_go_into_place(place: Place) -> None:
+def test_parts_of_a_file_go_into_place(place: Storage) -> None:
     data = bytes(range(100))
     place.update("a/b", lambda _: data)
     for start, room in ((0, 100), (0, 10), (7, 50), (90, 10), (90, 50), (100, 4), (120, 4), (100, 0), (0, 0)):
@@ -90,9 +90,9 @@ def test_parts_of_a_file_go_into_place(place: Place) -> None:
         place.read_into("a/c", 0, memoryview(bytearray()))
 
 
-def test_an_update_is_of_what_it_saw(place: Place) -> None:
+def test_an_update_is_of_what_it_saw(place: Storage) -> None:
     def count() -> None:
-        mine = place_at(place.path)
+        mine = open_storage(place.path)
         for _ in range(5):
             mine.update("complete.json", lambda old: str(int(old or b"0") + 1).encode())
 
@@ -104,30 +104,30 @@ def test_an_update_is_of_what_it_saw(place: Place) -> None:
     assert place.read("complete.json") == b"20"
 
 
-def attempt(place: Place, fill: bytes) -> bytes:
+def attempt(place: Storage, fill: bytes) -> bytes:
     """Stage two chunks and settle; the record that stands."""
     stage: Any = place.claims.stage("train", 3, "a.b")
     for key in KEYS:
         place.put_staged(stage, key.rpartition("/")[2], [fill * 100])
-    record = place.settle(stage, KEYS, RECORD, json.dumps(fill.decode()).encode())
+    record = place.commit_staged(stage, KEYS, RECORD, json.dumps(fill.decode()).encode())
     place.claims.unstage(stage)
     return record
 
 
-def test_the_first_to_settle_stands(place: Place) -> None:
+def test_the_first_to_settle_stands(place: Storage) -> None:
     place.update("train/a.b/zarr.json", lambda _: b"{}")
-    stands: list[bytes] = [attempt(place, b"1"), attempt(place_at(place.path), b"2")]
+    stands: list[bytes] = [attempt(place, b"1"), attempt(open_storage(place.path), b"2")]
     assert stands == [b'"1"', b'"1"'] == [place.read(RECORD)] * 2
     assert [place.read(key) for key in KEYS] == [b"1" * 100] * 2
     assert not place.claims.any() and len(place.sizes()) == 5
 
 
-def test_of_many_that_settle_at_once_one_stands_whole(place: Place) -> None:
+def test_of_many_that_settle_at_once_one_stands_whole(place: Storage) -> None:
     place.update("train/a.b/zarr.json", lambda _: b"{}")
     start, stands = threading.Barrier(4), list[bytes]()
 
     def enter(fill: bytes) -> None:
-        mine = place_at(place.path)
+        mine = open_storage(place.path)
         start.wait()
         stands.append(attempt(mine, fill))
 

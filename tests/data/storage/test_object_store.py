@@ -18,8 +18,8 @@ import pytest
 from data.base.errors import UserError
 from data.storage import file_leases as rules
 from data.storage import object_store as module
-from data.storage.local import Url, locate
-from data.storage.object_store import Bucket
+from data.storage.local import Url, parse_location
+from data.storage.object_store import ObjectStorage
 from tests.helpers.s3 import Server
 
 ME = {"device": "cpu"}
@@ -75,12 +75,12 @@ class Writer(threading.Thread):
                 self.woken.wait(10)
 
     def run(self) -> None:
-        place = Bucket(self.url)
+        place = ObjectStorage(self.url)
         try:
             stage = place.claims.stage("train", 3, "a.b")
             for key in KEYS:
                 place.put_staged(stage, key.rpartition("/")[2], [self.fill.encode() * 100])
-            self.stands = place.settle(stage, KEYS, RECORD, json.dumps(self.fill).encode())
+            self.stands = place.commit_staged(stage, KEYS, RECORD, json.dumps(self.fill).encode())
             place.claims.unstage(stage)
         except Killed:
             pass
@@ -117,7 +117,7 @@ def stepwise(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def check(url: Url, *writers: Writer) -> None:
     """One record stands, whoever says so, and the chunks are its own; a sweep leaves nothing else."""
-    place = Bucket(url)
+    place = ObjectStorage(url)
     stands = place.read(RECORD)
     assert {writer.stands for writer in writers} == {stands}
     assert [place.read(key) for key in KEYS] == [json.loads(stands).encode() * 100] * 2
@@ -143,9 +143,9 @@ def test_a_writer_that_paused_changes_no_byte_under_another_s_record(memory: Url
         paused = Writer(url, "1", step).go()
         other = Writer(url, "2").go()
         other.join()
-        before = Bucket(url).read(KEYS[0])
+        before = ObjectStorage(url).read(KEYS[0])
         paused.wake()
-        assert Bucket(url).read(KEYS[0]) == before
+        assert ObjectStorage(url).read(KEYS[0]) == before
         check(url, paused, other)
         first.add(other.stands)
     assert first == {b'"1"', b'"2"'}  # before it had settled, and after
@@ -180,7 +180,7 @@ def test_three_writers_of_which_one_pauses_and_one_dies(memory: Url) -> None:
 def test_a_writer_that_fails_after_it_settled_leaves_what_was_settled_on(
     memory: Url, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, place = obstore.copy, Bucket(memory)
+    real, place = obstore.copy, ObjectStorage(memory)
     stage = place.claims.stage("train", 3, "a.b")
     for key in KEYS:
         place.put_staged(stage, key.rpartition("/")[2], [b"1" * 100])
@@ -190,7 +190,7 @@ def test_a_writer_that_fails_after_it_settled_leaves_what_was_settled_on(
 
     monkeypatch.setattr(obstore, "copy", failing)
     with pytest.raises(UserError, match="cannot be reached"):
-        place.settle(stage, KEYS, RECORD, b'"1"')
+        place.commit_staged(stage, KEYS, RECORD, b'"1"')
     place.claims.unstage(stage)
     monkeypatch.setattr(obstore, "copy", real)
     other = Writer(memory, "2").go()
@@ -200,19 +200,19 @@ def test_a_writer_that_fails_after_it_settled_leaves_what_was_settled_on(
 
 
 def take(url: Url) -> bool:
-    with Bucket(url).claims.take("train", 3, ["a"], ME) as mine:
+    with ObjectStorage(url).claims.take("train", 3, ["a"], ME) as mine:
         return mine
 
 
 def plant(url: Url, pid: int = 1, host: str = "elsewhere") -> str:
     """Another process' claim."""
     key, owner = "claims/train.000003", {"host": host, "pid": pid, "token": "x", "names": ["a"], "made_by": ME}
-    Bucket(url).put(key, json.dumps(owner).encode())
+    ObjectStorage(url).put(key, json.dumps(owner).encode())
     return key
 
 
 def test_a_claim_is_one_s_alone_and_gone_after(memory: Url) -> None:
-    claims = Bucket(memory).claims
+    claims = ObjectStorage(memory).claims
     with pytest.raises(KeyError), claims.take("train", 3, ["a"], ME) as mine:
         assert mine and not take(memory) and claims.any()
         assert [owner["names"] for owner in claims.owners()] == [["a"]]
@@ -233,7 +233,7 @@ def test_a_claim_that_stands_still_is_taken_over(memory: Url, monkeypatch: pytes
     """By the watcher's own clock, from when it first saw this version."""
     now = [1000.0]
     monkeypatch.setattr(rules.time, "monotonic", lambda: now[0])
-    key, place = plant(memory), Bucket(memory)
+    key, place = plant(memory), ObjectStorage(memory)
 
     def can_take() -> bool:
         with place.claims.take("train", 3, ["a"], ME) as mine:
@@ -253,7 +253,7 @@ def test_a_claim_that_stands_still_is_taken_over(memory: Url, monkeypatch: pytes
 
 
 def test_a_claim_judged_dead_that_beats_meanwhile_is_not_taken(memory: Url, monkeypatch: pytest.MonkeyPatch) -> None:
-    key, place = plant(memory), Bucket(memory)
+    key, place = plant(memory), ObjectStorage(memory)
     judge = rules.is_gone
 
     def slowly(owner: dict[str, Any]) -> bool:
@@ -268,7 +268,7 @@ def test_a_claim_judged_dead_that_beats_meanwhile_is_not_taken(memory: Url, monk
 
 def test_a_held_claim_s_heart_beats_until_it_is_another_s(memory: Url, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rules, "BEAT_S", 0.01)
-    place = Bucket(memory)
+    place = ObjectStorage(memory)
 
     def beats(fewer: int) -> None:
         deadline = time.monotonic() + 10
@@ -287,12 +287,12 @@ def test_a_held_claim_s_heart_beats_until_it_is_another_s(memory: Url, monkeypat
 
 
 def test_of_many_at_once_one_has_it(bucket: str) -> None:
-    url = locate(bucket)
+    url = parse_location(bucket)
     assert isinstance(url, Url)
     got, start, leave = list[bool](), threading.Barrier(6), threading.Event()
 
     def enter() -> None:
-        claims = Bucket(url).claims
+        claims = ObjectStorage(url).claims
         start.wait()
         with claims.take("train", 3, ["a"], ME) as has:
             got.append(has)
@@ -306,11 +306,11 @@ def test_of_many_at_once_one_has_it(bucket: str) -> None:
     for thread in threads:
         thread.join()
     assert sorted(got) == [False] * 5 + [True]
-    assert not Bucket(url).claims.any()
+    assert not ObjectStorage(url).claims.any()
 
 
 def test_sweep_removes_what_is_dead_or_done_and_nothing_else(memory: Url) -> None:
-    place = Bucket(memory)
+    place = ObjectStorage(memory)
     for unit, names, host in ((0, ["a"], rules._host()), (1, ["b"], "elsewhere"), (2, ["a", "b"], "elsewhere")):
         owner = {"host": host, "pid": os.getpid(), "token": "x", "names": names, "made_by": ME}
         place.put(f"claims/train.{unit:06d}", json.dumps(owner).encode())
@@ -337,9 +337,9 @@ def test_answers_that_are_lost_change_nothing(bucket: str, patient: Server) -> N
         return None if again else ("503 Service Unavailable", "SlowDown")
 
     patient.after = lose
-    url = locate(bucket)
+    url = parse_location(bucket)
     assert isinstance(url, Url)
-    place = Bucket(url)
+    place = ObjectStorage(url)
     with place.claims.take("train", 3, ["a.b"], ME) as mine:
         assert mine
         writer = Writer(url, "1").go()
@@ -352,10 +352,10 @@ def test_answers_that_are_lost_change_nothing(bucket: str, patient: Server) -> N
 def refused(url: str) -> str:
     """The sentence with which a look is refused, within seconds."""
     module._opened.cache_clear()
-    began, at = time.monotonic(), locate(url)
+    began, at = time.monotonic(), parse_location(url)
     assert isinstance(at, Url)
     with pytest.raises(UserError) as error:
-        Bucket(at).read("manifest.json")
+        ObjectStorage(at).read("manifest.json")
     assert time.monotonic() - began < 10
     text = str(error.value)
     assert "\n" not in text and "a-secret" not in text
@@ -382,10 +382,10 @@ def test_a_store_that_minds_no_conditions_is_refused(memory: Url, monkeypatch: p
 
     monkeypatch.setattr(obstore, "put", heedless)
     with pytest.raises(UserError, match="ignores the condition If-None-Match"):
-        Bucket(memory).create("manifest.json", b"{}")
+        ObjectStorage(memory).create("manifest.json", b"{}")
 
 
 def test_without_the_extra_it_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "obstore.store", None)
     with pytest.raises(UserError, match=r'pip install -e "\.\[s3\]"'):
-        Bucket(Url("memory", uuid.uuid4().hex))
+        ObjectStorage(Url("memory", uuid.uuid4().hex))

@@ -22,7 +22,7 @@ from zarr.codecs import BloscCodec, ZstdCodec
 from data.base.errors import UserError
 from data.loading.loader import ActivationLoader
 from data.loading.reader import DirectReader, ZarrReader, open_reader
-from data.store.int8 import Decoder, Standard, encode, rounded
+from data.store.int8 import FeatureScale, RowDecoder, encode, rounded
 from data.store.manifest import HELDOUT, TRAIN, Layout
 from data.store.store import ORIGIN, TOKENS, Store
 from data.store.zarr_bfloat16 import BFloat16, from_float32, to_float32
@@ -58,7 +58,7 @@ def stored(cache: Path, dtype: str = "float32", **layout: Any) -> tuple[Store, n
     begin = 0
     for unit, n in enumerate(ROWS):
         part = given_rows[begin : begin + n]
-        store.require(TRAIN, SITE, D, 2 * made.unit_rows, Standard.of(x[:50]))
+        store.require(TRAIN, SITE, D, 2 * made.unit_rows, FeatureScale.of(x[:50]))
         store.require(TRAIN, ORIGIN, 2, 2 * made.unit_rows)
         store.require(TRAIN, TOKENS, 1, 2 * made.unit_rows)
         store.write(TRAIN, unit, SITE, part, {})
@@ -68,7 +68,7 @@ def stored(cache: Path, dtype: str = "float32", **layout: Any) -> tuple[Store, n
     return store, to_float32(given_rows) if dtype == "bfloat16" else given_rows.astype(np.float32)
 
 
-def by_the_formula(rows: np.ndarray, standard: Standard) -> np.ndarray:
+def by_the_formula(rows: np.ndarray, standard: FeatureScale) -> np.ndarray:
     """In float64, row by row, from the formula alone."""
     scale = np.array([np.frombuffer(row[-4:].tobytes(), "<f4")[0] for row in rows], np.float64)
     return rows[:, :-4].astype(np.float64) * scale[:, None] * standard.std + standard.mean
@@ -76,10 +76,10 @@ def by_the_formula(rows: np.ndarray, standard: Standard) -> np.ndarray:
 
 def test_the_standard_is_mean_and_deviation() -> None:
     x = activations(500)
-    standard = Standard.of(x)
+    standard = FeatureScale.of(x)
     np.testing.assert_allclose(standard.mean, [column.mean() for column in x.T.astype(np.float64)], rtol=1e-6)
     np.testing.assert_allclose(standard.std, [column.std() for column in x.T.astype(np.float64)], rtol=1e-6)
-    assert Standard.from_attributes(json.loads(json.dumps(standard.attributes("s")))).mean.tobytes() == (
+    assert FeatureScale.from_attributes(json.loads(json.dumps(standard.attributes("s")))).mean.tobytes() == (
         standard.mean.tobytes()
     )
 
@@ -88,15 +88,15 @@ def test_a_dead_dimension_and_a_bad_row_do_no_harm() -> None:
     x = activations(100)
     x[:, 2] = 7.0
     bad = np.concatenate([x, np.full((1, D), np.nan, np.float32), np.full((1, D), np.inf, np.float32)])
-    standard, same = Standard.of(bad), Standard.of(x)
+    standard, same = FeatureScale.of(bad), FeatureScale.of(x)
     assert standard.mean.tolist() == same.mean.tolist() and standard.std.tolist() == same.std.tolist()
     assert 0 < standard.std[2] == np.float32(1e-3 * np.sqrt(np.mean(x.astype(np.float64).std(0) ** 2)))
     x[50, 2] = 8.0  # what the pilot did not see
-    decoded = Decoder(D, standard)(encode(torch.from_numpy(x), standard)).numpy()
+    decoded = RowDecoder(D, standard)(encode(torch.from_numpy(x), standard)).numpy()
     assert abs(decoded[50, 2] - 8.0) < 0.1 and np.isfinite(decoded).all()
-    constant = Standard.of(np.full((3, D), 2.5, np.float32))
-    assert (Decoder(D, constant)(encode(torch.full((4, D), 2.5), constant)) == 2.5).all()
-    assert (Standard.of(np.full((2, D), np.nan, np.float32)).std == 1).all()
+    constant = FeatureScale.of(np.full((3, D), 2.5, np.float32))
+    assert (RowDecoder(D, constant)(encode(torch.full((4, D), 2.5), constant)) == 2.5).all()
+    assert (FeatureScale.of(np.full((2, D), np.nan, np.float32)).std == 1).all()
 
 
 @given(
@@ -105,14 +105,14 @@ def test_a_dead_dimension_and_a_bad_row_do_no_harm() -> None:
 )
 def test_no_value_is_off_by_more_than_half_a_step(x: np.ndarray, pilot: np.ndarray) -> None:
     """Half a step of its row's scale, and what float32 rounds."""
-    standard = Standard.of(pilot)
+    standard = FeatureScale.of(pilot)
     rows = encode(torch.from_numpy(x), standard)
     exact = by_the_formula(rows.numpy(), standard)
     z = (x.astype(np.float64) - standard.mean) / standard.std
     step = np.abs(z).max(1, keepdims=True) / 127 * standard.std
     slack = 1e-5 * (np.abs(x) + np.abs(standard.mean) + 127 * step) + 1e-37
     assert (np.abs(exact - x) <= step / 2 + slack).all()
-    decoded = Decoder(D, standard)(rows).numpy()
+    decoded = RowDecoder(D, standard)(rows).numpy()
     np.testing.assert_allclose(decoded, exact, rtol=1e-5, atol=float(slack.max()))
 
 
@@ -120,8 +120,8 @@ def test_no_value_is_off_by_more_than_half_a_step(x: np.ndarray, pilot: np.ndarr
 def test_a_single_row_decodes_too(width: int) -> None:
     """Its scale lies at any byte, and torch's views as float32 do not."""
     x = torch.from_numpy(activations(5))[:, :width]
-    standard = Standard.of(x.numpy())
-    rows, decoder = encode(x, standard), Decoder(width, standard)
+    standard = FeatureScale.of(x.numpy())
+    rows, decoder = encode(x, standard), RowDecoder(width, standard)
     assert torch.equal(torch.cat([decoder(rows[i : i + 1]) for i in range(5)]), decoder(rows))
 
 
@@ -304,8 +304,8 @@ def test_both_splits_are_encoded_alike_and_an_array_keeps_what_it_says(tmp_path:
     store, x = stored(tmp_path, encoding="int8")
     first = store.rows_of(SITE).standard
     store = Store.open(store.path)
-    store.require(HELDOUT, SITE, D, 64, Standard.of(7 * x))
-    store.require(TRAIN, SITE, D, 10 * 64, Standard.of(9 * x))
+    store.require(HELDOUT, SITE, D, 64, FeatureScale.of(7 * x))
+    store.require(TRAIN, SITE, D, 10 * 64, FeatureScale.of(9 * x))
     said = [store.metadata(split, SITE)["attributes"]["encoding"] for split in (TRAIN, HELDOUT)]
     assert first is not None and said == [first.attributes(SITE)] * 2
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from data.base.errors import UserError
-from data.store.manifest import ITEMSIZE, Layout, Manifest, canonical, choose_layout, differing, settings_of
+from data.store.manifest import ITEMSIZE, Layout, Manifest, canonical, choose_layout, diff_fields, settings_of
 from tests.data.conftest import manifest
 
 
@@ -155,16 +155,16 @@ def test_differing_names_the_fields_with_both_values() -> None:
         "text": {"files": [1]},
         "model": {"name": "a", "revision": None},
     }
-    assert differing(here, asked) == [
+    assert diff_fields(here, asked) == [
         "model.revision: absent here, null asked",
         "packing.context: 128 here, 256 asked",
         "text.files: [1,2] here, [1] asked",
     ]
-    assert differing(here, here) == []
+    assert diff_fields(here, here) == []
 
 
 @given(st.recursive(st.none() | st.integers() | st.text(), lambda s: st.dictionaries(st.text(), s), max_leaves=8))
 def test_nothing_differs_from_itself_and_a_change_always_shows(value: object) -> None:
-    assert differing({"a": value}, {"a": value}) == []
-    assert differing({"a": value}, {"a": [value]}) != []
-    assert differing({}, {"a": 1}) == ["a: absent here, 1 asked"]
+    assert diff_fields({"a": value}, {"a": value}) == []
+    assert diff_fields({"a": value}, {"a": [value]}) != []
+    assert diff_fields({}, {"a": 1}) == ["a: absent here, 1 asked"]

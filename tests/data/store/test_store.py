@@ -23,8 +23,8 @@ from hypothesis import strategies as st
 import data.store.zarr_bfloat16  # noqa: F401  registers the type
 from data.base.errors import UserError
 from data.base.lock import alone
-from data.storage.file_leases import Overtaken
-from data.storage.local import Folder
+from data.storage.file_leases import LeaseLost
+from data.storage.local import LocalStorage
 from data.store import commit as module
 from data.store.manifest import HELDOUT, TRAIN
 from data.store.store import ORIGIN, TOKENS, Store, find, find_fingerprint, pick
@@ -355,16 +355,16 @@ def test_growth_and_commits_wait_for_the_lock(build: Build) -> None:
 def test_two_writers_of_a_unit_leave_one_whole_commit(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
     """The slower one, on another device with other bits, comes to commit when the faster one has: nothing changes."""
     store = build([])
-    settle, started = Folder.settle, []
+    settle, started = LocalStorage.commit_staged, []
 
-    def late(self: Folder, *args: Any) -> bytes:
+    def late(self: LocalStorage, *args: Any) -> bytes:
         if not started:
             started.append(1)
             Store.open(store.path).write(TRAIN, 0, SITE, numbered(np.arange(16), "bfloat16"), {"device": "fast"})
             started.append(contents(store.path / TRAIN))
         return settle(self, *args)
 
-    monkeypatch.setattr(Folder, "settle", late)
+    monkeypatch.setattr(LocalStorage, "settle", late)
     commit = store.write(TRAIN, 0, SITE, numbered(np.arange(1, 17), "bfloat16"), {"device": "slow"})
     assert commit.made_by == {"device": "fast"} == store.committed(TRAIN, SITE)[0].made_by
     assert contents(store.path / TRAIN) == started[1]
@@ -385,7 +385,7 @@ def test_a_writer_whose_chunks_were_cleared_away_is_told(
         return chunk
 
     monkeypatch.setattr(Store, "_write_chunk", cleared)
-    with pytest.raises(Overtaken, match=f"unit 0 of {TRAIN}/{SITE}"):
+    with pytest.raises(LeaseLost, match=f"unit 0 of {TRAIN}/{SITE}"):
         store.write(TRAIN, 0, SITE, numbered(np.arange(16), "bfloat16"), {})
     assert not store.is_committed(TRAIN, 0, SITE)
     assert not (store.path / "claims").exists()

@@ -15,9 +15,9 @@ from evaluate.feature_metrics.ablation import AFTER, ablate, downstream, places,
 from evaluate.feature_metrics.bases import Basis, Directions, Reader, SAEBasis, neurons_before
 from evaluate.feature_metrics.patterns import ANY, LONGEST, activation_at_end, examples, explain, foretold, patterns
 from evaluate.feature_metrics.probe import ask, interval, probe
-from evaluate.feature_metrics.sample import Held, draw, take
+from evaluate.feature_metrics.sample import FeatureText, draw, take
 from evaluate.feature_metrics.tasks import Task
-from harvest.packing import Packed
+from harvest.packing import PackedTokens
 from train.sae.variants.batchtopk import BatchTopK
 from train.sae.variants.gated import Gated
 from train.sae.variants.topk import TopK
@@ -30,12 +30,12 @@ def quiet(*_: Any) -> None:
 
 
 @pytest.fixture
-def held(tiny_lm: Any) -> Held:
+def held(tiny_lm: Any) -> FeatureText:
     """24 contexts of a BOS and 30 tokens, one of them excluded here and there."""
     ids = np.random.default_rng(0).integers(1, 12, (24, 31)).astype(np.int32)
     ids[:, 0] = 0
     reader = Reader(tiny_lm, SITE, neurons_before(tiny_lm, SITE, torch.from_numpy(ids[:1]).long()))
-    return Held(Packed(ids, ids > 0, np.zeros(1, np.int64), ["a"], stride=30), Words(), reader, 5, 0)
+    return FeatureText(PackedTokens(ids, ids > 0, np.zeros(1, np.int64), ["a"], stride=30), Words(), reader, 5, 0)
 
 
 class Words:
@@ -75,11 +75,11 @@ class Ids:
 
 
 @pytest.fixture
-def spelt(held: Held) -> Held:
-    return Held(held.packed, held.tokenizer, Ids(held.reader.model), 5, 0)  # type: ignore[arg-type]
+def spelt(held: FeatureText) -> FeatureText:
+    return FeatureText(held.packed, held.tokenizer, Ids(held.reader.model), 5, 0)  # type: ignore[arg-type]
 
 
-def test_patterns_find_what_the_latents_look_for(spelt: Held, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_patterns_find_what_the_latents_look_for(spelt: FeatureText, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         "evaluate.feature_metrics.patterns.SUBSTITUTES", 9
     )  # of 11 words, few are the one they stand in for
@@ -95,7 +95,7 @@ def test_patterns_find_what_the_latents_look_for(spelt: Held, monkeypatch: pytes
     assert [got[name]["value"] for name in ("precision", "recall", "recall_activation", "f1")] == [1, 1, 1, 1]
 
 
-def test_examples_do_not_depend_on_the_batch_and_are_of_the_first_half(spelt: Held) -> None:
+def test_examples_do_not_depend_on_the_batch_and_are_of_the_first_half(spelt: FeatureText) -> None:
     found = examples(spelt, After(), torch.arange(3), 4, 0, quiet)
     assert int((found.unit_n == 0).sum()) == 4
     first = spelt.packed.contexts[:12]
@@ -116,7 +116,7 @@ def test_foretold_worked_by_hand() -> None:
     assert not foretold(ids, set()).any() and not foretold(ids, {(1, 2, 1, 3, 1)}).any()
 
 
-def test_precision_and_recall_of_an_incomplete_pattern(spelt: Held, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_precision_and_recall_of_an_incomplete_pattern(spelt: FeatureText, monkeypatch: pytest.MonkeyPatch) -> None:
     """Patterns (3) and (6) for a latent that fires on 3 and on 5: by counts over the second half."""
     monkeypatch.setattr("evaluate.feature_metrics.patterns.patterns", lambda *_: [{(3,), (6,)}, set(), set()])
     kwargs: dict[str, Any] = {"units": 3, "count": 6, "bootstrap": 20, "seed": 0, "told": quiet, "beat": quiet}
@@ -169,7 +169,7 @@ def test_directions_are_active_as_often_as_asked() -> None:
     torch.testing.assert_close(moved[:, 2], x.mean(0)[2].expand(1000))
 
 
-def test_neurons_add_what_the_mlp_does(tiny_lm: Any, held: Held) -> None:
+def test_neurons_add_what_the_mlp_does(tiny_lm: Any, held: FeatureText) -> None:
     neurons = held.reader.neurons
     assert neurons is not None
     ids = torch.from_numpy(held.packed.contexts[:2]).long()
@@ -182,7 +182,7 @@ def test_neurons_add_what_the_mlp_does(tiny_lm: Any, held: Held) -> None:
     assert neurons_before(tiny_lm, Site("resid_pre", 0), ids) is None
 
 
-def test_an_ablation_equals_two_forwards_made_by_hand(tiny_lm: Any, held: Held) -> None:
+def test_an_ablation_equals_two_forwards_made_by_hand(tiny_lm: Any, held: FeatureText) -> None:
     basis = SAEBasis("it", saes()[0])
     with torch.no_grad():
         got = ablate(held, basis, (15, 9), 100, np.random.default_rng(0))
@@ -209,7 +209,7 @@ def test_an_ablation_equals_two_forwards_made_by_hand(tiny_lm: Any, held: Held) 
     np.testing.assert_allclose(got.numpy(), expected, rtol=1e-3)
 
 
-def test_places_leave_room_and_short_contexts_are_refused(held: Held) -> None:
+def test_places_leave_room_and_short_contexts_are_refused(held: FeatureText) -> None:
     found = places(held, 8, 0)
     assert len(found) == 8 and len({context for context, _ in found}) == 8
     assert all(context >= 12 and 1 <= position < 31 - AFTER for context, position in found)
@@ -217,12 +217,12 @@ def test_places_leave_room_and_short_contexts_are_refused(held: Held) -> None:
     with torch.no_grad():
         got = downstream(held, SAEBasis("it", saes()[0]), **counts)
     assert got["ablations"] == 6 and 0 < got["fraction"]["low"] <= got["fraction"]["value"] < 1
-    packed = Packed(held.packed.contexts[:, :16], held.packed.keep[:, :16])
+    packed = PackedTokens(held.packed.contexts[:, :16], held.packed.keep[:, :16])
     with pytest.raises(UserError, match="looks 16 tokens ahead and contexts have 16"):
-        places(Held(packed, None, held.reader, 5, 0), 8, 0)
+        places(FeatureText(packed, None, held.reader, 5, 0), 8, 0)
 
 
-def test_the_sample_is_of_kept_tokens_without_repetition(held: Held) -> None:
+def test_the_sample_is_of_kept_tokens_without_repetition(held: FeatureText) -> None:
     sequence, position = draw(held.packed.keep, range(12, 24), 100, 0)
     assert len(sequence) == 100 == len(set(zip(sequence.tolist(), position.tolist(), strict=True)))
     assert held.packed.keep[sequence, position].all() and (np.diff(sequence) >= 0).all() and sequence.min() >= 12
@@ -233,7 +233,7 @@ def test_the_sample_is_of_kept_tokens_without_repetition(held: Held) -> None:
     torch.testing.assert_close(got.reads[False], expected, rtol=1e-4, atol=1e-5)
 
 
-def test_probes_choose_on_one_half_and_score_on_the_other(spelt: Held) -> None:
+def test_probes_choose_on_one_half_and_score_on_the_other(spelt: FeatureText) -> None:
     samples = tuple(take(spelt, spelt.half(half), 300, 0, quiet) for half in (False, True))
     import re
 

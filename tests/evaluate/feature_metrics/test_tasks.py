@@ -11,7 +11,7 @@ import pytest
 from data.base.cli import CONF
 from data.base.errors import UserError
 from evaluate.feature_metrics.tasks import KINDS, UNKNOWN, TokenTexts, answers, load_tasks
-from harvest.packing import Packed
+from harvest.packing import PackedTokens
 
 WORDS = ["<s>", "def", " f", "(", "x", ")", ":", "\n", "  # ", "a 1"]
 
@@ -32,13 +32,13 @@ def texts() -> TokenTexts:
 
 
 @pytest.fixture
-def packed() -> Packed:
+def packed() -> PackedTokens:
     """Two contexts of a BOS and 4 tokens; document a begins at stream token 0, b at 5."""
     contexts = np.array([[0, 1, 2, 3, 4], [0, 5, 6, 7, 8]], np.int32)
-    return Packed(contexts, contexts > 0, np.array([0, 5]), ["a", "b"], stride=4)
+    return PackedTokens(contexts, contexts > 0, np.array([0, 5]), ["a", "b"], stride=4)
 
 
-def asked(path: Path, text: str, texts: TokenTexts, packed: Packed, sequence: int = 0) -> list[int]:
+def asked(path: Path, text: str, texts: TokenTexts, packed: PackedTokens, sequence: int = 0) -> list[int]:
     (path / "tasks.yaml").write_text(text)
     (row,) = answers(load_tasks(path / "tasks.yaml"), texts, packed, sequence).tolist()
     return row
@@ -60,17 +60,17 @@ def test_texts_keep_their_leading_space(texts: TokenTexts) -> None:
     ],
 )
 def test_kinds_worked_by_hand(
-    kind: str, expected: list[int], tmp_path: Path, texts: TokenTexts, packed: Packed
+    kind: str, expected: list[int], tmp_path: Path, texts: TokenTexts, packed: PackedTokens
 ) -> None:
     assert asked(tmp_path, f"- {{name: it, {kind}}}", texts, packed) == expected
 
 
-def test_places_in_a_document_go_on_over_contexts(tmp_path: Path, texts: TokenTexts, packed: Packed) -> None:
+def test_places_in_a_document_go_on_over_contexts(tmp_path: Path, texts: TokenTexts, packed: PackedTokens) -> None:
     # Context 1 holds stream tokens 4 (of a), 5, 6, 7 (of b, its 0th to 2nd) behind its BOS.
     assert asked(tmp_path, "- {name: it, document: [0, 2]}", texts, packed, 1) == [0, 0, 1, 1, 0]
 
 
-def test_labels_are_of_documents(tmp_path: Path, texts: TokenTexts, packed: Packed) -> None:
+def test_labels_are_of_documents(tmp_path: Path, texts: TokenTexts, packed: PackedTokens) -> None:
     (tmp_path / "l.jsonl").write_text('{"document": "b", "label": true}\n')
     got = asked(tmp_path, "- {name: it, labels: l.jsonl}", texts, packed, 1)
     assert got == [UNKNOWN, UNKNOWN, 1, 1, 1]

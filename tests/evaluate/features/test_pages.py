@@ -15,7 +15,7 @@ from evaluate.features import pages
 from evaluate.features.collect import Collector
 from evaluate.features.pages import Latents, Words, nearest, short, write
 from evaluate.report.render import safe_json
-from harvest.packing import Packed
+from harvest.packing import PackedTokens
 
 HOSTILE = [
     "<script>window.hacked=1</script>",
@@ -48,7 +48,7 @@ def a_page(out: Path, width: int = 5) -> tuple[Latents, Path]:
     found = Collector(width, top=2, sample=4, before=2, after=2, seed=0)
     found.update(f[keep], keep, 0)
     contexts = torch.randint(7, (6, 8), generator=g).to(torch.int32).numpy()
-    packed = Packed(contexts, keep.numpy(), np.array([0, 20]), [HOSTILE[0], HOSTILE[2]], 8)
+    packed = PackedTokens(contexts, keep.numpy(), np.array([0, 20]), [HOSTILE[0], HOSTILE[2]], 8)
     ids = torch.arange(width * 3).reshape(width, 3).numpy() % len(HOSTILE)
     ends = (ids, torch.randn(width, 3, generator=g).numpy())
     near = (np.array([[(i + 1) % width] for i in range(width)]), np.full((width, 1), 0.5, np.float32))

@@ -16,7 +16,7 @@ from data.base.errors import UserError
 from tests.helpers.toy import FORMS, D, F, K, activations, f_of, make, train, train_step
 from train.sae import VARIANTS, DeadLatents, load, save
 from train.sae.parts.unit_rows import project_gradient_, renormalise_
-from train.sae.variants.batchtopk import BatchSelected
+from train.sae.variants.batchtopk import BatchTopKBase
 
 TOPK_FAMILY = ["topk", "batchtopk", "matryoshka"]
 
@@ -29,7 +29,7 @@ def l0(f: Tensor) -> float:
 def test_mistake_01_a_threshold_learnt_late_or_not_saved_ships_a_relu(form: str, tmp_path: Path) -> None:
     sae, held = make(form), activations(2000, seed=5)
     steps = train(sae, 20)  # far fewer than 1000
-    assert isinstance(sae, BatchSelected)
+    assert isinstance(sae, BatchTopKBase)
     assert sae.threshold >= min(step.parts["min_kept"] for step in steps) > 0
     save(sae, tmp_path, {})
     as_relu = l0(sae.pre_activation(sae.norm.normalise(held)))
@@ -277,7 +277,7 @@ def test_mistake_09_centring_the_residual_hides_a_constant_error(form: str) -> N
 def test_mistake_11_training_form_metrics_for_a_model_that_ships_a_threshold(form: str) -> None:
     """Tokens of unequal strength: the batch form keeps k a token of any batch, the threshold does not."""
     sae = make(form)
-    assert isinstance(sae, BatchSelected)
+    assert isinstance(sae, BatchTopKBase)
     sae.calibrate(list(activations(2048, seed=6).split(128)))
     mean = activations(2048).mean(0)
     faint = mean + 0.1 * (activations(128, seed=5) - mean)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tests.helpers import reference
 from tests.helpers.toy import f_of
 from train.sae import SAE, VARIANTS
-from train.sae.variants.batchtopk import BatchSelected
+from train.sae.variants.batchtopk import BatchTopKBase
 
 # Two tokens, two dimensions, three latents: the axes and a direction between them. Tokens (3, 1) and (1, 2) give
 # z = (3, 1, 2.6) and (1, 2, 2.2); every case below is worked by hand with Vx = 4.
@@ -193,7 +193,7 @@ def perturbed(case: Case, centred: bool) -> SAE:
                 parameter.abs_()
         sae.variance.fill_(2.5)
         sae.mean_sq.fill_(4.0)
-        if isinstance(sae, BatchSelected):
+        if isinstance(sae, BatchTopKBase):
             sae.threshold.fill_(0.75)
     return sae
 

@@ -24,7 +24,7 @@ def update(sae: SAE, optimizer: Optimizer, clip: float | None) -> None:
         renormalise_(sae.W_dec)
 
 
-class Average(nn.Module):
+class WeightEMA(nn.Module):
     """The bias-corrected exponential mean of an SAE's parameters over the steps (Gao et al. 2406.04093, A.3).
 
     m_n = sum_i (1 - decay) decay^(n - i) w_i / (1 - decay^n), w_i after step i; what an SAE ships with where it is
@@ -46,7 +46,7 @@ class Average(nn.Module):
             mean.lerp_(parameter, gain)
 
     @torch.no_grad()
-    def ship(self, sae: SAE) -> None:
+    def copy_to(self, sae: SAE) -> None:
         """Put the mean in the place of the parameters, for good."""
         for mean, parameter in zip(self.buffers(), sae.parameters(), strict=True):
             parameter.copy_(mean)
@@ -54,10 +54,10 @@ class Average(nn.Module):
             renormalise_(sae.W_dec)
 
     @contextmanager
-    def shipping(self, sae: SAE) -> Iterator[None]:
+    def swapped_in(self, sae: SAE) -> Iterator[None]:
         """The same for a while."""
         kept = [parameter.detach().clone() for parameter in sae.parameters()]
-        self.ship(sae)
+        self.copy_to(sae)
         try:
             yield
         finally:

@@ -11,11 +11,11 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from data.base.errors import UserError
-from train.sae.base import Step
+from train.sae.base import StepOutput
 from train.sae.parts.threshold import Calibration, calibrate, running_mean_
 from train.sae.sparse.encode import Codes
 from train.sae.sparse.select import Above, TopOfBatch
-from train.sae.variants.topk import TopKFamily
+from train.sae.variants.topk import TopKBase
 
 _DECAY = 0.999
 _SELECTIONS = ("batch", "quantile")
@@ -23,7 +23,7 @@ _RATE = 0.02  # of a running quantile: T moves by this share of itself where L0 
 _LEAST = 1e-4  # of sqrt(E||x'||^2): a running quantile does not fall below it, as from 0 it could not rise again
 
 
-class BatchSelected(TopKFamily):
+class BatchTopKBase(TopKBase):
     """Training: f = relu of the k * B largest z of the batch. Shipping: f = relu(z) 1[z > T].
 
     Buffers: `threshold` T, `threshold_weight` (1 - decay^n of its running mean), `skipped_batches` (fewer than k * B
@@ -101,7 +101,7 @@ class BatchSelected(TopKFamily):
         dead_F: Bool[Tensor, " F"] | None = None,
         among_d: Int[Tensor, " d"] | None = None,
         sparsity_scale: float = 1.0,
-    ) -> Step:
+    ) -> StepOutput:
         wanted, by_batch = self.k * len(xn_BD), self.selection == "batch"
         selector = TopOfBatch(wanted) if by_batch else Above(self.threshold)
         codes, aside = self.with_dead(xn_BD, selector, dead_F, among_d)
@@ -113,10 +113,10 @@ class BatchSelected(TopKFamily):
             parts["min_kept"] = f.detach().min() if len(f) == wanted else nmse.new_zeros(())
         else:
             parts["threshold"] = self.threshold.clone()
-        return Step(reconstruction + auxk, parts, codes.of(f), xn_hat_BD.detach())
+        return StepOutput(reconstruction + auxk, parts, codes.of(f), xn_hat_BD.detach())
 
     @torch.no_grad()
-    def after_step(self, step: Step) -> None:
+    def after_step(self, step: StepOutput) -> None:
         if self.selection == "quantile":
             self.threshold.mul_(1 + _RATE * (step.parts["l0"] / self.k - 1).clamp_max(1))
             self.threshold.clamp_min_(_LEAST * self.mean_sq.sqrt())
@@ -149,7 +149,7 @@ class BatchSelected(TopKFamily):
         return found
 
 
-class BatchTopK(BatchSelected):
+class BatchTopK(BatchTopKBase):
     """f = relu of the k * B largest z of the batch; loss = NMSE + AuxK. Bussmann et al. 2412.06410.
 
     When it ships f = relu(z) 1[z > T], T the mean over batches of the smallest positive value kept.

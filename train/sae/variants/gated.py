@@ -8,13 +8,13 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from train.sae.base import Step
+from train.sae.base import StepOutput
 from train.sae.sparse.encode import Codes
 from train.sae.sparse.select import Above, Selector
-from train.sae.variants.l1_base import PenalisedSAE
+from train.sae.variants.l1_base import L1SAE
 
 
-class Gated(PenalisedSAE):
+class Gated(L1SAE):
     """f = 1[pi > 0] relu(mag), pi = h + b_gate, mag = h exp(r_mag) + b_mag, h = (x' - b_dec) W_enc.
 
     Rajamanoharan et al. 2404.16014.
@@ -65,7 +65,7 @@ class Gated(PenalisedSAE):
         dead_F: Bool[Tensor, " F"] | None = None,
         among_d: Int[Tensor, " d"] | None = None,
         sparsity_scale: float = 1.0,
-    ) -> Step:
+    ) -> StepOutput:
         (codes, gate, f), tokens = self._gate_and_f(xn_BD), len(xn_BD)
         xn_hat_BD = self.decoded(codes, f)
         nmse = self.nmse(xn_hat_BD, xn_BD)
@@ -73,4 +73,4 @@ class Gated(PenalisedSAE):
         by_gate_BD = codes.decode(gate, self.W_dec.detach())[0] + self.b_dec.detach()
         auxiliary = self.nmse(by_gate_BD, xn_BD)
         parts = {"nmse": nmse.detach(), "l0": codes.l0(f), **told, "auxiliary": auxiliary.detach()}
-        return Step(nmse + sparsity + auxiliary, parts, codes.of(f), xn_hat_BD.detach())
+        return StepOutput(nmse + sparsity + auxiliary, parts, codes.of(f), xn_hat_BD.detach())

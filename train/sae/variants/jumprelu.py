@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from data.base.errors import UserError
-from train.sae.base import SAE, Step
+from train.sae.base import SAE, StepOutput
 from train.sae.sparse.encode import Codes
 from train.sae.sparse.select import Above
 from train.sae.variants.l1_base import check_sparsity
@@ -105,7 +105,7 @@ class JumpReLU(SAE):
         dead_F: Bool[Tensor, " F"] | None = None,
         among_d: Int[Tensor, " d"] | None = None,
         sparsity_scale: float = 1.0,
-    ) -> Step:
+    ) -> StepOutput:
         tokens, eps = len(xn_BD), self.eps
         codes, _ = self.encoded(xn_BD, Above(self.theta.detach() - eps))  # half of eps reaches theta, the rest rounding
         theta = codes.at(self.theta)
@@ -116,10 +116,10 @@ class JumpReLU(SAE):
         penalty = l0 if self.k is None else (l0 / self.k - 1).square()
         sparsity = sparsity_scale * self.sparsity * penalty
         parts = {"nmse": nmse.detach(), "l0": l0.detach(), "sparsity": sparsity.detach()}
-        return Step(nmse + sparsity, parts, codes.of(f), xn_hat_BD.detach())
+        return StepOutput(nmse + sparsity, parts, codes.of(f), xn_hat_BD.detach())
 
     @torch.no_grad()
-    def after_step(self, step: Step) -> None:
+    def after_step(self, step: StepOutput) -> None:
         self.theta.clamp_(min=self.eps * 1e-3)
 
     def start_variant(self, xn_ND: Float[Tensor, "N D"]) -> None:

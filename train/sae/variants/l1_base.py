@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from data.base.errors import UserError
-from train.sae.base import SAE, Step
+from train.sae.base import SAE, StepOutput
 
 _RATE = 0.02  # of the coefficient's logarithm a step, at an L0 e times too large or more
 
@@ -17,7 +17,7 @@ def check_sparsity(sparsity: float) -> None:
         raise UserError(f"sparsity={sparsity} is no penalty: take a finite coefficient of 0 or more")
 
 
-class PenalisedSAE(SAE):
+class L1SAE(SAE):
     """A loss with `sparsity` * `sparsity_factor` * an L1.
 
     With `k` the coefficient starts at `sparsity` and follows the mean L0 of the training batches: once it is warmed up,
@@ -54,7 +54,7 @@ class PenalisedSAE(SAE):
         return term, {"sparsity": term.detach(), "coefficient": scale * self.sparsity * self.sparsity_factor}
 
     @torch.no_grad()
-    def after_step(self, step: Step) -> None:
+    def after_step(self, step: StepOutput) -> None:
         if self.k is None:
             return
         error = (step.parts["l0"] / self.k).clamp_min(1e-3).log().clamp(-1, 1)

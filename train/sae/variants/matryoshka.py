@@ -11,13 +11,13 @@ from torch import Tensor
 
 from data.base.errors import UserError
 from train.sae.sparse.encode import Codes
-from train.sae.variants.batchtopk import BatchSelected
+from train.sae.variants.batchtopk import BatchTopKBase
 
 # The paper's 2048, 6144, 14336, 30720 and 65536 latents of 65536.
 _PREFIXES = (0.03125, 0.09375, 0.21875, 0.46875, 1.0)
 
 
-class Matryoshka(BatchSelected):
+class Matryoshka(BatchTopKBase):
     """One BatchTopK over the full width; loss = sum over prefixes m of the NMSE of b_dec + f[:m] W_dec[:m], + AuxK.
 
     Bussmann et al. 2503.17547. AuxK explains the full width's residual. `prefixes` are shares of the width, increasing,

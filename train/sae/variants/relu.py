@@ -7,15 +7,15 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from data.base.errors import UserError
-from train.sae.base import Step
+from train.sae.base import StepOutput
 from train.sae.sparse.encode import Codes
 from train.sae.sparse.select import Above
-from train.sae.variants.l1_base import PenalisedSAE
+from train.sae.variants.l1_base import L1SAE
 
 _FORMS = ("april", "bricken")
 
 
-class ReLU(PenalisedSAE):
+class ReLU(L1SAE):
     """f = relu(z); loss = NMSE + sparsity * S / sqrt(Vx), S averaged over tokens.
 
     `april` (Anthropic, April 2024 update; default): rows of W_dec free, S = sum_j f_j ||W_dec_j||.
@@ -54,7 +54,7 @@ class ReLU(PenalisedSAE):
         dead_F: Bool[Tensor, " F"] | None = None,
         among_d: Int[Tensor, " d"] | None = None,
         sparsity_scale: float = 1.0,
-    ) -> Step:
+    ) -> StepOutput:
         (codes, f), tokens = self.active(xn_BD), len(xn_BD)
         xn_hat_BD = self.decoded(codes, f)
         nmse = self.nmse(xn_hat_BD, xn_BD)
@@ -65,4 +65,4 @@ class ReLU(PenalisedSAE):
             l1 = self.l1(f, tokens)
         sparsity, told = self.penalised(l1, sparsity_scale)
         parts = {"nmse": nmse.detach(), "l0": codes.l0(f), **told}
-        return Step(nmse + sparsity, parts, codes.of(f), xn_hat_BD.detach())
+        return StepOutput(nmse + sparsity, parts, codes.of(f), xn_hat_BD.detach())

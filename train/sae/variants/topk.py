@@ -7,7 +7,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from data.base.errors import UserError
-from train.sae.base import SAE, Step
+from train.sae.base import SAE, StepOutput
 from train.sae.parts.auxk import auxk_error, auxk_selector, auxk_size
 from train.sae.sparse import fixed
 from train.sae.sparse.encode import Codes
@@ -19,7 +19,7 @@ _AUXK_OVER = ("token", "batch")
 Aside = tuple[Codes, Tensor, Tensor | None]  # z of the dead latents, which they are, which of them are not dead
 
 
-class TopKFamily(SAE):
+class TopKBase(SAE):
     """k latents a token (or k * B a batch), and AuxK.
 
     auxk_alpha: weight of AuxK (1/32). auxk_relu: take relu of its activations, the reference form. auxk_norm: divide
@@ -102,7 +102,7 @@ class TopKFamily(SAE):
         return self.auxk_alpha * error / over
 
 
-class TopK(TopKFamily):
+class TopK(TopKBase):
     """f = relu of the k largest z of each token; loss = NMSE + AuxK. Gao et al. 2406.04093.
 
     `multi_topk` adds L(4k) / 8, the NMSE of the reconstruction by the 4k largest; its gradient reaches the encoder.
@@ -156,7 +156,7 @@ class TopK(TopKFamily):
         dead_F: Bool[Tensor, " F"] | None = None,
         among_d: Int[Tensor, " d"] | None = None,
         sparsity_scale: float = 1.0,
-    ) -> Step:
+    ) -> StepOutput:
         codes, aside = self.with_dead(xn_BD, TopPerToken(4 * self.k if self.multi_topk else self.k), dead_F, among_d)
         wide, codes = codes, codes.top_of_rows(self.k) if self.multi_topk else codes
         xn_hat_BD = self.decoded(codes, codes.values)
@@ -168,7 +168,7 @@ class TopK(TopKFamily):
             multi = self.nmse(self.decoded(wide, wide.values), xn_BD) / 8
             parts["multi"] = multi.detach()
             loss = loss + multi
-        return Step(loss, parts, codes.of(codes.values), xn_hat_BD.detach())
+        return StepOutput(loss, parts, codes.of(codes.values), xn_hat_BD.detach())
 
     def _start_encoder(self, scale: float) -> None:
         super()._start_encoder(scale)

@@ -9,7 +9,7 @@ from data.base.errors import UserError
 from tests.helpers.toy import FORMS, D, F, activations, f_of, make
 from train.sae import VARIANTS
 from train.sae.parts.init import directions, geometric_median
-from train.sae.variants.batchtopk import BatchSelected
+from train.sae.variants.batchtopk import BatchTopKBase
 
 
 def test_geometric_median_of_points_on_a_line() -> None:
@@ -109,7 +109,7 @@ def test_an_untied_encoder_starts_as_a_permutation_of_the_tied_one(centred: bool
 
 def test_batchtopk_starts_with_the_threshold_of_its_sample() -> None:
     sae, x = make("batchtopk"), activations(2048)
-    assert isinstance(sae, BatchSelected)
+    assert isinstance(sae, BatchTopKBase)
     z = sae.pre_activation(sae.norm.normalise(x[:1024])).detach().flatten()
     assert sae.threshold == z.topk(1024 * 4).values[-1]
     assert sae.threshold_weight == 0

@@ -10,7 +10,7 @@ from torch import Tensor
 from data.base.errors import UserError
 from tests.helpers.toy import K, activations, make, train
 from train.sae.parts.threshold import calibrate, running_mean_
-from train.sae.variants.batchtopk import BatchSelected
+from train.sae.variants.batchtopk import BatchTopKBase
 
 
 def test_running_mean_by_hand() -> None:
@@ -32,14 +32,14 @@ def test_training_follows_the_bias_corrected_mean_from_the_first_step(form: str)
     sae = make(form)
     kept = [float(step.parts["min_kept"]) for step in train(sae, 30)]
     decays = 0.999 ** np.arange(29, -1, -1)
-    assert isinstance(sae, BatchSelected)
+    assert isinstance(sae, BatchTopKBase)
     assert sae.threshold.item() == pytest.approx((decays * kept).sum() / decays.sum(), rel=1e-5)
     assert sae.skipped_batches == 0
 
 
 def test_training_counts_the_batches_it_skips() -> None:
     sae = make("batchtopk")
-    assert isinstance(sae, BatchSelected)
+    assert isinstance(sae, BatchTopKBase)
     train(sae, 2)
     before = sae.threshold.clone()
     with torch.no_grad():
@@ -98,7 +98,7 @@ def test_calibration_without_enough_positives_at_all() -> None:
 def test_a_calibrated_sae_has_the_l0_it_was_asked_for() -> None:
     sae, held = make("batchtopk"), activations(4000, seed=8)
     train(sae, 100)
-    assert isinstance(sae, BatchSelected)
+    assert isinstance(sae, BatchTopKBase)
     weights = {name: p.clone() for name, p in sae.named_parameters()}
     found = sae.calibrate(list(activations(4096, seed=7).split(128)))
     assert sae.threshold.item() == pytest.approx(found.threshold)
@@ -109,7 +109,7 @@ def test_a_calibrated_sae_has_the_l0_it_was_asked_for() -> None:
 
 def test_calibration_takes_the_stores_units_and_dtype() -> None:
     sae = make("batchtopk")
-    assert isinstance(sae, BatchSelected)
+    assert isinstance(sae, BatchTopKBase)
     batches = [batch.bfloat16() for batch in activations(512, seed=7).split(128)]
     found = sae.calibrate(batches)
     smallest = [sae.loss(sae.norm.normalise(batch)).parts["min_kept"].item() for batch in batches]
@@ -126,7 +126,7 @@ def test_a_pooled_calibration_takes_the_quantile() -> None:
 @pytest.mark.parametrize("form", ["batchtopk quantile", "matryoshka quantile"])
 def test_a_running_quantile_by_hand(form: str) -> None:
     sae, x = make(form), activations(128, seed=5)
-    assert isinstance(sae, BatchSelected)
+    assert isinstance(sae, BatchTopKBase)
     for at, bound in ((0.5, 1.02), (1.0, None), (1e6, 0.98)):  # L0 of 2k and more, something between, 0
         with torch.no_grad():
             sae.threshold.mul_(at)
@@ -144,7 +144,7 @@ def test_a_running_quantile_by_hand(form: str) -> None:
 @pytest.mark.parametrize("wrong", [0.0, 0.1, 10.0])
 def test_a_running_quantile_finds_the_quantile_of_frozen_weights(wrong: float) -> None:
     sae = make("batchtopk quantile")
-    assert isinstance(sae, BatchSelected)
+    assert isinstance(sae, BatchTopKBase)
     with torch.no_grad():
         sae.threshold.mul_(wrong)
     for i in range(800):
@@ -157,7 +157,7 @@ def test_a_running_quantile_finds_the_quantile_of_frozen_weights(wrong: float) -
 def test_a_quantile_trained_sae_trains_what_it_ships() -> None:
     """The training form of a token does not depend on its batch, and is the shipping form."""
     sae, x = make("batchtopk quantile"), activations(256, seed=5)
-    assert isinstance(sae, BatchSelected)
+    assert isinstance(sae, BatchTopKBase)
     l0 = [float(step.parts["l0"]) for step in train(sae, 200)]
     assert np.mean(l0[-100:]) == pytest.approx(K, rel=0.05)
     step = sae.loss(sae.norm.normalise(x))
@@ -170,6 +170,6 @@ def test_a_quantile_trained_sae_trains_what_it_ships() -> None:
 
 def test_calibration_on_nothing_is_refused() -> None:
     sae = make("batchtopk")
-    assert isinstance(sae, BatchSelected)
+    assert isinstance(sae, BatchTopKBase)
     with pytest.raises(UserError, match="calibration_tokens"):
         sae.calibrate([])

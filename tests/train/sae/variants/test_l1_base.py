@@ -10,10 +10,10 @@ import torch
 
 from data.base.errors import UserError
 from tests.helpers.toy import activations, make
-from train.sae import SAE, VARIANTS, Step
+from train.sae import SAE, VARIANTS, StepOutput
 
 
-def step_at(sae: SAE, l0: float, sparsity_scale: float = 1.0) -> Step:
+def step_at(sae: SAE, l0: float, sparsity_scale: float = 1.0) -> StepOutput:
     """A training step's report of a mean L0."""
     xn = sae.norm.normalise(activations(8))
     step = sae.loss(xn, sparsity_scale=sparsity_scale)
