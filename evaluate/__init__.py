@@ -1,1 +1,3 @@
-"""Score trained SAEs on held-out text, in the form that ships: reconstruction, firing, what a splice costs the LM."""
+"""Score trained SAEs on held-out text: reconstruction, firing, and what a splice costs the language model."""
+
+import data  # noqa: F401  (sets how threads wait, before torch is imported)

@@ -11,6 +11,7 @@ import hypothesis
 import pytest
 from jaxtyping import install_import_hook
 
+import data  # noqa: F401  (sets how threads wait, before torch is imported)
 from tests.helpers.s3 import Server, serving
 
 # The modules whose signatures state shapes; the rest import heavy libraries lazily and keep their types for mypy.
