@@ -114,7 +114,7 @@ class MultiSAEModule(LightningModule):
     def training_step(self, batch: Tensor, batch_idx: int) -> None:
         x_BD = self.model_units(batch)
         for member in self.in_step:
-            self.attempt(member, partial(member.training_step_on, x_BD))
+            self.attempt(member, partial(member.training_step, x_BD))
         self.step += 1
         if self.step % self.validate_every == 0:
             self.validate("val")

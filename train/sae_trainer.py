@@ -45,7 +45,7 @@ class SAETrainer(nn.Module):
     """An SAE with its optimizer, schedules, clip, counters, loggers and folder.
 
     Nothing of it is shared with the others of its pass: the random state too is its own, as if it were trained alone.
-    `step` counts its steps done; `failure` is the sentence it was stopped with. Counters move in `train_batch` only.
+    `step` counts its steps done; `failure` is the sentence it was stopped with. Counters move in `training_step` only.
     `ema` is the decay of the mean of the weights that ships, None for the weights themselves; `rate` a factor on the
     optimizer's learning rates.
     """
@@ -91,7 +91,7 @@ class SAETrainer(nn.Module):
 
     # The step
 
-    def training_step_on(self, x_BD: Tensor) -> None:
+    def training_step(self, x_BD: Tensor) -> None:
         """One step on a batch in model units; raises UserError where a loss was not finite, at a step that is logged.
 
         On a GPU nothing waits for the device but the steps that are logged.

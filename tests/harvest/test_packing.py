@@ -183,8 +183,8 @@ def test_what_a_text_needs_beside_memory_is_gone_with_its_process(tmp_path: Path
     code = """
 import os, signal, tempfile
 import numpy as np
-from harvest.disk_arrays import Spool, Texts
-spool, texts = Spool(), Texts()
+from harvest.disk_arrays import DiskArray, DiskStrings
+spool, texts = DiskArray(), DiskStrings()
 spool.write(np.arange(1000))
 texts.append("a")
 assert spool.array(np.int64, 3).tolist() == [0, 1, 2] and texts[0] == "a"

@@ -26,7 +26,7 @@ def follow(progress: Progress, steps: int, start: int = 0, names: Sequence[str] 
     """Drive the callback through a run of `steps` steps."""
     module: Any = MagicMock(MultiSAEModule)
     members = [SimpleNamespace(figures_logged=LOGGED, name=name) for name in names]
-    module.configure_mock(step=start, total=steps, members=members, abreast=members)
+    module.configure_mock(step=start, total=steps, members=members, in_step=members)
     trainer: Any = SimpleNamespace(is_global_zero=True)
     progress.on_train_start(trainer, module)
     for step in range(start + 1, steps + 1):

@@ -307,13 +307,13 @@ def test_the_learning_rate_falls_with_the_square_root_of_the_width(
 def test_the_mean_of_the_weights_ships(
     short: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variant: str
 ) -> None:
-    plain, after = SAETrainer.training_step_on, []
+    plain, after = SAETrainer.training_step, []
 
     def note(self: SAETrainer, x_BD: Tensor) -> None:
         plain(self, x_BD)
         after.append({name: p.detach().double().clone() for name, p in self.sae.named_parameters()})
 
-    monkeypatch.setattr(SAETrainer, "train_batch", note)
+    monkeypatch.setattr(SAETrainer, "training_step", note)
     train(short(f"sae={variant}", "ema=0.9", f"out={tmp_path / 'mean'}"))
     decays = 0.9 ** torch.arange(29, -1, -1, dtype=torch.float64)
     sae = load(tmp_path / "mean")

@@ -106,8 +106,8 @@ def test_each_equals_its_run_alone_and_the_cache_is_read_once(
     reads.clear()
     floats: list[torch.Tensor] = []
     with monkeypatch.context() as patch:
-        plain = SAETrainer.training_step_on
-        patch.setattr(SAETrainer, "train_batch", lambda self, x_BD: (floats.append(x_BD), plain(self, x_BD)))
+        plain = SAETrainer.training_step
+        patch.setattr(SAETrainer, "training_step", lambda self, x_BD: (floats.append(x_BD), plain(self, x_BD)))
         train_all(jobs(kinds, *long))
     assert reads == one and len(floats) == 6 * 32 and len({id(x_BD) for x_BD in floats}) == 32
     out = capsys.readouterr()
@@ -289,7 +289,7 @@ def test_two_ranks_average_their_gradients_and_count_both_batches(
         member = _member(replace(run, plan=replace(run.plan, world=world), sae=copy.deepcopy(run.sae)))
         member.initialise(torch.cat(batches), 16.0, 16.0)
         for x_BD in batches:
-            member.training_step_on(x_BD)
+            member.training_step(x_BD)
         members.append(member)
     assert sums.count(dist.ReduceOp.SUM) == 8 * len(list(run.sae.parameters()))
     assert all(torch.equal(a, b) for a, b in zip(*(m.sae.state_dict().values() for m in members), strict=True))

@@ -104,7 +104,7 @@ def test_what_the_harvest_line_asks_for_is_enough(short: Any, tmp_path: Path) ->
         make_plan(short("tokens=4096"), ["model=embedded"])
     rows = int(str(caught.value).split(" tokens=")[-1].split()[0])
     sizes = np.full(-(-rows // 64), 64)
-    assert int(sizes[reserve(sizes, 512, 0)[0]].sum()) // 64 * 64 >= 4096
+    assert int(sizes[split_calibration(sizes, 512, 0)[0]].sum()) // 64 * 64 >= 4096
 
 
 def test_a_store_made_with_other_settings_is_named(short: Any, cache: Path) -> None:

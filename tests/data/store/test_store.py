@@ -364,7 +364,7 @@ def test_two_writers_of_a_unit_leave_one_whole_commit(build: Build, monkeypatch:
             started.append(contents(store.path / TRAIN))
         return settle(self, *args)
 
-    monkeypatch.setattr(LocalStorage, "settle", late)
+    monkeypatch.setattr(LocalStorage, "commit_staged", late)
     commit = store.write(TRAIN, 0, SITE, numbered(np.arange(1, 17), "bfloat16"), {"device": "slow"})
     assert commit.made_by == {"device": "fast"} == store.committed(TRAIN, SITE)[0].made_by
     assert contents(store.path / TRAIN) == started[1]
