@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import errno
+import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
+from data.base.composing import NameJob, guard, refuse_flags
+from data.base.config import Settings, unknown
 from data.base.errors import UserError
 from data.storage.local import refuse_credentials
 
@@ -44,6 +49,8 @@ def sentence(error: Exception) -> str | None:
         return f"the disk is full ({error.filename or 'while writing'}): free some space and run the same command again"
     if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
         return f"{error.filename} cannot be written or read with your permissions: change them or choose another folder"
+    if isinstance(error, HydraException | OmegaConfBaseException):
+        return f"the settings cannot be read ({str(error).splitlines()[0]}): check the command line"
     return None
 
 
@@ -53,34 +60,47 @@ def _known(stage: str) -> frozenset[str]:
     return frozenset(map(str, hydra.compose(stage)))
 
 
-def own(config: DictConfig, stage: str) -> dict[str, Any]:
+def own(config: DictConfig, stage: str, schema: type[Settings] | None = None) -> dict[str, Any]:
     """A stage's settings of a composed preset (conf/experiment), resolved.
 
     A preset speaks to several stages: of a setting written `name: {harvest: ..., train: ...}` a stage takes its own
-    part, and it leaves what is another's alone. UserError names what no stage has.
+    part, and it leaves what is another's alone. UserError names what no stage has. The stage's own settings are the
+    fields of its `schema`, or without one the names in its conf/ file.
     """
-    found: dict[str, Any] = {}
+    names = frozenset(schema.model_fields) if schema else _known(stage)
+    settings: dict[str, Any] = {}
     for name in map(str, config):
         value = config[name]
-        if name not in _known(stage):
+        if name not in names:
             if not any(name in _known(other) for other in STAGES):
-                raise UserError(f"the preset sets {name}, which no stage has: mend it in conf/experiment")
+                raise UserError(f"the preset sets {name}, which no stage has: fix it in conf/experiment")
             continue
-        parted = isinstance(value, DictConfig) and value.keys() <= set(STAGES)
-        if parted and stage not in value:
+        by_stage = isinstance(value, DictConfig) and value.keys() <= set(STAGES) and len(value) > 0
+        if by_stage and stage not in value:
             raise UserError(f"the preset sets {name} for other stages only: give {name}=... to {stage} too")
-        value = value[stage] if parted else value
-        found[name] = OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
-    return found
+        if by_stage:
+            value = value[stage]
+        settings[name] = OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+    return settings
 
 
-def settings_of(config: DictConfig, stage: str) -> dict[str, Any]:
+def settings_of(config: DictConfig, stage: str, schema: type[Settings] | None = None) -> dict[str, Any]:
     """A stage's settings, resolved; of a preset, where one is asked for, what is of this stage."""
     if HydraConfig.initialized() and "experiment" in HydraConfig.get().runtime.choices:
-        return own(config, stage)
+        if schema is not None:
+            _refuse_of_other_stages(HydraConfig.get().overrides.task, schema)
+        return own(config, stage, schema)
     settings = OmegaConf.to_container(config, resolve=True)
     assert isinstance(settings, dict)
     return {str(name): value for name, value in settings.items()}
+
+
+def _refuse_of_other_stages(overrides: Iterable[str], schema: type[Settings]) -> None:
+    """Refuse what the command line gives beside a preset and the stage does not read."""
+    for override in overrides:
+        name = override.lstrip("+~").split("=")[0].split("@")[0]
+        if name.split(".")[0] not in (*schema.model_fields, "experiment"):
+            raise UserError(unknown(name, name.split("."), schema))
 
 
 _failed = False  # whether an error has been told that the process is to end with
@@ -99,18 +119,26 @@ def attempt(act: Callable[[], None]) -> None:
         _failed = True
 
 
-def run(main: Callable[[DictConfig], None], config_name: str) -> None:
-    """Run a stage's `main` under Hydra with `conf/<config_name>.yaml` and the command line's overrides."""
+def run(main: Callable[[DictConfig], None], config_name: str, name_job: NameJob | None = None) -> None:
+    """Run a stage's `main` under Hydra with `conf/<config_name>.yaml` and the command line's overrides.
+
+    `name_job` names the folders of a sweep's jobs; without it Hydra does.
+    """
     keep_freed_memory()
-    attempt(lambda: refuse_credentials(" ".join(sys.argv[1:])))  # before Hydra writes them down
-    if _failed:
-        raise SystemExit(1)
+    guard(name_job)
+    # Hydra then raises what it would print as a shortened traceback; `attempt` tells a mistake in a sentence.
+    os.environ["HYDRA_FULL_ERROR"] = "1"
 
     def job(config: DictConfig) -> None:
         attempt(lambda: main(config))
         if _failed:
             raise SystemExit(1)
 
-    hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(job)()
+    def begin() -> None:
+        refuse_credentials(" ".join(sys.argv[1:]))  # before Hydra writes them down
+        refuse_flags(sys.argv[1:])
+        hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(job)()
+
+    attempt(begin)
     if _failed:
         raise SystemExit(1)

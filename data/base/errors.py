@@ -2,4 +2,4 @@
 
 
 class UserError(ValueError):
-    """A mistake a user can mend; the message is one sentence that names the thing and says what to do."""
+    """A mistake a user can fix; the message is one sentence that names the thing and says what to do."""
