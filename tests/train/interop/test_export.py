@@ -18,8 +18,8 @@ from safetensors.torch import load_file
 
 from data.base.errors import UserError
 from data.store.store import Store
+from tests.helpers.runs import SITE, activations
 from tests.helpers.toy import FORMS
-from tests.train.conftest import SITE, activations
 from train.interop.export import export, matching
 from train.interop.fold import folded
 from train.interop.import_sae import adopt

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 from data.base.cli import CONF
+from train.config import OptimizerSettings
+from train.optimizers import optimizer_from
 from train.sae import VARIANTS
 
 
@@ -22,11 +23,12 @@ def test_the_yaml_holds_every_setting_of_its_class(name: str) -> None:
     assert isinstance(config, dict)
     assert config.pop("expansion") == 8
     assert config["width"] is None
-    sae = instantiate(config, d_in=16, width=128)
+    assert config.pop("variant") == name
+    sae = VARIANTS[name](**{**config, "d_in": 16, "width": 128})
     assert type(sae) is VARIANTS[name]
-    assert sae.settings().keys() - {"d_in"} == config.keys() - {"_target_"}
+    assert sae.settings().keys() - {"d_in"} == config.keys()
     # Where null stands for a default that depends on another setting, the class tells what it took.
-    wanted = {key: value for key, value in config.items() if key not in ("_target_", "width") and value is not None}
+    wanted = {key: value for key, value in config.items() if key != "width" and value is not None}
     assert {key: sae.settings()[key] for key in wanted} == wanted
 
 
@@ -34,7 +36,9 @@ def test_the_yaml_holds_every_setting_of_its_class(name: str) -> None:
 def test_the_optimizer_holds_plain_values_in_its_state(name: str) -> None:
     config = OmegaConf.load(CONF / "optimizer" / f"{name}.yaml")
     parameter = torch.nn.Parameter(torch.ones(3))
-    optimizer = instantiate(config.optimizer)([parameter])
+    settings = OmegaConf.to_container(config.optimizer)
+    assert isinstance(settings, dict)
+    optimizer = optimizer_from(OptimizerSettings.of({str(key): value for key, value in settings.items()}))([parameter])
     assert isinstance(optimizer, torch.optim.Adam)
     group = optimizer.state_dict()["param_groups"][0]
     assert type(group["betas"]) in (list, tuple)
