@@ -35,7 +35,7 @@ _LOG_FILE = "${hydra.runtime.output_dir}/${hydra.job.name}.log"
 # Hydra's own name for a job's folder in conf/: the one that a stage's own naming takes the place of.
 _OVERRIDES_AS_NAME = "${hydra:job.override_dirname}"
 
-# Names a job's folder in a sweep: its overrides, the names that the sweep varies, the sweep's folder.
+# Names a job's folder in a sweep: from its overrides, the names of those that the sweep varies, the sweep's folder.
 NameJob = Callable[[Sequence[str], frozenset[str], str], str]
 
 
@@ -103,9 +103,8 @@ class GuardedLoader(ConfigLoaderImpl):
         """One job's settings; its folder is named by `name_job`, unless hydra.sweep.subdir was given."""
         own = _plain(master_config.hydra)
         if self.name_job is not None and own["sweep"]["subdir"] == _OVERRIDES_AS_NAME:
-            excluded = own["job"]["config"]["override_dirname"]["exclude_keys"]
-            named = [item for item in sweep_overrides if _key(item) not in excluded]
-            name = self.name_job(named, swept(own), str(master_config.hydra.sweep.dir))
+            excluded = frozenset(own["job"]["config"]["override_dirname"]["exclude_keys"])
+            name = self.name_job(sweep_overrides, swept(own) - excluded, str(master_config.hydra.sweep.dir))
             sweep_overrides = [*sweep_overrides, f"hydra.sweep.subdir='{name}'"]
         return super().load_sweep_config(master_config, sweep_overrides)
 
@@ -138,10 +137,6 @@ def _plain(config: DictConfig) -> dict[str, Any]:
     whole = OmegaConf.to_container(config, resolve=False)
     assert isinstance(whole, dict)
     return {str(name): value for name, value in whole.items()}
-
-
-def _key(override: str) -> str:
-    return override.lstrip("+~").split("=")[0]
 
 
 def swept(own: Mapping[str, Any]) -> frozenset[str]:
