@@ -22,6 +22,8 @@ from data.base.config import Flag, Real, Settings, Text, Whole
 from data.base.errors import UserError
 
 Group = dict[str, Any]
+Named = Annotated[Text, Field(min_length=1)]
+"""A path or a name, not empty."""
 Share = Annotated[Real, Field(ge=0, le=1)]
 """A share of the run."""
 
@@ -151,7 +153,7 @@ class LoggerSettings(Settings):
 
     name: Literal["csv", "tensorboard", "wandb"] = "csv"
     """csv: metrics.csv alone, which every run has; tensorboard or wandb (extras) beside it."""
-    project: Text = "thresher"
+    project: Named = "thresher"
     """The project at Weights & Biases."""
     offline: Flag = False
     """Whether Weights & Biases only writes to the disk."""
@@ -174,11 +176,11 @@ class TrainSettings(Settings):
     """What the pass runs on."""
     logger: Annotated[LoggerSettings, OF_VIEW] = Field(default_factory=lambda: LoggerSettings.of({}))
     """What is written beside metrics.csv."""
-    cache: Annotated[Text, OF_STORE] = "outputs/cache"
+    cache: Annotated[Named, OF_STORE] = "outputs/cache"
     """The folder in which the store is found by model, text and packing."""
-    store: Annotated[Text | None, OF_STORE] = None
+    store: Annotated[Named | None, OF_STORE] = None
     """The folder of a store, in place of finding it."""
-    site: Annotated[Text, OF_STREAM] = "resid_post.3"
+    site: Annotated[Named, OF_STREAM] = "resid_post.3"
     """The site whose activations are read."""
     tokens: Annotated[Whole, OF_STREAM] = Field(1_000_000, ge=1)
     """Training tokens."""
@@ -220,11 +222,11 @@ class TrainSettings(Settings):
     """Steps between two checkpoints."""
     checkpoint_minutes: Annotated[Real | None, OF_PASS] = Field(5.0, gt=0)
     """Minutes after which a checkpoint is written before its step; null: only by steps."""
-    start: Annotated[Text | None, OF_SAE] = None
+    start: Annotated[Named | None, OF_SAE] = None
     """The folder of an SAE, whose weights and norm to begin with."""
-    resume: Annotated[Text | None, OF_VIEW] = None
+    resume: Annotated[Named | None, OF_VIEW] = None
     """The folder of a run to go on with, from its last checkpoint, with its own settings."""
-    out: Annotated[Text, OF_VIEW]
+    out: Annotated[Named, OF_VIEW]
     """The folder of the run."""
 
     @classmethod

@@ -41,14 +41,36 @@ def keep_freed_memory() -> None:
         libc.mallopt(_M_TOP_PAD, 256 << 20)
 
 
+_CHOOSE = "choose another folder"
+# Errors of the file system that a user can cause: what it says of the file, and what helps.
+_REMEDIES = {
+    errno.ENOSPC: ("cannot be written, as the disk is full", "free some space, then try again"),
+    errno.EDQUOT: ("cannot be written, as your quota is used up", "free some space, then try again"),
+    errno.EFBIG: ("is larger than files may be here", _CHOOSE),
+    errno.EACCES: ("cannot be written or read with your permissions", f"change them or {_CHOOSE}"),
+    errno.EPERM: ("cannot be written or read with your permissions", f"change them or {_CHOOSE}"),
+    errno.EROFS: ("lies where nothing can be written", _CHOOSE),
+    errno.ENOTDIR: ("goes through a file as if it were a folder", "check the path"),
+    errno.EEXIST: ("is there already and is no folder", _CHOOSE),
+    errno.EISDIR: ("is a folder where a file was expected", "check the path"),
+    errno.ENOENT: ("does not exist", "check the path"),
+    errno.ENAMETOOLONG: ("has a name that is too long", "choose a shorter one"),
+    errno.ELOOP: ("is a link that leads back to itself", "check the path"),
+    errno.EMFILE: ("cannot be opened beside so many others", "raise the limit (ulimit -n) or use fewer threads"),
+    errno.ENFILE: ("cannot be opened, as the machine has too many files open", "end other programs"),
+    errno.ENOMEM: ("cannot be read, as there is not enough memory", "use smaller sizes, or a machine with more"),
+}
+
+
 def sentence(error: Exception) -> str | None:
     """What to tell a user of this error, or None where it is a fault of the program and deserves its traceback."""
     if isinstance(error, UserError):
         return str(error)
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        return f"the disk is full ({error.filename or 'while writing'}): free some space and run the same command again"
-    if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
-        return f"{error.filename} cannot be written or read with your permissions: change them or choose another folder"
+    if isinstance(error, OSError) and error.errno in _REMEDIES:
+        what, remedy = _REMEDIES[error.errno]
+        return f"{error.filename or 'a file'} {what}: {remedy}"
+    if isinstance(error, MemoryError):
+        return "there is not enough memory for this: use smaller sizes, or a machine with more"
     if isinstance(error, HydraException | OmegaConfBaseException):
         return f"the settings cannot be read ({str(error).splitlines()[0]}): check the command line"
     return None
