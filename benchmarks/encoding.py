@@ -62,7 +62,7 @@ def token_bytes(rows: NDArray[Any], codec: str | None) -> float:
     layout = Layout("float32", 1, 4096, 1, 0, codec=codec)
     files = ChunkCodec(layout, rows.dtype, rows.shape[1:])
     whole = rows[: len(rows) // 4096 * 4096].reshape(-1, 4096, rows.shape[1])
-    return sum(len(piece) for chunk in whole for piece in files.pieces([chunk])) / (len(whole) * 4096)
+    return sum(len(piece) for chunk in whole for piece in files.encode([chunk])) / (len(whole) * 4096)
 
 
 def absmax(x: Floats) -> Floats:

@@ -8,6 +8,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
+from functools import cached_property
 from typing import Any
 
 from data.base.errors import UserError
@@ -196,7 +197,7 @@ class Manifest:
     def __post_init__(self) -> None:
         assert re.fullmatch(r"\w[\w.-]*", self.name), f"{self.name!r} cannot name a folder"
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         return _digest(self.identity)
 
@@ -204,7 +205,7 @@ class Manifest:
     def folder(self) -> str:
         return f"{self.name}-{self.fingerprint[:12]}"
 
-    @property
+    @cached_property
     def layout(self) -> Layout:
         return Layout(**self.identity["layout"])
 
@@ -218,9 +219,13 @@ class Manifest:
         obj = unseal(data, path, remedy)
         if obj.pop("format", 0) > FORMAT:
             raise UserError(f"{path} is of a newer format than this version reads ({FORMAT}): update the program")
-        fingerprint = obj.pop("fingerprint")
-        manifest = cls(**obj)
-        if manifest.fingerprint != fingerprint:
+        try:
+            fingerprint = obj.pop("fingerprint")
+            manifest = cls(**obj)
+            sound = manifest.fingerprint == fingerprint and manifest.layout is not None
+        except (TypeError, KeyError, AssertionError):  # sealed, but a file of another kind
+            sound = False
+        if not sound:
             raise UserError(f"{path} is damaged: {remedy}")
         return manifest
 

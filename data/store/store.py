@@ -16,6 +16,7 @@ once, as a folder or an object store can: data/storage/local.py.
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -28,8 +29,8 @@ from numpy.typing import NDArray
 from data.base.errors import UserError
 from data.loading.order import Ints, seeded_permutation
 from data.storage.file_leases import LeaseLost
-from data.storage.local import Location, open_storage, parse_location
-from data.store.commit import Chunk, Commit
+from data.storage.local import Location, Url, open_storage, parse_location
+from data.store.commit import Chunk, Commit, chunk_key, record_key, remake, unit_of
 from data.store.manifest import HELDOUT, TRAIN, Json, Layout, Manifest, diff_fields, seal, seal_array, unseal
 from data.store.row_format import INDEX_ARRAYS, RowFormat
 from data.store.stats import Stats
@@ -55,11 +56,18 @@ class Store:
         """Open a folder or URL; a UserError where it is no store, its manifest is damaged or its format is newer."""
         path = parse_location(path)
         try:
-            return cls(path, Manifest.from_json(open_storage(path).read("manifest.json"), path / "manifest.json"))
+            manifest = Manifest.from_json(open_storage(path).read("manifest.json"), path / "manifest.json")
         except (FileNotFoundError, NotADirectoryError):
             raise UserError(
                 f"{path} is not a store (it has no manifest.json): give the folder of a harvested cache"
             ) from None
+        names = {path.name} if isinstance(path, Url) else {path.absolute().name, path.resolve().name}
+        if manifest.folder not in names:
+            raise UserError(
+                f"{path / 'manifest.json'} is the manifest of {manifest.folder}: give the folder that name, or restore "
+                "its own manifest from a copy"
+            )
+        return cls(path, manifest)
 
     @classmethod
     def create_or_open(cls, cache: Location, manifest: Manifest) -> Store:
@@ -97,11 +105,17 @@ class Store:
             ) from None
 
     def _parsed(self, key: str, data: bytes) -> Json:
+        """Parse a zarr.json, which carries a check of its own unless another program wrote it."""
         try:
-            found: Json = json.loads(data)
-            return found
-        except ValueError:
-            raise UserError(f"{self.path / key} is damaged: delete the store and harvest again") from None
+            metadata: Json = json.loads(data)
+            checked = "check" in metadata.get("attributes", {})
+            if all(type(n) is int for n in metadata["shape"]) and not (checked and data != seal_array(metadata)):
+                return metadata
+        except (ValueError, TypeError, KeyError, AttributeError):  # not JSON, or no array's
+            pass
+        raise UserError(
+            f"{self.path / key} is damaged: restore it from a copy, or delete the store and run the same harvest again"
+        )
 
     def row_shape(self, split: str, site: str) -> tuple[int, ...]:
         """Of rows as they are stored."""
@@ -150,28 +164,51 @@ class Store:
 
         self.place.update(key, grown)
 
-    @staticmethod
-    def _record(split: str, unit: int, site: str) -> str:
-        return f"commits/{split}/{unit:06d}.{site}.json"
-
     def _records(self, split: str) -> list[tuple[int, str, str]]:
         """(unit, site, key) of every commit of a split, by unit."""
         names = (name for name in self.place.names(f"commits/{split}") if name[0].isdigit() and name.endswith(".json"))
         parts = (name.split(".", 1) for name in names)
         found = sorted((int(unit), rest.removesuffix(".json")) for unit, rest in parts)
-        return [(unit, site, self._record(split, unit, site)) for unit, site in found]
+        return [(unit, site, record_key(split, unit, site)) for unit, site in found]
 
     def is_committed(self, split: str, unit: int, site: str) -> bool:
-        return self.place.size(self._record(split, unit, site)) is not None
+        return self.place.size(record_key(split, unit, site)) is not None
 
     def committed(self, split: str, site: str) -> dict[int, Commit]:
         """The commits of a site by unit, in order; a UserError names a damaged record."""
         records = [(unit, key) for unit, name, key in self._records(split) if name == site]
         unread = [key for _, key in records if key not in self._commits]
-        for key, data in zip(unread, self.place.reads(unread), strict=True):
-            if data is not None:  # else it was removed a moment ago
-                self._commits[key] = Commit.of(data, self.path / key)
+        if unread:
+            self._read_records(split, site, unread)
         return {unit: self._commits[key] for unit, key in records if key in self._commits}
+
+    def _read_records(self, split: str, site: str, keys: Sequence[str]) -> None:
+        """Read commit records and hold each against its name, the layout and its array."""
+        capacity, *row_shape = self.metadata(split, site)["shape"]
+        kind = self.rows_of(site)
+        codec, width = kind.format(tuple(row_shape)), kind.width(tuple(row_shape))
+        for key, data in zip(keys, self.place.reads(keys), strict=True):
+            if data is None:  # it was removed a moment ago
+                continue
+            commit, unit = Commit.of(data, self.path / key), unit_of(key)
+            wrong = commit.wrong_name(split, unit, site, self.layout) or commit.wrong_array(codec, width, capacity)
+            if wrong:
+                raise UserError(f"{self.path / key} {wrong}: {remake(self.path, split, unit, site)}")
+            self._commits[key] = commit
+
+    def refuse_missing_records(self, split: str, site: str) -> None:
+        """UserError where complete.json counts rows of a site whose commit records are not there."""
+        complete = self.complete or {}  # before the records: what is committed meanwhile is not in it
+        sites = complete.get(split)
+        counted = sites.get(site, 0) if isinstance(sites, dict) else 0
+        commits = self.committed(split, site)
+        rows = sum(commit.rows for commit in commits.values())
+        if isinstance(counted, int) and rows < counted:
+            first = next(unit for unit in itertools.count() if unit not in commits)
+            raise UserError(
+                f"{self.path / record_key(split, first, site)} is missing: complete.json counts {counted:,} rows of "
+                f"{split}/{site}, {rows:,} are committed; run the same harvest again, which makes the others anew"
+            )
 
     def permutation(self, split: str, unit: int, n: int) -> Ints:
         """The seeded order of a unit's `n` rows, the same for all its sites, tokens and origin."""
@@ -195,7 +232,7 @@ class Store:
             chunks, stats = self._stage(stage, split, unit, kind, rows, order, tuple(shape[1:]))
             moments = (stats.sum.tolist(), stats.sum_sq, stats.mean_norm, stats.max_abs)
             commit = Commit(split, unit, site, len(rows), tuple(chunks), *moments, nonfinite=0, made_by=made_by)
-            record, keys = self._record(split, unit, site), [chunk.key for chunk in chunks]
+            record, keys = record_key(split, unit, site), [chunk.key for chunk in chunks]
             standing = self.place.commit_staged(stage, keys, record, seal(asdict(commit)))
             return Commit.of(standing, self.path / record)
         except FileNotFoundError:
@@ -232,16 +269,11 @@ class Store:
 
         chunks, at = [], 0
         for number, n in enumerate(self.layout.files(len(rows)), unit * self.layout.files_per_unit):
-            key = self.key(split, kind.site, number, row_shape)
-            pieces = kind.format(row_shape).pieces(stored(at, n))
+            key = chunk_key(split, kind.site, number, row_shape)
+            pieces = kind.format(row_shape).encode(stored(at, n))
             chunks.append(Chunk(key, n, *self._write_chunk(stage, key, pieces)))
             at += n
         return chunks, Stats.merge(parts) if parts else Stats(len(rows), np.zeros(0), 0.0, 0.0, 0.0)
-
-    @staticmethod
-    def key(split: str, site: str, number: int, row_shape: tuple[int, ...]) -> str:
-        """The path, below the store, of the number-th chunk file of an array."""
-        return f"{split}/{site}/c.{number}" + ".0" * len(row_shape)
 
     def _write_chunk(self, stage: Location, key: str, pieces: Iterable[bytes]) -> tuple[int, str]:
         """Write one chunk file into `stage`; returns its bytes and their crc32c."""
@@ -268,6 +300,7 @@ class Store:
 
     def stats(self, split: str, site: str) -> Stats:
         """Statistics over all committed rows; a UserError where there are none."""
+        self.refuse_missing_records(split, site)
         parts = [commit.stats for commit in self.committed(split, site).values() if commit.rows]
         if not parts:
             raise UserError(f"{self.path} holds no rows of {site} in split {split}: harvest them first")

@@ -215,7 +215,7 @@ class Verifier:
             rows, shape = self.arrays[commit.split, commit.site]
             if self._is_named(commit, number, chunk, shape):
                 try:
-                    chunks = rows.format(shape).rows(content, self.layout.chunks(chunk.rows))
+                    chunks = rows.format(shape).decode(content, self.layout.chunks(chunk.rows))
                     found = [None if rows.is_book else Stats.of(rows.values(x)) for x in chunks]
                     return [stats for stats in found if stats]
                 except ValueError as error:
