@@ -21,7 +21,8 @@ from numpy.typing import NDArray
 from data.base.sites import KINDS, Site
 from data.store.chunk_codec import ChunkCodec
 from data.store.int8 import PILOT_ROWS, FeatureScale, RowDecoder, encode, rounded
-from data.store.manifest import CODECS, TRAIN, Layout
+from data.store.layout import CODECS, Layout
+from data.store.manifest import TRAIN
 from data.store.zarr_bfloat16 import from_float32, to_float32
 from harvest import lm
 from harvest.documents import source_from

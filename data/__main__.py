@@ -7,10 +7,11 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from data.base.cli import sentence
-from data.base.errors import UserError
-from data.storage.local import open_storage, parse_location
-from data.store.files import size, stores_below
+from data.base.errors import UserError, to_sentence
+from data.base.files import format_bytes
+from data.base.location import parse_location
+from data.storage.open import open_storage
+from data.store.files import stores_below
 
 CACHE, OUTPUTS = "outputs/cache", Path("outputs")
 
@@ -32,10 +33,8 @@ def _verify(args: argparse.Namespace) -> int:
         damages += damaged
         sizes = open_storage(path).sizes()
         state = f"{damaged} damaged" if damaged else f"sound, {Entry.of(path).state}"
-        print(
-            f"{path}: {state}; {len(sizes)} files, {size(sum(sizes.values()))}, {len(findings) - damaged} left over",
-            flush=True,
-        )
+        on_disk = f"{len(sizes)} files, {format_bytes(sum(sizes.values()))}"
+        print(f"{path}: {state}; {on_disk}, {len(findings) - damaged} left over", flush=True)
     return 1 if damages else 0
 
 
@@ -96,7 +95,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The exit code: 0, or 1 for damage or a mistake, which is told in a sentence."""
+    """The exit code: 0, or 1 for damage or a mistake, which is printed as a sentence."""
     args = _parser().parse_args(argv)
     try:
         code: int = args.run(args)
@@ -105,7 +104,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("stopped", file=sys.stderr)
         return 130
     except Exception as error:
-        told = sentence(error)
+        told = to_sentence(error)
         if told is None:
             raise
         print(f"error: {told}", file=sys.stderr)

@@ -20,8 +20,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from data.base import cli
 from data.base.errors import UserError
+from data.base.records import canonical, diff_fields
 from data.base.settings import number, whole
-from data.store.manifest import canonical, diff_fields
 from train.plan import LAST, DataPlan, Settings, TrainRun, checked, group_by_stream, make_plan
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ def asked(config: DictConfig) -> TrainRequest:
         job = HydraConfig.get()
         overrides = list(job.overrides.task)
         sweep = Path(job.sweep.dir) if job.mode == RunMode.MULTIRUN else None
-    return TrainRequest(cli.settings_of(config, "train"), overrides, sweep)
+    return TrainRequest(cli.stage_settings(config, "train"), overrides, sweep)
 
 
 def train(settings: Settings, overrides: Sequence[str] = ()) -> None:

@@ -13,7 +13,7 @@ from benchmarks.claims.bench import CE, METRICS, NMSE, Bench, Part
 from benchmarks.claims.scores import Scored
 from benchmarks.claims.topk import named, shown
 from benchmarks.claims.verdict import Cell
-from data.store.manifest import Json
+from data.base.records import Json
 from evaluate.report.markdown import dumps, number, table
 from evaluate.report.png import against_l0
 

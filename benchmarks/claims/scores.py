@@ -21,11 +21,12 @@ from torch import Tensor
 
 from benchmarks.claims.forms import BatchForm, rescaled, turned, with_threshold
 from benchmarks.claims.verdict import Estimate
+from data.base.records import Json, canonical
 from data.base.sites import Site
 from data.loading.loader import ActivationLoader
 from data.loading.order import split_calibration
 from data.loading.reader import open_reader
-from data.store.manifest import TRAIN, Json, canonical
+from data.store.manifest import TRAIN
 from data.store.store import Store
 from evaluate.metrics import Columns, resampled, statistics, totals
 from evaluate.run import SavedSAE, Text, open_text

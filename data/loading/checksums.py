@@ -73,7 +73,7 @@ class ChunkChecks:
         for begin in range(0, record.bytes, len(buffer)):
             part = buffer[: record.bytes - begin]
             try:
-                length = self.store.place.read_into(record.key, begin, memoryview(part))
+                length = self.store.storage.read_into(record.key, begin, part.data)
             except FileNotFoundError:
                 raise self.wrong(record, unit, "is missing") from None
             self.refuse_length(record, unit, length)

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from data.base.seeded import Ints
 from data.loading.checksums import ChunkChecks
-from data.loading.order import Ints
 from data.store.commit import Chunk
 from data.store.store import Store
 
@@ -188,7 +188,7 @@ class RangeReader(_CommittedReader):
         compare = self._must_compare(chunk, at, part.nbytes)
         into = memoryview(part.reshape(-1).view(np.uint8).data)
         try:
-            length = self.store.place.read_into(record.key, at, into)
+            length = self.store.storage.read_into(record.key, at, into)
         except FileNotFoundError:
             raise self.checks.wrong(record, unit, "is missing") from None
         self.checks.refuse_length(record, unit, length)
@@ -206,13 +206,13 @@ class ZarrReader(_CommittedReader):
 
         import data.store.zarr_bfloat16  # noqa: F401  registers the type
 
-        self._array = zarr.open_array(**store.place.zarr(f"{split}/{site}"), mode="r")
+        self._array = zarr.open_array(**store.storage.zarr(f"{split}/{site}"), mode="r")
 
     def read(self, chunk: int, out: NDArray[Any], start: int = 0) -> None:
         from zarr.core.buffer.cpu import NDBuffer
 
         part, record, unit = self._part(chunk, out, start), self.chunks[chunk], self.units[chunk]
-        length = self.store.place.size(record.key)
+        length = self.store.storage.size(record.key)
         if length is None:  # zarr would give zeros
             raise self.checks.wrong(record, unit, "is missing")
         self.checks.refuse_length(record, unit, length)

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data.store.manifest import Json, Layout
+from data.base.records import Json
+from data.store.layout import Layout
 
 # Level 1 of zstd takes bfloat16 activations as far as level 9, at ten times its speed; of blosc's, lz4 over bit planes
 # is the fastest both ways and no larger than zstd: benchmarks/encoding.py.

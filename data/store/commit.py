@@ -1,20 +1,17 @@
-"""Commit records, and how files come to last: what a record names was on the disk before it."""
+"""Commit records: what is true of one unit of one site, written once all that they name is on the disk."""
 
 from __future__ import annotations
 
-import contextlib
-import os
-import uuid
-from collections.abc import Iterator
+import re
 from dataclasses import dataclass
-from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 
 from data.base.errors import UserError
+from data.base.location import Location
+from data.base.records import Json, unseal
 from data.store.chunk_codec import ChunkCodec
-from data.store.manifest import Json, Layout, unseal
+from data.store.layout import Layout
 from data.store.stats import Stats
 
 
@@ -84,6 +81,9 @@ class Commit:
         return Stats(self.rows, np.array(self.sum), self.sum_sq, self.mean_norm, self.max_abs)
 
 
+RECORD = re.compile(r"(\d{6,})\.(\w[\w.-]*)\.json")  # the name of a record: unit, site
+
+
 def record_key(split: str, unit: int, site: str) -> str:
     """The path of a commit record below its store."""
     return f"commits/{split}/{unit:06d}.{site}.json"
@@ -103,60 +103,3 @@ def remake(store: Location, split: str, unit: int, site: str) -> str:
     """The one remedy for a damaged unit of a site, as the end of a sentence."""
     record = store / record_key(split, unit, site)
     return f"delete {record} and run the same harvest again, which makes unit {unit} of {split}/{site} anew"
-
-
-@contextlib.contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """Let an OSError say which file it is about, which calls on open files do not."""
-    try:
-        yield
-    except OSError as error:
-        error.filename = error.filename or str(path)
-        raise
-
-
-def fsync(folder: Path) -> None:
-    """Make the names in a folder (or a file's content) last through a power failure; an OSError names it."""
-    fd = os.open(folder, os.O_RDONLY)
-    try:
-        with naming(folder):
-            os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-@contextlib.contextmanager
-def whole_file(path: Path) -> Iterator[BinaryIO]:
-    """Open a file to write and fsync it; what fails leaves no file, and an OSError names it."""
-    try:
-        with naming(path), open(path, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-    except BaseException:
-        path.unlink(missing_ok=True)
-        raise
-
-
-def put(path: Path, data: bytes) -> None:
-    """Write a file that no other process writes now (in a store: under its lock): all of it or nothing.
-
-    What a killed process leaves has the one name that the next one to write this record writes to.
-    """
-    temporary = path.with_name(f".{path.name}.tmp")
-    with whole_file(temporary) as file:
-        file.write(data)
-    os.replace(temporary, path)
-    fsync(path.parent)
-
-
-def put_first(path: Path, data: bytes) -> None:
-    """Write a file that others may be writing at the same time, with the same bytes and without a lock."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    with contextlib.suppress(FileNotFoundError):  # another was first, and removed this one
-        with whole_file(temporary) as file:
-            file.write(data)
-        os.replace(temporary, path)
-    for left in path.parent.glob(f".{path.name}.*.tmp"):
-        left.unlink(missing_ok=True)
-    fsync(path.parent)

@@ -6,7 +6,7 @@
     <split>/tokens, <split>/origin           int32 [capacity], int32 [capacity, 2] (sequence, position)
     commits/<split>/<unit>.<site>.json       written last: rows, bytes and crc32c of each chunk file, statistics
     complete.json                            written when all that was asked for is committed
-    claims/                                  there only while processes write: data/storage/file_leases.py
+    claims/                                  there only while processes write: data/storage/leases.py
 
 A unit is `layout.chunks_per_unit` consecutive chunks, of which only those that hold rows are written; with shards its
 one file is what is called a chunk file here. A committed unit is never written again. Any number of processes may
@@ -27,11 +27,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data.base.errors import UserError
-from data.loading.order import Ints, seeded_permutation
-from data.storage.file_leases import LeaseLost
-from data.storage.local import Location, Url, open_storage, parse_location
-from data.store.commit import Chunk, Commit, chunk_key, record_key, remake, unit_of
-from data.store.manifest import HELDOUT, TRAIN, Json, Layout, Manifest, diff_fields, seal, seal_array, unseal
+from data.base.location import Location, Url, parse_location
+from data.base.records import Json, diff_fields, seal, seal_array, unseal
+from data.base.seeded import Ints, seeded_permutation
+from data.storage.base import LeaseLost
+from data.storage.open import open_storage
+from data.store.commit import RECORD, Chunk, Commit, chunk_key, record_key, remake, unit_of
+from data.store.layout import Layout
+from data.store.manifest import HELDOUT, TRAIN, Manifest
 from data.store.row_format import INDEX_ARRAYS, RowFormat
 from data.store.stats import Stats
 
@@ -42,12 +45,22 @@ TOKENS, ORIGIN = INDEX_ARRAYS
 _SITE = re.compile(r"\w[\w.-]*")
 
 
+def read_manifest(path: Location) -> Manifest:
+    """The manifest in a folder, whatever the folder's name; a UserError where there is none or it is damaged."""
+    try:
+        return Manifest.from_json(open_storage(path).read("manifest.json"), path / "manifest.json")
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(
+            f"{path} is not a store (it has no manifest.json): give the folder of a harvested cache"
+        ) from None
+
+
 class Store:
     """One store, open."""
 
     def __init__(self, path: Location, manifest: Manifest) -> None:
-        self.path, self.manifest, self.place = path, manifest, open_storage(path)
-        self.claims = self.place.claims
+        self.path, self.manifest, self.storage = path, manifest, open_storage(path)
+        self.leases = self.storage.leases
         self._commits: dict[str, Commit] = {}  # a record never changes once it is there
         self._rows: dict[str, RowFormat] = {}  # nor does how a site's rows are encoded
 
@@ -55,12 +68,7 @@ class Store:
     def open(cls, path: Location | str) -> Store:
         """Open a folder or URL; a UserError where it is no store, its manifest is damaged or its format is newer."""
         path = parse_location(path)
-        try:
-            manifest = Manifest.from_json(open_storage(path).read("manifest.json"), path / "manifest.json")
-        except (FileNotFoundError, NotADirectoryError):
-            raise UserError(
-                f"{path} is not a store (it has no manifest.json): give the folder of a harvested cache"
-            ) from None
+        manifest = read_manifest(path)
         names = {path.name} if isinstance(path, Url) else {path.absolute().name, path.resolve().name}
         if manifest.folder not in names:
             raise UserError(
@@ -80,11 +88,11 @@ class Store:
                     f"{path} has lost its manifest.json: restore it, or delete the folder and harvest again"
                 )
             place.create("manifest.json", manifest.to_json())
-        store = cls.open(path)
-        fields = diff_fields(store.manifest.identity, manifest.identity)
+        there = read_manifest(path)
+        fields = diff_fields(there.identity, manifest.identity)
         if fields:
             raise UserError(f"{path} was made otherwise ({'; '.join(fields)}): ask for the same, or use another cache")
-        return store
+        return cls(path, there)
 
     @property
     def layout(self) -> Layout:
@@ -97,7 +105,7 @@ class Store:
         """The array's zarr.json; a UserError where the store has no such site."""
         key = f"{split}/{site}/zarr.json"
         try:
-            return self._parsed(key, self.place.read(key))
+            return self._parsed(key, self.storage.read(key))
         except FileNotFoundError:
             have = ", ".join(self.sites(split)) or "none"
             raise UserError(
@@ -126,7 +134,7 @@ class Store:
         rows = self._rows.get(site) or RowFormat(self.layout, site, {})
         if rows.is_int8 and not rows.attributes:
             for split in (TRAIN, HELDOUT):
-                if not rows.attributes and self.place.size(f"{split}/{site}/zarr.json") is not None:
+                if not rows.attributes and self.storage.size(f"{split}/{site}/zarr.json") is not None:
                     rows = RowFormat(self.layout, site, self.metadata(split, site).get("attributes", {}))
         if rows.attributes or not rows.is_int8:
             self._rows[site] = rows
@@ -148,9 +156,9 @@ class Store:
         key, unit_rows = f"{split}/{site}/zarr.json", self.layout.unit_rows
         capacity = -(-rows_capacity // unit_rows) * unit_rows
         row_shape = self.rows_of(site).shape(width)
-        made = {} if self.place.size(key) else self.rows_of(site).zarr_files(split, (capacity, *row_shape))
+        made = {} if self.storage.size(key) else self.rows_of(site).zarr_files(split, (capacity, *row_shape))
         for group in (name for name in made if name != key):
-            self.place.update(group, lambda old, new=made[group]: old or new)  # type: ignore[misc]
+            self.storage.update(group, lambda old, new=made[group]: old or new)  # type: ignore[misc]
 
         def grown(old: bytes | None) -> bytes:
             found = self._parsed(key, old or made[key])
@@ -162,17 +170,16 @@ class Store:
                 found["attributes"] = {"encoding": encoded_by.attributes(site)}
             return seal_array(found | {"shape": [max(capacity, shape[0]), *row_shape]})
 
-        self.place.update(key, grown)
+        self.storage.update(key, grown)
 
     def _records(self, split: str) -> list[tuple[int, str, str]]:
         """(unit, site, key) of every commit of a split, by unit."""
-        names = (name for name in self.place.names(f"commits/{split}") if name[0].isdigit() and name.endswith(".json"))
-        parts = (name.split(".", 1) for name in names)
-        found = sorted((int(unit), rest.removesuffix(".json")) for unit, rest in parts)
-        return [(unit, site, record_key(split, unit, site)) for unit, site in found]
+        names = (RECORD.fullmatch(name) for name in self.storage.list_files(f"commits/{split}"))
+        records = sorted((int(match[1]), match[2]) for match in names if match)
+        return [(unit, site, record_key(split, unit, site)) for unit, site in records]
 
     def is_committed(self, split: str, unit: int, site: str) -> bool:
-        return self.place.size(record_key(split, unit, site)) is not None
+        return self.storage.size(record_key(split, unit, site)) is not None
 
     def committed(self, split: str, site: str) -> dict[int, Commit]:
         """The commits of a site by unit, in order; a UserError names a damaged record."""
@@ -187,7 +194,7 @@ class Store:
         capacity, *row_shape = self.metadata(split, site)["shape"]
         kind = self.rows_of(site)
         codec, width = kind.format(tuple(row_shape)), kind.width(tuple(row_shape))
-        for key, data in zip(keys, self.place.reads(keys), strict=True):
+        for key, data in zip(keys, self.storage.read_many(keys), strict=True):
             if data is None:  # it was removed a moment ago
                 continue
             commit, unit = Commit.of(data, self.path / key), unit_of(key)
@@ -227,20 +234,20 @@ class Store:
         kind = self.rows_of(site)
         assert rows.dtype == kind.native and np.prod(rows.shape[1:]) == kind.width(shape[1:]), (rows.dtype, rows.shape)
         assert len(rows) <= layout.unit_rows and (unit + 1) * layout.unit_rows <= shape[0], (len(rows), unit, shape)
-        stage = self.claims.stage(split, unit, site)
+        stage = self.leases.stage(split, unit, site)
         try:
             chunks, stats = self._stage(stage, split, unit, kind, rows, order, tuple(shape[1:]))
             moments = (stats.sum.tolist(), stats.sum_sq, stats.mean_norm, stats.max_abs)
             commit = Commit(split, unit, site, len(rows), tuple(chunks), *moments, nonfinite=0, made_by=made_by)
             record, keys = record_key(split, unit, site), [chunk.key for chunk in chunks]
-            standing = self.place.commit_staged(stage, keys, record, seal(asdict(commit)))
+            standing = self.storage.commit_staged(stage, keys, record, seal(asdict(commit)))
             return Commit.of(standing, self.path / record)
         except FileNotFoundError:
-            if self.place.size(f"{split}/{site}/zarr.json") is not None:
+            if self.storage.size(f"{split}/{site}/zarr.json") is not None:
                 raise LeaseLost(f"unit {unit} of {split}/{site}") from None
             raise
         finally:
-            self.claims.unstage(stage)
+            self.leases.unstage(stage)
 
     def _stage(
         self,
@@ -287,7 +294,7 @@ class Store:
                 crc, size = google_crc32c.extend(crc, data), size + len(data)
                 yield data
 
-        self.place.put_staged(stage, key.rpartition("/")[2], counted())
+        self.storage.put_staged(stage, key.rpartition("/")[2], counted())
         return size, f"{crc:08x}"
 
     def rows(self, split: str, site: str) -> int:
@@ -308,57 +315,13 @@ class Store:
 
     def mark_complete(self, extent: Callable[[], Json]) -> None:
         """Record that all of `extent()`, looked at while no other process does the same, is committed."""
-        self.place.update("complete.json", lambda _: seal(extent()))
+        self.storage.update("complete.json", lambda _: seal(extent()))
 
     @property
     def complete(self) -> Json | None:
         """The extent last marked complete, or None."""
         try:
-            data = self.place.read("complete.json")
+            data = self.storage.read("complete.json")
         except FileNotFoundError:
             return None
         return unseal(data, self.path / "complete.json", "delete it and run the same harvest again")
-
-
-def _stores(cache: Location) -> tuple[list[Store], list[UserError]]:
-    """All stores of a cache folder by name, and what is wrong with those that cannot be opened."""
-    found, wrong = [], []
-    for path in (cache / name for name in open_storage(cache).folders()):
-        if open_storage(path).size("manifest.json") is None:
-            continue
-        try:
-            found.append(Store.open(path))
-        except UserError as error:
-            wrong.append(error)
-    return found, wrong
-
-
-def _matching(cache: Location, matches: Callable[[Store], bool]) -> list[Store]:
-    """The stores that match; where none does but some could not be opened, the first such error."""
-    stores, wrong = _stores(cache)
-    found = [store for store in stores if matches(store)]
-    if not found and wrong:
-        raise wrong[0]
-    return found
-
-
-def find(cache: Location, settings: Json) -> list[Store]:
-    """All stores of a cache that were asked for with just these settings."""
-    return _matching(cache, lambda store: store.manifest.settings == settings)
-
-
-def find_fingerprint(cache: Location, fingerprint: str) -> Store:
-    """The store with this fingerprint; a UserError where there is none."""
-    found = _matching(cache, lambda store: store.manifest.fingerprint == fingerprint)
-    if not found:
-        raise UserError(f"no store in {cache} has the fingerprint {fingerprint[:12]}: harvest it again or set cache=")
-    return found[0]
-
-
-def pick(stores: Sequence[Store]) -> Store:
-    """The one store of `stores` (at least one); a UserError lists several, for nothing is guessed."""
-    assert stores, "no store to pick from"
-    if len(stores) > 1:
-        names = ", ".join(str(store.path) for store in stores)
-        raise UserError(f"{len(stores)} stores match these settings ({names}): choose one with store=<path>")
-    return stores[0]

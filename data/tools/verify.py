@@ -13,10 +13,13 @@ from itertools import chain, count
 import numpy as np
 
 from data.base.errors import UserError
-from data.storage.local import Location, open_storage
-from data.store.commit import Chunk, Commit
-from data.store.files import RECORD, SPLITS, leftovers
-from data.store.manifest import Json, Layout, Manifest, seal, seal_array, unseal
+from data.base.location import Location
+from data.base.records import Json, seal, seal_array, unseal
+from data.storage.open import open_storage
+from data.store.commit import RECORD, Chunk, Commit, chunk_key
+from data.store.files import SPLITS, leftovers
+from data.store.layout import Layout
+from data.store.manifest import Manifest
 from data.store.row_format import RowFormat
 from data.store.stats import Stats
 from data.store.store import ORIGIN, TOKENS, Store
@@ -76,7 +79,7 @@ class Verifier:
     """One store's check; `run` fills `findings`. Letters: N rows of a chunk, D width."""
 
     def __init__(self, path: Location) -> None:
-        self.path, self.place, self.findings = path, open_storage(path), list[Finding]()
+        self.path, self.storage, self.findings = path, open_storage(path), list[Finding]()
         self.commits: dict[tuple[str, str], dict[int, Commit | None]] = {}  # (split, site) -> unit; None: damaged
         self.arrays: dict[tuple[str, str], tuple[RowFormat, tuple[int, ...]]] = {}  # whose metadata is sound
         self.complete: Json | None = None
@@ -99,7 +102,7 @@ class Verifier:
     def _manifest(self) -> Manifest | None:
         path = self.path / "manifest.json"
         try:
-            data = self.place.read("manifest.json")
+            data = self.storage.read("manifest.json")
             manifest = Manifest.from_json(data, path)
             if data == manifest.to_json():
                 return manifest
@@ -114,14 +117,14 @@ class Verifier:
         """Read complete.json and every commit record, and hold each against its name and the layout."""
         path = self.path / "complete.json"
         try:
-            self.complete = _sealed(self.place.read("complete.json"), path)
+            self.complete = _sealed(self.storage.read("complete.json"), path)
         except FileNotFoundError:
             pass
         except UserError:
             self.damaged(path, "is not as it was written")
         for split in SPLITS:
-            names = [name for name in self.place.names(f"commits/{split}") if RECORD.fullmatch(name)]
-            contents = self.place.reads([f"commits/{split}/{name}" for name in names])
+            names = [name for name in self.storage.list_files(f"commits/{split}") if RECORD.fullmatch(name)]
+            contents = self.storage.read_many([f"commits/{split}/{name}" for name in names])
             for name, data in zip(names, contents, strict=True):
                 if data is not None and (parts := RECORD.fullmatch(name)):
                     unit, site = int(parts[1]), parts[2]
@@ -149,7 +152,7 @@ class Verifier:
         self._group("zarr.json")
         for split in SPLITS:
             folders = {
-                site for site in self._folders(split) if self.place.size(f"{split}/{site}/zarr.json") is not None
+                site for site in self._folders(split) if self.storage.size(f"{split}/{site}/zarr.json") is not None
             }
             sites = folders | {site for at, site in self.commits if at == split}
             if sites:
@@ -157,7 +160,7 @@ class Verifier:
             for site in sorted(sites):
                 key = f"{split}/{site}/zarr.json"
                 try:
-                    self.arrays[split, site] = _array(self.place.read(key), self.layout, site)
+                    self.arrays[split, site] = _array(self.storage.read(key), self.layout, site)
                 except FileNotFoundError:
                     self.damaged(self.path / key, "is missing")
                 except UserError as error:
@@ -172,7 +175,7 @@ class Verifier:
 
     def _group(self, key: str) -> None:
         try:
-            if json.loads(self.place.read(key)) != _GROUP:
+            if json.loads(self.storage.read(key)) != _GROUP:
                 self.damaged(self.path / key, "is not a plain group's")
         except FileNotFoundError:
             if self.arrays or self.commits:
@@ -190,7 +193,7 @@ class Verifier:
         with tqdm(total=total, disable=quiet, **settings) as bar:
             for commit in sound:
                 parts: list[Stats] | None = []
-                contents = self.place.reads([chunk.key for chunk in commit.chunks])
+                contents = self.storage.read_many([chunk.key for chunk in commit.chunks])
                 numbers = count(commit.unit * self.layout.files_per_unit)
                 for number, chunk, content in zip(numbers, commit.chunks, contents, strict=False):
                     found = self._read(commit, number, chunk, content)
@@ -224,7 +227,7 @@ class Verifier:
 
     def _is_named(self, commit: Commit, number: int, chunk: Chunk, shape: tuple[int, ...]) -> bool:
         """Whether a record names the right file."""
-        wanted = self.store.key(commit.split, commit.site, number, shape)
+        wanted = chunk_key(commit.split, commit.site, number, shape)
         if chunk.key != wanted:
             record = self.path / "commits" / commit.split / f"{commit.unit:06d}.{commit.site}.json"
             self.damaged(record, f"names {chunk.key} where {wanted} belongs")
@@ -299,7 +302,7 @@ class Verifier:
                 else:
                     keys |= {f"{split}/{site}/c.{number}{end}" for number in numbers for end in ends}
         lost = {str(finding.path)[len(str(self.path)) + 1 :] for finding in self.findings}
-        for name in leftovers(self.place.sizes(), keys | lost):
+        for name in leftovers(self.storage.sizes(), keys | lost):
             self.findings.append(Finding(self.path / name, "is no part of the store", leftover=True))
 
 

@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from data.base import cli
 from data.base.errors import UserError
-from data.store.commit import put
+from data.base.files import write_atomic
 
 CARD = "README.md"
 
@@ -65,7 +65,7 @@ def export(folder: Path, to: str, out: Path, report: Path | None = None) -> None
     files[CARD] = card(sae, origin, config, loading, found).encode()
     out.mkdir(parents=True, exist_ok=True)
     for name, data in files.items():
-        put(out / name, data)
+        write_atomic(out / name, data)
 
 
 def main(config: DictConfig) -> None:

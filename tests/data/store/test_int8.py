@@ -23,7 +23,8 @@ from data.base.errors import UserError
 from data.loading.loader import ActivationLoader
 from data.loading.reader import DirectReader, ZarrReader, open_reader
 from data.store.int8 import FeatureScale, RowDecoder, encode, rounded
-from data.store.manifest import HELDOUT, TRAIN, Layout
+from data.store.layout import Layout
+from data.store.manifest import HELDOUT, TRAIN
 from data.store.store import ORIGIN, TOKENS, Store
 from data.store.zarr_bfloat16 import BFloat16, from_float32, to_float32
 from data.tools.info import Norms, report

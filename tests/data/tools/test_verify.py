@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from data.base.errors import UserError
+from data.base.records import seal, seal_array
 from data.store.commit import Commit
-from data.store.manifest import HELDOUT, TRAIN, seal, seal_array
+from data.store.manifest import HELDOUT, TRAIN
 from data.store.store import ORIGIN, TOKENS, Store
 from data.tools import verify as module
 from data.tools.verify import Finding, verify
