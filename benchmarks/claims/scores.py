@@ -21,6 +21,7 @@ from torch import Tensor
 
 from benchmarks.claims.forms import BatchForm, rescaled, turned, with_threshold
 from benchmarks.claims.verdict import Estimate
+from data.base.files import atomic_file
 from data.base.records import Json, canonical
 from data.base.sites import Site
 from data.loading.loader import ActivationLoader
@@ -208,11 +209,9 @@ def by_sequence(l0_N: Tensor, keep_ST: Tensor) -> NDArray[np.int32]:
 
 def _write(path: Path, columns: Columns, firing: Json, counts: NDArray[np.int32]) -> None:
     """A whole file or none."""
-    beside = path.with_suffix(".part")
-    with beside.open("wb") as file:
-        parts: dict[str, Any] = {**columns, "firing": np.array(json.dumps(firing)), "counts": counts}
+    parts: dict[str, Any] = {**columns, "firing": np.array(json.dumps(firing)), "counts": counts}
+    with atomic_file(path) as file:
         np.savez(file, **parts)
-    beside.replace(path)
 
 
 def _read(path: Path) -> tuple[Columns, Json, NDArray[np.int32]]:
