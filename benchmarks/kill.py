@@ -108,7 +108,8 @@ def snapshot(cache: Location) -> dict[str, bytes | None]:
     if isinstance(cache, Path):
         return {str(p.relative_to(cache)): p.read_bytes() if p.is_file() else None for p in cache.rglob("*")}
     keys = [*open_storage(cache).sizes()]
-    return dict(zip(keys, open_storage(cache).read_many(keys), strict=True))
+    contents = open_storage(cache).read_many(keys)
+    return {key: content if isinstance(content, bytes) else None for key, content in zip(keys, contents, strict=True)}
 
 
 def differing(whole: str, cut: str) -> list[str]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import glob
 import os
+import stat
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,6 +31,18 @@ def fsync(folder: Path) -> None:
             os.fsync(fd)
     finally:
         os.close(fd)
+
+
+def open_plain(path: Path) -> int:
+    """Open a file to read; an OSError where a folder, pipe or device is in its place, which could be waited for."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    mode = os.fstat(descriptor).st_mode
+    if stat.S_ISREG(mode):
+        return descriptor
+    os.close(descriptor)
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    raise OSError(errno.ENXIO, os.strerror(errno.ENXIO), str(path))
 
 
 @contextlib.contextmanager

@@ -49,6 +49,8 @@ def refuse_credentials(text: str) -> None:
 
 def parse_location(text: str | Location) -> Location:
     """What a setting such as `cache` names; UserError for a URL of another kind or one with credentials in it."""
+    if text == "":
+        raise UserError("an empty name is no place for a store: name a folder, or give s3://bucket/prefix")
     found = None if isinstance(text, Path | Url) else _URL.fullmatch(str(text))
     if found is None:
         return text if isinstance(text, Url) else Path(text)

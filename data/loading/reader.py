@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from data.base.files import open_plain
 from data.base.seeded import Ints
 from data.loading.checksums import ChunkChecks
 from data.store.commit import Chunk
@@ -160,7 +161,7 @@ class DirectReader(_CommittedReader):
         at = self._offset(chunk, start)
         compare = self._must_compare(chunk, at, sum(out.nbytes for out in outs))
         try:
-            file = os.open(self._folder / record.key, os.O_RDONLY)
+            file = open_plain(self._folder / record.key)
         except FileNotFoundError:
             raise self.checks.wrong(record, unit, "is missing") from None
         try:

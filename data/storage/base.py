@@ -95,8 +95,8 @@ class Storage(Protocol):
         """Fill `out` from byte `start` on as far as the file goes; returns its length, or less if it was cut short."""
         ...
 
-    def read_many(self, keys: Sequence[str]) -> Iterator[bytes | None]:
-        """The content of many files, in their order; None for one that is not there."""
+    def read_many(self, keys: Sequence[str]) -> Iterator[bytes | OSError]:
+        """The content of many files, in their order, or what one could not be read for."""
         ...
 
     def size(self, key: str) -> int | None:
@@ -109,6 +109,10 @@ class Storage(Protocol):
 
     def folders(self) -> list[str]:
         """The names of the folders right below, sorted; none where there is nothing."""
+        ...
+
+    def entries(self, folder: str) -> list[str]:
+        """The names of all that is right below a folder, sorted; none where it does not exist."""
         ...
 
     def sizes(self) -> dict[str, int]:

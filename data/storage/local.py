@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import os
 import shutil
 import time
@@ -12,7 +13,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from data.base.files import fsync, naming, whole_file, write_atomic, write_atomic_shared
+from data.base.files import fsync, naming, open_plain, whole_file, write_atomic, write_atomic_shared
 from data.base.lock import alone
 from data.storage.base import LEASES_FOLDER
 from data.storage.leases import UnitLeases
@@ -21,6 +22,13 @@ from data.storage.leases import UnitLeases
 def _tag(data: bytes, status: os.stat_result) -> str:
     """Changes with the content and with the time of change, which processes of an older version set as heartbeat."""
     return f"{status.st_mtime_ns}.{hashlib.sha256(data).hexdigest()[:16]}"
+
+
+def _is(entry: os.DirEntry[str], wanted: Callable[[os.DirEntry[str]], bool]) -> bool:
+    try:
+        return wanted(entry)
+    except OSError:  # a link that leads back to itself is neither a file nor a folder
+        return False
 
 
 class LocalStorage:
@@ -36,23 +44,29 @@ class LocalStorage:
         """Be the only one to change what the store holds, for a moment; not to be entered twice."""
         return alone(self.path / "manifest.json")
 
+    def _open(self, key: str) -> io.FileIO:
+        """Open a file to read; an OSError where something else is in its place, which reading would wait for."""
+        return os.fdopen(open_plain(self.path / key), "rb", buffering=0)
+
     def read(self, key: str) -> bytes:
-        return (self.path / key).read_bytes()
+        with self._open(key) as file, naming(self.path / key):
+            return file.read()
 
     def read_into(self, key: str, start: int, out: memoryview) -> int:
-        with open(self.path / key, "rb", buffering=0) as file:
+        with self._open(key) as file, naming(self.path / key):
             length = file.seek(0, os.SEEK_END)
             file.seek(start)
             while out and (got := file.readinto(out)):
                 out, start = out[got:], start + got
         return min(length, start) if out else length
 
-    def read_many(self, keys: Sequence[str]) -> Iterator[bytes | None]:
+    def read_many(self, keys: Sequence[str]) -> Iterator[bytes | OSError]:
         for key in keys:
             try:
-                yield self.read(key)
-            except FileNotFoundError:
-                yield None
+                content: bytes | OSError = self.read(key)
+            except OSError as error:
+                content = error
+            yield content
 
     def size(self, key: str) -> int | None:
         path = self.path / key
@@ -70,7 +84,7 @@ class LocalStorage:
     def _entries(self, folder: str, wanted: Callable[[os.DirEntry[str]], bool]) -> list[str]:
         try:
             with os.scandir(self.path / folder) as entries:
-                return sorted(entry.name for entry in entries if wanted(entry))
+                return sorted(entry.name for entry in entries if _is(entry, wanted))
         except (FileNotFoundError, NotADirectoryError):
             return []
 
@@ -108,7 +122,7 @@ class LocalStorage:
     # What leases are made of. None of it has to last through a power failure, after which every owner is dead.
 
     def look(self, key: str) -> tuple[bytes, str]:
-        with open(self.path / key, "rb", buffering=0) as file:
+        with self._open(key) as file:
             data = file.read()
             return data, _tag(data, os.fstat(file.fileno()))
 

@@ -153,12 +153,12 @@ class ObjectStorage:
             raise FileNotFoundError(2, "No such object", str(self.path / key))
         return size
 
-    def read_many(self, keys: Sequence[str]) -> Iterator[bytes | None]:
-        def read(key: str) -> bytes | None:
+    def read_many(self, keys: Sequence[str]) -> Iterator[bytes | OSError]:
+        def read(key: str) -> bytes | OSError:
             try:
                 return self.read(key)
-            except FileNotFoundError:
-                return None
+            except FileNotFoundError as error:
+                return error
 
         with ThreadPoolExecutor(AT_ONCE) as threads:
             left = iter(keys)

@@ -1,4 +1,4 @@
-"""What lies in a place of stores, and which files belong to a store."""
+"""What lies in a folder of stores, and which files belong to a store."""
 
 from __future__ import annotations
 
@@ -17,9 +17,12 @@ SPLITS = (TRAIN, HELDOUT)
 
 
 def is_store(path: Location) -> bool:
-    """Whether a folder is a store or what is left of one."""
-    place = open_storage(path)
-    return place.size("manifest.json") is not None or "commits" in place.folders()
+    """Whether a folder is a store or what is left of one; one that cannot be looked into may be."""
+    storage = open_storage(path)
+    try:
+        return storage.size("manifest.json") is not None or "commits" in storage.folders()
+    except OSError:
+        return True
 
 
 def stores_below(path: Location) -> list[Location]:

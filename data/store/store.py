@@ -195,8 +195,10 @@ class Store:
         kind = self.rows_of(site)
         codec, width = kind.format(tuple(row_shape)), kind.width(tuple(row_shape))
         for key, data in zip(keys, self.storage.read_many(keys), strict=True):
-            if data is None:  # it was removed a moment ago
+            if isinstance(data, FileNotFoundError):  # it was removed a moment ago
                 continue
+            if isinstance(data, OSError):
+                raise data
             commit, unit = Commit.of(data, self.path / key), unit_of(key)
             wrong = commit.wrong_name(split, unit, site, self.layout) or commit.wrong_array(codec, width, capacity)
             if wrong:

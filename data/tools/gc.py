@@ -43,7 +43,7 @@ def references(outputs: Path) -> set[str]:
     if not outputs.is_dir():
         raise UserError(f"{outputs} is no folder: name with --outputs where the trained SAEs are")
     found: set[object] = set()
-    for at, folders, names in os.walk(outputs):
+    for at, folders, names in os.walk(outputs, onerror=_refuse):
         if is_store(Path(at)):
             folders.clear()
             continue
@@ -54,11 +54,15 @@ def references(outputs: Path) -> set[str]:
     return {fingerprint for fingerprint in found if isinstance(fingerprint, str)}
 
 
+def _refuse(error: OSError) -> None:
+    raise error  # what cannot be looked into may need any store
+
+
 def _object(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_bytes())
     except ValueError:
-        raise UserError(f"{path} cannot be read, so what it needs is unknown: mend or remove it") from None
+        raise UserError(f"{path} cannot be read, so what it needs is unknown: fix or remove it") from None
     return found if isinstance(found, dict) else {}
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 
-from data.base.errors import UserError
+from data.base.errors import UserError, to_sentence
 from data.base.files import format_bytes
 from data.base.location import Location
 from data.base.records import canonical, flatten
@@ -33,8 +33,8 @@ class Entry:
             store = Store.open(path)
             whole = store.complete is not None and store.complete == extent(store)
             return cls(path, total, COMPLETE if whole else UNFINISHED, store)
-        except UserError as error:
-            return cls(path, total, DAMAGED, wrong=str(error))
+        except (UserError, OSError) as error:
+            return cls(path, total, DAMAGED, wrong=to_sentence(error) or str(error))
 
     @property
     def line(self) -> str:

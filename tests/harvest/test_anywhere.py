@@ -75,7 +75,7 @@ def held(cache: str) -> dict[str, bytes]:
     (name,) = open_storage(parse_location(cache)).folders()
     place = open_storage(parse_location(cache) / name)
     keys = sorted(place.sizes())
-    return {key: data for key, data in zip(keys, place.read_many(keys), strict=True) if data is not None}
+    return {key: data for key, data in zip(keys, place.read_many(keys), strict=True) if isinstance(data, bytes)}
 
 
 def bit_flipped(place: Storage, key: str) -> bytes:
