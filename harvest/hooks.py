@@ -219,7 +219,7 @@ def _stoppable(model: nn.Module) -> Iterator[None]:
             model.__dict__["forward"] = own
 
 
-# ---- What the proof in families.py runs -------------------------------------------------------------------------------
+# ---- What the proof in families.py runs ------------------------------------------------------------------------------
 
 
 def _probe(model: nn.Module, places: Mapping[Site, Place], edits: Mapping[Site, Edit]) -> dict[Site, Tensor]:
