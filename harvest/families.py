@@ -344,6 +344,8 @@ def _adds_up(
     """Whether what was seen at a block, with resid_mid edited, adds up in every bit."""
     post = seen[Site("resid_post", layer)]
     pre, attn, mlp = (seen[Site(kind, layer)].to(post.device) for kind in ("resid_pre", "attn_out", "mlp_out"))
+    if not pre.shape == attn.shape == mlp.shape == post.shape:
+        return False  # several streams side by side, and one vector added to each
     if form.mid is None:
         # The order of three summands is the block's own, and decides the last bits.
         return any(torch.equal(post, total) for total in (pre + attn + mlp, pre + mlp + attn, attn + mlp + pre))

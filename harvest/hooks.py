@@ -247,8 +247,9 @@ def _example_tokens(model: nn.Module) -> Integer[Tensor, "1 T"]:
     """Eight token ids that the embedding has, repeated where it has fewer; none that stands for an image or a sound."""
     embedding = model.get_input_embeddings()  # type: ignore[operator]
     n_tokens = int(embedding.weight.shape[0])
-    config = model.config.to_dict()  # type: ignore[union-attr, operator]
-    reserved = {value for key, value in config.items() if key.endswith(("token_id", "token_index"))}
+    config = getattr(model, "config", None)
+    settings = {} if config is None else config.to_dict()
+    reserved = {value for key, value in settings.items() if key.endswith(("token_id", "token_index"))}
     usable = [token for token in range(min(n_tokens, 64)) if token not in reserved] or [0]
     ids = [usable[i % len(usable)] for i in range(8)]
     return torch.tensor([ids], device=embedding.weight.device)
