@@ -190,7 +190,7 @@ def find_place(model: nn.Module, site: Site, probe: Probe) -> Place:
     """Find a site of a kind of KINDS, proved once a model; UserError where the model has no such site."""
     assert site.layer is not None
     if model not in _proved:
-        if model.training:
+        if model.training and _block_list(model) is not None:  # dropout would make the sums random
             raise UserError(f"site {site}: the model is in training mode, call model.eval() first")
         _proved[model] = _prove(model, probe)
     forms, name = _proved[model], model_type(model)
@@ -328,8 +328,8 @@ def _true_of(model: nn.Module, form: Form, layers: Iterable[int], probe: Probe) 
             for layer in fitting:
                 edits[Site("resid_pre", layer)] = _constant(clean[Site("resid_pre", layer)])
             apart = probe(places, edits)
-            mlps = [Site("mlp_out", layer) for layer in fitting]
-            fitting = {site.layer for site in mlps if torch.equal(apart[site], clean[site])}
+            mlps = {layer: Site("mlp_out", layer) for layer in fitting}
+            fitting = {layer for layer, site in mlps.items() if torch.equal(apart[site], clean[site])}
     except UserError:  # a module that is not run, runs twice, or gives out no vector a token
         return set()
     if model_type(model) in FAMILIES:

@@ -69,8 +69,9 @@ class HookPoint:
             if new_BTD.shape != x_BTD.shape:
                 raise ValueError(f"site {self.site}: the replacement of {[*x_BTD.shape]} has shape {[*new_BTD.shape]}")
             new_BTD = self._unscale(new_BTD.to(device=x.device, dtype=x.dtype), x_BTD, scaled_BTD)
-            # The caller's own tensor is not for the model to write into.
-            return (new_BTD.clone() if self.shared else new_BTD).reshape(x.shape)
+            if self.shared and self.end == "out":
+                new_BTD = new_BTD.clone()  # the model writes into it, and it may be the caller's own
+            return new_BTD.reshape(x.shape)
 
         def finish(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             if lead and output is not None:  # None: stopped before this site
@@ -84,7 +85,10 @@ class HookPoint:
 
     def _scale(self, x_BTD: Tensor) -> Tensor:
         """Give what the block adds: it multiplies the module's output by a number, which is 1 almost everywhere."""
-        return x_BTD if _is_one(self.multiplier) else x_BTD * self.multiplier
+        if _is_one(self.multiplier):
+            return x_BTD
+        scaled_BTD: Tensor = x_BTD * self.multiplier
+        return scaled_BTD
 
     def _unscale(self, new_BTD: Tensor, x_BTD: Tensor, scaled_BTD: Tensor) -> Tensor:
         """Give what the block multiplies to add `new_BTD`; where that is the old value, the old tensor's bits."""
@@ -94,7 +98,8 @@ class HookPoint:
         # (x * m) / m may differ from x in its last bit. The quotient is within a rounding of x, so their difference is
         # exact, and gradients pass through the quotient alone.
         rounding_BTD = torch.where(new_BTD == scaled_BTD, x_BTD - quotient_BTD, 0).detach()
-        return quotient_BTD + rounding_BTD
+        old_or_new_BTD: Tensor = quotient_BTD + rounding_BTD
+        return old_or_new_BTD
 
     def _before(self, apply: Edit) -> RemovableHandle:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
