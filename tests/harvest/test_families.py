@@ -51,14 +51,18 @@ def table(request: pytest.FixtureRequest) -> Iterator[list[Row]]:
     """Rows of the table, printed after the last test of this file."""
     rows: list[Row] = []
     yield rows
-    terminal = request.config.pluginmanager.getplugin("terminalreporter")
-    if not rows or terminal is None:
-        return
-    terminal.write_line(f"\n{'family':26}{'form':15}{'sites proved':>12}{'largest error':>15}")
-    for row in rows:
-        terminal.write_line(f"{row.family:26}{row.form:15}{row.n_sites:12}{row.largest_error:15.1e}")
-    taken = [row for row in rows if row.n_sites]
-    terminal.write_line(f"{len(taken)} forms of {len({TINY[row.family].kind for row in taken})} architectures proved")
+    capturing = request.config.pluginmanager.getplugin("capturemanager")
+    if rows and capturing is not None:
+        with capturing.global_and_fixture_disabled():
+            print(as_text(rows))
+
+
+def as_text(rows: list[Row]) -> str:
+    proved = [row for row in rows if row.n_sites]
+    lines = [f"\n{'family':26}{'form':15}{'sites proved':>12}{'largest error':>15}"]
+    lines += [f"{row.family:26}{row.form:15}{row.n_sites:12}{row.largest_error:15.1e}" for row in rows]
+    lines += [f"{len(proved)} forms of {len({TINY[row.family].kind for row in proved})} architectures proved"]
+    return "\n".join(lines)
 
 
 def read_by_plain_hooks(model: nn.Module, tiny: Tiny, ids: Tensor) -> dict[str, Tensor]:
