@@ -40,6 +40,7 @@ class Form:
     "<path>:out" where one makes it, None where attention and MLP both read the block's input (parallel).
     multiplier: attribute of the block, a number by which both outputs are multiplied before they are added.
     norms: paths of two modules that normalise the stream itself, after the first and after the second sum.
+    stream_scale: attribute of the block, a number by which the stream itself is multiplied after the second sum.
     adds_in_place: the block adds into the MLP's output, so what is read there must be a copy.
     """
 
@@ -48,12 +49,19 @@ class Form:
     mid: str | None
     multiplier: str | None = None
     norms: tuple[str, str] | None = None
+    stream_scale: str | None = None
     adds_in_place: bool = False
 
 
 LLAMA = Form("self_attn", "mlp", "post_attention_layernorm:in")
 GPT2 = Form("attn", "mlp", "ln_2:in")
 GEMMA = Form("post_attention_layernorm", "post_feedforward_layernorm", "pre_feedforward_layernorm:in")
+GEMMA4 = Form(
+    "post_attention_layernorm",
+    "post_feedforward_layernorm",
+    "pre_feedforward_layernorm:in",
+    stream_scale="layer_scalar",
+)
 # Norms after attention and MLP only: the MLP reads the stream itself.
 OLMO2 = Form("post_attention_layernorm", "post_feedforward_layernorm", "mlp:in")
 AFMOE = Form("post_attention_layernorm", "post_mlp_layernorm", "pre_mlp_layernorm:in")
@@ -103,6 +111,8 @@ FAMILIES: dict[str, tuple[Form, ...]] = {
     "qwen3": (LLAMA,),
     "gemma2": (GEMMA,),
     "gemma3_text": (GEMMA,),
+    "gemma4_text": (GEMMA4,),
+    "gemma4_unified_text": (GEMMA4,),
     "phi": (PHI,),
     "gpt_neox": (NEOX, NEOX_PARALLEL),
     "opt": (OPT, OPT_POST_NORM),
@@ -252,6 +262,8 @@ def _places(model: nn.Module, forms: Mapping[int, Form]) -> dict[Site, Place]:
         root = f"{path}.{layer}"
         block = model.get_submodule(root)
         multiplier = 1.0 if form.multiplier is None else getattr(block, form.multiplier)
+        if form.stream_scale is not None:
+            getattr(block, form.stream_scale)  # a block without it is of another form
         places[Site("resid_pre", layer)] = Place(root, "in")
         if form.mid is not None:
             module, end = form.mid.split(":")
@@ -351,8 +363,10 @@ def _adds_up(
         return any(torch.equal(post, total) for total in (pre + attn + mlp, pre + mlp + attn, attn + mlp + pre))
     mid = seen[Site("resid_mid", layer)].to(post.device)
     first, second = pre + attn, mid + mlp
+    block = model.get_submodule(f"{_block_list(model)}.{layer}")
+    if form.stream_scale is not None:
+        second = second * getattr(block, form.stream_scale)
     if form.norms is not None:
-        block = model.get_submodule(f"{_block_list(model)}.{layer}")
         with torch.no_grad():
             first = block.get_submodule(form.norms[0])(first)
             second = block.get_submodule(form.norms[1])(second)

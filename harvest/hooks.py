@@ -3,7 +3,8 @@
 `resid_pre`, `resid_mid`, `resid_post` are the residual stream before, inside and after a block; `attn_out` and
 `mlp_out` are what the block adds to it, after a post-norm and a multiplier where there are such. So resid_mid =
 resid_pre + attn_out and resid_post = resid_mid + mlp_out; in parallel blocks, which have no resid_mid, the three add
-up at once. Only where the stream itself is normalised (OPT with its norms after the sums) a norm stands between.
+up at once. Only where the stream itself is changed (the norms of OPT 350m after the sums, the scale of Gemma 4 after
+the second) that stands between.
 
 Where a block reads and adds, and the proof that it does, is in harvest/families.py.
 Letters: B sequences, T tokens, D width of the site.

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from data.base.errors import UserError
 from harvest import hub
+from harvest.model_class import model_class
 from harvest.model_files import Json, check_folder, read_config, weight_files
 
 if TYPE_CHECKING:
@@ -187,12 +188,14 @@ def load_model(model_cfg: Mapping[str, Any]) -> PreTrainedModel:
     folder = _resolve(settings)
     device = _device(settings)
     import torch
+    from transformers import AutoConfig
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # a bar for each weight, before ours
     asked = {"attn_implementation": settings.attn_implementation, "device_map": settings.device_map}
     try:
-        model, report = _auto_class(settings, folder).from_pretrained(
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        model, report = model_class(config, settings.name).from_pretrained(
             folder,
             dtype=getattr(torch, compute_dtype(model_cfg)),
             output_loading_info=True,
@@ -210,27 +213,6 @@ def load_model(model_cfg: Mapping[str, Any]) -> PreTrainedModel:
         model = model.to(device)
     model.config.get_text_config().use_cache = False
     return model.eval().requires_grad_(False)
-
-
-def _auto_class(settings: ModelSettings, folder: Path) -> Any:
-    """The class that loads the model: as a language model, or as one that reads images and has one inside."""
-    from transformers import (
-        MODEL_FOR_CAUSAL_LM_MAPPING,
-        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
-        AutoConfig,
-        AutoModelForCausalLM,
-        AutoModelForImageTextToText,
-    )
-
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
-        return AutoModelForCausalLM
-    if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
-        return AutoModelForImageTextToText
-    raise UserError(
-        f"model {settings.name!r} of architecture {config.model_type!r} is none that transformers loads as a language "
-        "model: save the language model inside it to a folder of its own and name that folder"
-    )
 
 
 def _device(settings: ModelSettings) -> str:

@@ -108,7 +108,7 @@ def sums(model: nn.Module, tiny: Tiny, seen: dict[str, Tensor], layer: int) -> l
         return [(pre + attn + mlp, post)]
     assert mid is not None
     if tiny.form == SEQUENTIAL:
-        return [(pre + attn, mid), (mid + mlp, post)]
+        return [(pre + attn, mid), ((mid + mlp) * tiny.stream_scale, post)]
     assert tiny.norms is not None
     block = tiny.block(model, layer)
     return [(first_of(block, tiny.norms[0])(pre + attn), mid), (first_of(block, tiny.norms[1])(mid + mlp), post)]
@@ -147,7 +147,9 @@ def check(name: str) -> Row:
 
     # To shift one summand is to shift their sum: so a replacement reaches every reader.
     alike = [["resid_post.0", "resid_pre.1"]]
-    if tiny.form == SEQUENTIAL:
+    if tiny.stream_scale != 1:
+        alike.append(["attn_out.0", "resid_mid.0"])
+    elif tiny.form == SEQUENTIAL:
         alike = [["resid_post.0", "resid_pre.1", "mlp_out.0"], ["attn_out.0", "resid_mid.0"]]
     elif tiny.form == PARALLEL:
         alike = [["resid_post.0", "resid_pre.1", "mlp_out.0", "attn_out.0"]]
@@ -331,3 +333,14 @@ def test_the_language_model_inside_another_is_loaded_and_read(name: str, tmp_pat
     loaded = lm.load_model({"name": str(tmp_path), "device": "cpu"})
     (x_BTD,) = run_to(loaded, [Site.parse("resid_mid.1")], ids).values()
     assert torch.equal(x_BTD, read_by_plain_hooks(model, TINY[name], ids)["resid_mid.1"])
+
+
+def test_a_model_that_is_no_language_model_is_refused_in_a_sentence(tmp_path: Path) -> None:
+    from transformers import ViTConfig, ViTModel
+
+    ViTModel(
+        ViTConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, image_size=16)
+    ).save_pretrained(tmp_path)
+    write_tokenizer(tmp_path, ["a b"])
+    with pytest.raises(UserError, match="of architecture 'vit' is none that transformers loads as a language model"):
+        lm.load_model({"name": str(tmp_path), "device": "cpu"})

@@ -22,6 +22,7 @@ class Tiny:
 
     kind: `model_type`. settings: of its config. mid: "<module>:in" or ":out", "" in a parallel block.
     multiplier: what attn_out and mlp_out are multiplied by before they are added. norms: of a stream that is normed.
+    stream_scale: what the sum is multiplied by after the MLP; `build` sets it, as it is 1 in a new model.
     image_text: the model is one that AutoModelForCausalLM does not know.
     """
 
@@ -34,6 +35,7 @@ class Tiny:
     form: str = SEQUENTIAL
     multiplier: float = 1.0
     norms: tuple[str, str] | None = None
+    stream_scale: float = 1.0
     image_text: bool = False
 
     def build(self, dtype: torch.dtype = torch.float32) -> Any:
@@ -46,6 +48,9 @@ class Tiny:
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(torch.randn_like(parameter), alpha=0.1)
+            for name, buffer in model.named_buffers():
+                if name.endswith("layer_scalar"):
+                    buffer.fill_(self.stream_scale)
         return model.to(dtype).eval().requires_grad_(False)
 
     def block(self, model: nn.Module, layer: int) -> nn.Module:
@@ -86,6 +91,8 @@ ROPE = PLAIN | {"num_key_value_heads": 2}
 HEADS = ROPE | {"head_dim": 8}
 GPT = {"vocab_size": VOCABULARY, "n_embd": WIDTH, "n_layer": LAYERS, "n_head": 4, "n_positions": 64} | ENDS
 GEMMA = HEADS | {"sliding_window": 4, "query_pre_attn_scalar": 8}
+GEMMA4 = HEADS | {"global_head_dim": 8, "sliding_window": 4, "num_kv_shared_layers": 0}
+GEMMA4 |= {"layer_types": ["sliding_attention", "full_attention"]}
 EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 16}
 LINEAR = {
     "linear_num_key_heads": 2,
@@ -247,6 +254,21 @@ TINY: dict[str, Tiny] = {
         mlp="post_norm2",
         multiplier=0.5,
     ),
+    # The stream is multiplied by a number after the MLP is added.
+    "gemma4_text": Tiny(
+        "gemma4_text",
+        GEMMA4 | {"hidden_size_per_layer_input": 0},
+        **GEMMA_BLOCK,
+        stream_scale=0.75,
+    ),
+    "gemma4_text experts": Tiny(
+        "gemma4_text",
+        GEMMA4
+        | {"hidden_size_per_layer_input": 0, "enable_moe_block": True}
+        | {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 16},
+        **GEMMA_BLOCK,
+        stream_scale=0.75,
+    ),
     # The older ones.
     "gpt2": Tiny("gpt2", GPT, **GPT_BLOCK),
     "gpt_bigcode": Tiny("gpt_bigcode", GPT, **GPT_BLOCK),
@@ -384,7 +406,18 @@ TINY: dict[str, Tiny] = {
         blocks="model.language_model.layers",
         image_text=True,
     ),
+    "llama4 image": Tiny(
+        "llama4",
+        {"text_config": HEADS | {"intermediate_size_mlp": 48, "num_local_experts": 4, "num_experts_per_tok": 1}}
+        | {"vision_config": VISION | {"vision_output_dim": 16, "projector_input_dim": 16, "projector_output_dim": 16}},
+        mlp="feed_forward",
+    ),
     # Refused: their blocks do not add one output of attention and one of an MLP to one stream.
+    "gemma4_text layer inputs": Tiny(
+        "gemma4_text",
+        GEMMA4 | {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCABULARY},
+        form=REFUSED,
+    ),
     "mamba": Tiny("mamba", PLAIN | {"state_size": 8}, blocks="backbone.layers", form=REFUSED),
     "doge": Tiny("doge", ROPE, form=REFUSED),
     "minimax": Tiny(
