@@ -71,9 +71,9 @@ def _columns(width: int) -> int:
 def warps_for_row(columns: int) -> int:
     """Warps of a program that holds two whole rows of so many columns in registers.
 
-    With 4 warps a row of 16,384 columns takes more registers than a thread has, and spills to memory; 16 hold it.
+    With 4 warps a row of 16,384 columns takes more registers than a thread has, and spills to memory; 32 hold it.
     """
-    return 4 if columns <= 4096 else 8 if columns <= 8192 else 16
+    return 4 if columns <= 4096 else 8 if columns <= 8192 else 32
 
 
 def gather_sums(weight_n: Tensor, index_n: Tensor, ends: Tensor, table_XD: Tensor) -> Tensor:
