@@ -78,7 +78,11 @@ def run(sizes: Sizes, *command: str) -> str:
 
 def timed(act: Callable[[], object], device: str, repeats: int = 10) -> float:
     """Median milliseconds of `act`, the device waited for around each."""
-    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
+
+    def wait() -> None:
+        if device == "cuda":
+            torch.cuda.synchronize()
+
     for _ in range(2):
         act()
     seconds = []
