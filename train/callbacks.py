@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch
 import torch.distributed as dist
 from pytorch_lightning import Callback, LightningModule, Trainer
 
+from data.base.files import atomic_file
 from train.lit import MultiSAEModule
 from train.messages import clock
 from train.resume import LAST, seal
@@ -23,12 +23,8 @@ _AGREE_EVERY = 10  # steps: ranks must stop and save at the same one, and asking
 def write_checkpoint(path: Path, state: dict[str, Any]) -> None:
     """Write a checkpoint beside its place, sync and rename it: it is whole, or the one before stands."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_suffix(".tmp")
-    with beside.open("wb") as file:
+    with atomic_file(path) as file:
         torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    beside.replace(path)
 
 
 class LastCheckpoint(Callback):

@@ -11,7 +11,7 @@ from typing import Any
 from pytorch_lightning.loggers.logger import Logger
 from pytorch_lightning.utilities import rank_zero_only
 
-from data.store.commit import put
+from data.base.files import write_atomic
 
 Row = dict[str, str]
 
@@ -82,4 +82,4 @@ class CsvLogger(Logger):
     def _write(self, rows: list[Row]) -> None:
         """Write the file anew, beside its place and renamed: a kill leaves the old rows or the new ones."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        put(self.path, self._lines(rows, header=True).encode())
+        write_atomic(self.path, self._lines(rows, header=True).encode())

@@ -18,8 +18,8 @@ from pydantic import Field
 
 from data.base.config import Settings, Whole
 from data.base.errors import UserError
-from data.store.commit import put
-from data.store.manifest import canonical, diff_fields
+from data.base.files import write_atomic
+from data.base.records import canonical, diff_fields
 from train.config import Group, TrainSettings, named_groups, of_scope, scope_of_override
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ def write_run(folder: Path, settings: TrainSettings, plan: DataPlan) -> None:
         settings=settings.model_dump(mode="json"), numbers=numbers(settings, plan), stored_chunks=plan.stored_chunks
     )
     folder.mkdir(parents=True, exist_ok=True)
-    put(folder / RUN, (canonical(record.model_dump(mode="json")) + "\n").encode())
+    write_atomic(folder / RUN, canonical(record.model_dump(mode="json")) + "\n")
 
 
 def read_run(folder: Path) -> RunRecord:

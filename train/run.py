@@ -18,8 +18,8 @@ from omegaconf import DictConfig
 
 from data.base import cli
 from data.base.errors import UserError
+from data.base.records import canonical
 from data.base.settings import number, whole
-from data.store.manifest import canonical
 from train.config import VARIANT_ALIASES, Group, TrainSettings, by_name, check_installed, of_scope
 from train.plan import DataPlan, TrainRun, group_by_stream, make_plan
 from train.resume import first_rank, only_writer, resumed, step_to_resume, stored_chunks, write_run
@@ -56,7 +56,7 @@ def request_of(config: DictConfig) -> TrainRequest:
         job = HydraConfig.get()
         overrides = list(job.overrides.task)
         sweep = Path(job.sweep.dir) if job.mode == RunMode.MULTIRUN else None
-    return TrainRequest(cli.settings_of(config, "train", TrainSettings), overrides, sweep)
+    return TrainRequest(cli.stage_settings(config, "train", TrainSettings), overrides, sweep)
 
 
 def train(settings: Group, overrides: Sequence[str] = ()) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import sys
 from collections.abc import Callable, Iterable
@@ -18,8 +17,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from data.base.composing import NameJob, guard, refuse_flags
 from data.base.config import Settings, unknown
-from data.base.errors import UserError
-from data.storage.local import refuse_credentials
+from data.base.errors import UserError, to_sentence
+from data.base.location import refuse_credentials
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 STAGES = ("harvest", "train")  # that a preset speaks to
@@ -41,48 +40,13 @@ def keep_freed_memory() -> None:
         libc.mallopt(_M_TOP_PAD, 256 << 20)
 
 
-_CHOOSE = "choose another folder"
-# Errors of the file system that a user can cause: what it says of the file, and what helps.
-_REMEDIES = {
-    errno.ENOSPC: ("cannot be written, as the disk is full", "free some space, then try again"),
-    errno.EDQUOT: ("cannot be written, as your quota is used up", "free some space, then try again"),
-    errno.EFBIG: ("is larger than files may be here", _CHOOSE),
-    errno.EACCES: ("cannot be written or read with your permissions", f"change them or {_CHOOSE}"),
-    errno.EPERM: ("cannot be written or read with your permissions", f"change them or {_CHOOSE}"),
-    errno.EROFS: ("lies where nothing can be written", _CHOOSE),
-    errno.ENOTDIR: ("goes through a file as if it were a folder", "check the path"),
-    errno.EEXIST: ("is there already and is no folder", _CHOOSE),
-    errno.EISDIR: ("is a folder where a file was expected", "check the path"),
-    errno.ENOENT: ("does not exist", "check the path"),
-    errno.ENAMETOOLONG: ("has a name that is too long", "choose a shorter one"),
-    errno.ELOOP: ("is a link that leads back to itself", "check the path"),
-    errno.EMFILE: ("cannot be opened beside so many others", "raise the limit (ulimit -n) or use fewer threads"),
-    errno.ENFILE: ("cannot be opened, as the machine has too many files open", "end other programs"),
-    errno.ENOMEM: ("cannot be read, as there is not enough memory", "use smaller sizes, or a machine with more"),
-}
-
-
-def sentence(error: Exception) -> str | None:
-    """What to tell a user of this error, or None where it is a fault of the program and deserves its traceback."""
-    if isinstance(error, UserError):
-        return str(error)
-    if isinstance(error, OSError) and error.errno in _REMEDIES:
-        what, remedy = _REMEDIES[error.errno]
-        return f"{error.filename or 'a file'} {what}: {remedy}"
-    if isinstance(error, MemoryError):
-        return "there is not enough memory for this: use smaller sizes, or a machine with more"
-    if isinstance(error, HydraException | OmegaConfBaseException):
-        return f"the settings cannot be read ({str(error).splitlines()[0]}): check the command line"
-    return None
-
-
 @cache
 def _known(stage: str) -> frozenset[str]:
     """The names of a stage's own settings; within a Hydra that is initialised."""
     return frozenset(map(str, hydra.compose(stage)))
 
 
-def own(config: DictConfig, stage: str, schema: type[Settings] | None = None) -> dict[str, Any]:
+def preset_settings(config: DictConfig, stage: str, schema: type[Settings] | None = None) -> dict[str, Any]:
     """A stage's settings of a composed preset (conf/experiment), resolved.
 
     A preset speaks to several stages: of a setting written `name: {harvest: ..., train: ...}` a stage takes its own
@@ -106,12 +70,12 @@ def own(config: DictConfig, stage: str, schema: type[Settings] | None = None) ->
     return settings
 
 
-def settings_of(config: DictConfig, stage: str, schema: type[Settings] | None = None) -> dict[str, Any]:
+def stage_settings(config: DictConfig, stage: str, schema: type[Settings] | None = None) -> dict[str, Any]:
     """A stage's settings, resolved; of a preset, where one is asked for, what is of this stage."""
     if HydraConfig.initialized() and "experiment" in HydraConfig.get().runtime.choices:
         if schema is not None:
             _refuse_of_other_stages(HydraConfig.get().overrides.task, schema)
-        return own(config, stage, schema)
+        return preset_settings(config, stage, schema)
     settings = OmegaConf.to_container(config, resolve=True)
     assert isinstance(settings, dict)
     return {str(name): value for name, value in settings.items()}
@@ -125,20 +89,28 @@ def _refuse_of_other_stages(overrides: Iterable[str], schema: type[Settings]) ->
             raise UserError(unknown(name, name.split("."), schema))
 
 
-_failed = False  # whether an error has been told that the process is to end with
+_FULL_ERROR = "HYDRA_FULL_ERROR"  # set to 1, Hydra raises errors that it would else print itself
+_failed = False  # whether an error was printed that the process is to end with
 
 
-def attempt(act: Callable[[], None]) -> None:
-    """Do `act`; what a user can mend is told in one sentence, and the process will end with exit code 1."""
+def guarded(act: Callable[[], None]) -> None:
+    """Do `act`; what a user can fix is printed in one sentence, and the process will end with exit code 1."""
     global _failed
     try:
         act()
     except Exception as error:
-        told = sentence(error)
-        if told is None:
+        sentence = to_sentence(error)
+        if isinstance(error, HydraException | OmegaConfBaseException):
+            sentence = f"the settings cannot be read ({str(error).splitlines()[0]}): check the command line"
+        if sentence is None:
             raise
-        print(f"error: {told}", file=sys.stderr)
+        print(f"error: {sentence}", file=sys.stderr)
         _failed = True
+
+
+def _end_if_failed() -> None:
+    if _failed:
+        raise SystemExit(1)
 
 
 def run(main: Callable[[DictConfig], None], config_name: str, name_job: NameJob | None = None) -> None:
@@ -148,19 +120,29 @@ def run(main: Callable[[DictConfig], None], config_name: str, name_job: NameJob 
     """
     keep_freed_memory()
     guard(name_job)
-    # Hydra then raises what it would print as a shortened traceback; `attempt` tells a mistake in a sentence.
-    os.environ["HYDRA_FULL_ERROR"] = "1"
+    guarded(lambda: refuse_credentials(" ".join(sys.argv[1:])))  # before Hydra writes them down
+    guarded(lambda: refuse_flags(sys.argv[1:]))
+    _end_if_failed()
 
     def job(config: DictConfig) -> None:
-        attempt(lambda: main(config))
-        if _failed:
-            raise SystemExit(1)
+        raising = os.environ.pop(_FULL_ERROR, None)  # not for processes that the stage starts
+        guarded(lambda: main(config))
+        if raising is not None:
+            os.environ[_FULL_ERROR] = raising
+        _end_if_failed()
 
-    def begin() -> None:
-        refuse_credentials(" ".join(sys.argv[1:]))  # before Hydra writes them down
-        refuse_flags(sys.argv[1:])
-        hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(job)()
+    under_hydra = hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(job)
+    guarded(lambda: _without_hydra_s_report(under_hydra))
+    _end_if_failed()
 
-    attempt(begin)
-    if _failed:
-        raise SystemExit(1)
+
+def _without_hydra_s_report(act: Callable[[], None]) -> None:
+    """Let errors out that Hydra would print with a traceback: of its output folder, say, which cannot be made."""
+    if _FULL_ERROR in os.environ:  # a user's own wish
+        act()
+        return
+    os.environ[_FULL_ERROR] = "1"
+    try:
+        act()
+    finally:
+        os.environ.pop(_FULL_ERROR, None)

@@ -16,9 +16,10 @@ from hydra.types import RunMode
 from omegaconf import OmegaConf, open_dict
 from pydantic import BaseModel
 
-from data.base.cli import CONF, sentence
+from data.base.cli import CONF
 from data.base.composing import GuardedLoader
 from data.base.config import Settings
+from data.base.errors import to_sentence
 from tests.helpers.runs import Broken, break_after
 from train.config import TrainSettings
 from train.interop import export, import_sae
@@ -91,7 +92,7 @@ def outcome(act: Callable[[], object]) -> str:
     try:
         act()
     except Exception as error:
-        told = sentence(error)
+        told = to_sentence(error)
         if told is None:
             return f"traceback: {type(error).__name__}: {error}"
         return told if "\n" not in told else f"traceback: several lines: {told}"

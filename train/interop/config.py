@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import glob
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
 from data.base.config import Settings, Text
 from data.base.errors import UserError
+from data.base.files import expand_globs
 
 
 class FolderSettings(Settings):
@@ -31,9 +31,7 @@ class FolderSettings(Settings):
         patterns: Sequence[str] = [self.saes] if isinstance(self.saes, str) else self.saes
         targets: dict[Path, Path] = {}
         for pattern in patterns:
-            # A folder's own name may hold brackets, so a name that exists is never read as a pattern.
-            matches = [pattern] if Path(pattern).exists() else sorted(glob.glob(pattern, recursive=True))
-            folders = [Path(match) for match in matches if Path(match).is_dir()]
+            folders = [Path(match) for match in expand_globs(pattern) if Path(match).is_dir()]
             if not folders:
                 raise UserError(f"saes={pattern} matches no folder: fix the path")
             targets |= {folder: out / folder.name for folder in folders}

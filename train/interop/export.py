@@ -8,7 +8,7 @@ from omegaconf import DictConfig
 
 from data.base import cli
 from data.base.errors import UserError
-from data.store.commit import put
+from data.base.files import write_atomic
 from train.interop.config import ExportSettings, refuse_full
 
 CARD = "README.md"
@@ -34,12 +34,12 @@ def export(folder: Path, to: str, out: Path, report: Path | None = None) -> None
     files[CARD] = card(sae, origin, config, loading, found).encode()
     out.mkdir(parents=True, exist_ok=True)
     for name, data in files.items():
-        put(out / name, data)
+        write_atomic(out / name, data)
 
 
 def main(config: DictConfig) -> None:
     """The command, from Hydra's configuration."""
-    settings = ExportSettings.of(cli.settings_of(config, "export"))
+    settings = ExportSettings.of(cli.stage_settings(config, "export"))
     report = Path(settings.report) if settings.report else None
     for folder, out in settings.folders().items():
         export(folder, settings.to, out, report)

@@ -64,7 +64,7 @@ def _site(folder: Path, named: str | None) -> str:
 
 def main(config: DictConfig) -> None:
     """The command, from Hydra's configuration."""
-    settings = ImportSettings.of(cli.settings_of(config, "adopt"))
+    settings = ImportSettings.of(cli.stage_settings(config, "adopt"))
     if not settings.store:
         raise UserError("store is not set: name the folder of the activations that the SAE is to be scored on")
     folders = settings.folders()
