@@ -77,6 +77,8 @@ def figures(logged: dict[str, float]) -> str:
     return "".join(f"  {name} {logged[name]:.4g}" for name in ("nmse", "l0", "dead") if name in logged)
 
 
+# Not Lightning's bar or a plain tqdm: both write "\\r" lines into a log file that nobody watches live, know nothing of
+# steps taken before this process began, and have one line where the SAEs of a pass have one each.
 class Progress(Callback):
     """Tokens, rate, time left, the last logged figures: one line rewritten on a terminal, else some ten lines.
 

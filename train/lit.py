@@ -116,6 +116,8 @@ class MultiSAEModule(LightningModule):
         for member in self.in_step:
             self.guarded(member, partial(member.training_step, x_BD))
         self.step += 1
+        # Not Lightning's validation loop, which counts batches since this process began: a resumed run validates at the
+        # steps of the run. The same code scores the SAEs once more after calibration, outside of a fit.
         if self.step % self.validate_every == 0:
             self.validate("val")
         if not self.running:

@@ -112,7 +112,7 @@ def needed_rows(settings: TrainSettings, margin: float = 1.0) -> int:
 
 
 def _fixed_by(store: stores.Store) -> list[str]:
-    """What a harvest must be told to add to this store, beside its settings."""
+    """Overrides that a harvest needs to add to this store, beside its settings."""
     lm_batch = store.manifest.identity.get("lm_batch")
     return [] if lm_batch is None else [f"lm_batch={lm_batch}"]
 

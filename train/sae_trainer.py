@@ -179,7 +179,7 @@ class SAETrainer(nn.Module):
             logger.log_metrics({f"{prefix}/{name}": value for name, value in values.items()}, self.step)
 
     def swapped_in(self) -> AbstractContextManager[None]:
-        """While it lasts the SAE has the weights that ship, where their threshold is known before the end."""
+        """While it lasts the SAE has the weights that are saved, where their threshold is known before the end."""
         if self.average is None or self.sae.needs_calibration:
             return nullcontext()
         return self.average.swapped_in(self.sae)

@@ -67,7 +67,7 @@ def test_all_variants_get_the_same_chunks(short: Any) -> None:
         (["+trainer.precision=bf16-true"], r"stay 32-bit here: .* set matmul=bf16"),
         (["+trainer.precision=bf16-mixed"], r"stay 32-bit here: .* set matmul=bf16"),
         (["matmul=fp8"], r"matmul=fp8 is not allowed: it should be 'float32', 'tf32' or 'bf16'"),
-        (["+trainer.max_time=00:01:00"], r"trainer\.max_time is no setting: leave it out"),
+        (["+trainer.max_time=00:01:00"], r"trainer\.max_time is no setting: "),
         (["ema=1"], r"ema=1 is not allowed: it should be less than 1"),
         (["ema=2"], r"ema=2 is not allowed: it should be less than 1"),
         (["lr_at_width=0"], r"lr_at_width=0 is not allowed"),
