@@ -50,7 +50,7 @@ def held_out(
         sae.eval()  # what ships rounds no factors of the encoder's product
     for x_BD in batches:
         for sae, total in zip(saes, sums, strict=True):
-            f_BF, x_hat_BD = sae.run(x_BD)
+            f_BF, x_hat_BD = sae.encode_decode(x_BD)
             total.add(x_BD, x_hat_BD, f_BF)
     for sae, mode in zip(saes, modes, strict=True):
         sae.train(mode)
