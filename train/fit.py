@@ -126,7 +126,7 @@ def _members(runs: Sequence[TrainRun], data: ActivationData) -> tuple[list[SAETr
 
 def label(sae: SAE) -> str:
     """The variant and what it aims at, in a few letters."""
-    return f"{sae.name} {sae.config.target}"
+    return f"{sae.name} {sae.config.aim}"
 
 
 def _member(run: TrainRun) -> SAETrainer:

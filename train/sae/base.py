@@ -170,7 +170,7 @@ class SAE(nn.Module, ABC):
 
     def extra_repr(self) -> str:
         site = "" if self.site is None else f", site={self.site}"
-        return f"{self.name}, d={self.d_in}, F={self.width}, {self.config.target}{site}"
+        return f"{self.name}, d={self.d_in}, F={self.width}, {self.config.aim}{site}"
 
     def __repr__(self) -> str:
         return f"SAE({self.extra_repr()})"

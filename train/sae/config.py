@@ -26,7 +26,7 @@ class SAEConfig(Settings):
     """Whether the encoder reads x' - b_dec, or x'."""
 
     @property
-    def target(self) -> str:
+    def aim(self) -> str:
         """What the sparsity aims at, in a few letters."""
         raise NotImplementedError
 
@@ -66,7 +66,7 @@ class SparsityConfig(PenaltyConfig):
         return self
 
     @property
-    def target(self) -> str:
+    def aim(self) -> str:
         return f"sparsity={self.sparsity:g}" if self.target_l0 is None else f"target_l0={self.target_l0:g}"
 
 
@@ -104,5 +104,5 @@ class AuxKConfig(SAEConfig):
         return self
 
     @property
-    def target(self) -> str:
+    def aim(self) -> str:
         return f"k={self.k}"

@@ -49,7 +49,7 @@ class JumpReLUConfig(PenaltyConfig):
         return self
 
     @property
-    def target(self) -> str:
+    def aim(self) -> str:
         return f"sparsity={self.sparsity:g}" if self.target_l0 is None else f"target_l0={self.target_l0:g}"
 
 
