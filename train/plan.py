@@ -22,7 +22,7 @@ from data.loading.norm_filter import Decode, NormFilteredReader, median_norm, mo
 from data.loading.order import batches_per_epoch, split_calibration
 from data.loading.reader import Reader, open_reader
 from data.store import store as stores
-from data.store.find import find, pick
+from data.store.find import find, open_store, pick
 from data.store.manifest import HELDOUT, TRAIN, store_settings
 
 if TYPE_CHECKING:
@@ -142,7 +142,7 @@ def harvest_line(settings: Settings, overrides: Sequence[str], tokens: int) -> s
 def find_store(settings: Settings, overrides: Sequence[str]) -> stores.Store:
     """The store named by `store`, else the one in `cache` whose model, text and packing are the configured ones."""
     if settings["store"]:
-        return stores.Store.open(settings["store"])
+        return open_store(settings["store"], parse_location(settings["cache"]))
     found = find(parse_location(settings["cache"]), store_settings(settings))
     if not found:
         line = harvest_line(settings, overrides, wanted_rows(settings, margin=1.05))

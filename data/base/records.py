@@ -57,8 +57,12 @@ def flatten(obj: object, prefix: str = "") -> dict[str, object]:
 
 
 def diff_fields(a: Json, b: Json) -> list[str]:
-    """Dotted names of the fields that differ, with both values: `packing.context: 128 here, 256 asked`."""
-    here, asked = flatten(a), flatten(b)
+    """Dotted names of the fields that differ, with both values: `packing.context: 128 here, 256 asked`.
+
+    A field that is null is as one that is absent: a setting that was thought of later asks nothing of older records.
+    """
+    here = {name: value for name, value in flatten(a).items() if value is not None}
+    asked = {name: value for name, value in flatten(b).items() if value is not None}
 
     def show(side: dict[str, object], name: str) -> str:
         return canonical(side[name]) if name in side else "absent"

@@ -97,10 +97,6 @@ class RowFormat:
             assert self.standard is not None, f"no standard for {self.site}"
             encoded: NDArray[Any] = encode(_tensor(_widen(given)), self.standard).numpy()
             return encoded
-        if self.layout.bitround is not None and not self.is_book:
-            from data.store.int8 import rounded
-
-            return rounded(given, self.layout.bitround)
         return given
 
     def zarr_files(self, split: str, shape: tuple[int, ...]) -> dict[str, bytes]:

@@ -169,3 +169,19 @@ def test_batches_per_epoch(rows: int, batch: int, world: int, drop_last: bool, e
 def test_mixing_span() -> None:
     assert order.mixing_span(100, 4, 400) == pytest.approx(200.0)
     assert order.mixing_span(1000, 16, 10**12) == pytest.approx(16000.0, rel=1e-6)
+
+
+@pytest.mark.parametrize(("batch", "ours", "permuted"), [(256, 75, 15), (1280, 77, 74), (4096, 83, 225)])
+def test_scatter_of_a_batch_is_as_the_module_says(batch: int, ours: float, permuted: float) -> None:
+    """Rows of each chunk in a batch: more scatter than a permutation's below about 80 of them, less above."""
+    chunks, sizes, counts = 16, np.full(16, 4096), []
+    for epoch in range(8):
+        (pool,) = order.pools(sizes, seed=0, epoch=epoch, rank=0, world=1, pool_chunks=chunks)
+        runs = order.pool_runs(pool, seed=0, epoch=epoch, rank=0)
+        of = np.repeat(runs.chunks, runs.rows)
+        batches = of[: len(of) // batch * batch].reshape(-1, batch)
+        counts += [np.bincount(rows, minlength=chunks) for rows in batches]
+    mean, rows = batch / chunks, sizes.sum()
+    assert np.mean(counts) == pytest.approx(mean)
+    assert np.var(counts) == pytest.approx(ours, rel=0.1)
+    assert mean * (1 - 1 / chunks) * (1 - batch / rows) == pytest.approx(permuted, rel=0.03)
