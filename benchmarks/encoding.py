@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from data.base.sites import KINDS, Site
 from data.store.chunk_codec import ChunkCodec
-from data.store.int8 import PILOT_ROWS, FeatureScale, RowDecoder, encode
+from data.store.int8 import PILOT_ROWS, FeatureScale, RowDecoder, encode_int8
 from data.store.layout import CODECS, Layout
 from data.store.manifest import TRAIN
 from data.store.zarr_bfloat16 import from_float32, to_float32
@@ -85,7 +85,7 @@ def figures(x: Floats) -> dict[str, float]:
     """A line of the table."""
     bits = from_float32(x)
     standard = FeatureScale.of(x[:PILOT_ROWS])
-    rows = encode(torch.from_numpy(x), standard)
+    rows = encode_int8(torch.from_numpy(x), standard)
     kept = rounded(bits, BITS)
     return {
         "bf16": added(x, to_float32(bits)),

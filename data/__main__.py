@@ -69,7 +69,7 @@ def _list(args: argparse.Namespace) -> int:
 
 
 def _gc(args: argparse.Namespace) -> int:
-    from data.tools.gc import Candidate, collect
+    from data.tools.gc import Candidate, collect_garbage
 
     # Compared so that NaN fails too: no time is older than it, and every store would go.
     if not 0 <= args.idle < math.inf:
@@ -84,7 +84,7 @@ def _gc(args: argparse.Namespace) -> int:
         def confirm(candidate: Candidate) -> bool:
             return True
 
-    print("\n".join(collect(parse_location(args.folder), _folder(args.outputs), args.idle, confirm)))
+    print("\n".join(collect_garbage(parse_location(args.folder), _folder(args.outputs), args.idle, confirm)))
     return 0
 
 

@@ -24,7 +24,7 @@ from data.base.sites import Site
 from data.storage.open import open_storage
 from data.store.find import find
 from data.store.layout import Layout, choose_layout
-from data.store.manifest import FORMAT, HELDOUT, TRAIN, Manifest, store_settings
+from data.store.manifest import HELDOUT, STORE_FORMAT, TRAIN, Manifest, store_settings
 from data.store.store import Store
 from harvest import lm
 from harvest.documents import TextSource, source_from
@@ -103,7 +103,7 @@ def layout_asked(store: Mapping[str, Any]) -> Json:
 def identity_of(request: Request, tokenizer: Any) -> Json:
     """Everything but the layout that determines the numbers; reads all of a local text and a local model's files."""
     return {
-        "format": FORMAT,
+        "format": STORE_FORMAT,
         "model": lm.identify(request.model),
         "tokenizer": lm.tokenizer_hash(tokenizer),
         "text": request.source.identity(),

@@ -18,7 +18,7 @@ from data.base.location import parse_location
 from data.base.records import canonical, diff_fields
 from data.base.settings import number, whole
 from data.base.sites import Site
-from data.loading.norm_filter import Decode, NormFilteredReader, median_norm, moments
+from data.loading.norm_filter import DecodeRows, NormFilteredReader, median_norm, moments
 from data.loading.order import batches_per_epoch, split_calibration
 from data.loading.reader import Reader, open_reader
 from data.store import store as stores
@@ -188,7 +188,7 @@ def _first_chunks(reader: Reader, rows: int) -> NDArray[np.int64]:
 
 
 def _kept_readers(
-    readers: dict[str, Reader], settings: Settings, chunks: int, decode: Decode
+    readers: dict[str, Reader], settings: Settings, chunks: int, decode: DecodeRows
 ) -> tuple[dict[str, Reader], Outliers]:
     """The readers without the outliers that `outliers` names; reads every row once."""
     median = median_norm(readers[TRAIN], chunks, decode)

@@ -61,7 +61,7 @@ class FeatureScale:
         return cls(np.array(attributes["mean"], np.float32), np.array(attributes["std"], np.float32))
 
 
-def encode(x_ND: Float[Tensor, "N D"], standard: FeatureScale) -> Int8[Tensor, "N S"]:
+def encode_int8(x_ND: Float[Tensor, "N D"], standard: FeatureScale) -> Int8[Tensor, "N S"]:
     """int8 rows on the device of `x_ND`; a value that is not finite decodes to one that is not."""
     assert sys.byteorder == "little", "int8 rows are written on little-endian machines"
     mean_D, std_D = (torch.from_numpy(part).to(x_ND.device) for part in (standard.mean, standard.std))

@@ -92,10 +92,10 @@ class RowFormat:
     def stored(self, given: NDArray[Any]) -> NDArray[Any]:
         """Given rows as they are stored."""
         if self.is_int8:
-            from data.store.int8 import encode
+            from data.store.int8 import encode_int8
 
             assert self.standard is not None, f"no standard for {self.site}"
-            encoded: NDArray[Any] = encode(_tensor(_widen(given)), self.standard).numpy()
+            encoded: NDArray[Any] = encode_int8(_tensor(_widen(given)), self.standard).numpy()
             return encoded
         return given
 

@@ -22,7 +22,7 @@ from zarr.codecs import BloscCodec, ZstdCodec
 from data.base.errors import UserError
 from data.loading.loader import ActivationLoader
 from data.loading.reader import DirectReader, ZarrReader, open_reader
-from data.store.int8 import FeatureScale, RowDecoder, encode
+from data.store.int8 import FeatureScale, RowDecoder, encode_int8
 from data.store.layout import Layout
 from data.store.manifest import HELDOUT, TRAIN
 from data.store.store import ORIGIN, TOKENS, Store
@@ -93,10 +93,10 @@ def test_a_dead_dimension_and_a_bad_row_do_no_harm() -> None:
     assert standard.mean.tolist() == same.mean.tolist() and standard.std.tolist() == same.std.tolist()
     assert 0 < standard.std[2] == np.float32(1e-3 * np.sqrt(np.mean(x.astype(np.float64).std(0) ** 2)))
     x[50, 2] = 8.0  # what the pilot did not see
-    decoded = RowDecoder(D, standard)(encode(torch.from_numpy(x), standard)).numpy()
+    decoded = RowDecoder(D, standard)(encode_int8(torch.from_numpy(x), standard)).numpy()
     assert abs(decoded[50, 2] - 8.0) < 0.1 and np.isfinite(decoded).all()
     constant = FeatureScale.of(np.full((3, D), 2.5, np.float32))
-    assert (RowDecoder(D, constant)(encode(torch.full((4, D), 2.5), constant)) == 2.5).all()
+    assert (RowDecoder(D, constant)(encode_int8(torch.full((4, D), 2.5), constant)) == 2.5).all()
     assert (FeatureScale.of(np.full((2, D), np.nan, np.float32)).std == 1).all()
 
 
@@ -107,7 +107,7 @@ def test_a_dead_dimension_and_a_bad_row_do_no_harm() -> None:
 def test_no_value_is_off_by_more_than_half_a_step(x: np.ndarray, pilot: np.ndarray) -> None:
     """Half a step of its row's scale, and what float32 rounds."""
     standard = FeatureScale.of(pilot)
-    rows = encode(torch.from_numpy(x), standard)
+    rows = encode_int8(torch.from_numpy(x), standard)
     exact = by_the_formula(rows.numpy(), standard)
     z = (x.astype(np.float64) - standard.mean) / standard.std
     step = np.abs(z).max(1, keepdims=True) / 127 * standard.std
@@ -122,7 +122,7 @@ def test_a_single_row_decodes_too(width: int) -> None:
     """Its scale lies at any byte, and torch's views as float32 do not."""
     x = torch.from_numpy(activations(5))[:, :width]
     standard = FeatureScale.of(x.numpy())
-    rows, decoder = encode(x, standard), RowDecoder(width, standard)
+    rows, decoder = encode_int8(x, standard), RowDecoder(width, standard)
     assert torch.equal(torch.cat([decoder(rows[i : i + 1]) for i in range(5)]), decoder(rows))
 
 
