@@ -163,6 +163,7 @@ DOUBLE_NAMES = set(
         "COUNTS",
         "DEFINITIONS",
         "FORMAT",
+        "FORMS",
         "HOLDS",
         "Json",
         "KINDS",
