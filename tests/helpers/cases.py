@@ -33,7 +33,7 @@ def topk_cases() -> list[Case]:
     aux = [
         ({}, {}),
         ({"auxk_relu": True}, {"relu": True}),
-        ({"auxk_norm": "residual"}, {"by_residual": True}),
+        ({"auxk_norm": "variance"}, {"by_residual": False}),
         ({"auxk_alpha": 0.5}, {"alpha": 0.5}),
         ({"auxk_k": 2}, {"k_aux": 2}),
     ]

@@ -119,7 +119,7 @@ def topk(
     dead: NDArray[np.bool_],
     alpha: float = 1 / 32,
     relu: bool = False,
-    by_residual: bool = False,
+    by_residual: bool = True,
     k_aux: int | None = None,
     multi: bool = False,
 ) -> Result:
@@ -145,7 +145,7 @@ def batchtopk(
     dead: NDArray[np.bool_],
     alpha: float = 1 / 32,
     relu: bool = False,
-    by_residual: bool = False,
+    by_residual: bool = True,
     k_aux: int | None = None,
     sizes: Sequence[int | None] = (None,),
 ) -> Result:

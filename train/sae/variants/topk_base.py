@@ -16,6 +16,9 @@ from train.sae.sparse.backend import backend_for
 from train.sae.sparse.codes import Codes
 from train.sae.sparse.rules import Rule, Selection
 
+_LEAST_OF_SQUARE = 0.1  # of the residual's mean square: what AuxK's norm is at least
+_LEAST_OF_VARIANCE = 1e-3  # of Vx, likewise
+
 
 @dataclass(frozen=True, eq=False)
 class Candidates:
@@ -33,7 +36,7 @@ class TopKBase(SAE):
     """k latents a token (or k * B a batch), and AuxK (Gao et al. 2406.04093, A.2).
 
     AuxK = alpha * E over tokens of ||r - a W_dec||^2 / norm, r the detached residual and a the k_aux largest z of each
-    token among the dead latents.
+    token among the dead latents, ties to the lowest index. `norm` is the residual's own variance over the batch.
     """
 
     uses_auxk = True
@@ -77,11 +80,16 @@ class TopKBase(SAE):
         return self.config.auxk_alpha * error / self.auxk_norm(residual_BD)
 
     def auxk_norm(self, residual_BD: Float[Tensor, "B D"]) -> Float[Tensor, ""]:
-        """Compute what divides AuxK's squared error."""
+        """Compute what divides AuxK's squared error: by default the variance of the residual over the batch.
+
+        A batch of one token, or of equal ones, has none, and one that is reconstructed exactly hardly any: there it is
+        a tenth of the residual's mean square, and never below a thousandth of Vx.
+        """
         if self.config.auxk_norm == "variance":
             return self.variance
         spread = (residual_BD - residual_BD.mean(0)).square().sum() / residual_BD.shape[0]
-        return spread.clamp_min(torch.finfo(spread.dtype).eps * self.variance)
+        mean_sq = residual_BD.square().sum() / residual_BD.shape[0]
+        return torch.maximum(spread, torch.maximum(_LEAST_OF_SQUARE * mean_sq, _LEAST_OF_VARIANCE * self.variance))
 
     def dense_auxk(
         self, z_BF: Float[Tensor, "B F"], residual_BD: Float[Tensor, "B D"], context: TrainContext
