@@ -22,11 +22,7 @@ def clock(seconds: float) -> str:
 
 def label(sae: SAE) -> str:
     """The variant and what it aims at, in a few letters."""
-    for name in ("k", "sparsity"):
-        value = getattr(sae, name, None)
-        if value is not None:
-            return f"{sae.name} {name}={value:g}"
-    return sae.name
+    return f"{sae.name} {sae.config.aim}"
 
 
 def opening(runs: Sequence[TrainRun]) -> str:
