@@ -14,7 +14,7 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 from data.base.files import atomic_file
 from train.lit import MultiSAEModule
 from train.messages import clock
-from train.resume import LAST, seal
+from train.resume import LAST, checkpoint_seal
 from train.signals import Signals
 
 _AGREE_EVERY = 10  # steps: ranks must stop and save at the same one, and asking each other costs a message
@@ -56,7 +56,7 @@ class LastCheckpoint(Callback):
             module.guarded(member, member.check_finite)
         for member in module.in_step if trainer.is_global_zero else []:
             state = {**member.state(), "loader": module.stream.state(member.step)}
-            write_checkpoint(member.folder / LAST, {**state, "seal": seal(state)})
+            write_checkpoint(member.folder / LAST, {**state, "seal": checkpoint_seal(state)})
         self.saved_at = time.monotonic()
 
     def _agreed(self, trainer: Trainer, step: int) -> tuple[bool, bool]:

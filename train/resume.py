@@ -158,7 +158,7 @@ def step_to_resume(folder: Path, settings: TrainSettings, plan: DataPlan) -> int
 # The checkpoint
 
 
-def seal(state: Mapping[str, Any]) -> str:
+def checkpoint_seal(state: Mapping[str, Any]) -> str:
     """A hash over what must agree in a checkpoint: its run, its step and the place in the data."""
     return hashlib.sha256(canonical([state["run"], state["step"], state["loader"]]).encode()).hexdigest()[:16]
 
@@ -186,7 +186,7 @@ def read_checkpoint(folder: Path, settings: TrainSettings, plan: DataPlan, mappe
     if state["run"] != fingerprint(settings, plan):
         raise UserError(f"{path} is of another run than {folder / RUN}: put its own back, or {remedy}")
     step = state["step"]
-    if type(step) is not int or not 0 < step <= plan.steps or state["seal"] != seal(state):
+    if type(step) is not int or not 0 < step <= plan.steps or state["seal"] != checkpoint_seal(state):
         raise UserError(f"{path} says step {step!r}, which does not agree with the rest of it: {remedy}")
     return state
 

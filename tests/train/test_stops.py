@@ -17,7 +17,7 @@ import torch
 from data.base.cli import CONF
 from data.base.errors import UserError
 from tests.helpers.runs import Broken, assert_same_sae, break_after
-from train.resume import LAST, only_writer, seal
+from train.resume import LAST, checkpoint_seal, only_writer
 from train.run import train
 from train.sae.variants.topk import TopK
 from train.signals import Signals
@@ -199,7 +199,7 @@ def test_an_edited_step_is_refused(short: Any, broken_off: Path, step: Any) -> N
 def test_a_part_of_another_shape_is_refused(short: Any, broken_off: Path, part: str, value: Any) -> None:
     state = torch.load(broken_off / LAST, weights_only=True)
     state[part] = value
-    torch.save({**state, "seal": seal(state)}, broken_off / LAST)
+    torch.save({**state, "seal": checkpoint_seal(state)}, broken_off / LAST)
     with pytest.raises(UserError, match="does not fit this run") as caught:
         train(short("sae=topk"))
     assert "\n" not in str(caught.value)
