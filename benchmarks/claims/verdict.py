@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,18 @@ LEVEL = 0.95  # of every interval, and of all intervals of a claim at once where
 _NODES = 4  # members of a sweep that a figure between them is read off
 
 Array = NDArray[np.float64]
+
+
+@cache
+def normal_point(share: float) -> float:
+    """Give the value that a standard normal is below with this probability."""
+    return float(stats.norm.ppf(share))
+
+
+@cache
+def student_point(share: float, freedom: int) -> float:
+    """Give the value that Student's t with so many degrees of freedom is below with this probability."""
+    return float(stats.t.ppf(share, freedom))
 
 
 @dataclass(frozen=True)
@@ -79,8 +92,8 @@ class Comparison:
         widens the interval by all it may be.
         """
         share = 1 - (1 - LEVEL) / (2 * comparisons)
-        of_sequences = float(stats.norm.ppf(share)) * self.sequence_error
-        of_seeds = float(stats.t.ppf(share, self.seed_freedom)) * self.seed_error if self.seed_freedom else 0.0
+        of_sequences = normal_point(share) * self.sequence_error
+        of_seeds = student_point(share, self.seed_freedom) * self.seed_error if self.seed_freedom else 0.0
         return math.hypot(of_sequences, of_seeds) + self.reading_error
 
     @property

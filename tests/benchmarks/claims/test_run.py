@@ -106,8 +106,14 @@ def test_the_smallest_form_of_make_claims(harvested: dict[str, Any], tmp_path: P
     model += ["packing.context=16", "packing.heldout=0.3"]
     sizes = {"rows": 2000, "tokens": 1000, "special_rows": 1500, "special_tokens": 500, "calibration_tokens": 256}
     sizes |= {"batch": 32, "batches": "[16,64]", "widths": "[2,4,8]", "width": 4, "widest": 8}
-    sizes |= {"k": 2, "ks": "[1,2,4]", "rival_ks": "[2,4,6]", "site": "resid_post.0", "harvest": "[heldout_tokens=300]"}
-    sizes |= {"train": "[heldout_tokens=300]", "rates.batchtopk": 5e-3}
+    sizes |= {
+        "k": 2,
+        "ks": "[1,2,4]",
+        "rival_ks": "[2,4,6]",
+        "site": "resid_post.0",
+        "harvest": '["heldout_tokens=300"]',
+    }
+    sizes |= {"train": '["heldout_tokens=300"]', "rates.batchtopk": 5e-3}
     overrides = [f"study.{name}={value}" for name, value in sizes.items()]
     overrides.append(f"study.model={json.dumps(model)}")
     overrides += [
