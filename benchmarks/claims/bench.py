@@ -20,7 +20,7 @@ from benchmarks.claims.verdict import (
     curve,
     verdict_of,
 )
-from data.store.manifest import Json
+from data.base.records import Json
 
 NMSE, CE = "nmse", "ce_increase"
 METRICS = {NMSE: "NMSE", CE: "CE increase"}

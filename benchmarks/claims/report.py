@@ -13,7 +13,8 @@ from benchmarks.claims.bench import CE, METRICS, NMSE, Bench, Finding
 from benchmarks.claims.scores import Scored
 from benchmarks.claims.topk import named, shown
 from benchmarks.claims.verdict import Comparison
-from data.store.manifest import Json
+from data.base.files import write_atomic
+from data.base.records import Json
 from evaluate.report.markdown import dumps, number, table
 from evaluate.report.png import against_l0
 
@@ -37,15 +38,9 @@ def write(bench: Bench, findings: Sequence[Finding], place: Json, out: Path) -> 
     )
     saes = [_row(sae) for sae in (*bench.main, *bench.special)]
     record = {"format": FORMAT, "place": place, "findings": [_record(one) for one in findings], "saes": saes}
-    _write_whole(out / "claims.json", dumps(record))
-    _write_whole(out / "claims.md", markdown(findings, place, plots, [*bench.main, *bench.special]))
+    write_atomic(out / "claims.json", dumps(record))
+    write_atomic(out / "claims.md", markdown(findings, place, plots, [*bench.main, *bench.special]))
     return out / "claims.md"
-
-
-def _write_whole(path: Path, text: str) -> None:
-    beside = path.with_name(path.name + ".part")
-    beside.write_text(text, encoding="utf-8")
-    beside.replace(path)
 
 
 def _record(finding: Finding) -> Json:

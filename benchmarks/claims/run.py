@@ -12,8 +12,8 @@ from pydantic import Field
 from benchmarks.claims.sweeps import Study, run_all
 from data.base.config import Real, Settings, Text, Whole
 from data.base.errors import UserError
-from data.storage.local import parse_location
-from data.store.manifest import Json, canonical
+from data.base.location import parse_location
+from data.base.records import Json, canonical
 from evaluate.run import SavedSAE, find_saes, group_by_store
 
 if TYPE_CHECKING:
