@@ -8,7 +8,7 @@ ARGS ?=
 PY := $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup peers demo harvest train sweep evaluate claims test lint types test-slow clean
+.PHONY: help setup peers demo harvest train sweep evaluate claims gpu-proof test lint types test-slow clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -48,6 +48,9 @@ evaluate: setup ## splice SAEs into the language model and score them
 
 claims: setup ## try the papers' claims on a model (conf/claims/models); leaves outputs/claims/claims.md
 	$(PY) -m benchmarks.claims $(ARGS)
+
+gpu-proof: setup ## prove the GPU path on a card, in pieces that resume (ARGS="--tiny": on a CPU)
+	$(PY) -m benchmarks.gpu $(ARGS)
 
 test: lint types ## lint, types and the fast tests
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto --dist loadfile

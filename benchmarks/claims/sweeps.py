@@ -81,7 +81,7 @@ class Study(Settings):
     """L0s of the grid."""
     rival_ks: tuple[Whole, ...]
     """L0s that the variants with a coefficient aim at: three or more, as curves are read between them."""
-    rates: Rates = Rates()
+    rates: Rates = Field(default_factory=lambda: Rates.of({}))
     """Learning rates."""
     seeds: tuple[Whole, ...] = (0,)
     """Seeds of every SAE; two or more give the intervals the spread over seeds."""

@@ -50,7 +50,7 @@ def dictionary_learning(job: Job, batches: Any) -> None:
     """Train by the library's trainer, as its `trainSAE` does with `normalize_activations`: unit mean squared norm."""
     from benchmarks.contestants import dictionary_learning as contestant
 
-    trainer_class = contestant._TRAINERS[job.variant]
+    trainer_class = contestant.TRAINERS[job.variant]
     # The same gradient without the einsum that takes most of its time on a CPU.
     home = sys.modules[trainer_class.__module__]
     home.remove_gradient_parallel_to_decoder_directions = contestant.elementwise  # type: ignore[attr-defined]
@@ -98,6 +98,7 @@ def sae_lens(job: Job, batches: Any) -> None:
         total_training_samples=steps * batch,
         train_batch_size_samples=batch,
         lr=job.lr,
+        lr_end=job.lr / 10,  # as its runner's configuration sets it
         lr_warm_up_steps=round(_WARMUP * steps),
         lr_decay_steps=round((1 - _DECAY) * steps),
         # As many tokens as ours at most: a window longer than the run would never call a latent dead.

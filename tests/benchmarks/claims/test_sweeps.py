@@ -67,7 +67,7 @@ def test_variants_of_one_rate_share_a_pass_and_others_do_not() -> None:
 
 @pytest.mark.parametrize(
     ("change", "name"),
-    [({"k": 0}, "k"), ({"rates": {"topk": -1}}, "topk"), ({"widht": 4}, "widht"), ({"ks": ["x"]}, "ks")],
+    [({"k": 0}, "k"), ({"rates": {"topk": -1}}, "topk"), ({"breadth": 4}, "breadth"), ({"ks": ["x"]}, "ks")],
 )
 def test_a_mistake_in_a_study_is_named(change: dict[str, Any], name: str) -> None:
     with pytest.raises(UserError, match=name):
