@@ -131,9 +131,9 @@ class Harvester:
             self._begun = True
             left = unit.left(self.store)
             if left.names:  # else committed between the look and the claim
-                held = writer.room()
-                self._fill(left, held, bar)
-                writer.hand_over(left, held, claim.pop_all())
+                buffer = writer.next_buffer()
+                self._fill(left, buffer, bar)
+                writer.submit(left, buffer, claim.pop_all())
             else:
                 bar.update(unit.rows)
         return True
@@ -142,13 +142,13 @@ class Harvester:
         if not self.allow_mixed_devices:
             refuse_mixed(self.store, self.made_by)
 
-    def _write(self, unit: Unit, held: ActivationBuffer) -> None:
+    def _write(self, unit: Unit, buffer: ActivationBuffer) -> None:
         """Permute, write and commit the rows of a unit."""
-        self._refuse_unstorable(unit, held)
+        self._refuse_unstorable(unit, buffer)
         order = self.store.permutation(unit.split, unit.index, unit.rows)
         books = self._books(unit)
         for name in unit.names:
-            rows = books[name] if name in books else native(held.rows(name, unit.rows))
+            rows = books[name] if name in books else native(buffer.rows(name, unit.rows))
             commit = self.store.write(unit.split, unit.index, name, rows, self.made_by, order)
             self.written += sum(chunk.bytes for chunk in commit.chunks)
 
@@ -173,8 +173,8 @@ class Harvester:
                     width = self.widths.get(name, BOOK_WIDTHS.get(name, 0))
                     self.store.require(split, name, width, capacity, encoded_by.get(name))
 
-    def _fill(self, unit: Unit, held: ActivationBuffer, bar: Any) -> None:
-        """Run a unit's contexts; `held` takes the rows of each site, in the order of the text."""
+    def _fill(self, unit: Unit, buffer: ActivationBuffer, bar: Any) -> None:
+        """Run a unit's contexts; `buffer` takes the rows of each site, in the order of the text."""
         if not unit.sites:
             bar.update(unit.rows)
             return
@@ -187,17 +187,17 @@ class Harvester:
                 # Found here: a GPU that looks for them itself makes the forward wait for their number.
                 kept = torch.from_numpy(np.flatnonzero(mask))
                 for site in unit.sites:
-                    held.take(site, at, seen[site], kept)
+                    buffer.append(site, at, seen[site], kept)
                 at += len(kept)
                 bar.update(len(kept))
 
-    def _refuse_unstorable(self, unit: Unit, held: ActivationBuffer) -> None:
+    def _refuse_unstorable(self, unit: Unit, buffer: ActivationBuffer) -> None:
         """UserError names site, text and token of the first value that is not finite, or too large for float16."""
         limit = FLOAT16_LIMIT if self.dtype is torch.float16 else torch.finfo(self.dtype).max
-        site = next((site for site in unit.sites if not held.peak(site) <= limit), None)  # NaN compares false
+        site = next((site for site in unit.sites if not buffer.max_abs(site) <= limit), None)  # NaN compares false
         if site is None:
             return
-        largest_N = torch.linalg.vector_norm(held.rows(site, unit.rows), float("inf"), dim=1)
+        largest_N = torch.linalg.vector_norm(buffer.rows(site, unit.rows), float("inf"), dim=1)
         row = int((~(largest_N <= limit)).nonzero()[0])
         sequence, position = map(int, self._books(unit)[ORIGIN][row])
         text = self.packed[unit.split]
