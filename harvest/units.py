@@ -54,19 +54,24 @@ class Unit:
 
 
 def plan(store: Store | None, layout: Layout, packed: Mapping[str, PackedTokens], sites: Sequence[Site]) -> list[Unit]:
-    """The units of `packed` with anything not yet committed in `store` (None: a store yet to be made), in order."""
-    units: list[Unit] = []
+    """The units of `packed` with anything not yet committed in `store` (None: a store yet to be made), in order.
+
+    The splits take turns in proportion to their sizes, so that a harvest that is broken off has rows of each.
+    """
+    ranked: list[tuple[float, Unit]] = []
     names = [*map(str, sites), *BOOK_WIDTHS]
     for split, text in packed.items():
         done = {name: set(store.committed(split, name)) if store else set() for name in names}
-        for index in range(-(-len(text.contexts) // layout.contexts_per_unit)):
+        n_units = -(-len(text.contexts) // layout.contexts_per_unit)
+        for index in range(n_units):
             contexts = slice(index * layout.contexts_per_unit, (index + 1) * layout.contexts_per_unit)
             left = [name for name in names if index not in done[name]]
             if left:
                 books = tuple(name for name in left if name in BOOK_WIDTHS)
                 rows = int(text.keep[contexts].sum())
-                units.append(Unit(split, index, contexts, rows, tuple(n for n in left if n not in books), books))
-    return units
+                unit = Unit(split, index, contexts, rows, tuple(n for n in left if n not in books), books)
+                ranked.append((index / n_units, unit))
+    return [unit for _, unit in sorted(ranked, key=lambda one: one[0])]
 
 
 def covered(store: Store, sites: Sequence[Site], rows: Mapping[str, int]) -> bool:
@@ -100,12 +105,3 @@ def finish(store: Store) -> None:
         store.claims.sweep(store.is_committed)
     if store.complete != extent(store):  # looked at first, as a folder that can only be read gives no lock
         store.mark_complete(lambda: extent(store))
-
-
-def summary(store: Store) -> str:
-    """What a store holds, in a line."""
-    return "; ".join(
-        f"{split}: " + ", ".join(f"{site} {rows:,}" for site, rows in sites.items())
-        for split, sites in extent(store).items()
-        if sites
-    )
