@@ -326,7 +326,8 @@ def _sums(model: nn.Module, sites: list[Site], family: Family, turned: bool) -> 
         for site in sites if turned else []:
             if site.kind == "resid_mid":
                 stack.enter_context(replace(model, site, torch.neg))
-        seen = run_to(model, sites, torch.arange(8, device=device).unsqueeze(0))
+        n_rows = len(model.get_input_embeddings().weight)  # type: ignore[operator]
+        seen = run_to(model, sites, torch.arange(8, device=device).remainder(n_rows).unsqueeze(0))
     for layer in {site.layer for site in sites}:
         pre, post, attn, mlp = (seen[f"{kind}.{layer}"] for kind in ("resid_pre", "resid_post", "attn_out", "mlp_out"))
         if family.mid:

@@ -164,7 +164,7 @@ class LanguageModel:
         try:
             return AutoConfig.from_pretrained(folder, trust_remote_code=False, **options)
         except Exception as error:
-            raise UserError(f"the config of model {self.name!r} cannot be read: {hub.first_line(error)}") from error
+            raise UserError(f"model {self.name!r} cannot be loaded: {hub.first_line(error)}") from error
 
     @property
     def compute_dtype(self) -> str:
@@ -199,7 +199,6 @@ class LanguageModel:
         folder, options = self._source
         device = _device(self.settings.device)
         import torch
-        from transformers import AutoModelForCausalLM
         from transformers.utils import logging
 
         logging.disable_progress_bar()  # a bar for each weight, before ours
@@ -207,13 +206,15 @@ class LanguageModel:
         if self.is_gguf:
             options["quantization_config"] = _dequantized()
         try:
-            model, report = AutoModelForCausalLM.from_pretrained(
+            model, report = self._auto_class().from_pretrained(
                 folder,
                 dtype=getattr(torch, self.compute_dtype),
                 output_loading_info=True,
                 trust_remote_code=False,
                 **{key: value for key, value in options.items() if value is not None},
             )
+        except UserError:
+            raise
         except Exception as error:
             raise UserError(f"model {self.name!r} cannot be loaded: {hub.first_line(error)}") from error
         # transformers would fill what is missing with random numbers.
@@ -223,6 +224,25 @@ class LanguageModel:
             model = model.to(device)
         model.config.get_text_config().use_cache = False
         return model.eval().requires_grad_(False)
+
+    def _auto_class(self) -> Any:
+        """The class that loads the model: as a language model, or as one that reads images and has one inside."""
+        from transformers import (
+            MODEL_FOR_CAUSAL_LM_MAPPING,
+            MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+            AutoModelForCausalLM,
+            AutoModelForImageTextToText,
+        )
+
+        config = self._auto_config
+        if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
+            return AutoModelForCausalLM
+        if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+            return AutoModelForImageTextToText
+        raise UserError(
+            f"model {self.name!r} of architecture {config.model_type!r} is none that transformers loads as a language "
+            "model: save the language model inside it to a folder of its own and name that folder"
+        )
 
 
 class TokenIds:

@@ -36,6 +36,8 @@ class HarvestRequest:
     def from_config(cls, cfg: Mapping[str, Any]) -> HarvestRequest:
         """From a resolved configuration; UserError in one sentence for the first thing that cannot be."""
         asked = HarvestSettings.of(cfg)
+        if not asked.cache.strip():
+            raise UserError("cache is empty: name the folder for stores, as in cache=outputs/cache")
         rows = {TRAIN: asked.tokens, HELDOUT: asked.heldout_tokens}
         request = cls(
             asked=asked,

@@ -125,6 +125,8 @@ class FilesText(TextSource):
 
 def _matches(pattern: str) -> list[Path]:
     """The files that one entry of `paths` stands for; UserError where there are none."""
+    if not pattern.strip():
+        raise UserError("text.paths has an empty entry: name a file, a folder or a glob")
     try:
         # A file's own name may hold brackets, so a name that exists is never read as a pattern.
         if Path(pattern).is_dir():
@@ -150,7 +152,7 @@ def _files_below(folder: Path) -> list[Path]:
         raise UserError(f"text.paths: the folder {folder} holds no .txt, .jsonl or .parquet: name one that does")
     others = [path for path in visible if _format(path)[0] is None]
     if others:
-        say_once((str(folder), "others"), f"{folder}: {len(others):,} files are no text, such as {others[0].name}")
+        say_once((str(folder), "others"), f"{folder}: {others[0].name} and other files that are no text are left out")
     return texts
 
 
