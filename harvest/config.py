@@ -24,10 +24,12 @@ MOST_ROWS = 10**15  # far beyond any text; keeps arithmetic on sizes exact
 def parse_sites(given: Any) -> tuple[Site, ...]:
     """One name or a list of them, each site once; UserError for a name that is none, and for an empty list."""
     names = given if isinstance(given, list | tuple) else [given] if given else []
-    sites = tuple(dict.fromkeys(Site.parse(str(name)) for name in names))
-    if not sites:
+    if not names:
         raise UserError("sites is empty: name at least one, as in sites=[resid_post.3]")
-    return sites
+    for name in names:
+        if not isinstance(name, str) or not name.strip():
+            raise UserError(f"sites: {name!r} is no name of a site: give names, as in sites=[resid_post.3]")
+    return tuple(dict.fromkeys(Site.parse(name) for name in names))
 
 
 class StoreSettings(Settings):

@@ -8,7 +8,6 @@ before anything slow begins.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 from collections.abc import Mapping
@@ -22,6 +21,8 @@ from data.base.config import Settings, Text
 from data.base.errors import UserError
 from harvest import hub
 from harvest.model_files import Json, check_folder, check_gguf, has_tokenizer, read_config, weight_files
+from harvest.tokenizer import TokenIds
+from harvest.tokenizer import tokenizer_hash as tokenizer_hash  # for stages that know a model by this module
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 EMBEDDED = Path(__file__).resolve().parent / "embedded"
 DTYPES = ("float32", "bfloat16", "float16")
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+_DEVICE = re.compile(r"auto|(cpu|mps)(:0)?|cuda(:\d+)?")
 _LAYERS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 _CONTEXT = ("max_position_embeddings", "n_positions", "n_ctx", "max_sequence_length", "max_seq_len", "seq_length")
 
@@ -51,6 +53,9 @@ class ModelSettings(Settings):
     """Handed to transformers as it is: eager, sdpa, flash_attention_2."""
 
 
+MODEL_FIELDS = frozenset(ModelSettings.model_fields)
+
+
 @dataclass(frozen=True)
 class LanguageModel:
     """A model by its settings: its files are looked for once, and what they say is read when it is asked for.
@@ -69,9 +74,13 @@ class LanguageModel:
             return given
         if not isinstance(given, Mapping):
             raise UserError(f"model={given} is no group of settings: give model.name=...")
-        settings = ModelSettings.of({key: value for key, value in given.items() if value is not None}, "model")
+        # null stands for a setting's default.
+        chosen = {key: value for key, value in given.items() if value is not None or key not in MODEL_FIELDS}
+        settings = ModelSettings.of(chosen, "model")
         if not settings.name:
             raise UserError("model.name is not set: name a local folder, a model of the hub, or `embedded`")
+        if not _DEVICE.fullmatch(settings.device):  # others may exist, but torch need not be asked about these
+            raise _no_device(settings.device)
         if settings.device_map is not None and settings.device != "auto":
             raise UserError("model.device and model.device_map are both set: keep one of them")
         if settings.device_map is not None and find_spec("accelerate") is None:
@@ -245,39 +254,6 @@ class LanguageModel:
         )
 
 
-class TokenIds:
-    """Stands where a model has no tokenizer: documents come as token ids, and special tokens by the model's config."""
-
-    unk_token_id = None
-
-    def __init__(self, model: str, config: Json) -> None:
-        self.model = model
-        self.bos_token_id, self.eos_token_id = (_first_id(config.get(f"{end}_token_id")) for end in ("bos", "eos"))
-        self.all_special_ids = sorted({one for one in (self.bos_token_id, self.eos_token_id) if one is not None})
-
-    def __call__(self, texts: list[str], **_: Any) -> Any:
-        raise UserError(
-            f"model {self.model} has no tokenizer (tokenizer.json): copy it there, or give the text as token ids, "
-            "as in text.field=input_ids"
-        )
-
-    def get_vocab(self) -> dict[str, int]:
-        return {}
-
-    def decode(self, ids: Any, **_: Any) -> str:
-        """The ids themselves, as there are no words for them."""
-        return " ".join(str(int(one)) for one in ids)
-
-    def convert_ids_to_tokens(self, ids: list[int]) -> list[str]:
-        return [str(one) for one in ids]
-
-
-def _first_id(value: Any) -> int | None:
-    """A token id of a config, which may be a list of them."""
-    one = value[0] if isinstance(value, list) and value else value
-    return one if isinstance(one, int) and not isinstance(one, bool) else None
-
-
 def _local(name: str) -> Path | None:
     """The local folder or GGUF file meant, or None where the name is one of the hub; UserError where it is neither."""
     path = EMBEDDED if name == "embedded" else Path(name).expanduser()
@@ -303,20 +279,6 @@ def _dequantized() -> Any:
     return GgufConfig(dequantize=True)
 
 
-def tokenizer_hash(tokenizer: PreTrainedTokenizerBase | TokenIds) -> str:
-    """sha256 of what decides its tokens: the whole pipeline where it has one, else the vocabulary; special tokens."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        rules: Json = {"class": type(tokenizer).__name__, "vocabulary": tokenizer.get_vocab()}
-    else:
-        rules = json.loads(backend.to_str())
-        for passing in ("truncation", "padding"):  # state of the last call, not of the tokenizer
-            rules.pop(passing, None)
-    special = {"bos": tokenizer.bos_token_id, "eos": tokenizer.eos_token_id, "all": sorted(tokenizer.all_special_ids)}
-    text = json.dumps({"rules": rules, "special": special}, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
 def _device(asked: str) -> str:
     """The torch device meant; UserError where this machine has none such."""
     import torch
@@ -333,8 +295,12 @@ def _device(asked: str) -> str:
     kind, _, index = device.partition(":")
     count = {"cpu": 1, "mps": int(has_mps), "cuda": torch.cuda.device_count()}.get(kind, 0)
     if (index and not index.isdigit()) or int(index or 0) >= count:
-        raise UserError(f"model.device={asked} is not on this machine: set model.device=cpu or auto")
+        raise _no_device(asked)
     return device
+
+
+def _no_device(asked: str) -> UserError:
+    return UserError(f"model.device={asked} is not on this machine: set model.device=cpu or auto")
 
 
 def _sha256(path: Path) -> str:

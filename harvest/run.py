@@ -23,6 +23,7 @@ from harvest.packing import PackedTokens, check_tokenizer, pack
 from harvest.request import HarvestRequest
 from harvest.summary import advice, summary
 from harvest.text_source import token_ids
+from harvest.tokenizer import TokenIds
 from harvest.units import Unit, covered, finish, plan
 
 DISK_MARGIN = 64 << 20  # records, metadata and what else the file system keeps
@@ -69,7 +70,7 @@ def _spared(units: Sequence[Unit], widths: Mapping[str, int], layout: Layout) ->
 
 def check_text(request: HarvestRequest, tokenizer: Any) -> None:
     """UserError where a model without a tokenizer is given text, seen at the first document."""
-    if isinstance(tokenizer, lm.TokenIds):
+    if isinstance(tokenizer, TokenIds):
         first = next(iter(request.asked.text.documents()), None)
         if first is not None and first.text and token_ids(first.text) is None:
             tokenizer([first.text])

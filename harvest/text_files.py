@@ -134,7 +134,8 @@ def _matches(pattern: str) -> list[Path]:
         names = [pattern] if Path(pattern).exists() else sorted(glob.glob(pattern, recursive=True))
         files = [Path(name) for name in names if Path(name).is_file()]
     except (OSError, ValueError) as error:  # a name too long, or with a zero byte
-        raise UserError(f"text.paths: {pattern!r} is no path ({error}): correct it") from None
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UserError(f"text.paths: {pattern[:80]!r} is no path ({reason}): correct it") from None
     if not files:
         raise UserError(f"text.paths: no file matches {pattern!r} (seen from {Path.cwd()}): correct the path")
     return files
