@@ -8,11 +8,12 @@ from collections.abc import Iterator, Sequence
 from data.base.sites import Site
 from data.store.files import extent
 from data.store.manifest import HELDOUT, TRAIN
-from data.store.massive import massive_line
+from data.store.massive import TIMES_MEDIAN, has_massive_rows, massive_line
 from data.store.store import Store
 
 # Training's own defaults (conf/train.yaml), which need not be given where the store has that much.
 _TRAIN_TOKENS, _CALIBRATION, _HELDOUT, _BATCH = 1_000_000, 65_536, 50_000, 1024
+_ORDINARY = 0.9  # of the rows are surely left where massive ones, at most a few a context, are left out
 
 
 def summary(store: Store) -> str:
@@ -41,6 +42,9 @@ def train_command(store: Store, site: str) -> str:
         path = "'" + path.replace("\\", "\\\\").replace("'", "\\'") + "'"  # as Hydra reads a quoted value
     parts = [f"store={path}", f"site={site}"]
     rows, heldout = store.rows(TRAIN, site), store.rows(HELDOUT, site)
+    if rows and has_massive_rows(store.stats(TRAIN, site)):
+        parts.append(f"outliers={TIMES_MEDIAN:g}")
+        rows, heldout = (int(n * _ORDINARY) for n in (rows, heldout))
     calibration = min(_CALIBRATION, rows // 10)
     # A chunk is not divided between training and calibration, and the last batch has to be whole.
     spare = rows - calibration - 2 * store.layout.chunk_rows

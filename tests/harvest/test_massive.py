@@ -66,6 +66,7 @@ def test_harvest_and_info_warn_of_them_in_one_line(
     assert line.endswith("train with outliers=10, which leaves those rows out") and "\n" not in line
     said = capsys.readouterr().out
     assert f"note: {line}\n" in said
+    assert f"store={store.path} site={SITE} outliers=10 tokens=" in said
     assert f"note: {line}" in list(report(store.path, 10.0, 100))
     harvest(config(sink, text, tmp_path, *NO_BOS))
     assert f"note: {line}\n" in capsys.readouterr().out
