@@ -12,8 +12,8 @@ from pydantic import Field, PlainValidator
 
 from data.base.config import Flag, Settings, Text, Whole
 from data.base.errors import UserError
+from data.base.records import Json
 from data.base.sites import Site
-from data.store.manifest import Json
 from harvest.documents import TextSource, source_from
 from harvest.lm import LanguageModel
 from harvest.packing import Packing

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from data.base.config import Settings, Text
 from data.base.errors import UserError
 from harvest import hub
+from harvest.model_class import model_class
 from harvest.model_files import Json, check_folder, check_gguf, has_tokenizer, read_config, weight_files
 from harvest.tokenizer import TokenIds
 from harvest.tokenizer import tokenizer_hash as tokenizer_hash  # for stages that know a model by this module
@@ -215,7 +216,7 @@ class LanguageModel:
         if self.is_gguf:
             options["quantization_config"] = _dequantized()
         try:
-            model, report = self._auto_class().from_pretrained(
+            model, report = model_class(self._auto_config, self.name).from_pretrained(
                 folder,
                 dtype=getattr(torch, self.compute_dtype),
                 output_loading_info=True,
@@ -233,25 +234,6 @@ class LanguageModel:
             model = model.to(device)
         model.config.get_text_config().use_cache = False
         return model.eval().requires_grad_(False)
-
-    def _auto_class(self) -> Any:
-        """The class that loads the model: as a language model, or as one that reads images and has one inside."""
-        from transformers import (
-            MODEL_FOR_CAUSAL_LM_MAPPING,
-            MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
-            AutoModelForCausalLM,
-            AutoModelForImageTextToText,
-        )
-
-        config = self._auto_config
-        if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
-            return AutoModelForCausalLM
-        if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
-            return AutoModelForImageTextToText
-        raise UserError(
-            f"model {self.name!r} of architecture {config.model_type!r} is none that transformers loads as a language "
-            "model: save the language model inside it to a folder of its own and name that folder"
-        )
 
 
 def _local(name: str) -> Path | None:

@@ -9,9 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from data.base.errors import UserError
-from data.storage.local import Location, open_storage, parse_location
-from data.store.manifest import FORMAT, HELDOUT, TRAIN, Json, Manifest, choose_layout, diff_fields, settings_of
-from data.store.store import Store, find
+from data.base.location import Location, parse_location
+from data.base.records import Json, diff_fields
+from data.storage.open import open_storage
+from data.store.find import find
+from data.store.layout import choose_layout
+from data.store.manifest import FORMAT, HELDOUT, TRAIN, Manifest, store_settings
+from data.store.store import Store
 from harvest import lm
 from harvest.config import HarvestSettings
 from harvest.packing import added_special_ids
@@ -41,7 +45,7 @@ class HarvestRequest:
         rows = {TRAIN: asked.tokens, HELDOUT: asked.heldout_tokens}
         request = cls(
             asked=asked,
-            settings=settings_of(cfg),
+            settings=store_settings(cfg),
             rows={split: count for split, count in rows.items() if count},
             cache=parse_location(asked.cache),
         )

@@ -15,8 +15,9 @@ from omegaconf import DictConfig
 
 from data.base import cli
 from data.base.errors import UserError
-from data.store.files import size
-from data.store.manifest import TRAIN, Layout
+from data.base.files import format_bytes
+from data.store.layout import Layout
+from data.store.manifest import TRAIN
 from data.store.store import Store
 from harvest import lm
 from harvest.packing import PackedTokens, check_tokenizer, pack
@@ -43,18 +44,18 @@ def say(line: str) -> None:
 def check_disk(request: HarvestRequest, units: Sequence[Unit], widths: Mapping[str, int], layout: Layout) -> None:
     """Print what the harvest will take; UserError where that is a disk and has not as much (before any codec)."""
     needed = sum(unit.bytes(widths, layout) for unit in units)
-    asked = f"{size(needed)} to write{_spared(units, widths, layout)}"
+    asked = f"{format_bytes(needed)} to write{_spared(units, widths, layout)}"
     if not isinstance(request.cache, Path):
         return say(f"{asked} in {request.cache}")
     folder = request.cache.absolute()
     while not folder.exists():
         folder = folder.parent
     free = shutil.disk_usage(folder).free
-    say(f"on disk: {asked}, {size(free)} free in {request.cache}")
+    say(f"on disk: {asked}, {format_bytes(free)} free in {request.cache}")
     if needed + DISK_MARGIN > free:
         raise UserError(
-            f"the harvest needs {size(needed)} in {request.cache} and {size(free)} is free there: free some space, "
-            "ask for fewer tokens or sites, or choose another folder with cache=<folder>"
+            f"the harvest needs {format_bytes(needed)} in {request.cache} and {format_bytes(free)} is free there: free "
+            "some space, ask for fewer tokens or sites, or choose another folder with cache=<folder>"
         )
 
 
@@ -65,7 +66,7 @@ def _spared(units: Sequence[Unit], widths: Mapping[str, int], layout: Layout) ->
     smaller = dataclasses.replace(layout, encoding="int8", bitround=None)
     needed = sum(unit.bytes(widths, smaller) for unit in units)
     before = f" before store.codec={layout.codec}" if layout.codec else ""
-    return f"{before} ({size(needed)} with store.encoding=int8)"
+    return f"{before} ({format_bytes(needed)} with store.encoding=int8)"
 
 
 def check_text(request: HarvestRequest, tokenizer: Any) -> None:
@@ -149,7 +150,7 @@ def say_all(lines: Iterable[str]) -> None:
 def main(config: DictConfig) -> None:
     """The stage, from Hydra's configuration."""
     try:
-        harvest(cli.settings_of(config, "harvest"))
+        harvest(cli.stage_settings(config, "harvest"))
     except KeyboardInterrupt:
         print("stopped; every unit that was committed stays: run the same command again to go on", file=sys.stderr)
         raise SystemExit(130) from None

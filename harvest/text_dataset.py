@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from data.base.config import Flag, Text
 from data.base.errors import UserError
-from data.store.manifest import Json
+from data.base.records import Json
 from harvest.text_source import Document, RowReader, TextSource, say_once
 
 RETRY_S = (1.0, 2.0, 5.0, 10.0, 20.0, 40.0, 60.0, 60.0, 60.0, 60.0)  # before each try after a broken connection

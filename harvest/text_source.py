@@ -17,7 +17,8 @@ from dataclasses import dataclass
 
 from data.base.config import Settings
 from data.base.errors import UserError
-from data.store.manifest import HELDOUT, TRAIN, Json
+from data.base.records import Json
+from data.store.manifest import HELDOUT, TRAIN
 
 BYTE_ORDER_MARK = "\ufeff"
 _SURROGATE = re.compile("[\ud800-\udfff]")

@@ -16,8 +16,7 @@ from typing import Any
 
 import pytest
 
-from data.base.cli import sentence
-from data.base.errors import UserError
+from data.base.errors import UserError, to_sentence
 from data.store.manifest import TRAIN
 from harvest.documents import FilesText
 from harvest.packing import Packing, pack
@@ -110,7 +109,7 @@ def refused(cfg: dict[str, Any]) -> bool:
         request.identity(tokenizer())
         request.new_manifest({"compute_dtype": "float32"}, 32)
     except Exception as error:
-        said = sentence(error)
+        said = to_sentence(error)
         assert said is not None, error
         assert "\n" not in said and len(said) < 2000, said[:200]
         return True
@@ -237,7 +236,7 @@ def test_no_text_ends_in_a_traceback(tmp_path: Path) -> None:
             assert source.identity() == first and packed.contexts.max() < 42
             counts["read"] += 1
         except Exception as error:
-            said = sentence(error)
+            said = to_sentence(error)
             assert said is not None, path.name
             assert "\n" not in said, path.name
             assert isinstance(error, UserError), path.name
