@@ -136,11 +136,11 @@ def test_what_a_crash_left_out_of_a_unit_is_made_up_for(tmp_path: Path) -> None:
         (store.path / "commits" / f"{lost}.json").unlink()
     store = Store.open(store.path)
     sites = [Site.parse("resid_post.0"), Site.parse("mlp_out.1")]
-    left = [(u.split, u.index, u.sites, u.books) for u in plan(store, store.layout, PACKED, sites)]
+    left = [(u.split, u.index, u.sites, u.index_arrays) for u in plan(store, store.layout, PACKED, sites)]
     assert left == [
+        (HELDOUT, 0, (), (ORIGIN,)),
         (TRAIN, 1, (), (TOKENS, ORIGIN)),
         (TRAIN, 2, ("mlp_out.1",), ()),
-        (HELDOUT, 0, (), (ORIGIN,)),
     ]
     harvest(store, model, "resid_post.0", "mlp_out.1")
     assert contents(store.path) == contents(whole.path)
