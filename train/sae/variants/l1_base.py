@@ -8,7 +8,7 @@ from torch import Tensor
 from data.base.errors import UserError
 from train.sae.base import SAE, StepOutput
 
-_RATE = 0.02  # of the coefficient's logarithm a step, at an L0 e times too large or more
+_RATE = 0.05  # of the coefficient's logarithm a step, at an L0 e times too large or more
 
 
 def check_sparsity(sparsity: float) -> None:
@@ -21,7 +21,7 @@ class L1SAE(SAE):
     """A loss with `sparsity` * `sparsity_factor` * an L1.
 
     With `k` the coefficient starts at `sparsity` and follows the mean L0 of the training batches: once it is warmed up,
-    each step multiplies the factor by exp(0.02 * log(L0 / k)), the logarithm held within +-1, so that L0 settles about
+    each step multiplies the factor by exp(0.05 * log(L0 / k)), the logarithm held within +-1, so that L0 settles about
     k. Not in the papers; it spares a search where variants are compared at equal L0. Without `k` the factor stays 1.
     """
 

@@ -1,0 +1,34 @@
+"""python -m pytest tests/train/test_targets.py: what a run says of an L0 that it missed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from train.run import train
+from train.targets import l0_miss
+
+
+@pytest.mark.parametrize("l0", [7.8, 8.0, 8.2])
+def test_nothing_within_three_per_cent(l0: float) -> None:
+    assert l0_miss("jumprelu", 8, l0) is None
+
+
+@pytest.mark.parametrize(
+    ("variant", "given", "advice"),
+    [
+        ("jumprelu", {}, "larger sae.sparsity"),
+        ("gated", {"coefficient": 0.4321}, "sae.sparsity=0.43"),
+        ("batchtopk", {"calibrated": 8.01}, "held-out text differs"),
+        ("batchtopk", {"calibrated": 5.0}, "lower sae.k"),
+    ],
+)
+def test_it_says_what_to_do(variant: str, given: dict[str, float], advice: str) -> None:
+    line = l0_miss(variant, 8, 14.5, **given)
+    assert line is not None and "asked for an L0 of 8, got 14.5" in line and advice in line
+
+
+def test_a_run_ends_with_it(short: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    train(short("sae=relu", "sae.k=2", "sparsity_warmup=1"))  # too short a run to get there
+    assert "relu: asked for an L0 of 2, got" in capsys.readouterr().out
