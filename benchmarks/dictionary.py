@@ -43,13 +43,15 @@ class Dictionary:
     @property
     def directions(self) -> Float[np.ndarray, "features d"]:
         rows: NDArray[np.float64] = np.random.default_rng([self.seed, 0]).normal(size=(self.features, self.d))
-        return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+        unit: NDArray[np.float64] = rows / np.linalg.norm(rows, axis=1, keepdims=True)
+        return unit
 
     @property
     def rates(self) -> Float[np.ndarray, " features"]:
         """The probability of each feature."""
         falling = np.arange(1, self.features + 1) ** -0.5
-        return self.l0 * falling / falling.sum()
+        rates: NDArray[np.float64] = self.l0 * falling / falling.sum()
+        return rates
 
     def rows(self, count: int, part: int) -> Float[np.ndarray, "count d"]:
         """Rows of the part-th block, the same whenever it is asked for."""
@@ -60,7 +62,8 @@ class Dictionary:
         signal = codes @ self.directions.astype(np.float32)
         spread = np.sqrt(NOISE * self.l0 * 13 / 12 / self.d)  # E c^2 = 13/12
         noise = rng.standard_normal((count, self.d), np.float32) * np.float32(spread)
-        return (signal + noise + mean.astype(np.float32)).astype(np.float32)
+        x: NDArray[np.float32] = (signal + noise + mean.astype(np.float32)).astype(np.float32)
+        return x
 
     def write(self, cache: Path, tokens: int, heldout: int) -> Store:
         """A bfloat16 store with so many rows of each split, rounded up to whole units."""

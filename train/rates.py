@@ -43,5 +43,7 @@ def with_rate(settings: dict[str, Any], d_in: int) -> dict[str, Any]:
         )
     variant = str(settings["sae"]["_target_"]).rsplit(".", 2)[-2]
     if variant not in AT_64:
-        raise UserError(f"optimizer.lr=auto knows no rate for sae._target_={settings['sae']['_target_']}: give a number")
+        raise UserError(
+            f"optimizer.lr=auto knows no rate for sae._target_={settings['sae']['_target_']}: give a number"
+        )
     return {**settings, "optimizer": {**optimizer, "lr": learning_rate(variant, d_in)}, "lr_asked": asked}

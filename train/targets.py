@@ -23,5 +23,7 @@ def l0_miss(
     if calibrated is not None:
         return f"{start}too few latents are positive on the calibration rows: lower sae.k"
     if coefficient is not None:
-        return f"{start}train longer (tokens=...), or start nearer to the coefficient with sae.sparsity={coefficient:.2g}"
+        return (
+            f"{start}train longer (tokens=...), or start nearer to the coefficient with sae.sparsity={coefficient:.2g}"
+        )
     return f"{start}train longer (tokens=...), or pull harder with a larger sae.sparsity"

@@ -67,4 +67,7 @@ def test_found_counts_features_by_their_cosine() -> None:
     right = torch.from_numpy(known.directions)
     assert known.found(3 * right) == 1.0
     assert known.found(-right) < 0.05
-    assert known.found(torch.cat([right[:16], torch.randn(8, 32, generator=torch.Generator().manual_seed(0)).double()])) == 0.25
+    assert (
+        known.found(torch.cat([right[:16], torch.randn(8, 32, generator=torch.Generator().manual_seed(0)).double()]))
+        == 0.25
+    )
