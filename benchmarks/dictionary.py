@@ -1,6 +1,6 @@
 """A store of activations with known features, and how many of them an SAE has found.
 
-    python -m benchmarks.dictionary cache=outputs/dictionary [d=128] [features=512] [l0=8] [tokens=1_100_000]
+    python -m benchmarks.dictionary cache=outputs/dictionary [d=128] [features=512] [l0=8] [offset=0.5] [tokens=1_100_000]
 
 x = sum_j c_j v_j + m + noise: v_j random unit directions, c_j active with a probability that falls as j^-1/2 (so that
 the rarest feature is 1 / sqrt(features) as frequent as the first) and uniform between 1/2 and 3/2, m a mean shared by
@@ -33,11 +33,15 @@ FOUND = 0.9  # cosine from which a decoder row is a feature
 
 @dataclass(frozen=True)
 class Dictionary:
-    """`features` unit directions in `d` dimensions, `l0` of them active on a row on average."""
+    """`features` unit directions in `d` dimensions, `l0` of them active on a row on average.
+
+    offset: ||m||^2 in units of l0, near that of the share of the mean in what a language model carries.
+    """
 
     d: int = 128
     features: int = 512
     l0: float = 8.0
+    offset: float = 0.5
     seed: int = 0
 
     @property
@@ -56,7 +60,7 @@ class Dictionary:
     def rows(self, count: int, part: int) -> Float[np.ndarray, "count d"]:
         """Rows of the part-th block, the same whenever it is asked for."""
         rng = np.random.default_rng([self.seed, 1, part])
-        mean = np.random.default_rng([self.seed, 2]).normal(size=self.d)
+        mean = np.random.default_rng([self.seed, 2]).normal(size=self.d) * np.sqrt(self.offset * self.l0 / self.d)
         active = rng.random((count, self.features), np.float32) < self.rates
         codes = np.where(active, rng.random((count, self.features), np.float32) + np.float32(0.5), np.float32(0))
         signal = codes @ self.directions.astype(np.float32)
@@ -68,7 +72,7 @@ class Dictionary:
     def write(self, cache: Path, tokens: int, heldout: int) -> Store:
         """A bfloat16 store with so many rows of each split, rounded up to whole units."""
         layout = Layout("bfloat16", context=128, chunk_rows=CHUNK_ROWS, chunks_per_unit=1, mixing_seed=0)
-        name = f"dictionary-{self.d}-{self.features}-{self.l0:g}-{self.seed}"
+        name = f"dictionary-{self.d}-{self.features}-{self.l0:g}-{self.offset:g}-{self.seed}"
         settings = {"model": {"name": name}, "text": {}, "packing": {}}
         identity = {"format": 1, "layout": layout.json, "model": {"name": name}}
         store = Store.create_or_open(cache, Manifest(identity, settings, name, self.d))
@@ -90,10 +94,10 @@ class Dictionary:
 
 def main() -> None:
     settings = OmegaConf.from_cli(sys.argv[1:])
-    known = {"cache", "d", "features", "l0", "tokens", "heldout", "seed"}
+    known = {"cache", "d", "features", "l0", "offset", "tokens", "heldout", "seed"}
     if unknown := sorted(set(map(str, settings)) - known):
         raise UserError(f"{unknown[0]} is no setting of the dictionary: choose from {', '.join(sorted(known))}")
-    shape = {name: settings[name] for name in ("d", "features", "l0", "seed") if name in settings}
+    shape = {name: settings[name] for name in ("d", "features", "l0", "offset", "seed") if name in settings}
     store = Dictionary(**shape).write(
         Path(settings.get("cache", "outputs/dictionary")),
         int(settings.get("tokens", 1_100_000)),

@@ -101,7 +101,7 @@ def scale(name: str) -> float:
 
 def ours(name: str) -> tuple[float, Arrays]:
     """Our loss, and x_hat and the gradients by name, in float64."""
-    from train.sae import VARIANTS
+    from train.sae import VARIANTS, TrainContext
 
     case, values = CASES[name], parameters(CASES[name])
     sae = VARIANTS[case.variant](D, F, input_norm="none", **case.settings).double()
@@ -110,7 +110,7 @@ def ours(name: str) -> tuple[float, Arrays]:
             getattr(sae, key).copy_(torch.from_numpy(value))
         sae.variance.fill_(scale(name))
         sae.mean_sq.fill_(1.0)
-    step = sae.loss(torch.from_numpy(batch()), dead_F=torch.from_numpy(DEAD))
+    step = sae.loss(torch.from_numpy(batch()), TrainContext(dead_F=torch.from_numpy(DEAD)))
     step.loss.backward()  # type: ignore[no-untyped-call]
     grads = {key: p.grad for key, p in sae.named_parameters() if p.grad is not None}
     grads["W_enc"] = grads.pop("W_enc_FD").t()

@@ -71,22 +71,22 @@ def _request(folder: Path, overrides: Sequence[str]) -> TrainRequest:
 
 def search(out: Path, variants: Sequence[str], factors: Sequence[float], overrides: Sequence[str]) -> list[Trial]:
     """Train every variant at every factor in one pass; what is trained already is only read."""
-    requests: dict[tuple[str, float], tuple[TrainRequest, float]] = {}
+    requests: dict[tuple[str, float], tuple[TrainRequest, float, float]] = {}
     for variant in variants:
         auto = prepare(_request(out / f"{variant}-auto", [*overrides, f"sae={variant}"]))
         assert auto is not None
-        if auto.settings["sae"]["k"] is None:
+        if auto.sae.config.wanted_l0 is None:
             raise UserError(f"sae={variant} has no L0 to compare at: give sae.k=<mean latents a token>")
-        rule = auto.settings["optimizer"]["lr"]
+        rule, wanted = auto.settings["optimizer"]["lr"], auto.sae.config.wanted_l0
         for factor in factors:
             rate = float(f"{rule * factor:.3g}")
             asked = [*overrides, f"sae={variant}", f"optimizer.lr={rate}"]
-            requests[variant, factor] = (_request(out / f"{variant}-{rate}", asked), rate)
-    train_all([request for request, _ in requests.values()])
+            requests[variant, factor] = (_request(out / f"{variant}-{rate}", asked), rate, wanted)
+    train_all([request for request, *_ in requests.values()])
     trials = []
-    for (variant, factor), (request, rate) in requests.items():
+    for (variant, factor), (request, rate, k) in requests.items():
         training = load_config(Path(request.settings["out"]))["training"]
-        held_out, k = training["heldout"], float(request.settings["sae"]["k"])
+        held_out = training["heldout"]
         trials.append(Trial(variant, factor, rate, held_out["nmse"], held_out["l0"], training["dead"], k))
     return trials
 

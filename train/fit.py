@@ -127,9 +127,7 @@ def _members(runs: Sequence[TrainRun], data: ActivationData) -> tuple[list[SAETr
 
 def label(sae: SAE) -> str:
     """The variant and what it aims at, in a few letters."""
-    asked = ((name, getattr(sae, name, None)) for name in ("k", "sparsity"))
-    target = next((f" {name}={value:g}" for name, value in asked if value is not None), "")
-    return f"{sae.name}{target}"
+    return f"{sae.name} {sae.config.aim}"
 
 
 def _member(run: TrainRun) -> SAETrainer:
@@ -299,7 +297,7 @@ def _interrupted(runs: Sequence[TrainRun]) -> str:
 
 def _missed(sae: SAE, training: dict[str, Any]) -> str | None:
     """What to say of an L0 that is not the one asked for; None where it is, or none was."""
-    asked = getattr(sae, "k", None)
+    asked = sae.config.wanted_l0
     if asked is None:
         return None
     calibration = training.get("calibration")

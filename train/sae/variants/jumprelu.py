@@ -2,24 +2,63 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from data.base.errors import UserError
-from train.sae.base import SAE, StepOutput
-from train.sae.sparse.encode import Codes
-from train.sae.sparse.select import Above, TopOfBatch
-from train.sae.variants.l1_base import check_sparsity
+from data.base.config import Flag, Real
+from train.sae.base import PLAIN, SAE, StepOutput, TrainContext
+from train.sae.config import PenaltyConfig
+from train.sae.sparse.codes import Codes
+from train.sae.sparse.rules import Above, Selection, TopOfBatch
 
 _WEIGHT = 0.001  # of E[L0], where `sparsity` is None
-_WEIGHT_OF_TARGET = {"log": 3.0, "square": 0.3}  # likewise of a target form
-_THRESHOLD = 0.001  # to begin with, where `initial_threshold` is None
-_START = 2  # times k: the mean L0 that a run with a target begins at
-_START_ROWS = 1024
+_WEIGHT_OF_TARGET = {"log": 3.0, "square": 0.3}  # likewise of each target form
+_THRESHOLD = 0.001  # the first, where `initial_threshold` is None
+_START = 2  # times target_l0: the mean L0 that target_form=log begins at
+_START_ROWS = 1024  # tokens it is measured on
+
+
+class JumpReLUConfig(PenaltyConfig):
+    """Settings of JumpReLU."""
+
+    sparsity: Real = Field(ge=0)
+    """Coefficient of the mean L0, or of the target form's square; null: 0.001, with `target_l0` 3 (square: 0.3)."""
+    target_form: Literal["log", "square"] = "log"
+    """What is squared with `target_l0`: the logarithm of L0 / target_l0, or L0 / target_l0 - 1 (the paper's)."""
+    bandwidth: Real = Field(0.001, gt=0)
+    """Width of the kernel for E||x'||^2 = 1 (the paper's); multiplied by sqrt(E||x'||^2) inside."""
+    initial_threshold: Real | None = Field(None, gt=0)
+    """Where each threshold starts, in the same units; null: 0.001 (the paper's), and where `target_form` log aims at a
+    `target_l0` the one that gives twice that L0."""
+    apply_b_dec_to_input: Flag = False
+    """Whether the encoder reads x' - b_dec: not in the paper."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_weight(cls, given: Any) -> Any:
+        if not isinstance(given, dict) or given.get("sparsity") is not None:
+            return given
+        aims = given.get("target_l0") is not None or given.get("k") is not None
+        of_target = _WEIGHT_OF_TARGET.get(str(given.get("target_form", "log")), _WEIGHT)
+        return given | {"sparsity": of_target if aims else _WEIGHT}
+
+    @model_validator(mode="after")
+    def _reachable(self) -> JumpReLUConfig:
+        if self.target_l0 is not None and not 0 < self.target_l0 <= self.width:
+            raise ValueError(
+                f"target_l0={self.target_l0} cannot be met by {self.width} latents: take a number above 0 and at most "
+                "the width"
+            )
+        return self
+
+    @property
+    def aim(self) -> str:
+        return f"sparsity={self.sparsity:g}" if self.target_l0 is None else f"target_l0={self.target_l0:g}"
 
 
 def _of_theta(grad: Tensor, theta: Tensor) -> Tensor:
@@ -62,85 +101,67 @@ class _MeanL0(torch.autograd.Function):
 class JumpReLU(SAE):
     """f = z 1[z > theta]; loss = NMSE + sparsity * E[L0]. Rajamanoharan et al. 2407.14435.
 
-    With `k` the penalty is sparsity * t(E[L0] / k)^2. `target=square`: t(r) = r - 1, the paper's target form.
-    `target=log`: t(r) = log r above 1 and r - 1 below, alike near 1; the square's gradient at the start, where r is 30,
-    would stay in Adam's second moment for the rest of a short run and leave theta hardly any step. It rests where
-    2 sparsity log r is the NMSE's own slope in log L0, some 0.05: r - 1 is below 2% at a sparsity of 3.
+    With `target_l0` the penalty is sparsity * t(r)^2, r = E[L0] / target_l0. `target_form=square`: t(r) = r - 1, the
+    paper's. `log`: t(r) = log r above 1 and r - 1 below, alike near 1. The square's gradient at the paper's start,
+    where r is 30, stays in Adam's second moment for the rest of a short run and leaves theta hardly any step. It rests
+    where 2 sparsity log r is the NMSE's slope in log L0, some 0.05 to 0.1: about 1% above the target.
 
     Pseudo-derivatives with K(u) = 1[|u| < 1/2], u = (z - theta) / eps, z before the jump: df/dtheta = -(theta / eps)
     K(u), d1[z > theta]/dtheta = -(1 / eps) K(u). `bandwidth` eps and `initial_threshold` are given for E||x'||^2 = 1,
-    as in the paper, and multiplied here by sqrt(E||x'||^2); initial_threshold None is the paper's 0.001, and with
-    target=log the one at which the mean L0 starts at 2k. theta itself is the parameter, kept positive.
+    as in the paper, and multiplied here by sqrt(E||x'||^2). theta itself is the parameter, kept positive.
     """
 
     name = "jumprelu"
+    Config = JumpReLUConfig
+    config: JumpReLUConfig
 
-    def __init__(
-        self,
-        d_in: int,
-        width: int,
-        *,
-        sparsity: float | None = None,
-        k: int | float | None = None,
-        target: str = "log",
-        bandwidth: float = 0.001,
-        initial_threshold: float | None = None,
-        input_norm: str = "dataset",
-        apply_b_dec_to_input: bool = False,
-    ) -> None:
-        super().__init__(d_in, width, input_norm=input_norm, apply_b_dec_to_input=apply_b_dec_to_input)
-        if target not in _WEIGHT_OF_TARGET:
-            raise UserError(f"target={target!r} is unknown to jumprelu: choose one of {', '.join(_WEIGHT_OF_TARGET)}")
-        if bandwidth <= 0:
-            raise UserError(f"bandwidth={bandwidth} leaves theta without a gradient: take a number above 0")
-        if initial_threshold is not None and initial_threshold <= 0:
-            raise UserError(f"initial_threshold={initial_threshold} must be above 0, or null for the default")
-        if k is not None and not 0 < k <= width:
-            raise UserError(f"k={k} cannot be met by {width} latents: take a number above 0 and at most the width")
-        weight = _WEIGHT if k is None else _WEIGHT_OF_TARGET[target]
-        self.sparsity = weight if sparsity is None else sparsity
-        self.k, self.target = k, target
-        check_sparsity(self.sparsity)
-        self.bandwidth, self.initial_threshold = bandwidth, initial_threshold
-        self.theta = nn.Parameter(torch.full((width,), self._first_threshold()))
+    def add_state(self) -> None:
+        self.theta = nn.Parameter(torch.full((self.width,), self._first_theta()))
 
-    def _first_threshold(self) -> float:
-        share = _THRESHOLD if self.initial_threshold is None else self.initial_threshold
-        return float(share * self.mean_sq.sqrt())
+    def _first_theta(self) -> float:
+        share = self.config.initial_threshold
+        return float((_THRESHOLD if share is None else share) * self.mean_sq.sqrt())
 
     @property
     def eps(self) -> Float[Tensor, ""]:
         """The kernel's width in x' units."""
-        return self.bandwidth * self.mean_sq.sqrt()
+        return self.config.bandwidth * self.mean_sq.sqrt()
 
-    def active(self, xn_BD: Float[Tensor, "B D"]) -> tuple[Codes, Tensor]:
-        codes, _ = self.encoded(xn_BD, Above(self.theta.detach()))
+    def dense_encode(self, xn_BD: Float[Tensor, "B D"]) -> Float[Tensor, "B F"]:
+        z_BF = self.pre_activation(xn_BD)
+        return torch.where(z_BF > self.theta, z_BF, 0.0)
+
+    def dense_loss(self, xn_BD: Float[Tensor, "B D"], context: TrainContext = PLAIN) -> Float[Tensor, ""]:
+        z_BF = self.pre_activation(xn_BD)
+        f_BF: Tensor = _Jump.apply(z_BF, self.theta, self.eps)  # type: ignore[no-untyped-call]
+        xn_hat_BD = f_BF @ self.W_dec + self.b_dec
+        l0: Tensor = _MeanL0.apply(z_BF, self.theta, self.eps, len(xn_BD))  # type: ignore[no-untyped-call]
+        nmse = (xn_hat_BD - xn_BD).square().sum(1).mean() / self.variance
+        return nmse + context.sparsity_scale * self.config.sparsity * self._penalty(l0)
+
+    def encode_sparse(self, xn_BD: Float[Tensor, "B D"]) -> tuple[Codes, Tensor]:
+        (codes,) = self.select(xn_BD, self.bias_F, [Selection(Above(self.theta.detach()))])
         return codes, torch.where(codes.values > codes.at(self.theta), codes.values, 0.0)
 
-    def loss(
-        self,
-        xn_BD: Float[Tensor, "B D"],
-        *,
-        dead_F: Bool[Tensor, " F"] | None = None,
-        among_d: Int[Tensor, " d"] | None = None,
-        sparsity_scale: float = 1.0,
-    ) -> StepOutput:
+    def loss(self, xn_BD: Float[Tensor, "B D"], context: TrainContext = PLAIN) -> StepOutput:
         tokens, eps = len(xn_BD), self.eps
-        codes, _ = self.encoded(xn_BD, Above(self.theta.detach() - eps))  # half of eps reaches theta, the rest rounding
+        # Half of eps reaches theta, the rest is for rounding.
+        (codes,) = self.select(xn_BD, self.bias_F, [Selection(Above(self.theta.detach() - eps))])
         theta = codes.at(self.theta)
         f: Tensor = _Jump.apply(codes.values, theta, eps)  # type: ignore[no-untyped-call]
-        xn_hat_BD = self.decoded(codes, f)
+        xn_hat_BD = self.decode_sparse(codes, f)
         nmse = self.nmse(xn_hat_BD, xn_BD)
         l0: Tensor = _MeanL0.apply(codes.values, theta, eps, tokens)  # type: ignore[no-untyped-call]
-        sparsity = sparsity_scale * self.sparsity * self._penalty(l0)
-        parts = {"nmse": nmse.detach(), "l0": l0.detach(), "sparsity": sparsity.detach()}
-        return StepOutput(nmse + sparsity, parts, codes.of(f), xn_hat_BD.detach())
+        sparsity = context.sparsity_scale * self.config.sparsity * self._penalty(l0)
+        metrics = {"nmse": nmse.detach(), "l0": l0.detach(), "sparsity": sparsity.detach()}
+        return StepOutput(nmse + sparsity, metrics, codes.of(f), xn_hat_BD.detach())
 
-    def _penalty(self, l0: Tensor) -> Tensor:
-        if self.k is None:
+    def _penalty(self, l0: Float[Tensor, ""]) -> Float[Tensor, ""]:
+        """Compute what `sparsity` multiplies: the mean L0, or the squared distance from its target."""
+        if self.config.target_l0 is None:
             return l0
-        ratio = l0 / self.k
-        if self.target == "square":
+        ratio = l0 / self.config.target_l0
+        if self.config.target_form == "square":
             return (ratio - 1).square()
         return torch.where(ratio > 1, ratio.clamp_min(1).log(), ratio - 1).square()
 
@@ -149,9 +170,12 @@ class JumpReLU(SAE):
         self.theta.clamp_(min=self.eps * 1e-3)
 
     def start_variant(self, xn_ND: Float[Tensor, "N D"]) -> None:
-        self.theta.fill_(self._first_threshold())
-        if self.k is not None and self.target == "log" and self.initial_threshold is None:
-            rows = xn_ND[:_START_ROWS]
-            codes, _ = self.encoded(rows, TopOfBatch(max(1, round(_START * self.k * len(rows)))))
-            if len(codes.values):
-                self.theta.fill_(codes.values.min())
+        self.theta.fill_(self._first_theta())
+        config = self.config
+        if config.target_l0 is None or config.target_form == "square" or config.initial_threshold is not None:
+            return
+        rows = xn_ND[:_START_ROWS]
+        count = max(1, round(_START * config.target_l0 * len(rows)))
+        (codes,) = self.select(rows, self.bias_F, [Selection(TopOfBatch(count))])
+        if len(codes.values):
+            self.theta.fill_(codes.values.min())

@@ -15,7 +15,7 @@ K = 3.0
 
 
 def targeted(**settings: object) -> SAE:
-    sae = VARIANTS["jumprelu"](D, F, k=K, **settings)
+    sae = VARIANTS["jumprelu"](D, F, target_l0=K, **settings)
     sae.initialise(activations(2048))
     return sae
 
@@ -30,7 +30,7 @@ def test_it_starts_at_twice_the_target() -> None:
 
 
 def test_a_given_threshold_and_the_paper_s_form_start_where_the_paper_does() -> None:
-    for sae in (targeted(target="square"), targeted(initial_threshold=0.001), make("jumprelu")):
+    for sae in (targeted(target_form="square"), targeted(initial_threshold=0.001), make("jumprelu")):
         assert torch.equal(sae.theta.detach(), torch.full((F,), 0.001 * float(sae.mean_sq.sqrt())))
 
 
@@ -45,15 +45,15 @@ def test_a_given_threshold_and_the_paper_s_form_start_where_the_paper_does() -> 
 )
 def test_the_penalty_of_an_l0(target: str, ratio: float, penalty: float) -> None:
     sae, xn = make("jumprelu"), activations(64)
-    l0 = float(sae.loss(sae.norm.normalise(xn)).parts["l0"])
-    aimed = VARIANTS["jumprelu"](D, F, k=l0 / ratio, target=target)
+    l0 = float(sae.loss(sae.norm.normalise(xn)).metrics["l0"])
+    aimed = VARIANTS["jumprelu"](D, F, target_l0=l0 / ratio, target_form=target)
     aimed.load_state_dict(sae.state_dict())
-    assert float(aimed.loss(aimed.norm.normalise(xn)).parts["sparsity"]) == pytest.approx(penalty, rel=1e-5)
+    assert float(aimed.loss(aimed.norm.normalise(xn)).metrics["sparsity"]) == pytest.approx(penalty, rel=1e-5)
 
 
 def test_it_ends_near_the_target() -> None:
     """In 300 steps at a constant rate; the paper's form, from a dense start, is not there by then."""
-    sae, paper = targeted(), targeted(target="square", initial_threshold=0.001)
+    sae, paper = targeted(), targeted(target_form="square", initial_threshold=0.001)
     for one in (sae, paper):
         train(one, 300, batch=256)
     assert mean_l0(sae) == pytest.approx(K, rel=0.05)
@@ -61,5 +61,5 @@ def test_it_ends_near_the_target() -> None:
 
 
 def test_an_unknown_target_is_refused() -> None:
-    with pytest.raises(UserError, match="target='cube' is unknown to jumprelu"):
-        targeted(target="cube")
+    with pytest.raises(UserError, match="target_form=cube is not allowed"):
+        targeted(target_form="cube")
