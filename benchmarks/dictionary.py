@@ -1,6 +1,6 @@
 """A store of activations with known features, and how many of them an SAE has found.
 
-    python -m benchmarks.dictionary cache=outputs/dictionary [d=128] [features=512] [l0=8] [offset=0.5] [tokens=1_100_000]
+    python -m benchmarks.dictionary cache=outputs/dictionary [d=128] [features=512] [l0=8] [tokens=1_100_000]
 
 x = sum_j c_j v_j + m + noise: v_j random unit directions, c_j active with a probability that falls as j^-1/2 (so that
 the rarest feature is 1 / sqrt(features) as frequent as the first) and uniform between 1/2 and 3/2, m a mean shared by

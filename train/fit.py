@@ -300,9 +300,15 @@ def _missed(sae: SAE, training: dict[str, Any]) -> str | None:
     asked = sae.config.wanted_l0
     if asked is None:
         return None
-    calibration = training.get("calibration")
-    l0 = (training["heldout"] or training["last_step"])["l0"]
-    return l0_miss(sae.name, asked, l0, training["last_step"].get("coefficient"), calibration and calibration["l0"])
+    last, calibration = training["last_step"], training.get("calibration")
+    return l0_miss(
+        sae.name,
+        asked,
+        (training["heldout"] or calibration or last)["l0"],
+        trained=(calibration or last)["l0"],
+        calibrated=calibration is not None,
+        coefficient=last.get("coefficient"),
+    )
 
 
 def _closing(sae: SAE, training: dict[str, Any], folder: Path) -> str:

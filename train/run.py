@@ -162,7 +162,7 @@ def prepare(job: TrainRequest, plans: dict[str, DataPlan] | None = None) -> Trai
     if shared not in plans:
         plans[shared] = make_plan(settings, job.overrides, job.sweep is not None, stored)
     plan = plans[shared]
-    settings = with_rate(settings, plan.d_in)
+    settings = with_rate(settings, plan.d_in, plan.steps)
     step = standing(folder, settings, plan)
     if step is None:
         print(f"{folder} holds this SAE already: nothing to do")

@@ -6,24 +6,25 @@ TOLERANCE = 0.03  # of the L0 asked for
 
 
 def l0_miss(
-    variant: str, asked: float, l0: float, coefficient: float | None = None, calibrated: float | None = None
+    variant: str, asked: float, l0: float, *, trained: float, calibrated: bool = False, coefficient: float | None = None
 ) -> str | None:
     """Say in one line that `l0` is not what was `asked` for; None within 3%.
 
-    coefficient: of the penalty at the end, where it follows L0. calibrated: L0 on the rows a threshold was settled on.
+    trained: L0 on training rows, those a threshold was calibrated on or those of the last step. coefficient: of the
+    penalty at the end, where it follows L0.
     """
-    if abs(l0 / asked - 1) <= TOLERANCE:
+    if _near(l0, asked):
         return None
     start = f"{variant}: asked for an L0 of {asked:g}, got {l0:.1f}: "
-    if calibrated is not None and abs(calibrated / asked - 1) <= TOLERANCE:
-        return (
-            f"{start}the threshold gives {calibrated:.1f} on the calibration rows, so the held-out text differs from "
-            "them: hold out text of the same kind, or choose sae.k for it"
-        )
-    if calibrated is not None:
-        return f"{start}too few latents are positive on the calibration rows: lower sae.k"
+    if _near(trained, asked):
+        rows = "the calibration rows" if calibrated else "the last training batch"
+        return f"{start}it is {trained:.1f} on {rows}, so the held-out text differs from what was trained on"
+    if calibrated:
+        return f"{start}too few latents are positive on the calibration rows, lower sae.k"
     if coefficient is not None:
-        return (
-            f"{start}train longer (tokens=...), or start nearer to the coefficient with sae.sparsity={coefficient:.2g}"
-        )
+        return f"{start}train longer (tokens=...), or start nearer to its coefficient, sae.sparsity={coefficient:.2g}"
     return f"{start}train longer (tokens=...), or pull harder with a larger sae.sparsity"
+
+
+def _near(l0: float, asked: float) -> bool:
+    return abs(l0 / asked - 1) <= TOLERANCE

@@ -21,19 +21,24 @@ def test_every_variant_has_a_rate() -> None:
 
 @pytest.mark.parametrize("variant", AT_64)
 def test_it_falls_with_the_square_root_of_the_width(variant: str) -> None:
-    assert learning_rate(variant, 64) == pytest.approx(AT_64[variant])
-    assert learning_rate(variant, 768) == pytest.approx(AT_64[variant] / math.sqrt(12), rel=0.005)
+    assert learning_rate(variant, 64, 900) == pytest.approx(AT_64[variant])
+    assert learning_rate(variant, 768, 900) == pytest.approx(AT_64[variant] / math.sqrt(12), rel=0.005)
+
+
+def test_it_falls_in_runs_longer_than_were_measured() -> None:
+    assert learning_rate("batchtopk", 768, 250) == learning_rate("batchtopk", 768, 1000)
+    assert learning_rate("batchtopk", 768, 4000) == pytest.approx(learning_rate("batchtopk", 768, 1000) / 2, rel=0.005)
 
 
 def test_it_is_not_extrapolated_below_the_narrowest_site_measured() -> None:
-    assert learning_rate("topk", 16) == learning_rate("topk", 64)
+    assert learning_rate("topk", 16, 900) == learning_rate("topk", 64, 900)
 
 
 def test_a_run_records_the_rate_it_used_and_what_was_asked(short: Any, tmp_path: Path) -> None:
     train(short("sae=topk"))
     training = load_config(tmp_path / "run")["training"]
     record = json.loads((tmp_path / "run" / "run.json").read_text())
-    used = learning_rate("topk", 16)
+    used = learning_rate("topk", 16, 30)
     assert (training["optimizer"]["lr"], training["lr_asked"]) == (used, "auto")
     assert (record["settings"]["optimizer"]["lr"], record["settings"]["lr_asked"]) == (used, "auto")
     assert record["numbers"]["optimizer"]["lr"] == used
@@ -49,7 +54,7 @@ def test_the_rule_s_rate_given_as_a_number_is_the_same_run(
     short: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     train(short("sae=topk"))
-    train(short("sae=topk", f"optimizer.lr={learning_rate('topk', 16)}"))
+    train(short("sae=topk", f"optimizer.lr={learning_rate('topk', 16, 30)}"))
     assert "nothing to do" in capsys.readouterr().out
 
 

@@ -12,20 +12,21 @@ from train.targets import l0_miss
 
 @pytest.mark.parametrize("l0", [7.8, 8.0, 8.2])
 def test_nothing_within_three_per_cent(l0: float) -> None:
-    assert l0_miss("jumprelu", 8, l0) is None
+    assert l0_miss("jumprelu", 8, l0, trained=l0) is None
 
 
 @pytest.mark.parametrize(
-    ("variant", "given", "advice"),
+    ("variant", "trained", "given", "advice"),
     [
-        ("jumprelu", {}, "larger sae.sparsity"),
-        ("gated", {"coefficient": 0.4321}, "sae.sparsity=0.43"),
-        ("batchtopk", {"calibrated": 8.01}, "held-out text differs"),
-        ("batchtopk", {"calibrated": 5.0}, "lower sae.k"),
+        ("jumprelu", 14.2, {}, "larger sae.sparsity"),
+        ("gated", 14.2, {"coefficient": 0.4321}, "sae.sparsity=0.43"),
+        ("gated", 8.1, {"coefficient": 0.4321}, "8.1 on the last training batch, so the held-out text differs"),
+        ("batchtopk", 8.01, {"calibrated": True}, "8.0 on the calibration rows, so the held-out text differs"),
+        ("batchtopk", 5.0, {"calibrated": True}, "lower sae.k"),
     ],
 )
-def test_it_says_what_to_do(variant: str, given: dict[str, float], advice: str) -> None:
-    line = l0_miss(variant, 8, 14.5, **given)
+def test_it_says_what_to_do(variant: str, trained: float, given: dict[str, Any], advice: str) -> None:
+    line = l0_miss(variant, 8, 14.5, trained=trained, **given)
     assert line is not None and "asked for an L0 of 8, got 14.5" in line and advice in line
 
 

@@ -18,6 +18,7 @@ from train.sae.sparse.rules import Rule, Selection
 
 _LEAST_SPREAD = 0.01  # of the residual's mean square: what AuxK is divided by at least
 
+
 @dataclass(frozen=True, eq=False)
 class Candidates:
     """The latents that AuxK may take."""
