@@ -119,7 +119,7 @@ def topk(
     dead: NDArray[np.bool_],
     alpha: float = 1 / 32,
     relu: bool = False,
-    by_residual: bool = False,
+    by_residual: bool = True,
     k_aux: int | None = None,
     multi: bool = False,
 ) -> Result:
@@ -145,7 +145,7 @@ def batchtopk(
     dead: NDArray[np.bool_],
     alpha: float = 1 / 32,
     relu: bool = False,
-    by_residual: bool = False,
+    by_residual: bool = True,
     k_aux: int | None = None,
     sizes: Sequence[int | None] = (None,),
 ) -> Result:
@@ -182,7 +182,15 @@ def gated(x: Array, p: Parameters, v: float, centred: bool, *, sparsity: float) 
 
 
 def jumprelu(
-    x: Array, p: Parameters, v: float, centred: bool, *, sparsity: float, eps: float, target: float | None = None
+    x: Array,
+    p: Parameters,
+    v: float,
+    centred: bool,
+    *,
+    sparsity: float,
+    eps: float,
+    target: float | None = None,
+    form: str = "log",
 ) -> Result:
     run = Pass(x, p, v, centred)
     z, theta = run.z, p["theta"]
@@ -194,6 +202,9 @@ def jumprelu(
     if target is None:
         run.loss += sparsity * l0
         slope = sparsity
+    elif form == "log" and l0 > target:
+        run.loss += sparsity * np.log(l0 / target) ** 2
+        slope = sparsity * 2 * np.log(l0 / target) / l0
     else:
         run.loss += sparsity * (l0 / target - 1) ** 2
         slope = sparsity * 2 * (l0 / target - 1) / target

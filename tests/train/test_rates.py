@@ -21,13 +21,22 @@ def test_every_variant_has_a_rate() -> None:
 
 @pytest.mark.parametrize("variant", AT_64)
 def test_it_falls_with_the_square_root_of_the_width(variant: str) -> None:
-    assert learning_rate(variant, 64, 900) == pytest.approx(AT_64[variant])
-    assert learning_rate(variant, 768, 900) == pytest.approx(AT_64[variant] / math.sqrt(12), rel=0.005)
+    assert learning_rate(variant, 64, 1000) == pytest.approx(AT_64[variant])
+    assert learning_rate(variant, 768, 1000) == pytest.approx(AT_64[variant] / math.sqrt(12), rel=0.005)
 
 
-def test_it_falls_in_runs_longer_than_were_measured() -> None:
-    assert learning_rate("batchtopk", 768, 250) == learning_rate("batchtopk", 768, 1000)
-    assert learning_rate("batchtopk", 768, 4000) == pytest.approx(learning_rate("batchtopk", 768, 1000) / 2, rel=0.005)
+def test_it_falls_with_the_cube_root_of_the_steps_but_not_below_400() -> None:
+    assert learning_rate("batchtopk", 768, 8000) == pytest.approx(learning_rate("batchtopk", 768, 1000) / 2, rel=0.005)
+    assert learning_rate("batchtopk", 768, 500) > learning_rate("batchtopk", 768, 1000)
+    assert learning_rate("batchtopk", 768, 30) == learning_rate("batchtopk", 768, 400)
+
+
+@pytest.mark.parametrize(
+    ("variant", "d_in", "steps", "theirs"),
+    [("batchtopk", 768, 244_140, 3e-4), ("gated", 2560, 244_140, 3e-4), ("jumprelu", 3584, 488_281, 7e-5)],
+)
+def test_it_is_near_the_papers_at_their_lengths(variant: str, d_in: int, steps: int, theirs: float) -> None:
+    assert 1 / 2.5 < learning_rate(variant, d_in, steps) / theirs < 2.5
 
 
 def test_it_is_not_extrapolated_below_the_narrowest_site_measured() -> None:

@@ -77,7 +77,9 @@ def test_batchtopk_by_hand() -> None:
 
 
 def test_auxk_by_hand() -> None:
-    step = worked("batchtopk", k=1).loss(X, TrainContext(dead_F=torch.tensor([False, True, False])))
+    step = worked("batchtopk", k=1, auxk_norm="variance").loss(
+        X, TrainContext(dead_F=torch.tensor([False, True, False]))
+    )
     # The dead latent offers (0, 1) and (0, 2) against residuals (-1.56, -1.08) and (1, 2): 6.76 and 1.
     assert step.metrics["auxk"].item() == pytest.approx((6.76 + 1) / 2 / 4 / 32)
     assert step.loss.item() == pytest.approx(1.075 + 0.97 / 32)
