@@ -21,7 +21,8 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from data.base.errors import UserError
-from data.store.manifest import HELDOUT, TRAIN, Layout, Manifest
+from data.store.layout import Layout
+from data.store.manifest import HELDOUT, TRAIN, Manifest
 from data.store.store import Store
 from data.store.zarr_bfloat16 import from_float32
 

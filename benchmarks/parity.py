@@ -44,6 +44,7 @@ class Case:
 
 
 _RESIDUAL = {**AUXK, "auxk_relu": True, "auxk_norm": "residual"}
+_VARIANCE = {**AUXK, "auxk_norm": "variance"}
 CASES = {
     "dictionary_learning relu": Case("relu", {"sparsity": SPARSITY, "apply_b_dec_to_input": True}),
     "dictionary_learning topk": Case("topk", _RESIDUAL),
@@ -60,15 +61,15 @@ CASES = {
         "takes L0's step after the jump, so that half of the kernel gives theta no gradient",
     ),
     "sae-lens relu": Case("relu", {"sparsity": SPARSITY, "apply_b_dec_to_input": True}),
-    "sae-lens topk": Case("topk", {**AUXK, "auxk_alpha": 1.0}),
-    "sae-lens batchtopk": Case("batchtopk", {**AUXK, "auxk_alpha": 1.0}),
+    "sae-lens topk": Case("topk", {**_VARIANCE, "auxk_alpha": 1.0}),
+    "sae-lens batchtopk": Case("batchtopk", {**_VARIANCE, "auxk_alpha": 1.0}),
     "sae-lens gated": Case(
         "gated", {"sparsity": SPARSITY}, "detaches no decoder in the auxiliary error and weighs L1 by its rows' lengths"
     ),
     "sae-lens jumprelu": Case("jumprelu", {"sparsity": SPARSITY, "bandwidth": BANDWIDTH, "apply_b_dec_to_input": True}),
     "sparsify topk": Case(
         "topk",
-        {**AUXK, "auxk_relu": True, "multi_topk": True},
+        {**_VARIANCE, "auxk_relu": True, "multi_topk": True},
         "gives the encoder no gradient of AuxK and Multi-TopK",
     ),
 }

@@ -66,7 +66,7 @@ def _cells(trial: Trial) -> str:
 def _request(folder: Path, overrides: Sequence[str]) -> TrainRequest:
     asked = [*overrides, f"out={folder}", "validate_every=1000000"]
     with initialize_config_dir(str(cli.CONF), version_base="1.3"):
-        return TrainRequest(cli.settings_of(compose("train", asked), "train"), asked)
+        return TrainRequest(cli.stage_settings(compose("train", asked), "train"), asked)
 
 
 def search(out: Path, variants: Sequence[str], factors: Sequence[float], overrides: Sequence[str]) -> list[Trial]:

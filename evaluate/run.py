@@ -12,11 +12,13 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from data.base.errors import UserError
+from data.base.location import Location, parse_location
+from data.base.records import Json, diff_fields
 from data.base.settings import whole
 from data.base.sites import Site
-from data.storage.local import Location, parse_location
-from data.store.manifest import HELDOUT, TRAIN, Json, diff_fields
-from data.store.store import Store, find_fingerprint
+from data.store.find import find_fingerprint
+from data.store.manifest import HELDOUT, TRAIN
+from data.store.store import Store
 from evaluate.feature_metrics import run as gao
 from evaluate.feature_metrics.bases import Reader, neurons_before
 from evaluate.feature_metrics.sample import FeatureText

@@ -10,9 +10,9 @@ from omegaconf import DictConfig, OmegaConf
 
 from data.base.cli import CONF
 from data.base.errors import UserError
+from data.base.location import parse_location
 from data.base.settings import whole
 from data.base.sites import Site
-from data.storage.local import parse_location
 from evaluate.run import SavedSAE, Text, find_saes, group_by_store, open_text, pinned
 from harvest import lm
 from train.sae.io import load

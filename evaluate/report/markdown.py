@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from pathlib import Path
 from typing import Any
 
+from data.base.files import write_atomic
 from evaluate.feature_metrics.table import section
 
 Json = dict[str, Any]
@@ -48,16 +48,9 @@ def write(report: Json, out: Path) -> Path:
     out.mkdir(parents=True, exist_ok=True)
     for site, stem in zip(report["sites"], stems(report["sites"]), strict=True):
         site["plots"] = [f"plots/{name}" for name in draw_site(site, out / "plots", stem)]
-    _replace(out / "report.json", dumps(report))
-    _replace(out / "report.md", markdown(report))
+    write_atomic(out / "report.json", dumps(report))
+    write_atomic(out / "report.md", markdown(report))
     return out / "report.md"
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write a whole file or none."""
-    unfinished = path.with_name(path.name + ".tmp")
-    unfinished.write_text(text, encoding="utf-8")
-    os.replace(unfinished, path)
 
 
 def stems(sites: list[Json]) -> list[str]:

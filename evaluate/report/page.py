@@ -10,8 +10,8 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from data.base.errors import UserError
-from data.storage.local import parse_location
-from data.store.store import find_fingerprint
+from data.base.location import parse_location
+from data.store.find import find_fingerprint
 from evaluate.report.markdown import DEFINITIONS
 from evaluate.report.render import asset, digest, render, replace
 from evaluate.report.tables import Table, cell, heading, is_plain, sae_name, sae_tables, site_tables

@@ -5,13 +5,14 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import os
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
+
+from data.base.files import write_atomic
 
 TEMPLATES = Path(__file__).resolve().parent / "templates"
 _UNSAFE = str.maketrans({char: f"\\u{ord(char):04x}" for char in "<>&"})
@@ -53,6 +54,4 @@ def render(template: str, **values: Any) -> str:
 
 def replace(path: Path, text: str) -> None:
     """Write a whole file or none."""
-    unfinished = path.with_name(path.name + ".tmp")
-    unfinished.write_text(text, encoding="utf-8", newline="\n")
-    os.replace(unfinished, path)
+    write_atomic(path, text)

@@ -114,7 +114,7 @@ def test_every_input_norm(short: Any, tmp_path: Path, name: str) -> None:
         ["trainer=auto", "trainer.accelerator=cpu", "trainer.deterministic=true"],
         ["loader.pool_chunks=1", "loader.threads=2"],
         ["matmul=bf16"],
-        ["sae.selection=quantile", "sae.auxk_over=batch", "sae.auxk_k=2", "dead_after=64"],
+        ["sae.auxk_norm=variance", "sae.auxk_k=2", "dead_after=64"],
     ],
     ids=" ".join,
 )

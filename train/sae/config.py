@@ -88,7 +88,7 @@ class AuxKConfig(SAEConfig):
     """Weight of the loss that revives dead latents (GAO: 1/32); 0: off."""
     auxk_relu: Flag = False
     """Whether relu is taken of its activations, as in the reference, which cannot revive a latent of negative z."""
-    auxk_norm: Literal["variance", "residual"] = "residual"
+    auxk_norm: Literal["residual", "variance"] = "residual"
     """What divides it: the variance of the batch's residual (OA, DL), or Vx, which makes it lighter by the NMSE."""
     auxk_k: Whole | None = Field(None, ge=1)
     """Its latents a token; null for the power of two near D / 2 (512 of 768)."""

@@ -13,7 +13,7 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from data.base.errors import UserError
-from data.store.commit import put
+from data.base.files import write_atomic
 from train.sae.base import SAE
 from train.sae.config import RETIRED
 from train.sae.variants.batchtopk import BatchTopK
@@ -51,8 +51,8 @@ def save(sae: SAE, folder: str | Path, record: dict[str, Any]) -> None:
     text = json.dumps(config, indent=2, allow_nan=False) + "\n"
     folder.mkdir(parents=True, exist_ok=True)
     (folder / CONFIG).unlink(missing_ok=True)
-    put(folder / WEIGHTS, weights)
-    put(folder / CONFIG, text.encode())
+    write_atomic(folder / WEIGHTS, weights)
+    write_atomic(folder / CONFIG, text.encode())
 
 
 def load_config(folder: str | Path) -> dict[str, Any]:

@@ -190,7 +190,7 @@ def test_every_variant_is_in_the_contract() -> None:
         ("batchtopk", {"k": 0}, "k=0 .* greater than or equal to 1"),
         ("matryoshka", {"k": 100}, "k=100 "),
         ("topk", {"k": 17, "multi_topk": True}, "4k=68 .* width of 64"),
-        ("batchtopk", {"k": 4, "auxk_norm": "mean"}, "auxk_norm=mean .*'variance' or 'residual'"),
+        ("batchtopk", {"k": 4, "auxk_norm": "mean"}, "auxk_norm=mean .*'residual' or 'variance'"),
         ("batchtopk", {"k": 4, "auxk_alpha": -1.0}, "auxk_alpha=-1"),
         ("matryoshka", {"k": 4, "prefixes": [0.5]}, "end with 1"),
         ("matryoshka", {"k": 4, "prefixes": []}, "end with 1"),

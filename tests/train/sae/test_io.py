@@ -59,7 +59,7 @@ def test_a_save_that_fails_leaves_no_config(folder: Path, monkeypatch: pytest.Mo
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("train.sae.io.put", full)
+    monkeypatch.setattr("train.sae.io.write_atomic", full)
     with pytest.raises(OSError, match="No space"):
         save(make("topk"), folder, {})
     with pytest.raises(UserError, match="no trained SAE"):

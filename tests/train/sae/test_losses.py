@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from tests.helpers import reference
 from tests.helpers.cases import CASES, DEAD, Case, as_formula, perturbed, tokens
-from tests.helpers.toy import f_of
+from tests.helpers.toy import activations, f_of, make
 from train.sae import SAE, VARIANTS, TrainContext
 from train.sae.sparse.backend import use_backend
 from train.sae.sparse.cpu import CPUBackend
@@ -76,13 +76,27 @@ def test_batchtopk_by_hand() -> None:
     assert step.fired_F.tolist() == [True, False, True]
 
 
-def test_auxk_by_hand() -> None:
-    step = worked("batchtopk", k=1, auxk_norm="variance").loss(
-        X, TrainContext(dead_F=torch.tensor([False, True, False]))
-    )
+@pytest.mark.parametrize(("norm", "over"), [("variance", 4.0), ("residual", 4.01)])
+def test_auxk_by_hand(norm: str, over: float) -> None:
+    step = worked("batchtopk", k=1, auxk_norm=norm).loss(X, TrainContext(dead_F=torch.tensor([False, True, False])))
     # The dead latent offers (0, 1) and (0, 2) against residuals (-1.56, -1.08) and (1, 2): 6.76 and 1.
-    assert step.metrics["auxk"].item() == pytest.approx((6.76 + 1) / 2 / 4 / 32)
-    assert step.loss.item() == pytest.approx(1.075 + 0.97 / 32)
+    # The residuals are (-1.28, -1.54) and (1.28, 1.54) about their mean: a variance of 1.6384 + 2.3716.
+    assert step.metrics["auxk"].item() == pytest.approx((6.76 + 1) / 2 / over / 32)
+    assert step.loss.item() == pytest.approx(1.075 + 3.88 / over / 32)
+
+
+@pytest.mark.parametrize("batch", ["one token", "equal tokens", "reconstructed exactly"])
+@pytest.mark.parametrize("name", ["topk", "batchtopk", "matryoshka"])
+def test_auxk_is_bounded_where_a_batch_has_no_spread(name: str, batch: str) -> None:
+    """Divided by a variance of next to nothing it was 1e8, and moved every weight by its rate."""
+    sae = make(name)
+    x = {"one token": activations(1), "equal tokens": activations(1).expand(64, -1)}.get(batch, activations(64))
+    if batch == "reconstructed exactly":
+        x = sae(x)
+    loss = sae.loss(sae.norm.normalise(x), TrainContext(torch.arange(sae.width) % 2 == 0)).metrics["auxk"]
+    assert 0 <= float(loss) < 32
+    plain = sae.loss(sae.norm.normalise(activations(64)), TrainContext(torch.arange(sae.width) % 2 == 0))
+    assert 0 < float(plain.metrics["auxk"]) < 1
 
 
 def test_matryoshka_by_hand() -> None:

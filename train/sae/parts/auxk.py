@@ -86,9 +86,7 @@ def auxk_error(
     a = codes.values
     if codes.support is None and k < a.shape[1]:
         z_Bd = a.detach() if alive_d is None else a.detach().masked_fill(alive_d, -torch.inf)
-        top = z_Bd.topk(k, dim=1, sorted=False).indices
-        kept_Bd = torch.zeros_like(z_Bd, dtype=torch.bool).scatter_(1, top, True)
-        a = torch.where(kept_Bd, a, 0.0)
+        a = torch.where(backend_for(z_Bd).mark_largest(z_Bd, k), a, 0.0)
     if alive_d is not None:  # taken where fewer are dead than k_aux
         a = torch.where(codes.at(alive_d), 0.0, a)
     if relu:

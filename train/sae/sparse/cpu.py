@@ -16,7 +16,17 @@ from jaxtyping import Float
 from torch import Tensor
 
 from train.sae.sparse.product import Product
-from train.sae.sparse.rules import Above, Entries, Everything, Rule, Selection, TopOfBatch, TopPerToken, joined
+from train.sae.sparse.rules import (
+    Above,
+    Entries,
+    Everything,
+    Rule,
+    Selection,
+    TopOfBatch,
+    TopPerToken,
+    joined,
+    mark_largest,
+)
 
 _GROUP = 32  # neighbours of which only the largest is compared with the bound; a fourth of them or fewer pass
 _ROWS = 1024  # rows projected together: gradient and weights stay in the cache
@@ -65,6 +75,10 @@ class CPUBackend:
 
     def top_of_rows(self, entries: Entries, k: int, rows: int) -> Tensor:
         return top_of_rows(entries, k, rows).nonzero().squeeze(1)
+
+    def mark_largest(self, z_BM: Tensor, k: int) -> Tensor:
+        kept = z_BM >= z_BM.topk(k, dim=1, sorted=False).values.amin(1, keepdim=True)
+        return kept if int(kept.sum()) == k * len(z_BM) else mark_largest(z_BM, k)  # ties are rare
 
     def ends(self, index_n: Tensor, groups: int) -> Tensor:
         ends = torch.zeros(groups + 1, dtype=torch.int64, device=index_n.device)

@@ -1,6 +1,6 @@
 """Which pre-activations are kept, as plain values that any backend executes. Ties go to the lowest index.
 
-Letters: B tokens in a batch, F latents, c latents of a block, n entries, d chosen latents.
+Letters: B tokens in a batch, F latents, c latents of a block, n entries, d chosen latents, R lines of M values.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 
@@ -71,6 +71,14 @@ class Entries(NamedTuple):
     def where(self, kept_n: Tensor) -> Entries:
         """The entries of a mask."""
         return Entries(*(part[kept_n] for part in self))
+
+
+def mark_largest(values_RM: Float[Tensor, "R M"], count: int) -> Bool[Tensor, "R M"]:
+    """Mark the `count` largest of each line, ties to the lowest index; NaN leaves fewer. Asks the device nothing."""
+    smallest = values_RM.topk(count, dim=1, sorted=False).values.amin(1, keepdim=True)
+    larger, equal = values_RM > smallest, values_RM == smallest
+    left = count - larger.sum(1, keepdim=True)
+    return larger | (equal & (equal.cumsum(1, dtype=torch.int32) <= left))
 
 
 def joined(parts: list[Entries]) -> Entries:

@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from train.sae.sparse.product import Product
-from train.sae.sparse.rules import Above, Entries, Everything, Selection, TopOfBatch, TopPerToken, joined
+from train.sae.sparse.rules import Above, Entries, Everything, Selection, TopOfBatch, TopPerToken, joined, mark_largest
 
 _GROUP = 32  # neighbours of which only the largest takes part in the first choice
 
@@ -59,6 +59,9 @@ class TritonBackend:
 
     def top_of_rows(self, entries: Entries, k: int, rows: int) -> Tensor:
         return largest(entries.values_n.view(rows, -1), k)  # equally many of each row
+
+    def mark_largest(self, z_BM: Tensor, k: int) -> Tensor:
+        return mark_largest(z_BM, k)
 
     def ends(self, index_n: Tensor, groups: int) -> Tensor:
         return torch.searchsorted(index_n, torch.arange(groups + 1, dtype=index_n.dtype, device=index_n.device))
@@ -104,10 +107,7 @@ def largest(values_RM: Float[Tensor, "R M"], count: int) -> Int[Tensor, " n"]:
 
 
 def _largest(values_RM: Tensor, count: int) -> Tensor:
-    smallest = values_RM.topk(count, dim=1, sorted=False).values.amin(1, keepdim=True)
-    larger, equal = values_RM > smallest, values_RM == smallest
-    left = count - larger.sum(1, keepdim=True)
-    kept = larger | (equal & (equal.cumsum(1, dtype=torch.int32) <= left))
+    kept = mark_largest(values_RM, count)
     # Where NaN leaves fewer, the rest is place 0: the loss tells of the NaN.
     return torch.nonzero_static(kept.view(-1), size=len(values_RM) * count, fill_value=0).squeeze(1)
 

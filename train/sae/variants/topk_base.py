@@ -16,7 +16,8 @@ from train.sae.sparse.backend import backend_for
 from train.sae.sparse.codes import Codes
 from train.sae.sparse.rules import Rule, Selection
 
-_LEAST_SPREAD = 0.01  # of the residual's mean square: what AuxK is divided by at least
+_LEAST_OF_SQUARE = 0.1  # of the residual's mean square: what AuxK's norm is at least
+_LEAST_OF_VARIANCE = 1e-3  # of Vx, likewise
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,7 +36,7 @@ class TopKBase(SAE):
     """k latents a token (or k * B a batch), and AuxK (Gao et al. 2406.04093, A.2).
 
     AuxK = alpha * E over tokens of ||r - a W_dec||^2 / norm, r the detached residual and a the k_aux largest z of each
-    token among the dead latents.
+    token among the dead latents, ties to the lowest index. `norm` is the residual's own variance over the batch.
     """
 
     uses_auxk = True
@@ -79,14 +80,16 @@ class TopKBase(SAE):
         return self.config.auxk_alpha * error / self.auxk_norm(residual_BD)
 
     def auxk_norm(self, residual_BD: Float[Tensor, "B D"]) -> Float[Tensor, ""]:
-        """Compute what divides AuxK's squared error."""
+        """Compute what divides AuxK's squared error: by default the variance of the residual over the batch.
+
+        A batch of one token, or of equal ones, has none, and one that is reconstructed exactly hardly any: there it is
+        a tenth of the residual's mean square, and never below a thousandth of Vx.
+        """
         if self.config.auxk_norm == "variance":
             return self.variance
-        tokens = residual_BD.shape[0]
-        spread = (residual_BD - residual_BD.mean(0)).square().sum() / tokens
-        # In a batch of like tokens the residual hardly varies, and what is divided by so little would drown the loss.
-        size = residual_BD.square().sum() / tokens
-        return spread.clamp_min(_LEAST_SPREAD * size).clamp_min(torch.finfo(spread.dtype).eps * self.variance)
+        spread = (residual_BD - residual_BD.mean(0)).square().sum() / residual_BD.shape[0]
+        mean_sq = residual_BD.square().sum() / residual_BD.shape[0]
+        return torch.maximum(spread, torch.maximum(_LEAST_OF_SQUARE * mean_sq, _LEAST_OF_VARIANCE * self.variance))
 
     def dense_auxk(
         self, z_BF: Float[Tensor, "B F"], residual_BD: Float[Tensor, "B D"], context: TrainContext

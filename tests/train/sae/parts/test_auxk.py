@@ -83,6 +83,16 @@ def test_a_negative_pre_activation_gets_a_gradient_unless_relu(relu: bool, spars
     assert z.grad.tolist() == [[0, 0 if relu else 2 * (-2 - 1), 0]]
 
 
+@pytest.mark.parametrize("sparse", [False, True])
+def test_ties_go_to_the_lowest_index(sparse: bool) -> None:
+    """All 400 dead latents of a token have one z: the first eight are taken."""
+    generator = torch.Generator().manual_seed(0)
+    rows, r = torch.randn(400, 16, generator=generator), torch.randn(3, 16, generator=generator)
+    z = torch.tensor([[2.0], [-1.0], [0.0]]).expand(3, 400)
+    found = auxk(z, r, torch.ones(400, dtype=torch.bool), rows, False, sparse)
+    torch.testing.assert_close(found, (z[:, :8] @ rows[:8] - r).square().sum() / 3)
+
+
 def test_fewer_dead_than_k_aux() -> None:
     generator = torch.Generator().manual_seed(0)
     rows, z, r = (torch.randn(n, m, generator=generator) for n, m in ((40, 16), (6, 40), (6, 16)))
