@@ -118,7 +118,7 @@ def test_a_store_made_with_other_settings_is_named(short: Any, cache: Path) -> N
 def test_several_stores_are_listed(short: Any, tmp_path: Path, store_maker: Callable[..., Store]) -> None:
     for name in ("a", "b"):
         store_maker(tmp_path / "two", short(), name=name)
-    with pytest.raises(UserError, match=r"2 stores match.*a-.*b-.*store=<path>"):
+    with pytest.raises(UserError, match=r"2 stores match.*a-.*b-.*store=<name or path>"):
         make_plan(short(f"cache={tmp_path / 'two'}"))
 
 
