@@ -61,10 +61,10 @@ class SAEScore:
     def _run(self, x_ND: Tensor) -> tuple[Tensor, Tensor]:
         """f [N, F] and x_hat [N, D]."""
         if self.form == SHIPPED:
-            return self.sae.run(x_ND)
+            return self.sae.encode_decode(x_ND)
         assert isinstance(self.sae, BatchTopKBase)
         codes, f = self.sae.active_batch(self.sae.norm.normalise(x_ND))
-        return codes.dense(f), self.sae.norm.denormalise(self.sae.decoded(codes, f), x_ND)
+        return codes.dense(f), self.sae.norm.denormalise(self.sae.decode_sparse(codes, f), x_ND)
 
     def predicted(self, clean: Predictions, spliced: Predictions, sequence_P: Tensor) -> None:
         """Add the losses of a batch."""

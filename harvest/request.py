@@ -14,7 +14,7 @@ from data.base.records import Json, diff_fields
 from data.storage.open import open_storage
 from data.store.find import find
 from data.store.layout import choose_layout
-from data.store.manifest import FORMAT, HELDOUT, TRAIN, Manifest, store_settings
+from data.store.manifest import HELDOUT, STORE_FORMAT, TRAIN, Manifest, store_settings
 from data.store.store import Store
 from harvest import lm
 from harvest.config import HarvestSettings
@@ -71,7 +71,7 @@ class HarvestRequest:
     def identity(self, tokenizer: Any) -> Json:
         """All but the layout that determines the numbers; reads all of a local text and a local model's files."""
         identity = {
-            "format": FORMAT,
+            "format": STORE_FORMAT,
             "model": self.asked.model.identity(),
             "tokenizer": lm.tokenizer_hash(tokenizer),
             "text": self.asked.text.identity(),

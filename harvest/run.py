@@ -63,7 +63,7 @@ def _spared(units: Sequence[Unit], widths: Mapping[str, int], layout: Layout) ->
     """What the size leaves out: what a codec will save, and what int8 would."""
     if layout.encoding is not None:
         return f" as {layout.encoding}{' before its codec' if layout.codec else ''}"
-    smaller = dataclasses.replace(layout, encoding="int8", bitround=None)
+    smaller = dataclasses.replace(layout, encoding="int8")
     needed = sum(unit.bytes(widths, smaller) for unit in units)
     before = f" before store.codec={layout.codec}" if layout.codec else ""
     return f"{before} ({format_bytes(needed)} with store.encoding=int8)"

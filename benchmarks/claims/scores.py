@@ -6,7 +6,6 @@ Letters: S sequences of the set, T tokens of a context, N kept tokens, F latents
 from __future__ import annotations
 
 import hashlib
-import inspect
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -34,13 +33,14 @@ from evaluate.run import SavedSAE, Text, open_text
 from evaluate.score import SiteScore
 from evaluate.splice import Splice
 from train.sae.base import SAE
+from train.sae.config import RETIRED
 from train.sae.io import VARIANTS, WEIGHTS, load
 from train.sae.variants.topk import TopK
 
 FORMAT = 1  # of a kept score
 SHIPPED, BATCH, THRESHOLD, PER_TOKEN, RESCALED = "shipped", "batch", "threshold", "per token", "rescaled"
 
-_OF_GRID = ("d_in", "width", "k", "sparsity")
+_OF_GRID = ("d_in", "width", "k", "target_l0", "sparsity")
 
 Batches = Callable[[], Sequence[Tensor]]
 
@@ -83,7 +83,7 @@ class Scored:
         config = asked.trained.config
         self.form, self.firing, self.counts, self.folder = asked.form, firing, counts, asked.trained.folder
         self.variant: str = config["variant"]
-        self.settings: Json = config["settings"]
+        self.settings: Json = {"k": config["settings"].get("target_l0"), **config["settings"]}
         self.training: Json = config["training"]
         self.width, self.seed, self.tokens = self.settings["width"], self.training["seed"], columns["tokens"].sum()
         self._all, self._drawn = statistics(totals(columns)), statistics(resampled(columns, samples=samples, seed=seed))
@@ -100,9 +100,10 @@ class Scored:
 
 def options(config: Json) -> Json:
     """The settings of an SAE's record that are not its variant's defaults, beside width and sparsity."""
-    takes = inspect.signature(VARIANTS[config["variant"]]).parameters
+    fields = VARIANTS[config["variant"]].Config.model_fields
+    defaults = RETIRED | {name: field.default for name, field in fields.items()}
     given = {name: value for name, value in config["settings"].items() if name not in _OF_GRID}
-    return {name: value for name, value in given.items() if value != takes[name].default}
+    return {name: value for name, value in given.items() if value != defaults.get(name)}
 
 
 class _Counting:
@@ -115,8 +116,8 @@ class _Counting:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.sae, name)
 
-    def run(self, x_ND: Tensor) -> tuple[Tensor, Tensor]:
-        f_NF, x_hat_ND = self.sae.run(x_ND)
+    def encode_decode(self, x_ND: Tensor) -> tuple[Tensor, Tensor]:
+        f_NF, x_hat_ND = self.sae.encode_decode(x_ND)
         self.l0.append((f_NF > 0).sum(1).cpu())
         return f_NF, x_hat_ND
 

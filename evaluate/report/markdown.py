@@ -15,7 +15,7 @@ Json = dict[str, Any]
 FORMAT = 1  # of report.json
 BATCH = "batch"  # the form of an SAE that is not the one that ships
 PARETO = {"nmse": "NMSE", "ce_increase": "CE"}
-ASKED = ("k", "sparsity")  # the settings that say how sparse an SAE was asked to be
+ASKED = ("k", "target_l0", "sparsity")  # the settings that say how sparse an SAE was asked to be
 
 # One line a column: heading, how it is read from an SAE's row, definition.
 DEFINITIONS = {

@@ -100,7 +100,7 @@ def rows_table(title: str, rows: Sequence[Json], parts: Sequence[Json]) -> Table
 
 def asked(settings: Json) -> str:
     """How sparse an SAE was asked to be."""
-    known = ((name, settings.get(name)) for name in ("k", "sparsity"))
+    known = ((name, settings.get(name)) for name in ("k", "target_l0", "sparsity"))
     return ", ".join(f"{name}={value:g}" for name, value in known if value is not None)
 
 

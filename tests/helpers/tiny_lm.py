@@ -123,9 +123,7 @@ def harvested(tmp_path_factory: pytest.TempPathFactory, tiny_lm: Any) -> dict[st
         "lm_batch": 4,
         "cache": str(root / "cache"),
         "store": {"dtype": "bfloat16"}
-        | dict.fromkeys(
-            ("chunk_rows", "chunks_per_unit", "mixing_seed", "encoding", "codec", "bitround", "shards"), None
-        ),
+        | dict.fromkeys(("chunk_rows", "chunks_per_unit", "mixing_seed", "encoding", "codec", "shards"), None),
         "allow_mixed_devices": False,
     }
     return {"config": config, "store": harvest(config), "root": root}
