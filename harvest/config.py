@@ -50,8 +50,6 @@ class StoreSettings(Settings):
     """int8: half of bfloat16's bytes; null: plain floats."""
     codec: Literal["zstd", "blosc"] | None = None
     """Compresses each chunk."""
-    bitround: Whole | None = Field(default=None, ge=1)
-    """Mantissa bits that are left of floats."""
     shards: Flag | None = None
     """Whether a unit is one file."""
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from data.base.errors import UserError
+from data.base.files import format_bytes
 from data.base.sites import Site
 from data.store.layout import Layout
 from data.store.manifest import HELDOUT, TRAIN, Manifest
@@ -208,6 +209,6 @@ def test_another_device_or_library_is_refused(tmp_path: Path) -> None:
 
 
 def test_sizes_are_readable() -> None:
-    assert [size(n) for n in (0, 999, 1500, 2.5e6, 3.21e9, 4e15)] == [
+    assert [format_bytes(n) for n in (0, 999, 1500, 2.5e6, 3.21e9, 4e15)] == [
         *("0 bytes", "999 bytes", "1.5 kB", "2.5 MB", "3.2 GB", "4000.0 TB")
     ]

@@ -78,7 +78,6 @@ BAD_BY_SETTING: dict[str, list[Any]] = {
     "store.mixing_seed": NO_NUMBERS,
     "store.encoding": [*NO_CHOICES, "float32"],
     "store.codec": [*NO_CHOICES, "gzip"],
-    "store.bitround": [*NO_NUMBERS, 0, 23, 10**9],
     "store.shards": NO_FLAGS,
 }
 
