@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 from hydra import compose, initialize_config_dir
-from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from pytorch_lightning import Callback, LightningModule, Trainer
 from torch import Tensor
@@ -27,9 +26,11 @@ from torch import Tensor
 from benchmarks.loader import SITE, build
 from data.base.cli import CONF, keep_freed_memory
 from data.store.store import Store
+from train.config import OptimizerSettings
 from train.fit import fit
 from train.lit import MultiSAEModule
-from train.plan import Settings, TrainRun
+from train.optimizers import optimizer_from
+from train.plan import TrainRun
 from train.run import TrainRequest, prepare
 from train.sae import TrainContext
 from train.sae.parts.update import update
@@ -41,10 +42,10 @@ CHUNK_ROWS = 1024
 class Bare:
     """A copy of an SAE in training that does its steps and nothing else."""
 
-    def __init__(self, member: SAETrainer, optimizer: Settings) -> None:
+    def __init__(self, member: SAETrainer, optimizer: OptimizerSettings) -> None:
         self.sae, self.clip = copy.deepcopy(member.sae), member.clip
         self.dead_F = member.dead.mask(member.dead_after) if member.sae.uses_auxk else None
-        self.optimizer = instantiate(optimizer)(self.sae.parameters())
+        self.optimizer = optimizer_from(optimizer)(self.sae.parameters())
         self.optimizer.load_state_dict(copy.deepcopy(member.optimizer.state_dict()))
 
     def step(self, x_BD: Tensor) -> None:
@@ -58,7 +59,7 @@ class Bare:
 class Turns(Callback):
     """Lets the run and the bare steps take turns of `steps` steps; the first turn warms up."""
 
-    def __init__(self, optimizer: Settings, steps: int) -> None:
+    def __init__(self, optimizer: OptimizerSettings, steps: int) -> None:
         self.optimizer, self.steps = optimizer, steps
         self.run_ms: list[float] = []
         self.bare_ms: list[float] = []  # of all SAEs, one after another
@@ -126,7 +127,7 @@ def compare(store: Store, folder: Path, saes: int, batch: int, args: argparse.Na
     """Print one row: the run's step, the bare steps, what lies between."""
     overrides = [f"sae={args.variant}", f"sae.width={width}", f"trainer={args.trainer}", *args.overrides]
     runs = runs_of(store, folder, saes, batch, (args.turns + 1) * args.steps, overrides)
-    turns = Turns(runs[0].settings["optimizer"], args.steps)
+    turns = Turns(runs[0].settings.optimizer, args.steps)
     failed = fit(runs, turns)
     assert not failed, failed
     over = [run - bare for run, bare in zip(turns.run_ms, turns.bare_ms, strict=True)]

@@ -3,7 +3,8 @@
 from data.base import cli
 from train.launcher import register
 from train.run import main
+from train.sweep import job_folder
 
 if __name__ == "__main__":
     register()
-    cli.run(main, "train")
+    cli.run(main, "train", job_folder)

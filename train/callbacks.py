@@ -8,43 +8,68 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import torch
+import torch.distributed as dist
 from pytorch_lightning import Callback, LightningModule, Trainer
 
 from data.base.files import atomic_file
 from train.lit import MultiSAEModule
-from train.plan import LAST
+from train.messages import clock
+from train.resume import LAST, seal
+from train.signals import Signals
+
+_AGREE_EVERY = 10  # steps: ranks must stop and save at the same one, and asking each other costs a message
 
 
 def write_checkpoint(path: Path, state: dict[str, Any]) -> None:
-    """A checkpoint is whole or the one before stands: written beside its place, synced, renamed."""
+    """Write a checkpoint beside its place, sync and rename it: it is whole, or the one before stands."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(path) as file:
         torch.save(state, file)
 
 
 class LastCheckpoint(Callback):
-    """Writes one file in each member's folder every `every` steps and after the last; none of a state not finite."""
+    """Writes one file in each member's folder every `every` steps or `minutes`, after the last step and on a signal.
 
-    def __init__(self, every: int) -> None:
+    None is written of a state that is not finite.
+    """
+
+    def __init__(self, every: int, minutes: float | None = None, signals: Signals | None = None) -> None:
         self.every = every
+        self.seconds = None if minutes is None else 60 * minutes
+        self.signals = signals or Signals()
+
+    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+        self.saved_at = time.monotonic()
+        self.signals.install()
+        self.signals.deferring = True
 
     def on_train_batch_end(self, trainer: Trainer, module: LightningModule, *args: Any) -> None:
         assert isinstance(module, MultiSAEModule)
-        if module.step % self.every and module.step != module.total:
-            return
-        for member in module.in_step:
-            module.attempt(member, member.check_finite)
-        for member in module.in_step if trainer.is_global_zero else []:
-            write_checkpoint(member.folder / LAST, {**member.state(), "loader": module.stream.state(member.step)})
-        if not module.running:
+        stop, due = self._agreed(trainer, module.step)
+        if stop or due or module.step % self.every == 0 or module.step == module.total:
+            self._save(trainer, module)
+        if stop or not module.running:
             trainer.should_stop = True
 
+    def _save(self, trainer: Trainer, module: MultiSAEModule) -> None:
+        for member in module.in_step:
+            module.guarded(member, member.check_finite)
+        for member in module.in_step if trainer.is_global_zero else []:
+            state = {**member.state(), "loader": module.stream.state(member.step)}
+            write_checkpoint(member.folder / LAST, {**state, "seal": seal(state)})
+        self.saved_at = time.monotonic()
 
-def clock(seconds: float) -> str:
-    """Seconds as m:ss or h:mm:ss."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+    def _agreed(self, trainer: Trainer, step: int) -> tuple[bool, bool]:
+        """Whether to stop, and whether a checkpoint is due by time; alike on every rank, so asked at the same step."""
+        stop = self.signals.received is not None
+        due = self.seconds is not None and time.monotonic() - self.saved_at >= self.seconds
+        if trainer.world_size == 1:
+            return stop, due
+        if step % _AGREE_EVERY:
+            return False, False
+        both = torch.tensor([int(stop), int(due)], device=trainer.strategy.root_device)
+        dist.all_reduce(both, dist.ReduceOp.MAX)
+        return bool(both[0]), bool(both[1])
 
 
 def figures(logged: dict[str, float]) -> str:
@@ -52,6 +77,8 @@ def figures(logged: dict[str, float]) -> str:
     return "".join(f"  {name} {logged[name]:.4g}" for name in ("nmse", "l0", "dead") if name in logged)
 
 
+# Not Lightning's bar or a plain tqdm: both write "\\r" lines into a log file that nobody watches live, know nothing of
+# steps taken before this process began, and have one line where the SAEs of a pass have one each.
 class Progress(Callback):
     """Tokens, rate, time left, the last logged figures: one line rewritten on a terminal, else some ten lines.
 

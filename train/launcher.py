@@ -18,10 +18,10 @@ class SinglePassLauncher(BasicLauncher):
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         from data.base import cli
-        from train.run import TrainRequest, asked, train_all
+        from train.run import TrainRequest, request_of, train_all
 
         jobs: list[TrainRequest] = []
-        self.task_function = lambda config: jobs.append(asked(config))
+        self.task_function = lambda config: jobs.append(request_of(config))
         done = super().launch(job_overrides, initial_job_idx)
         for job in done:
             _ = job.return_value  # raises what kept it from being composed

@@ -114,14 +114,16 @@ class MultiSAEModule(LightningModule):
     def training_step(self, batch: Tensor, batch_idx: int) -> None:
         x_BD = self.model_units(batch)
         for member in self.in_step:
-            self.attempt(member, partial(member.training_step, x_BD))
+            self.guarded(member, partial(member.training_step, x_BD))
         self.step += 1
+        # Not Lightning's validation loop, which counts batches since this process began: a resumed run validates at the
+        # steps of the run. The same code scores the SAEs once more after calibration, outside of a fit.
         if self.step % self.validate_every == 0:
             self.validate("val")
         if not self.running:
             self.trainer.should_stop = True
 
-    def attempt(self, member: SAETrainer, act: Callable[[], None]) -> None:
+    def guarded(self, member: SAETrainer, act: Callable[[], None]) -> None:
         """Do `act`; a member that it fails is stopped and named."""
         try:
             act()

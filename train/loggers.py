@@ -1,14 +1,17 @@
-"""metrics.csv, and the check that an optional logger is installed."""
+"""metrics.csv, which every run has."""
 
 from __future__ import annotations
 
 import csv
+import io
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from pytorch_lightning.loggers.logger import Logger
 from pytorch_lightning.utilities import rank_zero_only
+
+from data.base.files import write_atomic
 
 Row = dict[str, str]
 
@@ -51,7 +54,7 @@ class CsvLogger(Logger):
             self._write([*rows, row])
         else:
             with self.path.open("a", newline="") as file:
-                csv.DictWriter(file, self.names).writerow(row)
+                file.write(self._lines([row]))
 
     @rank_zero_only
     def cut(self, step: int) -> None:
@@ -60,14 +63,23 @@ class CsvLogger(Logger):
             self._write([row for row in self._rows() if 0 < step >= int(row["step"])])
 
     def _rows(self) -> list[Row]:
-        with self.path.open(newline="") as file:
-            reader = csv.DictReader(file)
-            self.names = list(reader.fieldnames or self.names)
-            return [row for row in reader if None not in row.values()]  # a killed run may leave half a line
+        """The rows on the disk, without what a killed run left of its last line."""
+        with self.path.open(newline="", encoding="utf-8", errors="replace") as file:
+            text = file.read()
+        whole = text[: text.rfind("\n") + 1]
+        reader = csv.DictReader(io.StringIO(whole))
+        self.names = list(reader.fieldnames or self.names)
+        return [row for row in reader if None not in row.values() and row.get("step", "").isdecimal()]
+
+    def _lines(self, rows: list[Row], header: bool = False) -> str:
+        lines = io.StringIO()
+        writer = csv.DictWriter(lines, self.names)
+        if header:
+            writer.writeheader()
+        writer.writerows(rows)
+        return lines.getvalue()
 
     def _write(self, rows: list[Row]) -> None:
+        """Write the file anew, beside its place and renamed: a kill leaves the old rows or the new ones."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("w", newline="") as file:
-            writer = csv.DictWriter(file, self.names)
-            writer.writeheader()
-            writer.writerows(rows)
+        write_atomic(self.path, self._lines(rows, header=True).encode())

@@ -10,12 +10,11 @@ and its commands are in benchmarks/RESULTS.md; `python -m benchmarks.rates` sear
 from __future__ import annotations
 
 import math
-from typing import Any
 
 from data.base.errors import UserError
+from train.config import AUTO, TrainSettings
 
-AUTO = "auto"
-ADAM = ("Adam", "AdamW")  # the rule is of optimizers whose step is about lr a weight
+ADAM = ("adam", "adamw")  # the rule is of optimizers whose step is about lr a weight
 
 LEAST_WIDTH, LEAST_STEPS = 64, 400
 
@@ -39,21 +38,18 @@ def learning_rate(variant: str, d_in: int, steps: int) -> float:
     return float(f"{AT_64[variant] * by_width * by_steps:.3g}")
 
 
-def with_rate(settings: dict[str, Any], d_in: int, steps: int) -> dict[str, Any]:
-    """The settings of a run with its rate as a number, and under `lr_asked` what was asked for."""
-    optimizer = settings["optimizer"]
-    asked = optimizer["lr"]
-    if not isinstance(asked, str):
-        return {"lr_asked": asked, **settings}
-    if asked != AUTO:
-        raise UserError(f"optimizer.lr={asked} is no learning rate: give a number, or auto for the measured rule")
-    if str(optimizer["_target_"]).rsplit(".", 1)[-1] not in ADAM:
+def with_rate(settings: TrainSettings, d_in: int, steps: int) -> TrainSettings:
+    """Settle a run on its rate as a number; `lr_asked` keeps what was asked for.
+
+    Raises UserError where the rule knows no rate: for another optimizer than Adam.
+    """
+    optimizer = settings.optimizer
+    asked = optimizer.lr if settings.lr_asked is None else settings.lr_asked
+    if optimizer.lr != AUTO:
+        return settings.model_copy(update={"lr_asked": asked})
+    if optimizer.name not in ADAM:
         raise UserError(
-            f"optimizer.lr=auto is measured for Adam, and optimizer._target_={optimizer['_target_']}: give a number"
+            f"optimizer.lr=auto is measured for Adam, and optimizer.name={optimizer.name}: give optimizer.lr a number"
         )
-    variant = str(settings["sae"]["_target_"]).rsplit(".", 2)[-2]
-    if variant not in AT_64:
-        raise UserError(
-            f"optimizer.lr=auto knows no rate for sae._target_={settings['sae']['_target_']}: give a number"
-        )
-    return {**settings, "optimizer": {**optimizer, "lr": learning_rate(variant, d_in, steps)}, "lr_asked": asked}
+    rate = learning_rate(settings.sae["variant"], d_in, steps)
+    return settings.model_copy(update={"optimizer": optimizer.model_copy(update={"lr": rate}), "lr_asked": asked})

@@ -6,7 +6,7 @@ Letters: B tokens in a batch, D model width, F latents.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from data.base.errors import UserError
+from train.optimizers import OptimizerFactory
 from train.sae import SAE, DeadLatents, StepOutput, TrainContext
 from train.sae.parts.update import WeightEMA, update
 from train.schedules import Schedule
@@ -25,7 +25,6 @@ from train.schedules import Schedule
 if TYPE_CHECKING:
     from pytorch_lightning.loggers.logger import Logger
 
-OptimizerFactory = Callable[[Iterable[Tensor]], Optimizer]
 State = dict[str, Any]
 
 
@@ -47,8 +46,8 @@ class SAETrainer(nn.Module):
 
     Nothing of it is shared with the others of its pass: the random state too is its own, as if it were trained alone.
     `step` counts its steps done; `failure` is the sentence it was stopped with. Counters move in `training_step` only.
-    `ema` is the decay of the mean of the weights that ships, None for the weights themselves; `rate` a factor on the
-    optimizer's learning rates.
+    `ema` is the decay of the mean of the weights that is saved, None for the weights themselves; `rate` a factor on the
+    optimizer's learning rates; `fingerprint` that of the numbers of its run, which its checkpoints carry.
     """
 
     bad_step: Tensor
@@ -68,17 +67,25 @@ class SAETrainer(nn.Module):
         rate: float = 1.0,
         log_every: int = 50,
         world: int = 1,
+        fingerprint: str = "",
     ) -> None:
         super().__init__()
-        self.sae, self.schedule, self.folder, self.name = sae, schedule, folder, name
-        self.dead_after, self.clip, self.log_every, self.world = dead_after, clip, log_every, world
+        self.sae = sae
+        self.schedule = schedule
+        self.folder = folder
+        self.name = name
+        self.dead_after = dead_after
+        self.clip = clip
+        self.log_every = log_every
+        self.world = world
+        self.fingerprint = fingerprint
         self.dead = DeadLatents(sae.width)
         self.average = None if ema is None else WeightEMA(sae, ema)
         self.register_buffer("bad_step", torch.tensor(-1))
         try:
             self.optimizer = optimizer(sae.parameters())
         except (TypeError, ValueError) as error:
-            raise UserError(f"the optimizer refuses its settings ({error}): mend them under optimizer.*") from None
+            raise UserError(f"the optimizer refuses its settings ({error}): fix them under optimizer.*") from None
         self.rates = [rate * float(group["lr"]) for group in self.optimizer.param_groups]
         self.step = 0
         self.failure: str | None = None
@@ -164,7 +171,7 @@ class SAETrainer(nn.Module):
                 "lower optimizer.lr or clip, or lengthen lr_warmup"
             )
 
-    # What is told of it
+    # What is logged of it
 
     def log(self, prefix: str, values: dict[str, float]) -> None:
         """Hand `values` to the loggers, under the steps done."""
@@ -172,7 +179,7 @@ class SAETrainer(nn.Module):
             logger.log_metrics({f"{prefix}/{name}": value for name, value in values.items()}, self.step)
 
     def swapped_in(self) -> AbstractContextManager[None]:
-        """While it lasts the SAE has the weights that ship, where their threshold is known before the end."""
+        """While it lasts the SAE has the weights that are saved, where their threshold is known before the end."""
         if self.average is None or self.sae.needs_calibration:
             return nullcontext()
         return self.average.swapped_in(self.sae)
@@ -183,7 +190,7 @@ class SAETrainer(nn.Module):
             self.average.copy_to(self.sae)
 
     def validated(self, prefix: str, values: dict[str, float]) -> None:
-        """Take the figures on held-out tokens of the form that ships."""
+        """Take the figures on held-out tokens of the inference form."""
         assert all(map(math.isfinite, values.values())) or int(self.bad_step) >= 0
         self.validation = values
         self.log(prefix, values)
@@ -212,6 +219,7 @@ class SAETrainer(nn.Module):
         """All that the next step depends on, beside the batch."""
         mean = {} if self.average is None else {"average": self.average.state_dict()}
         return mean | {
+            "run": self.fingerprint,
             "step": self.step,
             "sae": self.sae.state_dict(),
             "dead": self.dead.state_dict(),
@@ -221,12 +229,29 @@ class SAETrainer(nn.Module):
         }
 
     def load(self, state: State) -> None:
-        """Go on from `state`; the moments follow in `begin`, when it is known where they live."""
-        self.step, self.rng, self.figures_logged = state["step"], state["rng"], state["figures"]
-        self.sae.load_state_dict(state["sae"])
-        self.dead.load_state_dict(state["dead"])
-        if self.average is not None:
-            self.average.load_state_dict(state["average"])
+        """Go on from `state`, or raise UserError where it is not of this SAE and its optimizer.
+
+        The moments follow in `begin`, when it is known where they live.
+        """
+        try:
+            self.step = state["step"]
+            self.rng = state["rng"]
+            self.figures_logged = state["figures"]
+            self.sae.load_state_dict(state["sae"])
+            self.dead.load_state_dict(state["dead"])
+            if self.average is not None:
+                self.average.load_state_dict(state["average"])
+            set_random_state(self.rng, torch.device("cpu"))
+            moments = state["optimizer"]["state"]
+            has_moments = "betas" in self.optimizer.param_groups[0]  # Adam's; plain SGD has none
+            if has_moments and set(moments) != set(range(len(list(self.sae.parameters())))):
+                raise ValueError("the optimizer's moments are of other parameters")
+            self.optimizer.load_state_dict(state["optimizer"])  # a check; `begin` does it where the parameters are
+        except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+            reason = str(error).splitlines()[0].rstrip(":")
+            raise UserError(
+                f"the checkpoint in {self.folder} does not fit this run ({reason}): remove the folder and train anew"
+            ) from None
         self._moments = state["optimizer"]
 
     def begin(self, device: torch.device) -> None:

@@ -21,7 +21,7 @@ def settings(variant: str, k: int) -> dict[str, Any]:
     """The SAE's own settings, as conf/sae has them."""
     held = OmegaConf.to_container(OmegaConf.load(f"conf/sae/{variant}.yaml"))
     assert isinstance(held, dict)
-    wanted = {str(name): value for name, value in held.items() if name not in ("_target_", "width", "expansion")}
+    wanted = {str(name): value for name, value in held.items() if name not in ("variant", "width", "expansion")}
     if variant in SELECTING:
         wanted["k"] = k
     if variant == "matryoshka":
@@ -32,7 +32,7 @@ def settings(variant: str, k: int) -> dict[str, Any]:
 def adam(variant: str, parameters: Any) -> torch.optim.Optimizer:
     """The optimizer of conf/optimizer, at the benchmark's rate."""
     held = OmegaConf.load(f"conf/optimizer/{variant}.yaml").optimizer
-    assert held["_target_"] == "torch.optim.Adam"
+    assert held["name"] == "adam"
     return torch.optim.Adam(parameters, lr=LR, betas=tuple(held.betas), eps=held.eps, fused=held.fused)
 
 

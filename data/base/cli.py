@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import CompactHydraException
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from data.base.composing import NameJob, guard, refuse_flags
+from data.base.config import Settings, unknown
 from data.base.errors import UserError, to_sentence
 from data.base.location import refuse_credentials
 
@@ -44,34 +46,47 @@ def _known(stage: str) -> frozenset[str]:
     return frozenset(map(str, hydra.compose(stage)))
 
 
-def preset_settings(config: DictConfig, stage: str) -> dict[str, Any]:
+def preset_settings(config: DictConfig, stage: str, schema: type[Settings] | None = None) -> dict[str, Any]:
     """A stage's settings of a composed preset (conf/experiment), resolved.
 
     A preset speaks to several stages: of a setting written `name: {harvest: ..., train: ...}` a stage takes its own
-    part, and it leaves what is another's alone. UserError names what no stage has.
+    part, and it leaves what is another's alone. UserError names what no stage has. The stage's own settings are the
+    fields of its `schema`, or without one the names in its conf/ file.
     """
-    found: dict[str, Any] = {}
+    names = frozenset(schema.model_fields) if schema else _known(stage)
+    settings: dict[str, Any] = {}
     for name in map(str, config):
         value = config[name]
-        if name not in _known(stage):
+        if name not in names:
             if not any(name in _known(other) for other in STAGES):
                 raise UserError(f"the preset sets {name}, which no stage has: fix it in conf/experiment")
             continue
-        parted = isinstance(value, DictConfig) and value.keys() <= set(STAGES)
-        if parted and stage not in value:
+        by_stage = isinstance(value, DictConfig) and value.keys() <= set(STAGES) and len(value) > 0
+        if by_stage and stage not in value:
             raise UserError(f"the preset sets {name} for other stages only: give {name}=... to {stage} too")
-        value = value[stage] if parted else value
-        found[name] = OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
-    return found
+        if by_stage:
+            value = value[stage]
+        settings[name] = OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+    return settings
 
 
-def stage_settings(config: DictConfig, stage: str) -> dict[str, Any]:
+def stage_settings(config: DictConfig, stage: str, schema: type[Settings] | None = None) -> dict[str, Any]:
     """A stage's settings, resolved; of a preset, where one is asked for, what is of this stage."""
     if HydraConfig.initialized() and "experiment" in HydraConfig.get().runtime.choices:
-        return preset_settings(config, stage)
+        if schema is not None:
+            _refuse_of_other_stages(HydraConfig.get().overrides.task, schema)
+        return preset_settings(config, stage, schema)
     settings = OmegaConf.to_container(config, resolve=True)
     assert isinstance(settings, dict)
     return {str(name): value for name, value in settings.items()}
+
+
+def _refuse_of_other_stages(overrides: Iterable[str], schema: type[Settings]) -> None:
+    """Refuse what the command line gives beside a preset and the stage does not read."""
+    for override in overrides:
+        name = override.lstrip("+~").split("=")[0].split("@")[0]
+        if name.split(".")[0] not in (*schema.model_fields, "experiment"):
+            raise UserError(unknown(name, name.split("."), schema))
 
 
 _FULL_ERROR = "HYDRA_FULL_ERROR"  # set to 1, Hydra raises errors that it would else print itself
@@ -85,6 +100,8 @@ def guarded(act: Callable[[], None]) -> None:
         act()
     except Exception as error:
         sentence = to_sentence(error)
+        if isinstance(error, HydraException | OmegaConfBaseException):
+            sentence = f"the settings cannot be read ({str(error).splitlines()[0]}): check the command line"
         if sentence is None:
             raise
         print(f"error: {sentence}", file=sys.stderr)
@@ -96,10 +113,15 @@ def _end_if_failed() -> None:
         raise SystemExit(1)
 
 
-def run(main: Callable[[DictConfig], None], config_name: str) -> None:
-    """Run a stage's `main` under Hydra with `conf/<config_name>.yaml` and the command line's overrides."""
+def run(main: Callable[[DictConfig], None], config_name: str, name_job: NameJob | None = None) -> None:
+    """Run a stage's `main` under Hydra with `conf/<config_name>.yaml` and the command line's overrides.
+
+    `name_job` names the folders of a sweep's jobs; without it Hydra does.
+    """
     keep_freed_memory()
+    guard(name_job)
     guarded(lambda: refuse_credentials(" ".join(sys.argv[1:])))  # before Hydra writes them down
+    guarded(lambda: refuse_flags(sys.argv[1:]))
     _end_if_failed()
 
     def job(config: DictConfig) -> None:
@@ -122,10 +144,5 @@ def _without_hydra_s_report(act: Callable[[], None]) -> None:
     os.environ[_FULL_ERROR] = "1"
     try:
         act()
-    except CompactHydraException as error:  # an override that is no such thing; its message says what to do
-        cause = error.__cause__
-        more = f"\n{cause}" if isinstance(cause, OmegaConfBaseException) else ""
-        print(f"error: {error}{more}", file=sys.stderr)
-        raise SystemExit(1) from None
     finally:
         os.environ.pop(_FULL_ERROR, None)

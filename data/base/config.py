@@ -61,17 +61,35 @@ class Settings(BaseModel):
 def _sentence(cls: type[BaseModel], error: ValidationError, at: str) -> str:
     """One sentence for the first thing that is wrong."""
     first = error.errors(include_url=False)[0]
-    path = [str(part) for part in first["loc"] if not str(part).startswith(("function-", "constrained-"))]
+    path = _path(cls, [str(part) for part in first["loc"]])
     name = ".".join([at, *path] if at else path)
     if first["type"] == "extra_forbidden":
         return unknown(name, path, cls)
-    given = first["input"]
     if first["type"] == "missing":
         return f"{name} is missing: give {name}=..."
     said = first["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
     if first["type"] == "value_error":
         return said
-    return f"{name}={_shown(given)} is not allowed: it should be {said}"
+    if first["type"] in ("model_type", "dict_type", "model_attributes_type"):
+        said = "a group of settings"
+    if first["type"] in ("int_type", "int_from_float"):
+        said = "a whole number"
+    return f"{name}={_shown(first['input'])} is not allowed: it should be {said}"
+
+
+def _path(cls: type[BaseModel], loc: list[str]) -> list[str]:
+    """The names of settings and list indices in an error's place, less pydantic's own for the parts of a union."""
+    path: list[str] = []
+    inside: type[BaseModel] | None = cls
+    for part in loc:
+        if inside is not None and (part in inside.model_fields or not path or part == loc[-1]):
+            path.append(part)
+            field = inside.model_fields.get(part)
+            annotation = field.annotation if field else None
+            inside = annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
+        elif part.isdigit():
+            path.append(part)
+    return path
 
 
 def _shown(value: Any) -> str:
@@ -84,9 +102,8 @@ def _shown(value: Any) -> str:
 def unknown(name: str, path: list[str], cls: type[BaseModel]) -> str:
     """The sentence for a setting that nothing reads, with the nearest one that exists."""
     names = _names(cls)
-    near = difflib.get_close_matches(".".join(path), names, 1, 0.5) or [
-        known for known in names if known.rpartition(".")[2] == path[-1]
-    ]
+    near = [known for known in names if known.rpartition(".")[2] == path[-1]]
+    near = near or difflib.get_close_matches(".".join(path), names, 1, 0.6)
     group = name[: -len(".".join(path))]
     hint = f"did you mean {group}{near[0]}?" if near else "leave it out"
     return f"{name} is no setting: {hint}"

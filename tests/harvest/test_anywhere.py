@@ -28,8 +28,8 @@ from data.store.store import ORIGIN, TOKENS
 from harvest import harvester, lm
 from harvest.run import harvest
 from tests.helpers.corpus import ROOT, config, contents, save_model, write_stories
+from tests.helpers.runs import composed
 from tests.helpers.s3 import Server
-from tests.train.conftest import composed
 from train.run import train
 
 SITES = "sites=[resid_post.1,attn_out.0]"

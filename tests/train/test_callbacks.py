@@ -10,8 +10,9 @@ from unittest.mock import MagicMock
 
 import pytest
 
-from train.callbacks import Progress, clock
+from train.callbacks import Progress
 from train.lit import MultiSAEModule
+from train.messages import clock
 
 
 class Terminal(io.StringIO):

@@ -82,5 +82,5 @@ def test_a_killed_run_goes_on(cache: Path, tmp_path: Path) -> None:
     process.wait()
     assert not (killed / "config.json").exists()
     done = run(f"resume={killed}", f"hydra.run.dir={tmp_path / 'hydra'}")
-    assert done.returncode == 0 and "going on with topk" in done.stdout, done.stderr
+    assert done.returncode == 0 and "going on from step" in done.stdout, done.stderr
     assert (killed / "sae.safetensors").read_bytes() == (tmp_path / "whole" / "sae.safetensors").read_bytes()

@@ -15,7 +15,7 @@ from evaluate.score import SiteScore
 from evaluate.splice import Splice
 from harvest.hooks import Site, run_to
 from harvest.lm import EMBEDDED, load_model
-from tests.train.conftest import SITE, activations
+from tests.helpers.runs import SITE, activations
 from tests.train.interop.test_export import RECORD, cases, make
 from train.interop.export import export
 from train.sae import VARIANTS, save

@@ -17,8 +17,9 @@ from data.base.errors import UserError
 from data.loading.loader import ActivationLoader
 from data.loading.reader import open_reader
 from data.store.manifest import HELDOUT, TRAIN
+from tests.helpers.runs import plan_of
 from train import datamodule, lit
-from train.plan import LAST, make_plan
+from train.resume import LAST
 from train.run import train
 from train.sae import VARIANTS, load, load_config
 from train.sae.parts import update
@@ -38,7 +39,7 @@ RUNS = {
 
 def rows_of(short: Any, split: str, chunks: Any) -> Tensor:
     """Rows of the chunks in float64, read by themselves."""
-    plan = make_plan(short())
+    plan = plan_of(short())
     reader = open_reader(plan.store, split, plan.site)
     loader = ActivationLoader(reader, batch=64, chunks=chunks, shuffle=False, drop_last=False)
     return torch.cat([batch.double() for batch in loader])
@@ -58,7 +59,7 @@ def test_every_variant_trains_and_ships(short: Any, tmp_path: Path, name: str) -
     sae, config = load(folder), load_config(folder)
     assert config["variant"] == name.split()[0] == sae.name
     assert (config["site"], config["training"]["tokens"], config["training"]["steps"]) == ("resid_post.3", 3584, 56)
-    store = make_plan(short()).store
+    store = plan_of(short()).store
     assert (config["fingerprint"], config["store"]) == (store.manifest.fingerprint, store.path.name)
 
     # Known mistake 11: what is reported is the form that ships, scored here from the saved folder in float64.
@@ -98,7 +99,7 @@ def test_every_input_norm(short: Any, tmp_path: Path, name: str) -> None:
     assert sae.input_norm == name
     assert math.isfinite(load_config(tmp_path / "run")["training"]["heldout"]["nmse"])
     if name == "token":  # Vx of the sample, in the token-normalised space
-        x = rows_of(short, TRAIN, make_plan(short()).chunks)
+        x = rows_of(short, TRAIN, plan_of(short()).chunks)
         xn = (x - x.mean(1, keepdim=True)) / (x.std(1, keepdim=True) + 1e-5)
         assert float(sae.variance) == pytest.approx(float(xn.var(0, correction=0).sum()), rel=1e-4)
 

@@ -20,9 +20,10 @@ import torch.distributed as dist
 from data.base.cli import CONF
 from data.base.errors import UserError
 from data.loading.reader import DirectReader
-from tests.train.test_resume import Broken, assert_same, assert_same_sae, break_after, final_state
+from tests.helpers.runs import Broken, assert_same, assert_same_sae, break_after, final_state
 from train.fit import _member
-from train.plan import LAST, group_by_stream
+from train.plan import group_by_stream
+from train.resume import LAST
 from train.run import TrainRequest, prepare, train, train_all
 from train.sae import SAE, StepOutput, load_config
 from train.sae.variants.batchtopk import BatchTopK
@@ -261,10 +262,11 @@ def test_an_interrupted_sweep_says_how_to_go_on(
     monkeypatch.setattr(TopK, "after_step", ctrl_c)
     with pytest.raises(SystemExit) as ended:
         train_all(jobs(TWO))
-    assert ended.value.code == 1
+    assert ended.value.code == 130
     folder = tmp_path / "sweep"
     out = capsys.readouterr().out
-    assert f"the same sweep with hydra.sweep.dir={folder} goes on" in out and f"resume={folder / 'topk'}" in out
+    assert f"the same command and hydra.sweep.dir={folder} " in out and f'ARGS="resume={folder / "topk"}"' in out
+    assert "step 10 of 30 is saved" in out
 
 
 def test_two_ranks_average_their_gradients_and_count_both_batches(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 from pathlib import Path
 
+import pytest
+
 from train.loggers import CsvLogger
 
 
@@ -54,3 +56,26 @@ def test_half_a_line_of_a_killed_run_is_dropped(tmp_path: Path) -> None:
     again.cut(20)
     again.log_metrics({"a": 3.0, "b": 4.0}, 20)
     assert [(row["step"], row["a"], row["b"]) for row in rows(tmp_path)] == [("10", "1", "2"), ("20", "3", "4")]
+
+
+def test_a_kill_during_a_rewrite_loses_no_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = CsvLogger(tmp_path)
+    log.log_metrics({"a": 1.0}, 10)
+
+    def killed(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("os.replace", killed)
+        log.log_metrics({"b": 2.0}, 20)  # a new name, so the header and all rows are written again
+    assert rows(tmp_path) == [{"step": "10", "a": "1"}]
+
+
+def test_a_last_line_cut_within_its_last_number_is_dropped(tmp_path: Path) -> None:
+    log = CsvLogger(tmp_path)
+    log.log_metrics({"a": 1.25}, 10)
+    log.log_metrics({"a": 2.125}, 20)
+    text = log.path.read_bytes()
+    log.path.write_bytes(text[:-4])  # "20,2.1": every column is there, and the number is another
+    CsvLogger(tmp_path).cut(20)
+    assert rows(tmp_path) == [{"step": "10", "a": "1.25"}]

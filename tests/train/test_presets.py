@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from data.base.cli import CONF, preset_settings
 from data.base.errors import UserError
 from harvest.request import HarvestRequest
-from tests.train.conftest import SITE, D
+from tests.helpers.runs import SITE, D
 from train.run import build, train
 from train.sae import load_config
 
@@ -62,7 +62,7 @@ def test_its_commands_compose_into_saes_that_can_be_built(preset: str) -> None:
         for i in range(max(map(len, values), default=1)):
             given = [f"{name}={value[i % len(value)]}" for (name, _), value in zip(asked, values, strict=True)]
             settings = composed("train", preset, *given, "out=x", "sae.width=256")
-            assert build(settings["sae"], 16).name == settings["sae"]["_target_"].split(".")[-2]
+            assert build(settings["sae"], 16).name == settings["sae"]["variant"]
             for name, value in (item.split("=") for item in given):
                 if name not in ("sae", "sae.width"):
                     assert float(settings["sae"][name.removeprefix("sae.")]) == float(value)

@@ -9,59 +9,32 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from data.base.errors import UserError
 from data.loading.reader import open_reader
 from data.store.manifest import HELDOUT, TRAIN
 from data.store.store import Store
 from data.store.zarr_bfloat16 import from_float32
-from tests.train.conftest import SITE, D, activations, composed, make_store
-from train.callbacks import LastCheckpoint
-from train.plan import LAST, make_plan
+from tests.helpers.runs import (
+    SITE,
+    Broken,
+    D,
+    activations,
+    assert_same,
+    assert_same_sae,
+    break_after,
+    composed,
+    final_state,
+    make_store,
+    plan_of,
+)
+from train.resume import LAST
 from train.run import train
 from train.sae import SAE, StepOutput, load
 from train.sae.variants.topk import TopK
 
 # 1,536 training rows in batches of 64: an epoch is 24 steps, the run 60. Validation every 8.
 LONG = ("tokens=3840", "epochs=3", "calibration_tokens=2560", "validate_every=8", "dead_after=256")
-
-
-class Broken(RuntimeError):
-    pass
-
-
-def leaves(obj: Any, at: str = "") -> dict[str, Any]:
-    """Every leaf of nested dicts and lists by its path."""
-    if isinstance(obj, dict):
-        return {k: v for name, part in obj.items() for k, v in leaves(part, f"{at}/{name}").items()}
-    if isinstance(obj, list | tuple):
-        return {k: v for i, part in enumerate(obj) for k, v in leaves(part, f"{at}/{i}").items()}
-    return {at: obj}
-
-
-def final_state(folder: Path) -> dict[str, Any]:
-    """Everything the last checkpoint holds."""
-    return leaves(torch.load(folder / LAST, weights_only=True))
-
-
-def assert_same(a: dict[str, Any], b: dict[str, Any]) -> None:
-    assert a.keys() == b.keys()
-    for name, value in a.items():
-        same = torch.equal(value, b[name]) if isinstance(value, Tensor) else value == b[name]
-        assert same, f"{name}: {value} and {b[name]}"
-
-
-def break_after(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
-    """End the run right after the checkpoint of `step`."""
-    kept = LastCheckpoint.on_train_batch_end
-
-    def hook(self: LastCheckpoint, trainer: Any, module: Any, *args: Any) -> None:
-        kept(self, trainer, module, *args)
-        if module.step == step:
-            raise Broken
-
-    monkeypatch.setattr(LastCheckpoint, "on_train_batch_end", hook)
 
 
 @pytest.fixture
@@ -106,17 +79,6 @@ def test_continued_equals_uninterrupted(
         assert_same_sae(folder, tmp_path / "whole")
 
 
-def assert_same_sae(folder: Path, other: Path) -> None:
-    """Weights, metrics and, but for its times, the record are the same bytes."""
-    for name in ("sae.safetensors", "metrics.csv"):
-        assert (folder / name).read_bytes() == (other / name).read_bytes(), name
-    configs = [json.loads((path / "config.json").read_text()) for path in (folder, other)]
-    for config in configs:
-        for name in ("seconds", "waited"):
-            config["training"].pop(name)
-    assert configs[0] == configs[1]
-
-
 @pytest.fixture(scope="module")
 def int8_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("int8")
@@ -139,7 +101,7 @@ def test_continued_equals_uninterrupted_over_int8(
 
 def test_training_over_int8_is_training_over_its_values(short: Any, tmp_path: Path, int8_cache: Path) -> None:
     """A store of the decoded values gives the same SAE, threshold and validation, bit for bit."""
-    store = make_plan(short(f"cache={int8_cache}")).store
+    store = plan_of(short(f"cache={int8_cache}")).store
     plain = make_store(tmp_path / "plain", composed("out=x"), name="plain", dtype="float32")
     for split, commits in ((split, plain.committed(split, SITE)) for split in (TRAIN, HELDOUT)):
         reader = open_reader(store, split, SITE)
@@ -153,9 +115,10 @@ def test_training_over_int8_is_training_over_its_values(short: Any, tmp_path: Pa
     for name, cache in (("int8", int8_cache), ("decoded", tmp_path / "plain")):
         train(short("sae=batchtopk", f"cache={cache}", f"out={tmp_path / name}"))
     assert load(tmp_path / "int8").d_in == D
-    states = (
-        {k: v for k, v in final_state(tmp_path / name).items() if "/loader/" not in k} for name in ("int8", "decoded")
-    )
+    own = ("/loader/", "/run", "/seal")  # of the store and its fingerprint
+    states = [
+        {k: v for k, v in final_state(tmp_path / name).items() if not k.startswith(own)} for name in ("int8", "decoded")
+    ]
     assert_same(*states)
     for file in ("sae.safetensors", "metrics.csv"):
         assert (tmp_path / "int8" / file).read_bytes() == (tmp_path / "decoded" / file).read_bytes()
@@ -178,7 +141,7 @@ def test_it_goes_on_from_the_last_checkpoint_not_from_the_start(
     monkeypatch.setattr(TopK, "after_step", lambda self, step: rates.append(0.0))
     train(short(f"resume={tmp_path / 'run'}"), [f"resume={tmp_path / 'run'}"])
     assert len(rates) == 10
-    assert "going on with topk" in capsys.readouterr().out
+    assert "going on from step 20 with topk" in capsys.readouterr().out
 
 
 def test_resume_keeps_the_run_s_own_settings(short: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

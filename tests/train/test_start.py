@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from data.base.errors import UserError
-from tests.train.conftest import activations
+from tests.helpers.runs import activations
 from train.run import TrainRequest, prepare, train
 from train.sae import load, load_config, save
 

@@ -80,11 +80,11 @@ def _figures(training: Mapping[str, Any], found: Json | None) -> list[str]:
         held_out = training.get("heldout")
         if not held_out:
             return ["Not evaluated."]
-        told = f"On {held_out['tokens']:,.0f} held-out tokens, in the form that ships:"
-        return [told, "", *_table({"l0": (held_out["l0"], None), "nmse": (held_out["nmse"], None)})]
+        heading = f"On {held_out['tokens']:,.0f} held-out tokens, in the inference form:"
+        return [heading, "", *_table({"l0": (held_out["l0"], None), "nmse": (held_out["nmse"], None)})]
     site, metrics = found["site"], found["row"]["metrics"]
-    told = f"On {site['tokens']:,} held-out tokens in {site['sequences']:,} contexts, in the form that ships:"
-    return [told, "", *_table({name: (metrics[name]["value"], metrics[name]["se"]) for name in _NAMES})]
+    heading = f"On {site['tokens']:,} held-out tokens in {site['sequences']:,} contexts, in the inference form:"
+    return [heading, "", *_table({name: (metrics[name]["value"], metrics[name]["se"]) for name in _NAMES})]
 
 
 def _table(figures: Mapping[str, tuple[float | None, float | None]]) -> list[str]:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from torch import Tensor
 
 from data.base import cli
@@ -16,7 +14,7 @@ from data.loading.loader import ActivationLoader
 from data.loading.reader import open_reader
 from data.store.manifest import TRAIN
 from data.store.store import Store
-from train.interop.export import matching, refuse_full
+from train.interop.config import ImportSettings, refuse_full
 from train.plan import origin
 
 _ROWS = 32_768  # that token-normalised moments are measured on
@@ -66,14 +64,13 @@ def _site(folder: Path, named: str | None) -> str:
 
 def main(config: DictConfig) -> None:
     """The command, from Hydra's configuration."""
-    found = OmegaConf.to_container(config, resolve=True)
-    assert isinstance(found, dict)
-    settings: Mapping[str, Any] = {str(name): value for name, value in found.items()}
-    if not settings["store"]:
+    settings = ImportSettings.of(cli.stage_settings(config, "adopt"))
+    if not settings.store:
         raise UserError("store is not set: name the folder of the activations that the SAE is to be scored on")
-    folders, store = matching(settings), Store.open(settings["store"])
+    folders = settings.folders()
+    store = Store.open(settings.store)
     for folder, out in folders.items():
-        adopt(folder, store, settings["site"], out)
+        adopt(folder, store, settings.site, out)
         print(f"{folder} -> {out}")
 
 

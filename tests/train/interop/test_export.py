@@ -18,9 +18,10 @@ from safetensors.torch import load_file
 
 from data.base.errors import UserError
 from data.store.store import Store
+from tests.helpers.runs import SITE, activations
 from tests.helpers.toy import FORMS
-from tests.train.conftest import SITE, activations
-from train.interop.export import export, matching
+from train.interop.config import FolderSettings
+from train.interop.export import export
 from train.interop.fold import folded
 from train.interop.import_sae import adopt
 from train.sae import SAE, VARIANTS, load, load_config, save
@@ -233,16 +234,16 @@ def test_several_go_below_the_folder(tmp_path: Path) -> None:
     for name in ("a", "b[1]"):
         (tmp_path / "saes" / name).mkdir(parents=True)
     given = {"saes": str(tmp_path / "saes" / "*"), "out": "out"}
-    assert [str(out) for out in matching(given).values()] == ["out/a", "out/b[1]"]
+    assert [str(out) for out in FolderSettings.of(given).folders().values()] == ["out/a", "out/b[1]"]
     alone = tmp_path / "saes" / "b[1]"
-    assert matching({"saes": str(alone), "out": "out"}) == {alone: Path("out")}
+    assert FolderSettings.of({"saes": str(alone), "out": "out"}).folders() == {alone: Path("out")}
     for wrong, says in (
         ({"saes": None}, "saes is not set"),
         ({"out": None}, "out is not set"),
         ({"saes": "x*"}, "no folder"),
     ):
         with pytest.raises(UserError, match=says):
-            matching({**given, **wrong})
+            FolderSettings.of({**given, **wrong}).folders()
 
 
 def test_the_card_has_the_figures_and_the_lines_that_load(tmp_path: Path) -> None:

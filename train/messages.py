@@ -1,0 +1,113 @@
+"""What a training says: what begins, how to go on after an interruption, what a finished run came to."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from data.loading.order import mixing_span
+from data.store.manifest import TRAIN
+from train.plan import TrainRun
+from train.resume import LAST, read_checkpoint
+from train.sae import SAE
+from train.targets import l0_miss
+
+
+def clock(seconds: float) -> str:
+    """Seconds as m:ss or h:mm:ss."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def label(sae: SAE) -> str:
+    """The variant and what it aims at, in a few letters."""
+    return f"{sae.name} {sae.config.aim}"
+
+
+def opening(runs: Sequence[TrainRun]) -> str:
+    """What begins, on what; of several SAEs each in a line of its own."""
+    settings, plan = runs[0].settings, runs[0].plan
+    rows = int(plan.readers[TRAIN].sizes[: plan.stored_chunks].sum())
+    span = mixing_span(plan.store.layout.unit_rows, settings.loader.pool_chunks, rows)
+    read = (
+        f"{plan.tokens:,} tokens in {plan.steps:,} steps from {plan.store.path} {plan.site} "
+        f"({rows:,} rows, mixed over {span:,.0f})"
+    )
+    lines = []
+    if len(runs) == 1:
+        verb = f"going on from step {runs[0].step:,} with" if runs[0].step else "training"
+        lines.append(f"{verb} {label(runs[0].sae)}: width {runs[0].sae.width}, {read}")
+    else:
+        lines.append(f"{len(runs)} SAEs in one pass: {read}")
+        for run in runs:
+            verb = f"going on from step {run.step:,}" if run.step else "training"
+            lines.append(f"  {run.name}  {label(run.sae)}: width {run.sae.width}, {verb}")
+    if plan.world > 1:
+        # Exact selection over ranks is another algorithm; until it is there, nobody should take one for the other.
+        lines.append(
+            f"on {plan.world} ranks each selects within its own batch of {plan.batch}: BatchTopK's and Matryoshka's "
+            "largest, AuxK's residual norm and L0 targets are not those of one batch over all ranks"
+        )
+    return "\n".join(lines)
+
+
+def how_to_go_on(runs: Sequence[TrainRun], why: str) -> str:
+    """Say from which step the runs go on, and the command that does it."""
+    saved = [run for run in runs if (run.folder / LAST).exists()]
+    if not saved:
+        return f"{why} before the first step was saved: begin again with the same command"
+    first = saved[0]
+    step, total = read_checkpoint(first.folder, first.settings, first.plan, mapped=True)["step"], first.plan.steps
+    command = f'make train ARGS="resume={first.folder}"'
+    if first.sweep is None:
+        return f"{why}; step {step:,} of {total:,} is saved, go on from there with: {command}"
+    return (
+        f"{why}; step {step:,} of {total:,} is saved, go on from there with the same command and "
+        f"hydra.sweep.dir={first.sweep} (or one SAE alone: {command})"
+    )
+
+
+def closing(sae: SAE, training: dict[str, Any], folder: Path) -> str:
+    """The line that sums up a finished run."""
+    held_out = training["heldout"]
+    figures = ""
+    if held_out:
+        figures = f"  NMSE {held_out['nmse']:.4f}  L0 {held_out['l0']:.1f} on {held_out['tokens']:,.0f} held-out tokens"
+    if "calibration" in training:
+        calibration = training["calibration"]
+        figures += f"  threshold {calibration['threshold']:.4g} (L0 {calibration['l0']:.1f} on the calibration rows)"
+    return (
+        f"{label(sae)}  width {sae.width}  {training['tokens']:,} tokens{figures}"
+        f"  dead {training['dead']}  {clock(training['seconds'])}"
+        f"  waited {training['waited']:.1%} for data  -> {folder}"
+    )
+
+
+def diverged(run: TrainRun, training: dict[str, Any]) -> str | None:
+    """A sentence for a run that ends worse than the mean of the activations would do, else None."""
+    figures = training["heldout"] or training["last_step"]
+    nmse = figures.get("nmse")
+    if nmse is None or nmse <= 1:
+        return None
+    return (
+        f"{run.name} diverged: its NMSE of {nmse:.3g} is above 1, which the mean alone reaches: lower optimizer.lr "
+        f"({run.settings.optimizer.lr:g}) or lengthen lr_warmup"
+    )
+
+
+def missed_l0(sae: SAE, training: dict[str, Any]) -> str | None:
+    """Say that the L0 is not the one asked for, and what to do; None where it is, or none was asked for."""
+    target = sae.config.wanted_l0
+    if target is None:
+        return None
+    last, calibration = training["last_step"], training.get("calibration")
+    return l0_miss(
+        sae.name,
+        target,
+        (training["heldout"] or calibration or last)["l0"],
+        trained=(calibration or last)["l0"],
+        calibrated=calibration is not None,
+        coefficient=last.get("coefficient"),
+    )
