@@ -77,7 +77,8 @@ def search(out: Path, variants: Sequence[str], factors: Sequence[float], overrid
         assert auto is not None
         if auto.sae.config.wanted_l0 is None:
             raise UserError(f"sae={variant} has no L0 to compare at: give sae.k=<mean latents a token>")
-        rule, wanted = auto.settings["optimizer"]["lr"], auto.sae.config.wanted_l0
+        rule, wanted = auto.settings.optimizer.lr, auto.sae.config.wanted_l0
+        assert isinstance(rule, float)  # settled by `prepare`
         for factor in factors:
             rate = float(f"{rule * factor:.3g}")
             asked = [*overrides, f"sae={variant}", f"optimizer.lr={rate}"]
@@ -85,7 +86,7 @@ def search(out: Path, variants: Sequence[str], factors: Sequence[float], overrid
     train_all([request for request, *_ in requests.values()])
     trials = []
     for (variant, factor), (request, rate, k) in requests.items():
-        training = load_config(Path(request.settings["out"]))["training"]
+        training = load_config(request.folder)["training"]
         held_out = training["heldout"]
         trials.append(Trial(variant, factor, rate, held_out["nmse"], held_out["l0"], training["dead"], k))
     return trials
