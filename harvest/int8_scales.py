@@ -21,7 +21,7 @@ from data.store.massive import TIMES_MEDIAN
 from harvest.hooks import run_to
 from harvest.packing import PackedTokens
 
-Floats = NDArray[np.float32]
+_Rows = NDArray[np.float32]
 
 
 def measure_scales(
@@ -33,7 +33,7 @@ def measure_scales(
     the unit itself is run. text: of train/.
     """
     device, dtype = next(model.parameters()).device, getattr(torch, layout.dtype)
-    parts: dict[str, list[Floats]] = {site: [] for site in sites}
+    parts: dict[str, list[_Rows]] = {site: [] for site in sites}
     rows = 0
     for first in range(0, min(len(text.contexts), layout.contexts_per_unit), lm_batch):
         batch = slice(first, min(first + lm_batch, layout.contexts_per_unit))
@@ -48,7 +48,7 @@ def measure_scales(
     return {site: FeatureScale.of(ordinary_rows(np.concatenate(parts[site]))) for site in sites}
 
 
-def ordinary_rows(x_ND: Floats) -> Floats:
+def ordinary_rows(x_ND: _Rows) -> _Rows:
     """The rows whose norm is at most 10 times the median; all where none is above, and those not finite."""
     norms_N = np.linalg.norm(x_ND.astype(np.float64), axis=1)
     finite_N = np.isfinite(norms_N)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from data.loading.reader import open_reader
-from data.store.int8 import FeatureScale, encode
+from data.store.int8 import FeatureScale, encode_int8
 from data.store.manifest import TRAIN
 from data.store.massive import TIMES_MEDIAN, has_massive_rows, massive_line, norm_spread
 from data.store.stats import Stats
@@ -118,7 +118,7 @@ def test_int8_keeps_ordinary_rows_exact_beside_massive_ones(sink: Path, text: Pa
 
     everything = FeatureScale.of(plain.astype(np.float32))
     rows = torch.from_numpy(plain[ordinary].astype(np.float32))
-    q = encode(rows, everything)
+    q = encode_int8(rows, everything)
     scale = q[:, -4:].contiguous().view(torch.float32)
     old = (q[:, :-4] * scale) * torch.from_numpy(everything.std) + torch.from_numpy(everything.mean)
     assert nmse(plain[ordinary], old.double().numpy()) > 3e-4
