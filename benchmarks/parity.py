@@ -138,7 +138,7 @@ Result = tuple[float, Arrays]
 
 
 def _dictionary_learning(case: Case) -> Result:
-    from benchmarks.contestants.dictionary_learning import _TRAINERS
+    from benchmarks.contestants.dictionary_learning import TRAINERS
 
     each: dict[str, dict[str, Any]] = {
         "relu": {"l1_penalty": SPARSITY},
@@ -147,7 +147,7 @@ def _dictionary_learning(case: Case) -> Result:
         "matryoshka": {"k": K, "group_fractions": [0.25, 0.25, 0.5]},
     }
     wanted = each.get(case.variant, {"k": K})
-    trainer = _TRAINERS[case.variant](
+    trainer = TRAINERS[case.variant](
         steps=10**6, activation_dim=D, dict_size=F, layer=0, lm_name="none", lr=1e-3, device="cpu", **wanted
     )
     ae = trainer.ae.double()
