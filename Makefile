@@ -8,7 +8,7 @@ ARGS ?=
 PY := $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup peers demo harvest train sweep evaluate claims gpu-proof test lint types test-slow clean
+.PHONY: help setup peers demo harvest train sweep rates evaluate claims gpu-proof test lint types test-slow clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -42,6 +42,9 @@ train: setup ## cached activations -> one SAE
 
 sweep: setup ## cached activations -> many SAEs in one pass, one for each combination of the values in ARGS
 	$(PY) -m train -m $(ARGS)
+
+rates: setup ## the best learning rate of a site beside the rule's, from one pass: make rates ARGS="sae.k=32 sae=topk,gated"
+	$(PY) -m benchmarks.rates $(ARGS)
 
 evaluate: setup ## splice SAEs into the language model and score them
 	$(PY) -m evaluate $(ARGS)

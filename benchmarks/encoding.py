@@ -40,7 +40,7 @@ def activations(name: str, text: Mapping[str, Any], rows: int, every: int) -> It
     """(site, [N, D]) of all kinds at every `every`-th layer and the last."""
     settings = {"name": name, "revision": None, "dtype": "float32", "device": "cpu"}
     tokenizer, model = lm.load_tokenizer(settings), lm.load_model(settings)
-    packed = pack(source_from(text), tokenizer, Packing(context=256, bos="document", separator=False), TRAIN, rows)
+    packed = pack(source_from(text), tokenizer, Packing(context=256, bos="document", shuffle=None), TRAIN, rows)
     layers = int(model.config.num_hidden_layers)
     sites = [f"{kind}.{layer}" for kind in KINDS for layer in sorted({*range(0, layers, every), layers - 1})]
     held: dict[str, list[Floats]] = {site: [] for site in sites}

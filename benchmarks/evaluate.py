@@ -32,7 +32,7 @@ from train.sae.io import load
 from train.sae.variants.topk import TopK
 
 MODEL = {"name": "embedded", "device": "cpu"}
-PACKING = Packing(context=256, bos="document", separator=False)
+PACKING = Packing(context=256, bos="document", shuffle=None)
 FORWARDS = 4
 GOAL = 1.5
 

@@ -83,7 +83,7 @@ def gpt2() -> Trial:
 
 def embedded() -> Trial:
     model_cfg = {"name": "embedded", "device": "cpu"}
-    model, context = lm.load_model(model_cfg), lm.context_limit(model_cfg)
+    model, context = lm.load_model(model_cfg), lm.LanguageModel.of(model_cfg).context_limit
     layers = model.config.get_text_config().num_hidden_layers
     sites = [f"{kind}.{layer}" for layer in reversed(range(layers)) for kind in ("resid_post", "mlp_out")]
     return Trial("embedded", model, tuple(sites[:5]), context or 256, 16, 4096, 4, 4)
