@@ -46,7 +46,7 @@ def test_the_share_of_dead_latents(dead: float, count: int) -> None:
 
 def test_matryoshkas_prefixes_are_our_own() -> None:
     sae = Matryoshka(8, 64, k=4)
-    assert PREFIXES == sae.config.prefixes
+    assert sae.config.prefixes == PREFIXES
     assert spec(width=64).prefixes == sae.config.sizes
 
 
