@@ -93,8 +93,8 @@ def reap(pids: set[int], *, wait: bool) -> Counter[str]:
     ended: Counter[str] = Counter()
     while True:
         for pid in sorted(pids):
-            gone, status = os.waitpid(pid, os.WNOHANG)
-            if gone:
+            reaped, status = os.waitpid(pid, os.WNOHANG)
+            if reaped:
                 pids.discard(pid)
                 killed = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
                 ended["killed" if killed else "done" if status == 0 else "failed"] += 1

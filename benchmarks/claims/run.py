@@ -58,20 +58,22 @@ def judge(config: Mapping[str, Any]) -> Path:
     settings = ClaimsSettings.of(config)
     if settings.study is not None:
         run_all(settings.study, settings.cache, settings.out)
-    plain, special = _sites(settings)
+    (store, name, saes), special = _sites(settings)
     from benchmarks.claims import gated_jumprelu, report, scaling, topk
     from benchmarks.claims.bench import Bench
     from benchmarks.claims.scores import Candidate, ScoredSite
 
     out = Path(settings.out)
     options = settings.model_dump()
-    site = ScoredSite(*plain[:2], options)
-    scored = site.score(candidates(plain[2], settings.expansion, settings.batch), out / "scores")
+    site = ScoredSite(store, name, options)
+    scored = site.score(candidates(saes, settings.expansion, settings.batch), out / "scores")
     scored_special = []
     if special is not None:
-        scored_special = ScoredSite(*special[:2], options).score([Candidate(sae) for sae in special[2]], out / "scores")
+        special_store, special_name, special_saes = special
+        special_site = ScoredSite(special_store, special_name, options)
+        scored_special = special_site.score([Candidate(sae) for sae in special_saes], out / "scores")
     bench = Bench(scored, scored_special, options)
-    by_folder = {sae.folder: sae for sae in plain[2]}
+    by_folder = {sae.folder: sae for sae in saes}
     findings = topk.claims(bench)
     findings += gated_jumprelu.claims(bench, lambda sae: site.batches(by_folder[sae.folder])[0])
     findings += scaling.claims(bench)
