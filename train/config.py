@@ -21,6 +21,7 @@ from pydantic import BaseModel, Field, field_validator, model_validator
 from data.base.config import Flag, Real, Settings, Text, Whole
 from data.base.errors import UserError
 
+AUTO: Literal["auto"] = "auto"
 Group = dict[str, Any]
 Named = Annotated[Text, Field(min_length=1)]
 """A path or a name, not empty."""
@@ -85,8 +86,8 @@ class OptimizerSettings(Settings):
 
     name: Literal["adam", "adamw", "sgd"] = "adam"
     """The optimizer: adam, adamw or sgd."""
-    lr: Real = Field(2e-3, ge=0)
-    """Learning rate at its highest; schedule and lr_at_width multiply it."""
+    lr: Literal["auto"] | Annotated[Real, Field(ge=0)] = AUTO
+    """Learning rate at its highest, which schedule and lr_at_width multiply; auto: by the rule of train/rates.py."""
     betas: Annotated[list[Annotated[Real, Field(ge=0, lt=1)]], Field(min_length=2, max_length=2)] | None = None
     """Decays of Adam's two moments; null: torch's own, 0.9 and 0.999."""
     eps: Real | None = Field(None, ge=0)
@@ -222,6 +223,8 @@ class TrainSettings(Settings):
     """Steps between two checkpoints."""
     checkpoint_minutes: Annotated[Real | None, OF_PASS] = Field(5.0, gt=0)
     """Minutes after which a checkpoint is written before its step; null: only by steps."""
+    lr_asked: Annotated[Literal["auto"] | Real | None, OF_VIEW] = None
+    """What optimizer.lr was given as, recorded by a run once its rate is a number; not to be set."""
     start: Annotated[Named | None, OF_SAE] = None
     """The folder of an SAE, whose weights and norm to begin with."""
     resume: Annotated[Named | None, OF_VIEW] = None

@@ -23,7 +23,7 @@ from train.config import TrainSettings
 from train.datamodule import ActivationData
 from train.lit import MultiSAEModule, OwnReduction, Passes
 from train.loggers import CsvLogger
-from train.messages import closing, diverged, how_to_go_on, label, opening
+from train.messages import closing, diverged, how_to_go_on, label, missed_l0, opening
 from train.optimizers import OPTIMIZERS, optimizer_from
 from train.plan import DataPlan, TrainRun, origin
 from train.resume import fingerprint, first_rank, read_checkpoint
@@ -255,9 +255,9 @@ def _save(run: TrainRun, member: SAETrainer, record: dict[str, Any]) -> None:
     save(member.sae, run.folder, {**origin(run.plan.store, run.plan.site), "training": training})
     member.finalize("success")
     print(closing(member.sae, training, run.folder))
-    warning = diverged(run, training)
-    if warning:
-        print(warning, file=sys.stderr)
+    for warning in (diverged(run, training), missed_l0(member.sae, training)):
+        if warning:
+            print(warning, file=sys.stderr)
 
 
 def _training(run: TrainRun, member: SAETrainer) -> dict[str, Any]:
@@ -270,6 +270,7 @@ def _training(run: TrainRun, member: SAETrainer) -> dict[str, Any]:
         "world": plan.world,
         "seed": settings.seed,
         "optimizer": {"name": OPTIMIZERS[settings.optimizer.name].__name__} | settings.optimizer.arguments(),
+        "lr_asked": settings.lr_asked,
         "schedule": asdict(member.schedule),
         "clip": member.clip,
         "ema": settings.ema,

@@ -11,6 +11,7 @@ from data.store.manifest import TRAIN
 from train.plan import TrainRun
 from train.resume import LAST, read_checkpoint
 from train.sae import SAE
+from train.targets import l0_miss
 
 
 def clock(seconds: float) -> str:
@@ -75,7 +76,8 @@ def closing(sae: SAE, training: dict[str, Any], folder: Path) -> str:
     if held_out:
         figures = f"  NMSE {held_out['nmse']:.4f}  L0 {held_out['l0']:.1f} on {held_out['tokens']:,.0f} held-out tokens"
     if "calibration" in training:
-        figures += f"  threshold {training['calibration']['threshold']:.4g}"
+        calibration = training["calibration"]
+        figures += f"  threshold {calibration['threshold']:.4g} (L0 {calibration['l0']:.1f} on the calibration rows)"
     return (
         f"{label(sae)}  width {sae.width}  {training['tokens']:,} tokens{figures}"
         f"  dead {training['dead']}  {clock(training['seconds'])}"
@@ -92,4 +94,20 @@ def diverged(run: TrainRun, training: dict[str, Any]) -> str | None:
     return (
         f"{run.name} diverged: its NMSE of {nmse:.3g} is above 1, which the mean alone reaches: lower optimizer.lr "
         f"({run.settings.optimizer.lr:g}) or lengthen lr_warmup"
+    )
+
+
+def missed_l0(sae: SAE, training: dict[str, Any]) -> str | None:
+    """Say that the L0 is not the one asked for, and what to do; None where it is, or none was asked for."""
+    target = sae.config.wanted_l0
+    if target is None:
+        return None
+    last, calibration = training["last_step"], training.get("calibration")
+    return l0_miss(
+        sae.name,
+        target,
+        (training["heldout"] or calibration or last)["l0"],
+        trained=(calibration or last)["l0"],
+        calibrated=calibration is not None,
+        coefficient=last.get("coefficient"),
     )

@@ -20,6 +20,7 @@ from data.base.records import canonical
 from data.base.settings import number, whole
 from train.config import VARIANT_ALIASES, Group, TrainSettings, by_name, check_installed, of_scope
 from train.plan import DataPlan, TrainRun, group_by_stream, make_plan
+from train.rates import with_rate
 from train.resume import first_rank, only_writer, resumed, step_to_resume, stored_chunks, write_run
 
 if TYPE_CHECKING:
@@ -151,6 +152,7 @@ def prepare(job: TrainRequest, plans: dict[str, DataPlan] | None = None) -> Trai
     if shared not in plans:
         plans[shared] = make_plan(settings, job.overrides, job.sweep is not None, stored)
     plan = plans[shared]
+    settings = with_rate(settings, plan.d_in, plan.steps)
     step = step_to_resume(folder, settings, plan)
     if step is None:
         print(f"{folder} holds this SAE already: nothing to do")

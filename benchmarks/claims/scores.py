@@ -37,15 +37,15 @@ from train.sae.config import RETIRED
 from train.sae.io import VARIANTS, WEIGHTS, load
 from train.sae.variants.topk import TopK
 
-FORMAT = 1  # of a kept score
-SHIPPED, BATCH, THRESHOLD, PER_TOKEN, RESCALED = "shipped", "batch", "threshold", "per token", "rescaled"
+FORMAT = 1  # of a score's file
+INFERENCE, BATCH, THRESHOLD, PER_TOKEN, RESCALED = "inference", "batch", "threshold", "per token", "rescaled"
 
 _OF_GRID = ("d_in", "width", "k", "target_l0", "sparsity")
 
 Batches = Callable[[], Sequence[Tensor]]
 
 FORMS: dict[str, Callable[[SAE, Batches], SAE]] = {
-    SHIPPED: lambda sae, batches: sae,
+    INFERENCE: lambda sae, batches: sae,
     BATCH: lambda sae, batches: turned(sae, BatchForm),
     THRESHOLD: lambda sae, batches: with_threshold(sae, batches()),
     PER_TOKEN: lambda sae, batches: turned(sae, TopK),
@@ -54,11 +54,11 @@ FORMS: dict[str, Callable[[SAE, Batches], SAE]] = {
 
 
 @dataclass(frozen=True)
-class Asked:
+class Candidate:
     """A trained SAE in one of FORMS."""
 
     trained: SavedSAE
-    form: str = SHIPPED
+    form: str = INFERENCE
 
 
 class Scored:
@@ -70,7 +70,7 @@ class Scored:
 
     def __init__(
         self,
-        asked: Asked,
+        candidate: Candidate,
         columns: Columns,
         firing: Json,
         counts: NDArray[np.int32],
@@ -80,8 +80,9 @@ class Scored:
         special: bool = False,
     ) -> None:
         self.special = special
-        config = asked.trained.config
-        self.form, self.firing, self.counts, self.folder = asked.form, firing, counts, asked.trained.folder
+        config = candidate.trained.config
+        self.form, self.folder = candidate.form, candidate.trained.folder
+        self.firing, self.counts = firing, counts
         self.variant: str = config["variant"]
         self.settings: Json = {"k": config["settings"].get("target_l0"), **config["settings"]}
         self.training: Json = config["training"]
@@ -91,6 +92,11 @@ class Scored:
     def figure(self, name: str) -> Estimate:
         """One of `evaluate.metrics.statistics`."""
         return Estimate(float(self._all[name][0]), self._drawn[name])
+
+    def target(self) -> str:
+        """Give the L0 it was trained for, or its coefficient where there was none."""
+        k = self.settings["k"]
+        return f"k={k:g}" if k is not None else f"sparsity={self.settings['sparsity']:g}"
 
     @cached_property
     def options(self) -> Json:
@@ -107,7 +113,7 @@ def options(config: Json) -> Json:
 
 
 class _Counting:
-    """An SAE that notes the L0 of each token it reads."""
+    """An SAE that records the L0 of each token it reads."""
 
     def __init__(self, sae: SAE) -> None:
         self.sae = sae
@@ -122,7 +128,7 @@ class _Counting:
         return f_NF, x_hat_ND
 
 
-class Place:
+class ScoredSite:
     """One site of one store: its held-out text, and training rows that no optimizer saw."""
 
     def __init__(self, store: Store, site: str, settings: Mapping[str, Any]) -> None:
@@ -136,7 +142,7 @@ class Place:
 
     @cached_property
     def text(self) -> Text:
-        """The LM and the held-out contexts; opened when first needed, as kept scores need neither."""
+        """The LM and the held-out contexts; opened when first needed, as scores that exist need neither."""
         return open_text(self.store, self.settings)
 
     def batches(self, trained: SavedSAE) -> Sequence[Tensor]:
@@ -151,30 +157,31 @@ class Place:
             self._batches[key] = [decode(rows).float() for rows in loader]
         return self._batches[key]
 
-    def score(self, asked: Sequence[Asked], kept: Path) -> list[Scored]:
-        """The figures of each; those that lie in the folder `kept` are taken from there, new ones are put there."""
-        paths = [kept / f"{self._key(one)}.npz" for one in asked]
+    def score(self, candidates: Sequence[Candidate], folder: Path) -> list[Scored]:
+        """Score each; scores that lie in `folder` are taken from there, new ones are written there."""
+        paths = [folder / f"{self._key(one)}.npz" for one in candidates]
         missing = [number for number, path in enumerate(paths) if not path.is_file()]
         if missing:
-            kept.mkdir(parents=True, exist_ok=True)
-            self._measure([asked[i] for i in missing], [paths[i] for i in missing])
+            folder.mkdir(parents=True, exist_ok=True)
+            self._measure([candidates[i] for i in missing], [paths[i] for i in missing])
         draws = {"samples": self.settings["bootstrap"], "seed": self.settings["seed"], "special": self.special}
-        return [Scored(one, *_read(path), **draws) for one, path in zip(asked, paths, strict=True)]
+        return [Scored(one, *_read(path), **draws) for one, path in zip(candidates, paths, strict=True)]
 
-    def _key(self, asked: Asked) -> str:
-        """What a score depends on, in a few letters."""
-        weights = hashlib.sha256((asked.trained.folder / WEIGHTS).read_bytes()).hexdigest()
+    def _key(self, candidate: Candidate) -> str:
+        """Hash what a score depends on."""
+        weights = hashlib.sha256((candidate.trained.folder / WEIGHTS).read_bytes()).hexdigest()
         settings = {name: self.settings[name] for name in ("tokens", "lm_batch", "calibration_tokens")}
         place = [self.store.manifest.fingerprint, self.site]
-        told = canonical([FORMAT, weights, asked.form, asked.trained.config["settings"], settings, place])
-        return hashlib.sha256(told.encode()).hexdigest()[:16]
+        form = "shipped" if candidate.form == INFERENCE else candidate.form  # the inference form's name in older scores
+        parts = canonical([FORMAT, weights, form, candidate.trained.config["settings"], settings, place])
+        return hashlib.sha256(parts.encode()).hexdigest()[:16]
 
-    def _measure(self, asked: Sequence[Asked], paths: Sequence[Path]) -> None:
+    def _measure(self, candidates: Sequence[Candidate], paths: Sequence[Path]) -> None:
         """Run the LM over the contexts once, each SAE spliced in by turns."""
         from tqdm import tqdm
 
         packed, model = self.text.packed, self.text.model
-        saes = [_Counting(self._formed(one)) for one in asked]
+        saes = [_Counting(self._formed(one)) for one in candidates]
         contexts, keep = torch.from_numpy(packed.contexts).long(), torch.from_numpy(packed.keep)
         score = SiteScore(
             Splice(model, Site.parse(self.site)),
@@ -185,7 +192,7 @@ class Place:
         )
         size = self.settings["lm_batch"] or self.store.manifest.identity["lm_batch"]
         device = next(model.parameters()).device
-        for first in tqdm(range(0, len(contexts), size), desc=f"{len(asked)} SAEs", unit="batch", mininterval=5.0):
+        for first in tqdm(range(0, len(contexts), size), desc=f"{len(candidates)} SAEs", unit="batch", mininterval=5.0):
             ids_BT, keep_BT = contexts[first : first + size].to(device), keep[first : first + size].to(device)
             score.batch(ids_BT, keep_BT, first)
         sizes = {"heldout_tokens": int(keep.sum()), "sequences": len(keep), "context": keep.shape[1]}
@@ -194,9 +201,9 @@ class Place:
             firing = {name: value for name, value in one.firing.result().items() if name != "fired"} | sizes
             _write(path, score.columns(one), firing, by_sequence(torch.cat(sae.l0), keep))
 
-    def _formed(self, asked: Asked) -> SAE:
-        sae = load(asked.trained.folder).eval()
-        return FORMS[asked.form](sae, partial(self.batches, asked.trained))
+    def _formed(self, candidate: Candidate) -> SAE:
+        sae = load(candidate.trained.folder).eval()
+        return FORMS[candidate.form](sae, partial(self.batches, candidate.trained))
 
 
 def by_sequence(l0_N: Tensor, keep_ST: Tensor) -> NDArray[np.int32]:
@@ -209,7 +216,7 @@ def by_sequence(l0_N: Tensor, keep_ST: Tensor) -> NDArray[np.int32]:
 
 
 def _write(path: Path, columns: Columns, firing: Json, counts: NDArray[np.int32]) -> None:
-    """A whole file or none."""
+    """Write a whole file or none."""
     parts: dict[str, Any] = {**columns, "firing": np.array(json.dumps(firing)), "counts": counts}
     with atomic_file(path) as file:
         np.savez(file, **parts)

@@ -46,8 +46,8 @@ def test_the_share_of_dead_latents(dead: float, count: int) -> None:
 
 def test_matryoshkas_prefixes_are_our_own() -> None:
     sae = Matryoshka(8, 64, k=4)
-    assert list(PREFIXES) == sae.prefixes
-    assert spec(width=64).prefixes == sae.sizes
+    assert sae.config.prefixes == PREFIXES
+    assert spec(width=64).prefixes == sae.config.sizes
 
 
 def test_the_batches_have_the_scale_that_dataset_normalisation_gives() -> None:

@@ -37,9 +37,10 @@ def test_the_yaml_holds_every_setting_of_its_class(name: str) -> None:
 def test_the_optimizer_holds_plain_values_in_its_state(name: str) -> None:
     config = OmegaConf.load(CONF / "optimizer" / f"{name}.yaml")
     parameter = torch.nn.Parameter(torch.ones(3))
+    assert config.optimizer.lr == "auto"
     settings = OmegaConf.to_container(config.optimizer)
     assert isinstance(settings, dict)
-    optimizer = optimizer_from(OptimizerSettings.of({str(key): value for key, value in settings.items()}))([parameter])
+    optimizer = optimizer_from(OptimizerSettings.of({**settings, "lr": 1e-3}))([parameter])
     assert isinstance(optimizer, torch.optim.Adam)
     group = optimizer.state_dict()["param_groups"][0]
     assert type(group["betas"]) in (list, tuple)
