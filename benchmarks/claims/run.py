@@ -13,7 +13,7 @@ from data.base.errors import UserError
 from data.base.settings import number, whole
 from data.storage.local import parse_location
 from data.store.manifest import Json, canonical
-from evaluate.run import SavedSAE, find_saes, group_by_store
+from evaluate.inputs import SavedSAE, find_saes, group_by_store
 
 if TYPE_CHECKING:
     from benchmarks.claims.scores import Asked, Place

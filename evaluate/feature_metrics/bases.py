@@ -1,4 +1,4 @@
-"""What the feature metrics are taken of: an SAE's latents, and the baselines they must beat.
+"""What the feature metrics are taken of: an SAE's latents, and the baselines they must on_forward.
 
 A unit of a basis reads one number on each token (`values`), is active where that is large enough (`active`) and adds
 something to the site's tensor (`part`). Letters: N tokens, D width of the site, H MLP neurons, F units.
@@ -18,7 +18,6 @@ from harvest.hooks import capture, locate, run_to
 from train.sae.base import SAE
 
 UNITS_AT_ONCE = 256
-BASELINES = ("channels", "neurons", "random", "pca")
 
 
 class Basis(ABC):
@@ -45,7 +44,7 @@ class Basis(ABC):
 
 
 class SAEBasis(Basis):
-    """An SAE's latents: pre-activations (Gated: pi), activations and decoder rows, in the form that ships."""
+    """An SAE's latents: pre-activations (Gated: pi), activations and decoder rows, in the inference form."""
 
     def __init__(self, name: str, sae: SAE) -> None:
         super().__init__(name, sae.width)
