@@ -156,11 +156,12 @@ class Unembedding:
         """Give the logits of rows that `hidden` gave."""
         if self.whole:
             return hidden_BnD
-        from transformers.modeling_outputs import BaseModelOutputWithPast
+        from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
         assert self._decoder is not None
         ids_Bn = torch.zeros(hidden_BnD.shape[:2], dtype=torch.int64, device=hidden_BnD.device)
-        with forward_as(self._decoder, lambda *args, **kwargs: BaseModelOutputWithPast(last_hidden_state=hidden_BnD)):
+        output = BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=hidden_BnD)
+        with forward_as(self._decoder, lambda *args, **kwargs: output):
             logits_BnV: Tensor = self.model(input_ids=ids_Bn, use_cache=False).logits
         return logits_BnV
 

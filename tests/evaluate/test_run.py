@@ -176,11 +176,10 @@ def test_feature_metrics_of_an_sae_and_the_baselines(
         assert set(row["probe"]["tasks"]) == {"low"} and row["patterns"]["units"] == 6 and "ablation" not in row
         assert 0 < row["probe"]["tasks"]["low"]["loss_chosen"] <= row["probe"]["loss_base_rate"] * 1.1
     assert site["gao"]["left_out"] == ["none"]
-    told = capsys.readouterr().out
+    printed = capsys.readouterr().out
     for metric in ("sample", "probe", "patterns"):
-        assert any(
-            line.startswith(f"feature metrics, {metric}: ") and line.endswith(" min") for line in told.splitlines()
-        ), metric
+        start = f"feature metrics, {metric}: "
+        assert any(line.startswith(start) and line.endswith(" min") for line in printed.splitlines()), metric
     text = (Path(config["out"]) / "report.md").read_text()
     assert "### Feature metrics" in text and "Tasks with too few tokens of one answer, left out: none." in text
 

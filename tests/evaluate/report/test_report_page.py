@@ -123,7 +123,7 @@ def test_figures_hold_the_reports_numbers(written: Written, rows: list[dict[str,
         shares = dict(zip(trace["x"], trace["customdata"], strict=True))
         assert trace["y"] == [max(share, 0.0005) for share in trace["customdata"]]
         counts = row["l0"]["histogram"]
-        assert shares == pytest.approx({x: counts[int(x)] / 1000 for x in shares})
+        assert shares == pytest.approx({x: sum(counts[int(x) : int(x) + 1]) / 1000 for x in shares})
         assert sum(shares.values()) >= 0.999
     assert len(curves) == 3  # no column `dead` was logged
     assert curves[0]["data"][0]["x"] == [50, 100] and curves[0]["data"][0]["y"] == [0.5, 0.25]
