@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
@@ -175,13 +174,9 @@ def with_newer_names(given: Mapping[str, Any]) -> dict[str, Any]:
     older_group = settings.pop("gao_with", None)
     if isinstance(older_group, Mapping):
         chosen = {str(name): value for name, value in older_group.items() if value is not None}
-        newer_group = settings.get("feature_metrics_with") or {}
-        settings["feature_metrics_with"] = {**newer_group, **chosen}
+        newer_group = settings.get("feature_metrics_with", {})
+        if chosen and isinstance(newer_group, Mapping):
+            settings["feature_metrics_with"] = {**newer_group, **chosen}
     elif older_group is not None:
         settings["feature_metrics_with"] = older_group
     return settings
-
-
-def tasks_file(settings: FeatureMetricsSettings, default: Path) -> Path:
-    """The YAML file of the probes' tasks."""
-    return default if settings.tasks is None else Path(settings.tasks)

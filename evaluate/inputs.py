@@ -162,7 +162,7 @@ def open_text(store: Store, config: Mapping[str, Any]) -> HeldoutText:
         )
     source.check()
     if own_source is not None:
-        own_source.check()
+        _check_own(own_source)
     lm.check_model(model_settings)
     tokenizer = _check_identity(store, model_settings, source)
     try:
@@ -175,6 +175,13 @@ def open_text(store: Store, config: Mapping[str, Any]) -> HeldoutText:
     own = {} if own_source is None else own_source.identity()
     lm_batch = config.get("lm_batch") or identity["lm_batch"]
     return HeldoutText(lm.load_model(model_settings), packed, tokenizer, lm_batch, own)
+
+
+def _check_own(own: TextSource) -> None:
+    try:
+        own.check()
+    except (OSError, ValueError) as error:  # a name too long, or with a null character
+        raise UserError(f"text.paths cannot be read ({error}): name files of text") from None
 
 
 def _check_identity(store: Store, model_settings: Json, source: TextSource) -> Any:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,8 +79,10 @@ def _task(path: Path, entry: Any) -> Task:
     if kind == "labels":
         return Task(name, kind, _labels(path.parent / question))
     try:
-        return Task(name, kind, re.compile(question, re.MULTILINE))
-    except (re.error, OverflowError, RecursionError) as error:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # what Python will read otherwise some day, such as [[
+            return Task(name, kind, re.compile(question, re.MULTILINE))
+    except (re.error, OverflowError, RecursionError, Warning) as error:
         raise UserError(f"task {name!r} of {path} has no regular expression ({error}): fix {question!r}") from None
 
 
