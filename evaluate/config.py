@@ -23,6 +23,7 @@ def _as_list(value: Any) -> Any:
 Names = Annotated[list[Text], BeforeValidator(_as_list)]
 """A text, or a list of texts."""
 Baseline = Literal["channels", "neurons", "random", "pca"]
+BASELINES: tuple[Baseline, ...] = ("channels", "neurons", "random", "pca")
 
 
 def _all_metrics(value: Any) -> Any:
@@ -39,7 +40,7 @@ class OwnText(Settings):
 
 
 class HeldoutSettings(Settings):
-    """What every reading of held-out text takes."""
+    """The settings that evaluate and features share."""
 
     cache: Text
     """The folder of the stores that the SAEs were trained from; each SAE's is found by its fingerprint."""
@@ -86,9 +87,7 @@ class FeatureMetricsSettings(Settings):
     """Tokens at which latents are ablated, one a context."""
     ablations: Whole = Field(8, ge=1)
     """Active latents ablated at each of these tokens."""
-    baselines: Annotated[list[Baseline], BeforeValidator(_as_list)] = Field(
-        default_factory=lambda: ["channels", "neurons", "random", "pca"]
-    )
+    baselines: Annotated[list[Baseline], BeforeValidator(_as_list)] = Field(default_factory=lambda: list(BASELINES))
     """What the SAEs are compared with."""
 
 
@@ -107,7 +106,7 @@ class EvaluateSettings(HeldoutSettings):
         default_factory=list
     )
     """Which feature metrics are measured: all, or some of probe, patterns, ablation; null: none."""
-    feature_metrics_with: FeatureMetricsSettings = FeatureMetricsSettings()
+    feature_metrics_with: FeatureMetricsSettings = Field(default_factory=lambda: FeatureMetricsSettings.of({}))
     """How the feature metrics are measured."""
     features: Text | None = None
     """The SAE whose feature pages are made beside the report: its folder's name, or best (evaluate/pareto.py)."""

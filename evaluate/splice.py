@@ -109,8 +109,9 @@ class Splice:
             return
         hidden_PD, next_P = hidden[:, :-1][scored], ids_BT[:, 1:][scored]
         rows = max(1, LOGITS_IN_PARTS // n_vocabulary)
-        for hidden_nD, next_n in zip(hidden_PD.split(rows), next_P.split(rows), strict=True):
-            yield Predictions.of_rows(self.head.logits(hidden_nD[None])[0], next_n)
+        for first in range(0, len(next_P), rows):
+            part = slice(first, first + rows)
+            yield Predictions.of_rows(self.head.logits(hidden_PD[None, part])[0], next_P[part])
 
     def _vocabulary(self, hidden: Tensor) -> int:
         if self.head.whole:

@@ -40,14 +40,14 @@ def places(text: FeatureText, contexts: int, seed: int) -> list[tuple[int, int]]
             f"the ablation looks {AFTER} tokens ahead and contexts have {length}: leave it out of feature_metrics"
         )
     rng, half = np.random.default_rng([seed, 7]), text.half(True)
-    found = []
+    chosen = []
     for context in rng.permutation(np.arange(half.start, half.stop)).tolist():
-        kept = np.flatnonzero(text.packed.keep[context, : length - AFTER])
-        if len(kept):
-            found.append((context, int(rng.choice(kept))))
-        if len(found) == contexts:
+        scored = np.flatnonzero(text.packed.keep[context, : length - AFTER])
+        if len(scored):
+            chosen.append((context, int(rng.choice(scored))))
+        if len(chosen) == contexts:
             break
-    return sorted(found)
+    return sorted(chosen)
 
 
 @torch.inference_mode()

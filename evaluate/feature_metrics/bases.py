@@ -150,18 +150,18 @@ class Reader:
     @torch.inference_mode()
     def read(self, ids_BT: Int64[Tensor, "B T"]) -> dict[bool, Tensor]:
         """[B, T, X] each, by one forward as far as the site."""
-        found: dict[bool, Tensor] = {}
+        reads: dict[bool, Tensor] = {}
         with ExitStack() as stack:
             seen = stack.enter_context(capture(self.model, [self.site]))
             if self.neurons is not None:
 
                 def keep(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-                    found[True] = args[0]
+                    reads[True] = args[0]
 
                 stack.callback(self.neurons.linear.register_forward_pre_hook(keep).remove)
             self.model(input_ids=ids_BT, use_cache=False)
-            found[False] = seen[str(self.site)]
-        return {name: x.reshape(*ids_BT.shape, -1).float() for name, x in found.items()}
+            reads[False] = seen[str(self.site)]
+        return {name: x.reshape(*ids_BT.shape, -1).float() for name, x in reads.items()}
 
     @torch.inference_mode()
     def whole(self, ids_BT: Int64[Tensor, "B T"]) -> Tensor:

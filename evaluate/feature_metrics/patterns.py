@@ -97,36 +97,36 @@ def activation_at_end(text: FeatureText, basis: Basis, units_U: Tensor, on_forwa
     return at_end
 
 
-def shortest(found: Examples, at_end: Activation) -> Tensor:
+def shortest(sampled: Examples, at_end: Activation) -> Tensor:
     """How many tokens each example needs to fire at half strength, [n]; 0 where all there are do not do."""
-    length_n = torch.zeros(len(found.f_n), dtype=torch.int64)
+    length_n = torch.zeros(len(sampled.f_n), dtype=torch.int64)
     for length in range(1, LONGEST + 1):
-        left = ((length_n == 0) & (found.ids_nL[:, -length] != ANY)).nonzero().squeeze(1)
-        f = at_end(found.unit_n[left], found.ids_nL[left, -length:])
-        length_n[left[f >= HALF * found.f_n[left]]] = length
+        left = ((length_n == 0) & (sampled.ids_nL[:, -length] != ANY)).nonzero().squeeze(1)
+        f = at_end(sampled.unit_n[left], sampled.ids_nL[left, -length:])
+        length_n[left[f >= HALF * sampled.f_n[left]]] = length
     return length_n
 
 
-def patterns(found: Examples, at_end: Activation, others: Tensor, seed: int) -> list[set[Pattern]]:
-    """The patterns of each sampled unit (as many as `found` knows), ANY for a token that does not matter.
+def patterns(sampled: Examples, at_end: Activation, others: Tensor, seed: int) -> list[set[Pattern]]:
+    """The patterns of each sampled unit (as many as `sampled` knows), ANY for a token that does not matter.
 
     others: ids of the text to draw substitutes from. A pattern begins with a token that matters; one in which none
     does is dropped, for it would foretell the unit everywhere.
     """
     rng = torch.Generator().manual_seed(seed)
-    length_n = shortest(found, at_end)
-    ids_nL = found.ids_nL.clone()
+    length_n = shortest(sampled, at_end)
+    ids_nL = sampled.ids_nL.clone()
     for place in range(1, LONGEST + 1):
         for length in range(place, LONGEST + 1):
             some = (length_n == length).nonzero().squeeze(1)
             if not len(some):
                 continue
-            cut = found.ids_nL[some, -length:].repeat(SUBSTITUTES, 1)
+            cut = sampled.ids_nL[some, -length:].repeat(SUBSTITUTES, 1)
             cut[:, -place] = substitutes(others, cut[:, -place], rng)
-            f = at_end(found.unit_n[some].repeat(SUBSTITUTES), cut).view(SUBSTITUTES, -1).mean(0)
-            ids_nL[some[f >= HALF * found.f_n[some]], -place] = ANY
-    units: list[set[Pattern]] = [set() for _ in range(int(found.unit_n.max()) + 1 if len(found.unit_n) else 0)]
-    for unit, length, ids in zip(found.unit_n.tolist(), length_n.tolist(), ids_nL.tolist(), strict=True):
+            f = at_end(sampled.unit_n[some].repeat(SUBSTITUTES), cut).view(SUBSTITUTES, -1).mean(0)
+            ids_nL[some[f >= HALF * sampled.f_n[some]], -place] = ANY
+    units: list[set[Pattern]] = [set() for _ in range(int(sampled.unit_n.max()) + 1 if len(sampled.unit_n) else 0)]
+    for unit, length, ids in zip(sampled.unit_n.tolist(), length_n.tolist(), ids_nL.tolist(), strict=True):
         mattering = [at for at in range(LONGEST - length, LONGEST) if ids[at] != ANY]
         if mattering:
             units[unit].add(tuple(ids[mattering[0] :]))
@@ -195,13 +195,13 @@ def explain(
     rng = np.random.default_rng(seed)
     chosen = np.sort(rng.choice(basis.width, min(units, basis.width), replace=False))
     units_U = torch.from_numpy(chosen).long()
-    found = examples(text, basis, units_U, count, seed, on_progress)
+    sampled = examples(text, basis, units_U, count, seed, on_progress)
     others = torch.from_numpy(text.packed.contexts[draw(text.packed.keep, text.half(False), OTHERS, seed)]).long()
     at_end = activation_at_end(text, basis, units_U, on_forward)
-    known = patterns(found, at_end, others, seed)
+    known = patterns(sampled, at_end, others, seed)
     known += [set() for _ in range(len(units_U) - len(known))]
     sums = score(text, basis, units_U, known, on_progress).numpy()
-    tested = [i for i in range(len(chosen)) if sums[i, 2] > 0 and bool((found.unit_n == i).any())]
+    tested = [i for i in range(len(chosen)) if sums[i, 2] > 0 and bool((sampled.unit_n == i).any())]
     table = np.array([_figures(sums[i]) for i in tested]).reshape(-1, 4)
     result: dict[str, Any] = {"units": len(chosen), "tested": len(tested)}
     for at, name in enumerate(("precision", "recall", "recall_activation", "f1")):

@@ -38,22 +38,22 @@ class Questions:
 def ask(text: FeatureText, tasks: Sequence[Task], samples: tuple[Sample, Sample]) -> Questions:
     """UserError where no task is left."""
     texts = TokenTexts(text.tokenizer)
-    found = [_answers(text, tasks, texts, sample) for sample in samples]
-    counts = [np.stack([(y == 1).sum(1), (y == 0).sum(1)]).min(0) for y in found]
+    halves = [_answers(text, tasks, texts, sample) for sample in samples]
+    counts = [np.stack([(y == 1).sum(1), (y == 0).sum(1)]).min(0) for y in halves]
     fit = np.minimum(*counts) >= LEAST
     if not fit.any():
         raise UserError(f"no task has {LEAST} tokens that answer yes and {LEAST} no in each half: score more tokens")
     names = [task.name for task in tasks]
-    kept = [name for name, good in zip(names, fit, strict=True) if good]
-    return Questions(kept, found[0][fit], found[1][fit], [name for name in names if name not in kept])
+    answerable = [name for name, good in zip(names, fit, strict=True) if good]
+    return Questions(answerable, halves[0][fit], halves[1][fit], [name for name in names if name not in answerable])
 
 
 def _answers(text: FeatureText, tasks: Sequence[Task], texts: TokenTexts, sample: Sample) -> Answers:
-    found = np.empty((len(tasks), len(sample.sequence_M)), np.int8)
+    answers_KM = np.empty((len(tasks), len(sample.sequence_M)), np.int8)
     for sequence in np.unique(sample.sequence_M):
         low, high = np.searchsorted(sample.sequence_M, [sequence, sequence + 1])
-        found[:, low:high] = answers(tasks, texts, text.packed, int(sequence))[:, sample.position_M[low:high]]
-    return found
+        answers_KM[:, low:high] = answers(tasks, texts, text.packed, int(sequence))[:, sample.position_M[low:high]]
+    return answers_KM
 
 
 def choose(

@@ -139,8 +139,8 @@ class FeatureMetricsRun:
         announce("probe", f"{work} on {tokens} tokens, no forward pass", each * fits)
         shared = {"bootstrap": self.settings.bootstrap, "seed": self.settings.seed}
         with bar("probe", fits, "fits") as progress:
-            found = [probe(basis, samples, questions, **shared, on_progress=progress.update) for basis in bases]
-        return found, questions.left_out
+            results = [probe(basis, samples, questions, **shared, on_progress=progress.update) for basis in bases]
+        return results, questions.left_out
 
     def patterns(self, bases: Sequence[Basis]) -> list[Any]:
         own = self.settings
@@ -151,15 +151,15 @@ class FeatureMetricsRun:
             f"{own.units} units of {len(bases)} bases, {read:,} tokens of contexts and at most {cut:,} of cut-out texts"
         )
         announce("patterns", f"{work} through the LM as far as the site, at most", self.read_s * (cut + read))
-        found = []
+        results = []
         with bar("patterns", self.sequences * len(bases), "contexts") as progress:
             for basis in bases:
                 progress.set_postfix_str(basis.name)
                 counts = {"units": own.units, "count": own.examples, "bootstrap": own.bootstrap, "seed": own.seed}
-                found.append(
+                results.append(
                     explain(self.text, basis, **counts, on_progress=progress.update, on_forward=progress.refresh)
                 )
-        return found
+        return results
 
     def ablations(self, bases: Sequence[Basis]) -> list[Any]:
         own = self.settings
@@ -186,8 +186,8 @@ def measure(
     rows: list[dict[str, Any]] = [{"name": basis.name, "width": basis.width} for basis in bases]
     left_out: list[str] = []
     if "probe" in settings.metrics:
-        found, left_out = site.probes(bases, samples)
-        rows = [{**row, "probe": one} for row, one in zip(rows, found, strict=True)]
+        results, left_out = site.probes(bases, samples)
+        rows = [{**row, "probe": one} for row, one in zip(rows, results, strict=True)]
     if "patterns" in settings.metrics:
         rows = [{**row, "patterns": one} for row, one in zip(rows, site.patterns(bases), strict=True)]
     if "ablation" in settings.metrics:

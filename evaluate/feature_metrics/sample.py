@@ -76,8 +76,8 @@ def draw(keep_ST: NDArray[np.bool_], contexts: range, tokens: int, seed: int) ->
     shares = rng.multivariate_hypergeometric(counts, min(tokens, int(counts.sum())), method="marginals")
     sequences, positions = [], []
     for sequence, share in zip(contexts, shares, strict=True):
-        kept = np.flatnonzero(keep_ST[sequence])
-        positions.append(np.sort(rng.choice(kept, share, replace=False)))
+        scored = np.flatnonzero(keep_ST[sequence])
+        positions.append(np.sort(rng.choice(scored, share, replace=False)))
         sequences.append(np.full(share, sequence))
     return np.concatenate(sequences), np.concatenate(positions)
 

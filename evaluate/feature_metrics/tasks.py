@@ -1,7 +1,7 @@
 """Binary questions about a token, answered from the text alone; the list is a YAML file.
 
 A task has a name and one of
-- `token`, `next`, `previous`: a regular expression found in the text of the token, of the one after or before it;
+- `token`, `next`, `previous`: a regular expression that matches in the text of the token, of the one after or before it;
 - `span`: a regular expression over the text of the context, one of whose matches covers a part of the token;
 - `position`, `document`: [first, end) among the context's positions, or among the tokens since the document began;
 - `labels`: a JSON-lines file of {"document": name, "label": true or false}, for all tokens of the documents named.
@@ -123,8 +123,8 @@ def _spans(pattern: re.Pattern[str], texts: Sequence[str]) -> Answers:
     for match in pattern.finditer("".join(texts)):
         covered[match.start() : match.end()] = 1
     running = np.concatenate([[0], np.cumsum(covered)])
-    found: Answers = (running[ends] > running[ends - [len(text) for text in texts]]).astype(np.int8)
-    return found
+    answers: Answers = (running[ends] > running[ends - [len(text) for text in texts]]).astype(np.int8)
+    return answers
 
 
 def _shifted(matches: Callable[[str], Any], texts: Sequence[str], by: int) -> Answers:
@@ -148,8 +148,8 @@ def answers(tasks: Sequence[Task], texts: TokenTexts, packed: PackedTokens, sequ
     at = documents.positions(range(sequence, sequence + 1))[0]
     document = documents.numbers(range(sequence, sequence + 1))[0]
     since = at - packed.starts[document] if len(packed.starts) else at
-    found = np.empty((len(tasks), context), np.int8)
-    for row, task in zip(found, tasks, strict=True):
+    rows = np.empty((len(tasks), context), np.int8)
+    for row, task in zip(rows, tasks, strict=True):
         if task.kind in NEIGHBOURS:
             row[:] = _shifted(task.asks.search, words, NEIGHBOURS[task.kind])
         elif task.kind == "span":
@@ -160,4 +160,4 @@ def answers(tasks: Sequence[Task], texts: TokenTexts, packed: PackedTokens, sequ
         else:
             counted = position if task.kind == "position" else since
             row[:] = (counted >= task.asks[0]) & (counted < task.asks[1])
-    return found
+    return rows

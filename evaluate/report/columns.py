@@ -140,7 +140,7 @@ OF_SITE = (
     metric("ce_zero", "CE zero", 4),
     metric("ce_mean", "CE mean", 4),
 )
-"""The same for all SAEs of a site, so told once."""
+"""The same for all SAEs of a site, so shown once."""
 
 DELTAS = ("l0", "nmse", "ce_increase", "recovered_zero", "kl")
 """The statistics whose difference from a baseline the Markdown shows."""

@@ -53,7 +53,7 @@ def drawn(traces: list[Any], xaxis: Json, yaxis: Json, *, height: int = 420) -> 
 
 
 def hover(row: Json, metric: str, label: str) -> str:
-    """What is told of a point; plotly reads a little markup in it, so a folder's name is made harmless."""
+    """Describe a point; plotly reads a little markup in it, so a folder's name is made harmless."""
     lines = [f"<b>{sae_name(row)}</b> {sparsity_setting(row['settings'])}, {row['width']:,} latents"]
     for name, words in (("l0", "L0"), (metric, label)):
         entry = row["metrics"][name]

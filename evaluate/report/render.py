@@ -25,15 +25,15 @@ def safe_json(value: Any) -> str:
 @cache
 def environment() -> Environment:
     """The templates beside this module; a name that is not given is an error."""
-    found = Environment(
+    templates = Environment(
         loader=FileSystemLoader(TEMPLATES),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    found.filters["json"] = lambda value: Markup(safe_json(value))
-    return found
+    templates.filters["json"] = lambda value: Markup(safe_json(value))
+    return templates
 
 
 def asset(name: str) -> Markup:

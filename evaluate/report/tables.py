@@ -100,7 +100,7 @@ def ordered(part: Any, first: Sequence[str], without: Sequence[str] = ()) -> Jso
 
 
 def sae_tables(rows: Sequence[Json]) -> list[Table]:
-    """All that is told of the SAEs of a site."""
+    """Give the tables of the SAEs of a site."""
     metrics = [row["metrics"] for row in rows]
     first = [ordered(part, FIRST) for part in metrics]
     detail = [
