@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from data.base.errors import UserError
-from data.storage.local import parse_location
+from data.base.location import parse_location
 from data.store.store import Store
 from evaluate.inputs import HeldoutText, SavedSAE, find_saes, group_by_store, open_text
 from evaluate.metrics import statistics, totals

@@ -21,7 +21,8 @@ from numpy.typing import NDArray
 from data.base.sites import KINDS, Site
 from data.store.chunk_codec import ChunkCodec
 from data.store.int8 import PILOT_ROWS, FeatureScale, RowDecoder, encode, rounded
-from data.store.manifest import CODECS, TRAIN, Layout
+from data.store.layout import CODECS, Layout
+from data.store.manifest import TRAIN
 from data.store.zarr_bfloat16 import from_float32, to_float32
 from harvest import lm
 from harvest.documents import source_from
@@ -62,7 +63,7 @@ def token_bytes(rows: NDArray[Any], codec: str | None) -> float:
     layout = Layout("float32", 1, 4096, 1, 0, codec=codec)
     files = ChunkCodec(layout, rows.dtype, rows.shape[1:])
     whole = rows[: len(rows) // 4096 * 4096].reshape(-1, 4096, rows.shape[1])
-    return sum(len(piece) for chunk in whole for piece in files.pieces([chunk])) / (len(whole) * 4096)
+    return sum(len(piece) for chunk in whole for piece in files.encode([chunk])) / (len(whole) * 4096)
 
 
 def absmax(x: Floats) -> Floats:

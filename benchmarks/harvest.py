@@ -26,7 +26,8 @@ import torch
 
 from data.base.cli import keep_freed_memory
 from data.base.sites import Site
-from data.store.manifest import ITEMSIZE, TRAIN, Layout, Manifest
+from data.store.layout import ITEMSIZE, Layout
+from data.store.manifest import TRAIN, Manifest
 from data.store.store import Store
 from harvest import lm
 from harvest.harvester import Harvester, widths_of

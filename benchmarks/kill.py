@@ -31,7 +31,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from data.storage.local import Location, open_storage, parse_location
+from data.base.location import Location, parse_location
+from data.storage.open import open_storage
 from harvest import harvester, lm
 from harvest.run import harvest
 from tests.helpers.corpus import config, save_model, write_stories
@@ -107,7 +108,8 @@ def snapshot(cache: Location) -> dict[str, bytes | None]:
     if isinstance(cache, Path):
         return {str(p.relative_to(cache)): p.read_bytes() if p.is_file() else None for p in cache.rglob("*")}
     keys = [*open_storage(cache).sizes()]
-    return dict(zip(keys, open_storage(cache).reads(keys), strict=True))
+    contents = open_storage(cache).read_many(keys)
+    return {key: content if isinstance(content, bytes) else None for key, content in zip(keys, contents, strict=True)}
 
 
 def differing(whole: str, cut: str) -> list[str]:

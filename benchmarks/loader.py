@@ -30,7 +30,8 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler
 from data.base.cli import keep_freed_memory
 from data.loading.loader import ActivationLoader
 from data.loading.reader import DirectReader, Reader, ZarrReader
-from data.store.manifest import TRAIN, Layout, Manifest
+from data.store.layout import Layout
+from data.store.manifest import TRAIN, Manifest
 from data.store.store import Store
 
 SITE, BATCH = "resid_post.0", 4096

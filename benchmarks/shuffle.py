@@ -17,9 +17,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from data.base.seeded import Ints, seeded_permutation
 from data.loading import order
-from data.loading.order import Ints, seeded_permutation
-from data.store.manifest import ITEMSIZE, TRAIN, Layout, choose_layout
+from data.store.layout import ITEMSIZE, Layout, choose_layout
+from data.store.manifest import TRAIN
 
 BATCH = 4096
 Labels = NDArray[np.int32]  # the sequence of each row

@@ -3,47 +3,58 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from data.base.cli import sentence
-from data.base.errors import UserError
-from data.storage.local import open_storage, parse_location
-from data.store.files import size, stores_below
+from data.base.errors import UserError, to_sentence
+from data.base.files import format_bytes
+from data.base.location import Location, parse_location
+from data.storage.open import open_storage
+from data.store.files import stores_below
 
-CACHE, OUTPUTS = "outputs/cache", Path("outputs")
+CACHE, OUTPUTS = "outputs/cache", "outputs"
+
+
+def _verify_store(path: Location) -> int:
+    """Print what is wrong with a store; how many files are damaged."""
+    from data.tools.inventory import Entry
+    from data.tools.verify import verify
+
+    findings = verify(path)
+    for finding in findings:
+        print(finding)
+    damaged = sum(not finding.leftover for finding in findings)
+    sizes = open_storage(path).sizes()
+    state = f"{damaged} damaged" if damaged else f"sound, {Entry.of(path).state}"
+    on_disk = f"{len(sizes)} files, {format_bytes(sum(sizes.values()))}"
+    print(f"{path}: {state}; {on_disk}, {len(findings) - damaged} left over", flush=True)
+    return damaged
 
 
 def _verify(args: argparse.Namespace) -> int:
     """1 where anything is damaged."""
-    from data.tools.inventory import Entry
-    from data.tools.verify import verify
-
     stores = [path for folder in args.folders or [CACHE] for path in stores_below(parse_location(folder))]
     if not stores:
         raise UserError(f"no store in {', '.join(args.folders or [CACHE])}: name the folder of one")
     damages = 0
     for path in stores:
-        findings = verify(path)
-        for finding in findings:
-            print(finding)
-        damaged = sum(not finding.leftover for finding in findings)
-        damages += damaged
-        sizes = open_storage(path).sizes()
-        state = f"{damaged} damaged" if damaged else f"sound, {Entry.of(path).state}"
-        print(
-            f"{path}: {state}; {len(sizes)} files, {size(sum(sizes.values()))}, {len(findings) - damaged} left over",
-            flush=True,
-        )
+        try:
+            damages += _verify_store(path)
+        except (UserError, OSError) as error:  # the other stores are looked at all the same
+            print(f"damaged: {path} cannot be verified: {to_sentence(error) or error}", flush=True)
+            damages += 1
     return 1 if damages else 0
 
 
 def _info(args: argparse.Namespace) -> int:
     from data.tools.info import report
 
-    if args.outlier <= 0 or args.rows < 1:
-        raise UserError("--outlier must be above 0 and --rows at least 1")
+    if not 0 < args.outlier < math.inf:
+        raise UserError(f"--outlier={args.outlier} is no multiple of a norm: give a number above 0, such as 10")
+    if args.rows < 1:
+        raise UserError(f"--rows={args.rows} is no number of rows to look at: give 1 or more")
     for line in report(parse_location(args.store), args.outlier, args.rows):
         print(line, flush=True)
     return 0
@@ -59,6 +70,10 @@ def _list(args: argparse.Namespace) -> int:
 def _gc(args: argparse.Namespace) -> int:
     from data.tools.gc import Candidate, collect
 
+    # Compared so that NaN fails too: no time is older than it, and every store would go.
+    if not 0 <= args.idle < math.inf:
+        raise UserError(f"--idle={args.idle} is no number of minutes: give 0 or more, such as 60")
+
     def ask(candidate: Candidate) -> bool:
         return input(f"remove {candidate}? [y/N] ").strip().lower() == "y"
 
@@ -68,8 +83,15 @@ def _gc(args: argparse.Namespace) -> int:
         def confirm(candidate: Candidate) -> bool:
             return True
 
-    print("\n".join(collect(parse_location(args.folder), args.outputs, args.idle, confirm)))
+    print("\n".join(collect(parse_location(args.folder), _folder(args.outputs), args.idle, confirm)))
     return 0
+
+
+def _folder(text: str) -> Path:
+    location = parse_location(text)
+    if not isinstance(location, Path):
+        raise UserError(f"--outputs={text} is no folder: name the one where the trained SAEs are")
+    return location
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -88,7 +110,7 @@ def _parser() -> argparse.ArgumentParser:
     verb.set_defaults(run=_list)
     verb = verbs.add_parser("gc", help="show what no SAE needs and what was left over; remove it after asking")
     verb.add_argument("folder", nargs="?", default=CACHE, help=f"default {CACHE}")
-    verb.add_argument("--outputs", type=Path, default=OUTPUTS, help=f"where the trained SAEs are (default {OUTPUTS})")
+    verb.add_argument("--outputs", default=OUTPUTS, help=f"where the trained SAEs are (default {OUTPUTS})")
     verb.add_argument("--idle", type=float, default=60.0, metavar="MINUTES", help="spare stores written to since (60)")
     verb.add_argument("--yes", action="store_true", help="do not ask")
     verb.set_defaults(run=_gc)
@@ -96,7 +118,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The exit code: 0, or 1 for damage or a mistake, which is told in a sentence."""
+    """The exit code: 0, or 1 for damage or a mistake, which is printed as a sentence."""
     args = _parser().parse_args(argv)
     try:
         code: int = args.run(args)
@@ -105,7 +127,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("stopped", file=sys.stderr)
         return 130
     except Exception as error:
-        told = sentence(error)
+        told = to_sentence(error)
         if told is None:
             raise
         print(f"error: {told}", file=sys.stderr)

@@ -6,7 +6,6 @@ Letters: B contexts of a batch, T tokens of a context.
 from __future__ import annotations
 
 import dataclasses
-import glob
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,9 +16,12 @@ from jaxtyping import Bool, Int64
 from torch import Tensor
 
 from data.base.errors import UserError
-from data.storage.local import Location
-from data.store.manifest import HELDOUT, TRAIN, Json, diff_fields
-from data.store.store import Store, find_fingerprint
+from data.base.files import expand_globs
+from data.base.location import Location
+from data.base.records import Json, diff_fields
+from data.store.find import find_fingerprint
+from data.store.manifest import HELDOUT, TRAIN
+from data.store.store import Store
 from evaluate.documents import Documents
 from harvest import lm
 from harvest.documents import FilesText, TextSource, digest, source_from, split_of, unique
@@ -52,22 +54,16 @@ def find_saes(patterns: str | Sequence[str]) -> list[SavedSAE]:
         raise UserError("saes is empty: name at least one folder, as in saes=outputs/train")
     folders: set[Path] = set()
     for name in names:
-        # A folder's own name may hold brackets, so a name that exists is never read as a pattern.
-        matches = [name] if _exists(name) else glob.glob(name, recursive=True)
-        below = {weights.parent for match in matches for weights in Path(match).rglob(WEIGHTS)}
+        try:
+            below = {weights.parent for match in expand_globs(name) for weights in Path(match).rglob(WEIGHTS)}
+        except (OSError, ValueError) as error:  # a name too long, or with a null character
+            raise UserError(f"saes={name[:80]} cannot be read ({error.args[-1]}): fix the path") from None
         if not below:
             raise UserError(
                 f"saes={name} holds no trained SAE (no {WEIGHTS} in or below it): train one, or fix the path"
             )
         folders |= below
     return [SavedSAE(folder, load_config(folder)) for folder in sorted(folders)]
-
-
-def _exists(name: str) -> bool:
-    try:
-        return Path(name).exists()
-    except (OSError, ValueError):  # a name too long, or with a null character
-        return False
 
 
 def group_by_store(saes: Iterable[SavedSAE], cache: Location) -> list[tuple[Store, dict[str, list[SavedSAE]]]]:

@@ -17,8 +17,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from data.base.errors import UserError
+from data.base.records import Json
 from data.base.sites import Site
-from data.store.manifest import Json
 from evaluate.inputs import HeldoutText, SavedSAE
 from harvest.hooks import run_to
 

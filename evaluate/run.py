@@ -12,9 +12,10 @@ from omegaconf import DictConfig
 
 from data.base.cli import settings_of
 from data.base.errors import UserError
+from data.base.location import parse_location
+from data.base.records import Json
 from data.base.sites import Site
-from data.storage.local import parse_location
-from data.store.manifest import HELDOUT, TRAIN, Json
+from data.store.manifest import HELDOUT, TRAIN
 from data.store.store import Store
 from evaluate.config import EvaluateSettings
 from evaluate.feature_metrics.bases import Reader, neurons_before

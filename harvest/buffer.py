@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from data.storage.file_leases import LeaseLost
+from data.storage.base import LeaseLost
 from harvest.units import Unit
 
 Rows = NDArray[Any]

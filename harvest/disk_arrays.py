@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from data.store.commit import naming
+from data.base.files import naming
 
 
 class DiskArray:

@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from data.base.errors import UserError
-from data.store.manifest import HELDOUT, TRAIN, Json
+from data.base.records import Json
+from data.store.manifest import HELDOUT, TRAIN
 
 __all__ = [
     "HELDOUT",

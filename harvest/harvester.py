@@ -21,9 +21,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from data.base.errors import UserError
+from data.base.files import format_bytes
+from data.base.records import Json
 from data.base.sites import Site
-from data.store.files import size
-from data.store.manifest import TRAIN, Json
+from data.store.manifest import TRAIN
 from data.store.store import ORIGIN, TOKENS, Store
 from harvest.buffer import ActivationBuffer, Rows, Writer, native, send
 from harvest.hooks import capture, run_to
@@ -102,7 +103,7 @@ class Harvester:
             def ended(unit: Unit, by_us: bool) -> None:
                 nonlocal mine
                 mine += by_us
-                bar.set_postfix_str(f"{size(self.written)} written", refresh=False)
+                bar.set_postfix_str(f"{format_bytes(self.written)} written", refresh=False)
                 if not by_us:
                     bar.update(-unit.rows)
                     again.append(unit)
@@ -124,7 +125,7 @@ class Harvester:
             bar.update(unit.rows)
             return True
         with ExitStack() as claim:
-            if not claim.enter_context(self.store.claims.take(unit.split, unit.index, unit.names, self.made_by)):
+            if not claim.enter_context(self.store.leases.take(unit.split, unit.index, unit.names, self.made_by)):
                 return False
             if not self._begun:  # of two that began an empty store at once, one at least sees the other here
                 self._refuse_mixed()

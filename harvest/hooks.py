@@ -1,23 +1,22 @@
 """Capture and replace the activations of a language model at one named point.
 
 `resid_pre`, `resid_mid`, `resid_post` are the residual stream before, inside and after a block; `attn_out` and
-`mlp_out` are what the block adds to it, after a post-norm where there is one. So resid_mid = resid_pre + attn_out and
-resid_post = resid_mid + mlp_out; in parallel blocks, which have no resid_mid, the three add up at once. Only where the
-stream itself is normalised (OPT with its norms after the sums) a norm stands between.
+`mlp_out` are what the block adds to it, after a post-norm and a multiplier where there are such. So resid_mid =
+resid_pre + attn_out and resid_post = resid_mid + mlp_out; in parallel blocks, which have no resid_mid, the three add
+up at once. Only where the stream itself is changed (the norms of OPT 350m after the sums, the scale of Gemma 4 after
+the second) that stands between.
 
-Where a block reads and adds is declared below, once a family. An architecture that is not declared is taken only if
-the shape of one that is fits its blocks and a forward of a few tokens adds up bit for bit; else it is refused by name.
+Where a block reads and adds, and the proof that it does, is in harvest/families.py.
 Letters: B sequences, T tokens, D width of the site.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Float, Integer
@@ -26,77 +25,17 @@ from torch.utils.hooks import RemovableHandle
 
 from data.base.errors import UserError
 from data.base.sites import KINDS, Site, choices
+from harvest.families import Edit, Place, find_place, model_type
 
 __all__ = ["KINDS", "HookPoint", "Site", "capture", "locate", "replace", "run_to"]
-
-Edit = Callable[[Tensor], Tensor | None]
-
-
-@dataclass(frozen=True)
-class Family:
-    """Where the blocks of a family add to the residual stream.
-
-    blocks: path of the list of blocks.  attn, mlp: the module in a block whose output is added.
-    mid: "<module>:in" where a module reads the stream between attention and MLP (the skip path reads the same tensor),
-    "<module>:out" where one makes it, None where there is no such point. With `switch`, an attribute of the block,
-    `mid` holds where that is true and `mid_off` where it is false.
-    """
-
-    blocks: str
-    attn: str
-    mlp: str
-    mid: str | None
-    switch: str | None = None
-    mid_off: str | None = None
-
-    def middle(self, block: nn.Module) -> str | None:
-        """The point `mid` of this block."""
-        return self.mid if self.switch is None or getattr(block, self.switch) else self.mid_off
-
-
-_GPT2 = Family("transformer.h", "attn", "mlp", "ln_2:in")
-_LLAMA = Family("model.layers", "self_attn", "mlp", "post_attention_layernorm:in")
-_GEMMA = Family(
-    "model.layers", "post_attention_layernorm", "post_feedforward_layernorm", "pre_feedforward_layernorm:in"
-)
-# The dropouts before the sums (one for both in Phi) change nothing in eval mode, which `attach` requires.
-_PHI = Family("model.layers", "self_attn", "mlp", None)
-_NEOX = Family(
-    "gpt_neox.layers", "attention", "mlp", None, switch="use_parallel_residual", mid_off="post_attention_layernorm:in"
-)
-# With its norms after the sums (350m) the stream is what the norms give out; attn_out and mlp_out go in before them.
-_OPT = Family(
-    "model.decoder.layers",
-    "self_attn",
-    "fc2",
-    "final_layer_norm:in",
-    switch="do_layer_norm_before",
-    mid_off="self_attn_layer_norm:out",
-)
-
-FAMILIES = {
-    "gpt2": _GPT2,
-    "gpt_neo": _GPT2,
-    "llama": _LLAMA,
-    "mistral": _LLAMA,
-    "qwen3": _LLAMA,
-    "gemma2": _GEMMA,
-    "gemma3_text": _GEMMA,
-    "phi": _PHI,
-    "gpt_neox": _NEOX,
-    "opt": _OPT,
-}
-# Norms after attention and MLP only (OLMo 2): the MLP reads the stream itself.
-_POST_NORM = Family("model.layers", "post_attention_layernorm", "post_feedforward_layernorm", "mlp:in")
-_UNDECLARED = (_GEMMA, _POST_NORM, _LLAMA, _PHI, _GPT2)
-_inferred: WeakKeyDictionary[nn.Module, Family | None] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True, eq=False)
 class HookPoint:
     """One point of one model: the input or the output (`end` "in", "out") of `module`, to be read or changed.
 
-    `shared`: the tensor at an "in" end is also read by a skip path, so a replacement is written into it.
+    shared: the tensor is read or written elsewhere too, so an edit is given a copy; at an "in" end a replacement is
+    written into it, for the skip path to read. multiplier: the site is this many times the tensor.
     """
 
     model: nn.Module
@@ -104,6 +43,7 @@ class HookPoint:
     module: nn.Module
     end: str
     shared: bool = False
+    multiplier: Any = 1.0
 
     def attach(self, edit: Edit) -> list[RemovableHandle]:
         """Call `edit` with [B, T, D] here in every forward of the model; a tensor it returns goes in its stead.
@@ -123,12 +63,16 @@ class HookPoint:
                 raise UserError(f"site {self.site}: this module ran twice in a forward, or outside of one of the model")
             x_BTD = self._rows(x, *lead)
             lead.clear()
-            new_BTD = edit(x_BTD.clone() if self.shared else x_BTD)
+            scaled_BTD = self._scale(x_BTD)
+            new_BTD = edit(scaled_BTD.clone() if self.shared else scaled_BTD)
             if new_BTD is None:
                 return None
             if new_BTD.shape != x_BTD.shape:
                 raise ValueError(f"site {self.site}: the replacement of {[*x_BTD.shape]} has shape {[*new_BTD.shape]}")
-            return new_BTD.to(device=x.device, dtype=x.dtype).reshape(x.shape)
+            new_BTD = self._unscale(new_BTD.to(device=x.device, dtype=x.dtype), x_BTD, scaled_BTD)
+            if self.shared and self.end == "out":
+                new_BTD = new_BTD.clone()  # the model writes into it, and it may be the caller's own
+            return new_BTD.reshape(x.shape)
 
         def finish(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             if lead and output is not None:  # None: stopped before this site
@@ -140,9 +84,29 @@ class HookPoint:
             self.model.register_forward_hook(finish),
         ]
 
+    def _scale(self, x_BTD: Tensor) -> Tensor:
+        """Give what the block adds: it multiplies the module's output by a number, which is 1 almost everywhere."""
+        if _is_one(self.multiplier):
+            return x_BTD
+        scaled_BTD: Tensor = x_BTD * self.multiplier
+        return scaled_BTD
+
+    def _unscale(self, new_BTD: Tensor, x_BTD: Tensor, scaled_BTD: Tensor) -> Tensor:
+        """Give what the block multiplies to add `new_BTD`; where that is the old value, the old tensor's bits."""
+        if _is_one(self.multiplier):
+            return new_BTD
+        quotient_BTD = new_BTD / self.multiplier
+        # (x * m) / m may differ from x in its last bit. The quotient is within a rounding of x, so their difference is
+        # exact, and gradients pass through the quotient alone.
+        rounding_BTD = torch.where(new_BTD == scaled_BTD, x_BTD - quotient_BTD, 0).detach()
+        old_or_new_BTD: Tensor = quotient_BTD + rounding_BTD
+        return old_or_new_BTD
+
     def _before(self, apply: Edit) -> RemovableHandle:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            x = args[0] if args else kwargs["hidden_states"]
+            x = args[0] if args else kwargs.get("hidden_states")
+            if not isinstance(x, Tensor):
+                raise UserError(f"site {self.site}: this module reads a {type(x).__name__}, not a tensor")
             new = apply(x)
             if new is None:
                 return None
@@ -174,6 +138,10 @@ class HookPoint:
         return x.reshape(n_sequences, n_tokens, -1)
 
 
+def _is_one(multiplier: Any) -> bool:
+    return isinstance(multiplier, int | float) and multiplier == 1
+
+
 class _Stop(Exception):
     """Every site wanted was read: the rest of the forward is not needed."""
 
@@ -184,14 +152,12 @@ def locate(model: nn.Module, site: Site) -> HookPoint:
         try:
             return HookPoint(model, site, model.get_submodule(site.path), "out")
         except AttributeError:
-            raise UserError(f"site {site.path!r} is not in this {_kind(model)} model: name {choices()}") from None
-    family = _family(model)
-    if family is None:
-        raise UserError(
-            f"site {site}: the blocks of architecture {_kind(model)!r} are not known and do not add up as "
-            "resid_pre + attn_out + mlp_out, so name the path of a module instead"
-        )
-    return _place(model, family, site)
+            raise UserError(f"site {site.path!r} is not in this {model_type(model)} model: name {choices()}") from None
+    return _hook_point(model, site, find_place(model, site, functools.partial(_probe, model)))
+
+
+def _hook_point(model: nn.Module, site: Site, place: Place) -> HookPoint:
+    return HookPoint(model, site, model.get_submodule(place.path), place.end, place.shared, place.multiplier)
 
 
 @contextmanager
@@ -259,81 +225,37 @@ def _stoppable(model: nn.Module) -> Iterator[None]:
             model.__dict__["forward"] = own
 
 
-def _kind(model: nn.Module) -> str:
-    return str(getattr(getattr(model, "config", None), "model_type", type(model).__name__))
+# ---- What the proof in families.py runs ------------------------------------------------------------------------------
 
 
-def _place(model: nn.Module, family: Family, site: Site) -> HookPoint:
-    blocks = model.get_submodule(family.blocks)
-    assert isinstance(blocks, nn.ModuleList) and site.layer is not None
-    if site.layer >= len(blocks):
-        raise UserError(f"site {site}: this {_kind(model)} model has layers 0 to {len(blocks) - 1}")
-    block = blocks[site.layer]
-    mid = family.middle(block)
-    points = {
-        "resid_pre": ":in",
-        "resid_mid": mid,
-        "resid_post": ":out",
-        "attn_out": f"{family.attn}:out",
-        "mlp_out": f"{family.mlp}:out",
-    }
-    point = points[site.kind]
-    if point is None:
-        raise UserError(
-            f"site {site}: {_kind(model)} blocks add attention and MLP in parallel and have no resid_mid, "
-            "use resid_pre or resid_post"
-        )
-    path, end = point.split(":")
-    return HookPoint(model, site, block.get_submodule(path), end, shared=site.kind == "resid_mid" and end == "in")
+def _probe(model: nn.Module, places: Mapping[Site, Place], edits: Mapping[Site, Edit]) -> dict[Site, Tensor]:
+    """One forward of a few tokens with edits at some places: the value of every place after its edit."""
+    points = {site: _hook_point(model, site, place) for site, place in places.items()}
+    seen: dict[Site, Tensor] = {}
+
+    with torch.no_grad(), ExitStack() as stack:
+        # The edits come first, so that what is read behind them is what they put there.
+        for site, edit in edits.items():
+            for handle in points[site].attach(edit):
+                stack.callback(handle.remove)
+        for site, point in points.items():
+            for handle in point.attach(functools.partial(_store, seen, site)):
+                stack.callback(handle.remove)
+        model(input_ids=_example_tokens(model), use_cache=False)
+    return seen
 
 
-def _family(model: nn.Module) -> Family | None:
-    """The declared family of a model, else the first undeclared candidate whose forward adds up."""
-    if _kind(model) in FAMILIES:
-        return FAMILIES[_kind(model)]
-    if model not in _inferred:
-        _inferred[model] = next((family for family in _UNDECLARED if _adds_up(model, family)), None)
-    return _inferred[model]
+def _store(seen: dict[Site, Tensor], site: Site, x_BTD: Tensor) -> None:
+    seen[site] = x_BTD
 
 
-def _adds_up(model: nn.Module, family: Family) -> bool:
-    """Whether every block of the model, run on eight tokens, is bit for bit what the family says of it.
-
-    IEEE addition commutes, so equal bits are to be had in any dtype. Where there is a resid_mid the check is made a
-    second time with its sign turned, which proves that the skip path reads the replaced tensor.
-    """
-    try:
-        blocks = model.get_submodule(family.blocks)
-        layers = range(len(blocks)) if isinstance(blocks, nn.ModuleList) else range(0)
-        kinds = [kind for kind in KINDS if kind != "resid_mid" or family.mid]
-        sites = [Site(kind, layer) for layer in layers for kind in kinds]
-        for site in sites:
-            _place(model, family, site)
-    except (AttributeError, UserError):
-        return False
-    _inferred[model] = family
-    try:
-        return bool(sites) and all(_sums(model, sites, family, turned) for turned in {False, family.mid is not None})
-    except UserError:
-        return False
-    finally:
-        del _inferred[model]
-
-
-def _sums(model: nn.Module, sites: list[Site], family: Family, turned: bool) -> bool:
-    device = next(model.parameters()).device
-    with ExitStack() as stack:
-        for site in sites if turned else []:
-            if site.kind == "resid_mid":
-                stack.enter_context(replace(model, site, torch.neg))
-        seen = run_to(model, sites, torch.arange(8, device=device).unsqueeze(0))
-    for layer in {site.layer for site in sites}:
-        pre, post, attn, mlp = (seen[f"{kind}.{layer}"] for kind in ("resid_pre", "resid_post", "attn_out", "mlp_out"))
-        if family.mid:
-            mid = seen[f"resid_mid.{layer}"]
-            fits = torch.equal(mid, -(pre + attn) if turned else pre + attn) and torch.equal(post, mid + mlp)
-        else:
-            fits = any(torch.equal(post, total) for total in (pre + attn + mlp, pre + mlp + attn, attn + mlp + pre))
-        if not (fits and attn.any() and mlp.any()):
-            return False
-    return True
+def _example_tokens(model: nn.Module) -> Integer[Tensor, "1 T"]:
+    """Eight token ids that the embedding has, repeated where it has fewer; none that stands for an image or a sound."""
+    embedding = model.get_input_embeddings()  # type: ignore[operator]
+    n_tokens = int(embedding.weight.shape[0])
+    config = getattr(model, "config", None)
+    settings = {} if config is None else config.to_dict()
+    reserved = {value for key, value in settings.items() if key.endswith(("token_id", "token_index"))}
+    usable = [token for token in range(min(n_tokens, 64)) if token not in reserved] or [0]
+    ids = [usable[i % len(usable)] for i in range(8)]
+    return torch.tensor([ids], device=embedding.weight.device)

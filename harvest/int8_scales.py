@@ -10,7 +10,7 @@ from torch import nn
 
 from data.base.sites import Site
 from data.store.int8 import PILOT_ROWS, FeatureScale
-from data.store.manifest import Layout
+from data.store.layout import Layout
 from harvest.hooks import run_to
 from harvest.packing import PackedTokens
 

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from data.base.errors import UserError
 from harvest import hub
+from harvest.model_class import model_class
 from harvest.model_files import Json, check_folder, read_config, weight_files
 
 if TYPE_CHECKING:
@@ -187,19 +188,22 @@ def load_model(model_cfg: Mapping[str, Any]) -> PreTrainedModel:
     folder = _resolve(settings)
     device = _device(settings)
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # a bar for each weight, before ours
     asked = {"attn_implementation": settings.attn_implementation, "device_map": settings.device_map}
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        model, report = model_class(config, settings.name).from_pretrained(
             folder,
             dtype=getattr(torch, compute_dtype(model_cfg)),
             output_loading_info=True,
             trust_remote_code=False,
             **{key: value for key, value in asked.items() if value is not None},
         )
+    except UserError:
+        raise
     except Exception as error:
         raise UserError(f"model {settings.name!r} cannot be loaded: {hub.first_line(error)}") from error
     # transformers would fill what is missing with random numbers.

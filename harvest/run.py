@@ -16,12 +16,16 @@ from omegaconf import DictConfig
 
 from data.base import cli
 from data.base.errors import UserError
+from data.base.files import format_bytes
+from data.base.location import Location, parse_location
+from data.base.records import Json, diff_fields
 from data.base.settings import whole
 from data.base.sites import Site
-from data.storage.local import Location, open_storage, parse_location
-from data.store.files import size
-from data.store.manifest import FORMAT, HELDOUT, TRAIN, Json, Layout, Manifest, choose_layout, diff_fields, settings_of
-from data.store.store import Store, find
+from data.storage.open import open_storage
+from data.store.find import find
+from data.store.layout import Layout, choose_layout
+from data.store.manifest import FORMAT, HELDOUT, TRAIN, Manifest, store_settings
+from data.store.store import Store
 from harvest import lm
 from harvest.documents import TextSource, source_from
 from harvest.packing import Packing, check_tokenizer, pack
@@ -54,7 +58,7 @@ class Request:
             raise UserError("sites is empty: name at least one, as in sites=[resid_post.3]")
         rows = {TRAIN: whole(cfg, "tokens", 1), HELDOUT: whole(cfg, "heldout_tokens", 0)}
         request = cls(
-            settings=settings_of(cfg),
+            settings=store_settings(cfg),
             model=dict(cfg["model"]),
             source=source_from(cfg["text"]),
             packing=Packing.of(cfg["packing"]),
@@ -152,18 +156,18 @@ def say(line: str) -> None:
 def check_disk(request: Request, units: Sequence[Unit], widths: Mapping[str, int], layout: Layout) -> None:
     """Print what the harvest will take; UserError where that is a disk and has not as much (before any codec)."""
     needed = sum(unit.bytes(widths, layout) for unit in units)
-    asked = f"{size(needed)} to write{_spared(units, widths, layout)}"
+    asked = f"{format_bytes(needed)} to write{_spared(units, widths, layout)}"
     if not isinstance(request.cache, Path):
         return say(f"{asked} in {request.cache}")
     folder = request.cache.absolute()
     while not folder.exists():
         folder = folder.parent
     free = shutil.disk_usage(folder).free
-    say(f"on disk: {asked}, {size(free)} free in {request.cache}")
+    say(f"on disk: {asked}, {format_bytes(free)} free in {request.cache}")
     if needed + DISK_MARGIN > free:
         raise UserError(
-            f"the harvest needs {size(needed)} in {request.cache} and {size(free)} is free there: free some space, "
-            "ask for fewer tokens or sites, or choose another folder with cache=<folder>"
+            f"the harvest needs {format_bytes(needed)} in {request.cache} and {format_bytes(free)} is free there: free "
+            "some space, ask for fewer tokens or sites, or choose another folder with cache=<folder>"
         )
 
 
@@ -174,7 +178,7 @@ def _spared(units: Sequence[Unit], widths: Mapping[str, int], layout: Layout) ->
     smaller = dataclasses.replace(layout, encoding="int8", bitround=None)
     needed = sum(unit.bytes(widths, smaller) for unit in units)
     before = f" before store.codec={layout.codec}" if layout.codec else ""
-    return f"{before} ({size(needed)} with store.encoding=int8)"
+    return f"{before} ({format_bytes(needed)} with store.encoding=int8)"
 
 
 def harvest(cfg: Mapping[str, Any]) -> Store:
@@ -220,7 +224,7 @@ def harvest(cfg: Mapping[str, Any]) -> Store:
 def main(config: DictConfig) -> None:
     """The stage, from Hydra's configuration."""
     try:
-        harvest(cli.settings_of(config, "harvest"))
+        harvest(cli.stage_settings(config, "harvest"))
     except KeyboardInterrupt:
         print("stopped; every unit that was committed stays: run the same command again to go on", file=sys.stderr)
         raise SystemExit(130) from None

@@ -13,9 +13,11 @@ from itertools import count, takewhile
 import numpy as np
 
 from data.base.errors import UserError
+from data.base.records import Json, diff_fields
 from data.base.sites import Site
 from data.store.files import extent
-from data.store.manifest import HELDOUT, TRAIN, Json, Layout, diff_fields
+from data.store.layout import Layout
+from data.store.manifest import HELDOUT, TRAIN
 from data.store.store import ORIGIN, TOKENS, Store
 from harvest.packing import PackedTokens
 
@@ -82,7 +84,7 @@ def covered(store: Store, sites: Sequence[Site], rows: Mapping[str, int]) -> boo
 def refuse_mixed(store: Store, mine: Json) -> None:
     """UserError where a unit of the store was made, or is being made, on another device or by other versions."""
     # Claims first: a unit that is committed in between is then seen at least once.
-    makers = [owner["made_by"] for owner in store.claims.owners()]
+    makers = [owner["made_by"] for owner in store.leases.owners()]
     for split in (TRAIN, HELDOUT):
         for site in store.sites(split):
             makers += [commit.made_by for commit in store.committed(split, site).values()]
@@ -96,8 +98,8 @@ def refuse_mixed(store: Store, mine: Json) -> None:
 
 def finish(store: Store) -> None:
     """Once all that was asked for is committed: write complete.json, and remove what killed processes left."""
-    if store.claims.any():
-        store.claims.sweep(store.is_committed)
+    if store.leases.any():
+        store.leases.sweep(store.is_committed)
     if store.complete != extent(store):  # looked at first, as a folder that can only be read gives no lock
         store.mark_complete(lambda: extent(store))
 

@@ -23,6 +23,7 @@ SHAPED = [
     "data.store.int8",
     "data.loading.loader",
     "train.sae",
+    "harvest.families",
     "harvest.hooks",
     "evaluate.features.collect",
     "evaluate.features.weights",

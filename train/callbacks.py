@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any, TextIO
 import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
 
+from data.base.files import atomic_file
 from train.lit import MultiSAEModule
 from train.plan import LAST
 
@@ -18,12 +18,8 @@ from train.plan import LAST
 def write_checkpoint(path: Path, state: dict[str, Any]) -> None:
     """A checkpoint is whole or the one before stands: written beside its place, synced, renamed."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_suffix(".tmp")
-    with beside.open("wb") as file:
+    with atomic_file(path) as file:
         torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    beside.replace(path)
 
 
 class LastCheckpoint(Callback):

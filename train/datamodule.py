@@ -13,8 +13,8 @@ from pytorch_lightning import LightningDataModule
 from torch import Tensor
 
 from data.base.errors import UserError
+from data.base.files import format_bytes
 from data.loading.loader import ActivationLoader
-from data.store.files import size
 from data.store.manifest import HELDOUT, TRAIN
 from train.plan import DataPlan
 
@@ -24,8 +24,8 @@ def _must_fit(loader: ActivationLoader, device: torch.device, preload: str) -> N
     wanted, room = loader.rows * loader.reader.width * loader.reader.dtype.itemsize, free_bytes(device)
     if wanted > room:
         raise UserError(
-            f"loader.preload={preload} would keep {size(wanted)} of training rows on {device}, where {size(room)} are "
-            "free: use loader.preload=null, which reads them pool by pool"
+            f"loader.preload={preload} would keep {format_bytes(wanted)} of training rows on {device}, where "
+            f"{format_bytes(room)} are free: use loader.preload=null, which reads them pool by pool"
         )
 
 

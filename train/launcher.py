@@ -25,7 +25,7 @@ class SinglePassLauncher(BasicLauncher):
         done = super().launch(job_overrides, initial_job_idx)
         for job in done:
             _ = job.return_value  # raises what kept it from being composed
-        cli.attempt(lambda: train_all(jobs))
+        cli.guarded(lambda: train_all(jobs))
         return done
 
 

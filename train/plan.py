@@ -14,14 +14,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data.base.errors import UserError
+from data.base.location import parse_location
+from data.base.records import canonical, diff_fields
 from data.base.settings import number, whole
 from data.base.sites import Site
 from data.loading.norm_filter import Decode, NormFilteredReader, median_norm, moments
 from data.loading.order import batches_per_epoch, split_calibration
 from data.loading.reader import Reader, open_reader
-from data.storage.local import parse_location
 from data.store import store as stores
-from data.store.manifest import HELDOUT, TRAIN, canonical, diff_fields, settings_of
+from data.store.find import find, pick
+from data.store.manifest import HELDOUT, TRAIN, store_settings
 
 if TYPE_CHECKING:
     from train.sae import SAE
@@ -141,11 +143,11 @@ def find_store(settings: Settings, overrides: Sequence[str]) -> stores.Store:
     """The store named by `store`, else the one in `cache` whose model, text and packing are the configured ones."""
     if settings["store"]:
         return stores.Store.open(settings["store"])
-    found = stores.find(parse_location(settings["cache"]), settings_of(settings))
+    found = find(parse_location(settings["cache"]), store_settings(settings))
     if not found:
         line = harvest_line(settings, overrides, wanted_rows(settings, margin=1.05))
         raise UserError(f"no store in {settings['cache']} holds this model, text and packing; make it with: {line}")
-    return stores.pick(found)
+    return pick(found)
 
 
 def origin(store: stores.Store, site: str) -> Settings:
@@ -173,7 +175,7 @@ def _too_few(settings: Settings, overrides: Sequence[str], store: stores.Store, 
     rows = wanted_rows(settings) + settings["batch"] * world + store.layout.chunk_rows
     line = harvest_line(settings, [*overrides, *_kept_by(store)], rows)
     remedy = f"make them with: {line}"
-    if settings["store"] and (fields := diff_fields(store.manifest.settings, settings_of(settings))):
+    if settings["store"] and (fields := diff_fields(store.manifest.settings, store_settings(settings))):
         remedy = (
             f"harvest them with the settings that store was made with (they differ from yours: {'; '.join(fields)})"
         )

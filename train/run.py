@@ -20,8 +20,9 @@ from omegaconf import DictConfig, OmegaConf
 
 from data.base import cli
 from data.base.errors import UserError
+from data.base.files import write_atomic
+from data.base.records import canonical, diff_fields
 from data.base.settings import number, whole
-from data.store.manifest import canonical, diff_fields
 from train.plan import LAST, DataPlan, Settings, TrainRun, checked, group_by_stream, make_plan
 
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ def asked(config: DictConfig) -> TrainRequest:
         job = HydraConfig.get()
         overrides = list(job.overrides.task)
         sweep = Path(job.sweep.dir) if job.mode == RunMode.MULTIRUN else None
-    return TrainRequest(cli.settings_of(config, "train"), overrides, sweep)
+    return TrainRequest(cli.stage_settings(config, "train"), overrides, sweep)
 
 
 def train(settings: Settings, overrides: Sequence[str] = ()) -> None:
@@ -307,9 +308,7 @@ def numbers(settings: Settings, plan: DataPlan) -> Settings:
 def _write_run(folder: Path, settings: Settings, plan: DataPlan) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     record = {"settings": settings, "numbers": numbers(settings, plan), "stored_chunks": plan.stored_chunks}
-    beside = folder / f"{RUN}.part"
-    beside.write_text(canonical(record) + "\n", encoding="utf-8")
-    beside.replace(folder / RUN)
+    write_atomic(folder / RUN, canonical(record) + "\n")
 
 
 def _read_run(folder: Path) -> dict[str, Any]:

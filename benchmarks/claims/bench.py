@@ -10,7 +10,7 @@ import numpy as np
 
 from benchmarks.claims.scores import SHIPPED, Scored
 from benchmarks.claims.verdict import Cell, Curve, Estimate, cells, common, counted, curve, judged
-from data.store.manifest import Json
+from data.base.records import Json
 
 NMSE, CE = "nmse", "ce_increase"
 METRICS = {NMSE: "NMSE", CE: "CE increase"}

@@ -13,7 +13,8 @@ from benchmarks.claims.bench import CE, METRICS, NMSE, Bench, Part
 from benchmarks.claims.scores import Scored
 from benchmarks.claims.topk import named, shown
 from benchmarks.claims.verdict import Cell
-from data.store.manifest import Json
+from data.base.files import write_atomic
+from data.base.records import Json
 from evaluate.report.markdown import dumps, number, table
 from evaluate.report.png import against_l0
 
@@ -39,15 +40,9 @@ def write(bench: Bench, parts: Sequence[Part], place: Json, out: Path) -> Path:
         | {"cells": [asdict(cell) for cell in part.cells], "table": part.table, "extent": part.extent()}
         for part in parts
     ]
-    _whole(out / "claims.json", dumps({"format": FORMAT, "place": place, "parts": told, "saes": saes}))
-    _whole(out / "claims.md", markdown(parts, place, plots, [*bench.main, *bench.special]))
+    write_atomic(out / "claims.json", dumps({"format": FORMAT, "place": place, "parts": told, "saes": saes}))
+    write_atomic(out / "claims.md", markdown(parts, place, plots, [*bench.main, *bench.special]))
     return out / "claims.md"
-
-
-def _whole(path: Path, text: str) -> None:
-    beside = path.with_name(path.name + ".part")
-    beside.write_text(text, encoding="utf-8")
-    beside.replace(path)
 
 
 def _row(sae: Scored) -> Json:

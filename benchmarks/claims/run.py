@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig, OmegaConf
 
 from data.base.errors import UserError
+from data.base.location import parse_location
+from data.base.records import Json, canonical
 from data.base.settings import number, whole
-from data.storage.local import parse_location
-from data.store.manifest import Json, canonical
 from evaluate.inputs import SavedSAE, find_saes, group_by_store
 
 if TYPE_CHECKING:

@@ -21,11 +21,13 @@ from torch import Tensor
 
 from benchmarks.claims.forms import rescaled, turned, with_threshold
 from benchmarks.claims.verdict import Estimate
+from data.base.files import atomic_file
+from data.base.records import Json, canonical
 from data.base.sites import Site
 from data.loading.loader import ActivationLoader
 from data.loading.order import split_calibration
 from data.loading.reader import open_reader
-from data.store.manifest import TRAIN, Json, canonical
+from data.store.manifest import TRAIN
 from data.store.store import Store
 from evaluate.forms import BatchForm, InferenceForm
 from evaluate.inputs import HeldoutText, SavedSAE, open_text
@@ -212,11 +214,9 @@ def by_sequence(l0_N: Tensor, keep_ST: Tensor) -> NDArray[np.int32]:
 
 def _write(path: Path, columns: Columns, firing: Json, counts: NDArray[np.int32]) -> None:
     """A whole file or none."""
-    beside = path.with_suffix(".part")
-    with beside.open("wb") as file:
-        parts: dict[str, Any] = {**columns, "firing": np.array(json.dumps(firing)), "counts": counts}
+    parts: dict[str, Any] = {**columns, "firing": np.array(json.dumps(firing)), "counts": counts}
+    with atomic_file(path) as file:
         np.savez(file, **parts)
-    beside.replace(path)
 
 
 def _read(path: Path) -> tuple[Columns, Json, NDArray[np.int32]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import errno
+import os
 import sys
 from collections.abc import Callable
 from functools import cache
@@ -11,10 +11,12 @@ from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.errors import CompactHydraException
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
-from data.base.errors import UserError
-from data.storage.local import refuse_credentials
+from data.base.errors import UserError, to_sentence
+from data.base.location import refuse_credentials
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 STAGES = ("harvest", "train")  # that a preset speaks to
@@ -36,24 +38,13 @@ def keep_freed_memory() -> None:
         libc.mallopt(_M_TOP_PAD, 256 << 20)
 
 
-def sentence(error: Exception) -> str | None:
-    """What to tell a user of this error, or None where it is a fault of the program and deserves its traceback."""
-    if isinstance(error, UserError):
-        return str(error)
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        return f"the disk is full ({error.filename or 'while writing'}): free some space and run the same command again"
-    if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
-        return f"{error.filename} cannot be written or read with your permissions: change them or choose another folder"
-    return None
-
-
 @cache
 def _known(stage: str) -> frozenset[str]:
     """The names of a stage's own settings; within a Hydra that is initialised."""
     return frozenset(map(str, hydra.compose(stage)))
 
 
-def own(config: DictConfig, stage: str) -> dict[str, Any]:
+def preset_settings(config: DictConfig, stage: str) -> dict[str, Any]:
     """A stage's settings of a composed preset (conf/experiment), resolved.
 
     A preset speaks to several stages: of a setting written `name: {harvest: ..., train: ...}` a stage takes its own
@@ -64,7 +55,7 @@ def own(config: DictConfig, stage: str) -> dict[str, Any]:
         value = config[name]
         if name not in _known(stage):
             if not any(name in _known(other) for other in STAGES):
-                raise UserError(f"the preset sets {name}, which no stage has: mend it in conf/experiment")
+                raise UserError(f"the preset sets {name}, which no stage has: fix it in conf/experiment")
             continue
         parted = isinstance(value, DictConfig) and value.keys() <= set(STAGES)
         if parted and stage not in value:
@@ -74,43 +65,67 @@ def own(config: DictConfig, stage: str) -> dict[str, Any]:
     return found
 
 
-def settings_of(config: DictConfig, stage: str) -> dict[str, Any]:
+def stage_settings(config: DictConfig, stage: str) -> dict[str, Any]:
     """A stage's settings, resolved; of a preset, where one is asked for, what is of this stage."""
     if HydraConfig.initialized() and "experiment" in HydraConfig.get().runtime.choices:
-        return own(config, stage)
+        return preset_settings(config, stage)
     settings = OmegaConf.to_container(config, resolve=True)
     assert isinstance(settings, dict)
     return {str(name): value for name, value in settings.items()}
 
 
-_failed = False  # whether an error has been told that the process is to end with
+_FULL_ERROR = "HYDRA_FULL_ERROR"  # set to 1, Hydra raises errors that it would else print itself
+_failed = False  # whether an error was printed that the process is to end with
 
 
-def attempt(act: Callable[[], None]) -> None:
-    """Do `act`; what a user can mend is told in one sentence, and the process will end with exit code 1."""
+def guarded(act: Callable[[], None]) -> None:
+    """Do `act`; what a user can fix is printed in one sentence, and the process will end with exit code 1."""
     global _failed
     try:
         act()
     except Exception as error:
-        told = sentence(error)
-        if told is None:
+        sentence = to_sentence(error)
+        if sentence is None:
             raise
-        print(f"error: {told}", file=sys.stderr)
+        print(f"error: {sentence}", file=sys.stderr)
         _failed = True
+
+
+def _end_if_failed() -> None:
+    if _failed:
+        raise SystemExit(1)
 
 
 def run(main: Callable[[DictConfig], None], config_name: str) -> None:
     """Run a stage's `main` under Hydra with `conf/<config_name>.yaml` and the command line's overrides."""
     keep_freed_memory()
-    attempt(lambda: refuse_credentials(" ".join(sys.argv[1:])))  # before Hydra writes them down
-    if _failed:
-        raise SystemExit(1)
+    guarded(lambda: refuse_credentials(" ".join(sys.argv[1:])))  # before Hydra writes them down
+    _end_if_failed()
 
     def job(config: DictConfig) -> None:
-        attempt(lambda: main(config))
-        if _failed:
-            raise SystemExit(1)
+        raising = os.environ.pop(_FULL_ERROR, None)  # not for processes that the stage starts
+        guarded(lambda: main(config))
+        if raising is not None:
+            os.environ[_FULL_ERROR] = raising
+        _end_if_failed()
 
-    hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(job)()
-    if _failed:
-        raise SystemExit(1)
+    under_hydra = hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(job)
+    guarded(lambda: _without_hydra_s_report(under_hydra))
+    _end_if_failed()
+
+
+def _without_hydra_s_report(act: Callable[[], None]) -> None:
+    """Let errors out that Hydra would print with a traceback: of its output folder, say, which cannot be made."""
+    if _FULL_ERROR in os.environ:  # a user's own wish
+        act()
+        return
+    os.environ[_FULL_ERROR] = "1"
+    try:
+        act()
+    except CompactHydraException as error:  # an override that is no such thing; its message says what to do
+        cause = error.__cause__
+        more = f"\n{cause}" if isinstance(cause, OmegaConfBaseException) else ""
+        print(f"error: {error}{more}", file=sys.stderr)
+        raise SystemExit(1) from None
+    finally:
+        os.environ.pop(_FULL_ERROR, None)

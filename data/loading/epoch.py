@@ -15,7 +15,8 @@ from jaxtyping import Int64, Real
 from numpy.typing import NDArray
 from torch import Tensor
 
-from data.loading.order import Ints, Pool, Runs, pool_runs
+from data.base.seeded import Ints
+from data.loading.order import Pool, Runs, pool_runs
 from data.loading.reader import Reader, scatter
 
 _AHEAD = 2  # batches drawn before they are asked for

@@ -12,9 +12,10 @@ from jaxtyping import Real
 from torch import Tensor
 
 from data.base.errors import UserError
+from data.base.seeded import Ints
 from data.loading import order
 from data.loading.epoch import EpochSlice, from_resident, load_all, prefetch, stream_to_cpu, stream_to_device
-from data.loading.order import RUN, Ints
+from data.loading.order import RUN
 from data.loading.reader import Reader
 
 

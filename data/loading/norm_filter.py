@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Float64
 from numpy.typing import NDArray
 
-from data.loading.order import Ints, seeded_permutation
+from data.base.seeded import Ints, seeded_permutation
 from data.loading.reader import Reader
 from data.store.stats import Stats
 

@@ -10,36 +10,14 @@ chunk.
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from data.base.errors import UserError
-
-Ints = NDArray[np.int64]
+from data.base.seeded import Ints, seeded_permutation, seeded_words
 
 RUN = 16  # rows copied as one block; at most this, less at a chunk's ends
-
-
-def _words(n: int, *key: int | str) -> NDArray[np.uint64]:
-    """Random words that depend on `key` alone: bit generators are stable between numpy versions."""
-    entropy = int.from_bytes(hashlib.sha256(repr(key).encode()).digest(), "little")
-    words: NDArray[np.uint64] = np.random.PCG64(entropy).random_raw(n)
-    return words
-
-
-def seeded_permutation(n: int, *key: int | str) -> Ints:
-    """A permutation of 0..n-1 that depends on `key` alone, on any machine and numpy version.
-
-    Sorts random 64-bit words whose low bits carry the index, so that no two are equal; `Generator.permutation` is not
-    promised to stay as it is.
-    """
-    bits = np.uint64(max(n - 1, 1).bit_length())
-    words = _words(n, *key)
-    words = np.sort((words >> bits << bits) | np.arange(n, dtype=np.uint64))
-    return (words & ((np.uint64(1) << bits) - np.uint64(1))).astype(np.int64)
 
 
 @dataclass(frozen=True)
@@ -129,7 +107,7 @@ def pool_runs(pool: Pool, *, seed: int, epoch: int, rank: int, shuffle: bool = T
     if not shuffle:
         return Runs(chunks, pool.starts, rows)
     most = int((rows // RUN + 2).sum())
-    words = _words(len(rows) + 2 * most, "pool", seed, epoch, rank, pool.index)
+    words = seeded_words(len(rows) + 2 * most, "pool", seed, epoch, rank, pool.index)
     offsets = (words[: len(rows)] % np.uint64(RUN)).astype(np.int64)
     counts = -(-(rows + offsets) // RUN)
     of = np.repeat(chunks, counts)

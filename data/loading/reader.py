@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from data.base.errors import UserError
-from data.loading.order import Ints
+from data.base.files import open_plain
+from data.base.seeded import Ints
+from data.loading.checksums import ChunkChecks
 from data.store.commit import Chunk
 from data.store.store import Store
 
@@ -59,7 +60,8 @@ class Reader(Protocol):
     def read(self, chunk: int, out: NDArray[Any], start: int = 0) -> None:
         """Fill `out` with the chunk's valid rows from `start` on, as many as there are and fit.
 
-        A UserError names a chunk file that is missing or of another length than was committed.
+        A UserError names a chunk file that is missing or not as it was committed. Its checksum is compared when this
+        process reads it for the first time (`data.loading.checksums`).
         """
         ...
 
@@ -68,7 +70,9 @@ class _CommittedReader:
     """What both readers know from the commit records alone."""
 
     def __init__(self, store: Store, split: str, site: str) -> None:
+        store.refuse_missing_records(split, site)
         self.store, self.split, self.site = store, split, site
+        self.checks = ChunkChecks(store, split, site)
         self.row_shape = store.row_shape(split, site)
         self.width = int(np.prod(self.row_shape))
         self.dtype = store.rows_of(site).dtype
@@ -76,6 +80,7 @@ class _CommittedReader:
         self.chunks: list[Chunk] = []  # the file that each chunk is in
         self.numbers: list[int] = []  # of each chunk in the array
         self.within: list[int] = []  # and in its file
+        self.units: list[int] = []  # that each chunk belongs to
         sizes: list[int] = []
         layout = store.layout
         for unit, commit in store.committed(split, site).items():
@@ -85,6 +90,7 @@ class _CommittedReader:
                 self.chunks += [file] * len(rows)
                 self.numbers += range(first, first + len(rows))
                 self.within += range(len(rows))
+                self.units += [unit] * len(rows)
                 sizes += rows
         self.sizes = np.array(sizes, np.int64)
         self.bytes_read, self._counting = 0, Lock()
@@ -99,11 +105,23 @@ class _CommittedReader:
         assert 0 <= start <= self.sizes[chunk], (chunk, start)
         return out[: int(self.sizes[chunk]) - start]
 
-    def _wrong(self, record: Chunk, what: str) -> UserError:
-        return UserError(
-            f"{self.store.path / record.key} {what}: delete commits/{self.split}/*.{self.site}.json of its unit and "
-            "harvest again"
-        )
+    def _offset(self, chunk: int, start: int) -> int:
+        """The byte of its file at which a chunk's row `start` begins, where no codec is used."""
+        row = self.within[chunk] * self.store.layout.chunk_rows + start
+        return row * self.width * self.dtype.itemsize
+
+    def _must_compare(self, chunk: int, offset: int, nbytes: int) -> bool:
+        """Whether the bytes of a read are to be compared: it is the first of its file, and takes all of it.
+
+        The first read of a part has its file read, whole, for the check.
+        """
+        record = self.chunks[chunk]
+        if self.checks.is_done(record):
+            return False
+        if offset == 0 and nbytes == record.bytes:
+            return True
+        self.checks.read_and_compare(record, self.units[chunk])
+        return False
 
 
 def _missing(file: int, outs: Sequence[NDArray[Any]], at: int) -> int:
@@ -139,23 +157,25 @@ class DirectReader(_CommittedReader):
 
     def scatter(self, chunk: int, outs: Sequence[NDArray[Any]], start: int) -> None:
         """Fill `outs` one after another with the chunk's rows from `start` on, which must be enough."""
-        record = self.chunks[chunk]
+        record, unit = self.chunks[chunk], self.units[chunk]
+        at = self._offset(chunk, start)
+        compare = self._must_compare(chunk, at, sum(out.nbytes for out in outs))
         try:
-            file = os.open(self._folder / record.key, os.O_RDONLY)
+            file = open_plain(self._folder / record.key)
         except FileNotFoundError:
-            raise self._wrong(record, "is missing") from None
+            raise self.checks.wrong(record, unit, "is missing") from None
         try:
             length = os.fstat(file).st_size
             if length == record.bytes:
-                at = (self.within[chunk] * self.store.layout.chunk_rows + start) * self.width * self.dtype.itemsize
                 for first in range(0, len(outs), _MOST_PARTS):
                     parts = outs[first : first + _MOST_PARTS]
                     length -= _missing(file, parts, at)
                     at += sum(part.nbytes for part in parts)
         finally:
             os.close(file)
-        if length != record.bytes:
-            raise self._wrong(record, f"has {length} bytes where {record.bytes} were committed")
+        self.checks.refuse_length(record, unit, length)
+        if compare:
+            self.checks.compare(record, unit, outs)
         self._count(outs)
 
 
@@ -163,16 +183,18 @@ class RangeReader(_CommittedReader):
     """Reads chunks into place, each by one request to wherever a store lies; without a codec, as `DirectReader`."""
 
     def read(self, chunk: int, out: NDArray[Any], start: int = 0) -> None:
-        part, record = self._part(chunk, out, start), self.chunks[chunk]
+        part, record, unit = self._part(chunk, out, start), self.chunks[chunk], self.units[chunk]
         assert part.flags.c_contiguous
-        at = (self.within[chunk] * self.store.layout.chunk_rows + start) * self.width * self.dtype.itemsize
+        at = self._offset(chunk, start)
+        compare = self._must_compare(chunk, at, part.nbytes)
         into = memoryview(part.reshape(-1).view(np.uint8).data)
         try:
-            length = self.store.place.read_into(record.key, at, into)
+            length = self.store.storage.read_into(record.key, at, into)
         except FileNotFoundError:
-            raise self._wrong(record, "is missing") from None
-        if length != record.bytes:
-            raise self._wrong(record, f"has {length} bytes where {record.bytes} were committed")
+            raise self.checks.wrong(record, unit, "is missing") from None
+        self.checks.refuse_length(record, unit, length)
+        if compare:
+            self.checks.compare(record, unit, [part])
         self._count([part])
 
 
@@ -185,22 +207,23 @@ class ZarrReader(_CommittedReader):
 
         import data.store.zarr_bfloat16  # noqa: F401  registers the type
 
-        self._array = zarr.open_array(**store.place.zarr(f"{split}/{site}"), mode="r")
+        self._array = zarr.open_array(**store.storage.zarr(f"{split}/{site}"), mode="r")
 
     def read(self, chunk: int, out: NDArray[Any], start: int = 0) -> None:
         from zarr.core.buffer.cpu import NDBuffer
 
-        part, record = self._part(chunk, out, start), self.chunks[chunk]
-        length = self.store.place.size(record.key)
+        part, record, unit = self._part(chunk, out, start), self.chunks[chunk], self.units[chunk]
+        length = self.store.storage.size(record.key)
         if length is None:  # zarr would give zeros
-            raise self._wrong(record, "is missing")
-        if length != record.bytes:
-            raise self._wrong(record, f"has {length} bytes where {record.bytes} were committed")
+            raise self.checks.wrong(record, unit, "is missing")
+        self.checks.refuse_length(record, unit, length)
+        if not self.checks.is_done(record):
+            self.checks.read_and_compare(record, unit)
         first = self.numbers[chunk] * self.store.layout.chunk_rows + start
         try:
             self._array.get_basic_selection(slice(first, first + len(part)), out=NDBuffer.from_numpy_array(part))
         except (RuntimeError, ValueError):  # of codecs and of a shard's index
-            raise self._wrong(record, "is damaged") from None
+            raise self.checks.wrong(record, unit, "cannot be decoded") from None
         self._count([part])
 
 

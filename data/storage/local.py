@@ -1,214 +1,90 @@
-"""Where the files of a store lie: a folder, or a prefix of an object store, with the same few operations on both.
-
-A location is a Path or a Url; a place holds the files below one, each by its key, the path below it with `/`. In a
-folder (here) one process at a time changes what a store holds, under a lock that the kernel keeps, and what is there
-lasts through a power failure. In an object store (`data.storage.object_store`) puts that hold only while nothing
-changed do that.
-"""
+"""A folder of a file system as the storage of a store: changes under one lock, each lasting through a power failure."""
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import io
 import os
-import re
 import shutil
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from data.base.errors import UserError
+from data.base.files import fsync, naming, open_plain, whole_file, write_atomic, write_atomic_shared
 from data.base.lock import alone
-from data.storage.file_leases import FileLeases
-from data.store.commit import fsync, put, put_first, whole_file
-from data.store.manifest import Json
-
-SCHEMES = ("s3", "memory")
-_URL = re.compile(r"([a-z][a-z0-9+.-]*)://([^/]*)/*(.*)", re.IGNORECASE)
+from data.storage.base import LEASES_FOLDER
+from data.storage.leases import UnitLeases
 
 
-@dataclass(frozen=True, order=True)
-class Url:
-    """`s3://bucket/prefix`, or `memory://name/prefix` within this process; joined and named as a Path is."""
-
-    scheme: str
-    bucket: str
-    key: str = ""  # without / at either end
-
-    def __str__(self) -> str:
-        return f"{self.scheme}://{self.bucket}" + (f"/{self.key}" if self.key else "")
-
-    def __truediv__(self, below: str) -> Url:
-        return Url(self.scheme, self.bucket, f"{self.key}/{below}" if self.key else below)
-
-    @property
-    def name(self) -> str:
-        return self.key.rpartition("/")[2] or self.bucket
-
-    @property
-    def parent(self) -> Url:
-        return Url(self.scheme, self.bucket, self.key.rpartition("/")[0])
+def _tag(data: bytes, status: os.stat_result) -> str:
+    """Changes with the content and with the time of change, which processes of an older version set as heartbeat."""
+    return f"{status.st_mtime_ns}.{hashlib.sha256(data).hexdigest()[:16]}"
 
 
-Location = Path | Url
-
-
-def refuse_credentials(text: str) -> None:
-    """UserError, which does not repeat it, for a URL in `text` with what must not be written down."""
-    if re.search(r"\w://[^/\s]*@", text) or re.search(r"\b(s3|memory)://\S*[?#]", text):
-        raise UserError(
-            "a URL is given as s3://bucket/prefix and nothing more: take the credentials or parameters out of it and "
-            "set them in the environment, as AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
-        )
-
-
-def parse_location(text: str | Location) -> Location:
-    """What a setting such as `cache` names; UserError for a URL of another kind or one with credentials in it."""
-    found = None if isinstance(text, Path | Url) else _URL.fullmatch(str(text))
-    if found is None:
-        return text if isinstance(text, Url) else Path(text)
-    refuse_credentials(str(text))
-    if found[1] not in SCHEMES or not found[2]:
-        kinds = " or ".join(f"{scheme}://bucket/prefix" for scheme in SCHEMES)
-        raise UserError(f"{text} is no place for a store: name a folder, or give {kinds}")
-    return Url(found[1], found[2], "/".join(part for part in found[3].split("/") if part))
-
-
-class LeaseProtocol(Protocol):
-    """Which process works on which unit, and where its chunks wait for their commit: `file_leases`, `object_leases`."""
-
-    def take(self, split: str, unit: int, names: Sequence[str], made_by: Json) -> AbstractContextManager[bool]: ...
-    def stage(self, split: str, unit: int, site: str) -> Any: ...
-    def unstage(self, stage: Any) -> None: ...
-    def owners(self) -> list[Json]: ...
-    def sweep(self, is_committed: Callable[[str, int, str], bool]) -> None: ...
-    def any(self) -> bool: ...
-
-
-class Storage(Protocol):
-    """The files below a location. What reads raises FileNotFoundError where there is none, unless it says otherwise."""
-
-    @property
-    def path(self) -> Location: ...
-
-    @property
-    def claims(self) -> LeaseProtocol: ...
-
-    def read(self, key: str) -> bytes: ...
-
-    def read_into(self, key: str, start: int, out: memoryview) -> int:
-        """Fill `out` from byte `start` on as far as the file goes; returns its length, or less if it was cut short."""
-        ...
-
-    def reads(self, keys: Sequence[str]) -> Iterator[bytes | None]:
-        """The content of many files, in their order; None for one that is not there."""
-        ...
-
-    def size(self, key: str) -> int | None:
-        """None where there is no such file."""
-        ...
-
-    def names(self, folder: str) -> list[str]:
-        """The names of the files in a folder, sorted; none where it does not exist."""
-        ...
-
-    def folders(self) -> list[str]:
-        """The names of the folders right below, sorted; none where there is nothing."""
-        ...
-
-    def sizes(self) -> dict[str, int]:
-        """{key: bytes} of every file; links count as themselves."""
-        ...
-
-    def seconds_since_write(self) -> float:
-        """Seconds since anything below was written."""
-        ...
-
-    def create(self, key: str, data: bytes) -> None:
-        """Write a file that others may be writing at the same time with the same bytes."""
-        ...
-
-    def update(self, key: str, change: Callable[[bytes | None], bytes]) -> None:
-        """Replace a file by what `change` makes of its content (None: not there), which no other changes meanwhile."""
-        ...
-
-    def put_staged(self, stage: Any, name: str, pieces: Iterable[bytes]) -> None:
-        """Write a file, piece after piece, that a `commit_staged` will bring to its place."""
-        ...
-
-    def commit_staged(self, stage: Any, keys: Sequence[str], record: str, data: bytes) -> bytes:
-        """Bring what is staged to its `keys`, then write the record, unless there is one; returns the one that stands.
-
-        FileNotFoundError: another process took what was staged for a dead one's.
-        """
-        ...
-
-    def remove(self, keys: Collection[str]) -> None:
-        """Remove files; one that is gone already is none the worse."""
-        ...
-
-    def remove_all(self) -> None:
-        """Remove a store, first what says that it is whole: broken off in between, an unfinished store is left."""
-        ...
-
-    def zarr(self, key: str) -> dict[str, Any]:
-        """The arguments by which zarr opens the array at `key`."""
-        ...
-
-
-def open_storage(location: Location) -> Storage:
-    """The files below a location; UserError where an object store is named and cannot be used."""
-    if isinstance(location, Path):
-        return LocalStorage(location)
-    from data.storage.object_store import ObjectStorage
-
-    return ObjectStorage(location)
+def _is(entry: os.DirEntry[str], wanted: Callable[[os.DirEntry[str]], bool]) -> bool:
+    try:
+        return wanted(entry)
+    except OSError:  # a link that leads back to itself is neither a file nor a folder
+        return False
 
 
 class LocalStorage:
     """A folder of a file system."""
 
+    stages_are_private = True  # a stage is brought to its place by a rename, which only its writer does
+
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.claims = FileLeases(path / "claims", self._alone)
+        self.leases = UnitLeases(self)
 
     def _alone(self) -> AbstractContextManager[None]:
         """Be the only one to change what the store holds, for a moment; not to be entered twice."""
         return alone(self.path / "manifest.json")
 
+    def _open(self, key: str) -> io.FileIO:
+        """Open a file to read; an OSError where something else is in its place, which reading would wait for."""
+        return os.fdopen(open_plain(self.path / key), "rb", buffering=0)
+
     def read(self, key: str) -> bytes:
-        return (self.path / key).read_bytes()
+        with self._open(key) as file, naming(self.path / key):
+            return file.read()
 
     def read_into(self, key: str, start: int, out: memoryview) -> int:
-        with open(self.path / key, "rb", buffering=0) as file:
+        with self._open(key) as file, naming(self.path / key):
             length = file.seek(0, os.SEEK_END)
             file.seek(start)
             while out and (got := file.readinto(out)):
                 out, start = out[got:], start + got
         return min(length, start) if out else length
 
-    def reads(self, keys: Sequence[str]) -> Iterator[bytes | None]:
+    def read_many(self, keys: Sequence[str]) -> Iterator[bytes | OSError]:
         for key in keys:
             try:
-                yield self.read(key)
-            except FileNotFoundError:
-                yield None
+                content: bytes | OSError = self.read(key)
+            except OSError as error:
+                content = error
+            yield content
 
     def size(self, key: str) -> int | None:
         path = self.path / key
         return path.stat().st_size if path.is_file() else None
 
-    def names(self, folder: str) -> list[str]:
+    def list_files(self, folder: str) -> list[str]:
         return self._entries(folder, os.DirEntry.is_file)
 
     def folders(self) -> list[str]:
         return self._entries("", os.DirEntry.is_dir)
 
+    def entries(self, folder: str) -> list[str]:
+        return self._entries(folder, lambda entry: True)
+
     def _entries(self, folder: str, wanted: Callable[[os.DirEntry[str]], bool]) -> list[str]:
         try:
             with os.scandir(self.path / folder) as entries:
-                return sorted(entry.name for entry in entries if wanted(entry))
+                return sorted(entry.name for entry in entries if _is(entry, wanted))
         except (FileNotFoundError, NotADirectoryError):
             return []
 
@@ -217,7 +93,8 @@ class LocalStorage:
         for at, _, names in os.walk(self.path):
             for name in names:
                 path = os.path.join(at, name)
-                found[os.path.relpath(path, self.path)] = os.lstat(path).st_size
+                with contextlib.suppress(FileNotFoundError):  # removed by another process since it was listed
+                    found[os.path.relpath(path, self.path)] = os.lstat(path).st_size
         return found
 
     def seconds_since_write(self) -> float:
@@ -226,20 +103,95 @@ class LocalStorage:
     def create(self, key: str, data: bytes) -> None:
         path = self.path / key
         path.parent.mkdir(parents=True, exist_ok=True)
-        put_first(path, data)
+        write_atomic_shared(path, data)
         fsync(path.parent.parent)
 
     def update(self, key: str, change: Callable[[bytes | None], bytes]) -> None:
         path = self.path / key
         with self._alone():
             old = path.read_bytes() if path.exists() else None
-            if (new := change(old)) == old:
+            new = change(old)
+            if new == old:
                 return
             made = [folder.parent for folder in path.parents if not folder.exists()]
             path.parent.mkdir(parents=True, exist_ok=True)
-            put(path, new)
+            write_atomic(path, new)
             for folder in made:
                 fsync(folder)
+
+    # What leases are made of. None of it has to last through a power failure, after which every owner is dead.
+
+    def look(self, key: str) -> tuple[bytes, str]:
+        with self._open(key) as file:
+            data = file.read()
+            return data, _tag(data, os.fstat(file.fileno()))
+
+    def put_if(self, key: str, data: bytes, tag: str | None) -> str | None:
+        path = self.path / key
+        with self._alone():
+            if self._tag_of(key) != tag:
+                return None
+            if tag is None:
+                return self._make(path, data)
+            temporary = path.with_name(f".{path.name}.tmp")
+            with naming(temporary):
+                temporary.write_bytes(data)
+            os.replace(temporary, path)
+            return self._tag_of(key)
+
+    def _tag_of(self, key: str) -> str | None:
+        try:
+            return self.look(key)[1]
+        except FileNotFoundError:
+            return None
+
+    def _make(self, path: Path, data: bytes) -> str | None:
+        """Create a file; None where there is one, made on a file system whose locks do not reach it."""
+        path.parent.mkdir(exist_ok=True)
+        try:
+            file = path.open("xb", buffering=0)
+        except FileExistsError:
+            return None
+        with file:
+            try:
+                with naming(path):
+                    file.write(data)
+                    return _tag(data, os.fstat(file.fileno()))
+            except BaseException:
+                path.unlink(missing_ok=True)
+                self._remove_if_empty(path.parent)
+                raise
+
+    def delete_if(self, key: str, tag: str) -> None:
+        path = self.path / key
+        with self._alone():
+            if self._tag_of(key) == tag:
+                path.unlink()
+                self._remove_if_empty(path.parent)
+
+    def make_stage(self, stage: Path) -> None:
+        stage.mkdir(parents=True)
+
+    def discard(self, stage: Path) -> None:
+        shutil.rmtree(stage, ignore_errors=True)
+        self._remove_if_empty(stage.parent)
+
+    def discard_entries(self, names: Collection[str]) -> None:
+        if not names:
+            return
+        folder = self.path / LEASES_FOLDER
+        with self._alone():  # not while its writer brings a stage to its place
+            for name in names:
+                if (folder / name).is_dir():
+                    shutil.rmtree(folder / name, ignore_errors=True)
+                else:
+                    (folder / name).unlink(missing_ok=True)
+            self._remove_if_empty(folder)
+
+    @staticmethod
+    def _remove_if_empty(folder: Path) -> None:
+        with contextlib.suppress(OSError):
+            folder.rmdir()
 
     def put_staged(self, stage: Path, name: str, pieces: Iterable[bytes]) -> None:
         with whole_file(stage / name) as file:
@@ -257,7 +209,7 @@ class LocalStorage:
             for folder in {place.parent for place in places}:
                 fsync(folder)
             path.parent.mkdir(parents=True, exist_ok=True)
-            put(path, data)
+            write_atomic(path, data)
         return data
 
     def remove(self, keys: Collection[str]) -> None:

@@ -1,4 +1,4 @@
-"""A prefix of an object store as a place for stores, through obstore: S3 and what speaks like it, or memory.
+"""A prefix of an object store as the storage of a store, through obstore: S3 and what speaks like it, or memory.
 
 Nothing can be locked or renamed here; puts that hold only while nothing else changed the object take that place. A unit
 comes to its place so that writers that were paused, killed or taken for dead can do no harm at any later time:
@@ -28,8 +28,9 @@ from itertools import islice
 from typing import Any
 
 from data.base.errors import UserError
-from data.storage.local import Url
-from data.storage.object_leases import ObjectLeases
+from data.base.location import Url
+from data.storage.base import LEASES_FOLDER
+from data.storage.leases import UnitLeases
 
 AT_ONCE = 8  # requests
 _RETRY = {
@@ -107,10 +108,12 @@ def _name(key: str) -> str:
 class ObjectStorage:
     """What lies below a URL."""
 
+    stages_are_private = False  # whoever finds them settled on copies them
+
     def __init__(self, path: Url) -> None:
         self.path = path
         self._store = _opened(path.scheme, path.bucket)
-        self.claims = ObjectLeases(self)
+        self.leases = UnitLeases(self)
         self._offered: set[Url] = set()
         self._uploads: dict[Url, list[Future[str | None]]] = {}
 
@@ -150,12 +153,12 @@ class ObjectStorage:
             raise FileNotFoundError(2, "No such object", str(self.path / key))
         return size
 
-    def reads(self, keys: Sequence[str]) -> Iterator[bytes | None]:
-        def read(key: str) -> bytes | None:
+    def read_many(self, keys: Sequence[str]) -> Iterator[bytes | OSError]:
+        def read(key: str) -> bytes | OSError:
             try:
                 return self.read(key)
-            except FileNotFoundError:
-                return None
+            except FileNotFoundError as error:
+                return error
 
         with ThreadPoolExecutor(AT_ONCE) as threads:
             left = iter(keys)
@@ -177,7 +180,7 @@ class ObjectStorage:
         except FileNotFoundError:
             return None
 
-    def names(self, folder: str) -> list[str]:
+    def list_files(self, folder: str) -> list[str]:
         return sorted(key for key in self.below(folder) if "/" not in key)
 
     def folders(self) -> list[str]:
@@ -226,7 +229,27 @@ class ObjectStorage:
                 return None
             raise
 
-    def first(self, key: str, data: bytes) -> bytes:
+    def put_if(self, key: str, data: bytes, tag: str | None) -> str | None:
+        return self.put(key, data, tag, new=tag is None)
+
+    def delete_if(self, key: str, tag: str) -> None:
+        # No store of objects removes on a condition: one that changes in this moment is lost, and made again.
+        with contextlib.suppress(FileNotFoundError):
+            if self.look(key)[1] == tag:
+                self.remove([key])
+
+    def entries(self, folder: str) -> list[str]:
+        return sorted({key.partition("/")[0] for key in self.below(folder)})
+
+    def make_stage(self, stage: Url) -> None:
+        """A prefix is there as soon as an object has it."""
+
+    def discard_entries(self, names: Collection[str]) -> None:
+        if names:
+            keys = self.below(LEASES_FOLDER)
+            self.remove([f"{LEASES_FOLDER}/{key}" for key in keys if key.partition("/")[0] in names])
+
+    def put_if_absent(self, key: str, data: bytes) -> bytes:
         """Put an object where there is none; returns the content of the one that stands."""
         while True:
             if self.put(key, data, new=True) is not None:
@@ -236,7 +259,7 @@ class ObjectStorage:
 
     def create(self, key: str, data: bytes) -> None:
         """Also makes sure that the store minds conditions, on which all else hangs."""
-        self.first(key, data)
+        self.put_if_absent(key, data)
         if self.put(key, data, new=True) is not None:
             raise UserError(
                 f"{self.path} ignores the condition If-None-Match of a put, so writers would harm each other there: "
@@ -271,9 +294,10 @@ class ObjectStorage:
         self._offered.add(stage)  # from here on others may do what it says
         settled = f"{self._below(stage).rpartition('.')[0]}.settled"
         plan = json.dumps({"stage": stage.name, "keys": [*keys], "record": data.decode()})
-        chosen = json.loads(self.first(settled, plan.encode()))
+        chosen = json.loads(self.put_if_absent(settled, plan.encode()))
         standing = self._get(record) or self._bring(chosen, record)
-        staged = {f"claims/{at}/{_name(key)}": None for at in (chosen["stage"], stage.name) for key in chosen["keys"]}
+        stages = dict.fromkeys((chosen["stage"], stage.name))
+        staged = [f"{LEASES_FOLDER}/{at}/{_name(key)}" for at in stages for key in chosen["keys"]]
         self.remove([settled, *staged])
         return standing
 
@@ -288,7 +312,7 @@ class ObjectStorage:
         import obstore
 
         def copy(key: str) -> None:
-            source = f"claims/{chosen['stage']}/{_name(key)}"
+            source = f"{LEASES_FOLDER}/{chosen['stage']}/{_name(key)}"
             with _asking(self.path / source):
                 obstore.copy(self._store, self._key(source), self._key(key))
 
@@ -299,12 +323,13 @@ class ObjectStorage:
             if (standing := self._get(record)) is not None:  # another was here, and has removed them
                 return standing
             raise UserError(
-                f"{error.filename} was removed by hand: remove all of {self.path}/claims and run the same command again"
+                f"{error.filename} was removed by hand: remove all of {self.path}/{LEASES_FOLDER} and run the same "
+                "command again"
             ) from None
-        return self.first(record, chosen["record"].encode())
+        return self.put_if_absent(record, chosen["record"].encode())
 
     def discard(self, stage: Url) -> None:
-        """Remove what was staged, unless it may be committed yet: by `commit_staged`, or `ObjectLeases.sweep`."""
+        """Remove what was staged, unless it may be committed yet: by `commit_staged`, or `UnitLeases.sweep`."""
         for upload in self._uploads.pop(stage, []):
             with contextlib.suppress(Exception):  # why the write ended, or will be told of by the next request
                 upload.result()
@@ -312,7 +337,7 @@ class ObjectStorage:
             self._offered.remove(stage)
         else:
             folder = self._below(stage)
-            self.remove([f"{folder}/{name}" for name in self.names(folder)])
+            self.remove([f"{folder}/{name}" for name in self.list_files(folder)])
 
     def remove(self, keys: Collection[str]) -> None:
         import obstore

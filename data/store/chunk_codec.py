@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data.store.manifest import Json, Layout
+from data.base.records import Json
+from data.store.layout import Layout
 
 # Level 1 of zstd takes bfloat16 activations as far as level 9, at ten times its speed; of blosc's, lz4 over bit planes
 # is the fastest both ways and no larger than zstd: benchmarks/encoding.py.
@@ -21,6 +22,7 @@ _ZSTD = {"level": 1, "checksum": False}
 _BLOSC = {"cname": "lz4", "clevel": 5, "shuffle": "bitshuffle", "blocksize": 0}
 _INDEX_CODECS: list[Json] = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]
 _ABSENT = 2**64 - 1
+_INDEX_ENTRY_BYTES, _CRC_BYTES = 16, 4  # of a shard's index: an offset and a length a chunk, then its crc32c
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,14 @@ class ChunkCodec:
     def chunk_bytes(self) -> int:
         """Of a chunk without its codec."""
         return self.layout.chunk_rows * self.row_bytes
+
+    def file_bytes(self, rows: int) -> int | None:
+        """The length of a file of so many valid rows; None where only a compressor knows it."""
+        if self.layout.codec is not None:
+            return None
+        chunks = len(self.layout.chunks(rows)) * self.chunk_bytes
+        index = _INDEX_ENTRY_BYTES * self.layout.chunks_per_unit + _CRC_BYTES if self.layout.shards else 0
+        return chunks + index
 
     def metadata(self) -> Json:
         """`chunk_grid` and `codecs` of the array's zarr.json."""
@@ -62,7 +72,7 @@ class ChunkCodec:
         settings = _ZSTD if self.layout.codec == "zstd" else {"typesize": self.dtype.itemsize} | _BLOSC
         return {"name": self.layout.codec, "configuration": settings}
 
-    def pieces(self, chunks: Iterable[NDArray[Any]]) -> Iterator[bytes]:
+    def encode(self, chunks: Iterable[NDArray[Any]]) -> Iterator[bytes]:
         """The bytes of a file, one piece after another. chunks: the valid rows of each chunk."""
         index, at = np.full((self.layout.chunks_per_unit, 2), _ABSENT, "<u8"), 0
         for number, rows in enumerate(chunks):
@@ -74,8 +84,8 @@ class ChunkCodec:
         if self.layout.shards:
             yield _sealed(index)
 
-    def rows(self, content: bytes, valid: Iterable[int]) -> Iterator[NDArray[Any]]:
-        """The valid rows of each chunk of a file; a ValueError where its bytes are not what `pieces` gives."""
+    def decode(self, content: bytes, valid: Iterable[int]) -> Iterator[NDArray[Any]]:
+        """The valid rows of each chunk of a file; a ValueError where its bytes are not what `encode` gives."""
         parts = self._parts(content) if self.layout.shards else [memoryview(content)]
         for part, n in zip(parts, valid, strict=True):
             data = self._expand(part)
@@ -85,8 +95,8 @@ class ChunkCodec:
 
     def _parts(self, content: bytes) -> list[memoryview]:
         """The chunks that are in a shard, which must lie in it from its beginning on without a gap."""
-        end = len(content) - 16 * self.layout.chunks_per_unit - 4
-        index = np.frombuffer(content[max(end, 0) : -4], "<u8").reshape(-1, 2)
+        end = len(content) - _INDEX_ENTRY_BYTES * self.layout.chunks_per_unit - _CRC_BYTES
+        index = np.frombuffer(content[max(end, 0) : -_CRC_BYTES], "<u8").reshape(-1, 2)
         if end < 0 or _sealed(index) != content[end:]:
             raise ValueError("its index of chunks is damaged")
         there = index[index[:, 0] != _ABSENT].astype(np.int64)

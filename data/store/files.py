@@ -1,24 +1,28 @@
-"""What lies in a place of stores, and which files belong to a store."""
+"""What lies in a folder of stores, and which files belong to a store."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection
 from pathlib import Path
 
 from data.base.errors import UserError
-from data.storage.local import Location, open_storage
-from data.store.manifest import HELDOUT, TRAIN, Json
+from data.base.location import Location
+from data.base.records import Json
+from data.storage.open import open_storage
+from data.store.commit import RECORD
+from data.store.manifest import HELDOUT, TRAIN
 from data.store.store import Store
 
 SPLITS = (TRAIN, HELDOUT)
-RECORD = re.compile(r"(\d{6,})\.(\w[\w.-]*)\.json")
 
 
 def is_store(path: Location) -> bool:
-    """Whether a folder is a store or what is left of one."""
-    place = open_storage(path)
-    return place.size("manifest.json") is not None or "commits" in place.folders()
+    """Whether a folder is a store or what is left of one; one that cannot be looked into may be."""
+    storage = open_storage(path)
+    try:
+        return storage.size("manifest.json") is not None or "commits" in storage.folders()
+    except OSError:
+        return True
 
 
 def stores_below(path: Location) -> list[Location]:
@@ -47,7 +51,7 @@ def leftovers(names: Collection[str], keys: Collection[str]) -> list[str]:
 
 def arrays(store: Store, split: str) -> list[str]:
     """Every array of a split that has a commit record, tokens and origin among them."""
-    records = (RECORD.fullmatch(name) for name in store.place.names(f"commits/{split}"))
+    records = (RECORD.fullmatch(name) for name in store.storage.list_files(f"commits/{split}"))
     return sorted({record[2] for record in records if record})
 
 
@@ -65,12 +69,3 @@ def chunk_keys(store: Store) -> set[str]:
 def extent(store: Store) -> Json:
     """{split: {site: committed rows}}, as complete.json says it when all that was asked for is there."""
     return {split: {site: store.rows(split, site) for site in store.sites(split)} for split in SPLITS}
-
-
-def size(count: float) -> str:
-    """A number of bytes for people: `1.3 GB`."""
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:,.0f} bytes" if unit == "bytes" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} TB"

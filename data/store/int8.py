@@ -22,7 +22,8 @@ from jaxtyping import Float, Float32, Int8, Real
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from data.store.manifest import SCALE_BYTES, Json
+from data.base.records import Json
+from data.store.layout import SCALE_BYTES
 
 PILOT_ROWS = 8192  # the standard only shares out the rounding error, it biases no value
 _LARGEST = 127

@@ -1,184 +1,19 @@
-"""What a store is: its identity, the settings it was asked with, and the layout of its chunks."""
+"""What a store is: its identity, the settings it was asked with, and where they are written down."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any
 
 from data.base.errors import UserError
-
-Json = dict[str, Any]
+from data.base.records import Json, digest, seal, unseal
+from data.store.layout import Layout
 
 FORMAT = 1
 TRAIN, HELDOUT = "train", "heldout"
-ITEMSIZE = {"bfloat16": 2, "float16": 2, "float32": 4}
-MANTISSA = {"bfloat16": 7, "float16": 10, "float32": 23}  # bits
-ENCODINGS, CODECS = ("int8",), ("zstd", "blosc")
-SCALE_BYTES = 4  # a float32 at the end of an int8 row: data/store/int8.py
-
-# 6 MiB is 4,096 rows of GPT-2 small in bfloat16: smaller chunks mix better in the same memory, larger ones read faster.
-_CHUNK_BYTES = 6 << 20
-_CHUNK_ROWS_MIN = 128
-_HELD_BYTES = 10**9
-_UNITS_MIN = 32
-_CHUNKS_PER_UNIT = (8, 16, 32, 64, 128)
-
-
-def canonical(obj: object) -> str:
-    """The one JSON text of a value: sorted keys, no spaces; NaN and infinities are refused."""
-    return json.dumps(obj, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
-
-
-def _digest(obj: object) -> str:
-    return hashlib.sha256(canonical(obj).encode()).hexdigest()
-
-
-def seal(obj: Json, indent: int | None = None) -> bytes:
-    """JSON bytes of `obj` with a `check` field over all others, so that any damage to the file shows."""
-    return (json.dumps(obj | {"check": _digest(obj)}, indent=indent, ensure_ascii=False) + "\n").encode()
-
-
-def unseal(data: bytes, path: object, remedy: str) -> Json:
-    """Read what `seal` made; a UserError naming the file and the `remedy` where it is damaged."""
-    try:
-        obj = json.loads(data)
-        if isinstance(obj, dict) and obj.pop("check", None) == _digest(obj):
-            return obj
-    except ValueError:  # not JSON, or not UTF-8
-        pass
-    raise UserError(f"{path} is damaged: {remedy}")
-
-
-def seal_array(metadata: Json) -> bytes:
-    """A zarr.json that carries the same check in its attributes, beside others, where other readers let it be."""
-    rest = {key: value for key, value in metadata.items() if key != "attributes"}
-    kept = {key: value for key, value in metadata.get("attributes", {}).items() if key != "check"}
-    check = _digest(rest | {"attributes": kept} if kept else rest)
-    return json.dumps(rest | {"attributes": kept | {"check": check}}, indent=2, ensure_ascii=False).encode()
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How rows lie in chunks and chunks in units; part of the identity, what has its default left out.
-
-    dtype: of the values, before any encoding. encoding: of activations, by `data.store.int8`. bitround: mantissa bits
-    that are kept of them. codec: compresses each chunk. shards: a unit is one file.
-    """
-
-    dtype: str  # "bfloat16" | "float16" | "float32"
-    context: int  # T tokens of a context
-    chunk_rows: int
-    chunks_per_unit: int
-    mixing_seed: int
-    encoding: str | None = None  # "int8"
-    bitround: int | None = None
-    codec: str | None = None  # "zstd" | "blosc"
-    shards: bool = False
-
-    def __post_init__(self) -> None:
-        choices: dict[str, tuple[object, ...]] = {"dtype": tuple(ITEMSIZE), "shards": (False, True)}
-        for name, known in {**choices, "encoding": (None, *ENCODINGS), "codec": (None, *CODECS)}.items():
-            value = getattr(self, name)
-            if not any(type(value) is type(choice) and value == choice for choice in known):  # 1 == True
-                listed = ", ".join("null" if choice is None else str(choice).lower() for choice in known)
-                raise UserError(f"store.{name} {value!r} is unknown: choose one of {listed}")
-        if self.bitround is not None and self.encoding is not None:
-            raise UserError(
-                f"store.bitround rounds floats, and store.encoding={self.encoding} has none: set one to null"
-            )
-        if self.bitround is not None and not 1 <= self.bitround < MANTISSA[self.dtype]:
-            most = MANTISSA[self.dtype] - 1
-            raise UserError(f"store.bitround={self.bitround} must be 1 to {most} of the mantissa bits of {self.dtype}")
-        for name in ("context", "chunk_rows", "chunks_per_unit"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} must be at least 1, not {getattr(self, name)}")
-        if self.unit_rows % self.context:
-            raise UserError(
-                f"store.chunk_rows {self.chunk_rows} times store.chunks_per_unit {self.chunks_per_unit} must be "
-                f"a multiple of packing.context {self.context}: a unit holds whole contexts"
-            )
-
-    @property
-    def unit_rows(self) -> int:
-        return self.chunk_rows * self.chunks_per_unit
-
-    @property
-    def contexts_per_unit(self) -> int:
-        return self.unit_rows // self.context
-
-    @property
-    def files_per_unit(self) -> int:
-        return 1 if self.shards else self.chunks_per_unit
-
-    @property
-    def file_rows(self) -> int:
-        return self.unit_rows // self.files_per_unit
-
-    @property
-    def json(self) -> Json:
-        """Without what has its default, so that a store made before a field was thought of keeps its identity."""
-        return {f.name: value for f in fields(self) if (value := getattr(self, f.name)) is not f.default}
-
-    def row_bytes(self, width: int) -> int:
-        """Bytes of a stored row of activations, before any codec."""
-        return width + SCALE_BYTES if self.encoding == "int8" else width * ITEMSIZE[self.dtype]
-
-    def chunks(self, rows: int) -> list[int]:
-        """The valid rows of each chunk that `rows` rows from the beginning of one fill."""
-        return [min(self.chunk_rows, rows - at) for at in range(0, rows, self.chunk_rows)]
-
-    def files(self, rows: int) -> list[int]:
-        """The valid rows of each file of a unit of `rows` rows."""
-        return [min(self.file_rows, rows - at) for at in range(0, rows, self.file_rows)]
-
-
-def _unit_target(rows: int, held_bytes: int, row_bytes: int) -> int:
-    """The largest unit that leaves 32 in `rows`, holds at most 1 GB over all sites and has at most 128 chunks."""
-    held = _HELD_BYTES // held_bytes
-    return min(rows // _UNITS_MIN, held, _CHUNKS_PER_UNIT[-1] * max(1, _CHUNK_BYTES // row_bytes))
-
-
-def choose_layout(
-    *,
-    rows: int,
-    d_model: int,
-    n_sites: int,
-    context: int,
-    dtype: str,
-    mixing_seed: int,
-    chunk_rows: int | None,
-    chunks_per_unit: int | None,
-    **encoded: Any,
-) -> Layout:
-    """Fill what was not asked for (None) from the size of the run; `encoded` are the further fields of a Layout.
-
-    Units are as large as mixing wants them: a 32nd of the store, 1 GB over all sites, 128 chunks of 6 MiB, whichever is
-    least; then cut into the fewest chunks of at most 6 MiB, 8 to 128 of them, none below 128 rows.
-    """
-    sizes = {"rows": rows, "d_model": d_model, "the number of sites": n_sites, "packing.context": context}
-    sizes |= {"store.chunk_rows": chunk_rows or 1, "store.chunks_per_unit": chunks_per_unit or 1}
-    for name, value in sizes.items():
-        if value < 1:
-            raise UserError(f"{name} must be at least 1, not {value}")
-    row_bytes = Layout(dtype, 1, 1, 1, 0, **encoded).row_bytes(d_model)
-    target = _unit_target(rows, d_model * ITEMSIZE[dtype] * n_sites, row_bytes)  # held as they come
-    if chunks_per_unit is None and chunk_rows is not None:
-        step = context // math.gcd(context, chunk_rows)
-        wanted = min(max(target // chunk_rows, _CHUNKS_PER_UNIT[0]), _CHUNKS_PER_UNIT[-1])
-        chunks_per_unit = max(1, wanted // step) * step
-    elif chunks_per_unit is None:
-        fits = (n for n in _CHUNKS_PER_UNIT if target * row_bytes <= n * _CHUNK_BYTES)
-        chunks_per_unit = next(fits, _CHUNKS_PER_UNIT[-1])
-    if chunk_rows is None:
-        step = context // math.gcd(context, chunks_per_unit)
-        wanted = max(target // chunks_per_unit, _CHUNK_ROWS_MIN)
-        chunk_rows = max(1, wanted // step) * step
-    return Layout(dtype, context, chunk_rows, chunks_per_unit, mixing_seed, **encoded)
 
 
 @dataclass(frozen=True)
@@ -196,15 +31,15 @@ class Manifest:
     def __post_init__(self) -> None:
         assert re.fullmatch(r"\w[\w.-]*", self.name), f"{self.name!r} cannot name a folder"
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
-        return _digest(self.identity)
+        return digest(self.identity)
 
     @property
     def folder(self) -> str:
         return f"{self.name}-{self.fingerprint[:12]}"
 
-    @property
+    @cached_property
     def layout(self) -> Layout:
         return Layout(**self.identity["layout"])
 
@@ -218,9 +53,13 @@ class Manifest:
         obj = unseal(data, path, remedy)
         if obj.pop("format", 0) > FORMAT:
             raise UserError(f"{path} is of a newer format than this version reads ({FORMAT}): update the program")
-        fingerprint = obj.pop("fingerprint")
-        manifest = cls(**obj)
-        if manifest.fingerprint != fingerprint:
+        try:
+            fingerprint = obj.pop("fingerprint")
+            manifest = cls(**obj)
+            sound = manifest.fingerprint == fingerprint and manifest.layout is not None
+        except (TypeError, KeyError, AssertionError):  # sealed, but a file of another kind
+            sound = False
+        if not sound:
             raise UserError(f"{path} is damaged: {remedy}")
         return manifest
 
@@ -234,31 +73,9 @@ def _plain(value: Any) -> Any:
     return value if value is None or isinstance(value, str | bool | int | float) else str(value)
 
 
-def settings_of(cfg: Mapping[str, Any]) -> Json:
+def store_settings(cfg: Mapping[str, Any]) -> Json:
     """The model, text and packing of a resolved configuration, less what does not name numbers (device, `_target_`)."""
     settings: Json = {group: _plain(cfg[group]) for group in ("model", "text", "packing")}
     for name in ("device", "device_map"):
         settings["model"].pop(name, None)
     return settings
-
-
-def flatten(obj: object, prefix: str = "") -> dict[str, object]:
-    """{dotted name: value} of nested mappings."""
-    if not isinstance(obj, Mapping) or (prefix and not obj):
-        return {prefix: obj}
-    found: dict[str, object] = {}
-    for key, value in obj.items():
-        found |= flatten(value, f"{prefix}.{key}" if prefix else str(key))
-    return found
-
-
-def diff_fields(a: Json, b: Json) -> list[str]:
-    """Dotted names of the fields that differ, with both values: `packing.context: 128 here, 256 asked`."""
-    here, asked = flatten(a), flatten(b)
-
-    def show(side: dict[str, object], name: str) -> str:
-        return canonical(side[name]) if name in side else "absent"
-
-    names = sorted(here.keys() | asked.keys())
-    pairs = ((name, show(here, name), show(asked, name)) for name in names)
-    return [f"{name}: {ours} here, {theirs} asked" for name, ours, theirs in pairs if ours != theirs]

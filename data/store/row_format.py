@@ -13,8 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data.base.errors import UserError
+from data.base.records import Json
 from data.store.chunk_codec import ChunkCodec
-from data.store.manifest import SCALE_BYTES, Json, Layout
+from data.store.layout import SCALE_BYTES, Layout
 
 if TYPE_CHECKING:
     from torch import Tensor

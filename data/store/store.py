@@ -6,7 +6,7 @@
     <split>/tokens, <split>/origin           int32 [capacity], int32 [capacity, 2] (sequence, position)
     commits/<split>/<unit>.<site>.json       written last: rows, bytes and crc32c of each chunk file, statistics
     complete.json                            written when all that was asked for is committed
-    claims/                                  there only while processes write: data/storage/file_leases.py
+    claims/                                  there only while processes write: data/storage/leases.py
 
 A unit is `layout.chunks_per_unit` consecutive chunks, of which only those that hold rows are written; with shards its
 one file is what is called a chunk file here. A committed unit is never written again. Any number of processes may
@@ -16,6 +16,7 @@ once, as a folder or an object store can: data/storage/local.py.
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -26,11 +27,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data.base.errors import UserError
-from data.loading.order import Ints, seeded_permutation
-from data.storage.file_leases import LeaseLost
-from data.storage.local import Location, open_storage, parse_location
-from data.store.commit import Chunk, Commit
-from data.store.manifest import HELDOUT, TRAIN, Json, Layout, Manifest, diff_fields, seal, seal_array, unseal
+from data.base.location import Location, Url, parse_location
+from data.base.records import Json, diff_fields, seal, seal_array, unseal
+from data.base.seeded import Ints, seeded_permutation
+from data.storage.base import LeaseLost
+from data.storage.open import open_storage
+from data.store.commit import RECORD, Chunk, Commit, chunk_key, record_key, remake, unit_of
+from data.store.layout import Layout
+from data.store.manifest import HELDOUT, TRAIN, Manifest
 from data.store.row_format import INDEX_ARRAYS, RowFormat
 from data.store.stats import Stats
 
@@ -41,12 +45,22 @@ TOKENS, ORIGIN = INDEX_ARRAYS
 _SITE = re.compile(r"\w[\w.-]*")
 
 
+def read_manifest(path: Location) -> Manifest:
+    """The manifest in a folder, whatever the folder's name; a UserError where there is none or it is damaged."""
+    try:
+        return Manifest.from_json(open_storage(path).read("manifest.json"), path / "manifest.json")
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(
+            f"{path} is not a store (it has no manifest.json): give the folder of a harvested cache"
+        ) from None
+
+
 class Store:
     """One store, open."""
 
     def __init__(self, path: Location, manifest: Manifest) -> None:
-        self.path, self.manifest, self.place = path, manifest, open_storage(path)
-        self.claims = self.place.claims
+        self.path, self.manifest, self.storage = path, manifest, open_storage(path)
+        self.leases = self.storage.leases
         self._commits: dict[str, Commit] = {}  # a record never changes once it is there
         self._rows: dict[str, RowFormat] = {}  # nor does how a site's rows are encoded
 
@@ -54,12 +68,14 @@ class Store:
     def open(cls, path: Location | str) -> Store:
         """Open a folder or URL; a UserError where it is no store, its manifest is damaged or its format is newer."""
         path = parse_location(path)
-        try:
-            return cls(path, Manifest.from_json(open_storage(path).read("manifest.json"), path / "manifest.json"))
-        except (FileNotFoundError, NotADirectoryError):
+        manifest = read_manifest(path)
+        names = {path.name} if isinstance(path, Url) else {path.absolute().name, path.resolve().name}
+        if manifest.folder not in names:
             raise UserError(
-                f"{path} is not a store (it has no manifest.json): give the folder of a harvested cache"
-            ) from None
+                f"{path / 'manifest.json'} is the manifest of {manifest.folder}: give the folder that name, or restore "
+                "its own manifest from a copy"
+            )
+        return cls(path, manifest)
 
     @classmethod
     def create_or_open(cls, cache: Location, manifest: Manifest) -> Store:
@@ -72,11 +88,11 @@ class Store:
                     f"{path} has lost its manifest.json: restore it, or delete the folder and harvest again"
                 )
             place.create("manifest.json", manifest.to_json())
-        store = cls.open(path)
-        fields = diff_fields(store.manifest.identity, manifest.identity)
+        there = read_manifest(path)
+        fields = diff_fields(there.identity, manifest.identity)
         if fields:
             raise UserError(f"{path} was made otherwise ({'; '.join(fields)}): ask for the same, or use another cache")
-        return store
+        return cls(path, there)
 
     @property
     def layout(self) -> Layout:
@@ -89,7 +105,7 @@ class Store:
         """The array's zarr.json; a UserError where the store has no such site."""
         key = f"{split}/{site}/zarr.json"
         try:
-            return self._parsed(key, self.place.read(key))
+            return self._parsed(key, self.storage.read(key))
         except FileNotFoundError:
             have = ", ".join(self.sites(split)) or "none"
             raise UserError(
@@ -97,11 +113,17 @@ class Store:
             ) from None
 
     def _parsed(self, key: str, data: bytes) -> Json:
+        """Parse a zarr.json, which carries a check of its own unless another program wrote it."""
         try:
-            found: Json = json.loads(data)
-            return found
-        except ValueError:
-            raise UserError(f"{self.path / key} is damaged: delete the store and harvest again") from None
+            metadata: Json = json.loads(data)
+            checked = "check" in metadata.get("attributes", {})
+            if all(type(n) is int for n in metadata["shape"]) and not (checked and data != seal_array(metadata)):
+                return metadata
+        except (ValueError, TypeError, KeyError, AttributeError):  # not JSON, or no array's
+            pass
+        raise UserError(
+            f"{self.path / key} is damaged: restore it from a copy, or delete the store and run the same harvest again"
+        )
 
     def row_shape(self, split: str, site: str) -> tuple[int, ...]:
         """Of rows as they are stored."""
@@ -112,7 +134,7 @@ class Store:
         rows = self._rows.get(site) or RowFormat(self.layout, site, {})
         if rows.is_int8 and not rows.attributes:
             for split in (TRAIN, HELDOUT):
-                if not rows.attributes and self.place.size(f"{split}/{site}/zarr.json") is not None:
+                if not rows.attributes and self.storage.size(f"{split}/{site}/zarr.json") is not None:
                     rows = RowFormat(self.layout, site, self.metadata(split, site).get("attributes", {}))
         if rows.attributes or not rows.is_int8:
             self._rows[site] = rows
@@ -134,9 +156,9 @@ class Store:
         key, unit_rows = f"{split}/{site}/zarr.json", self.layout.unit_rows
         capacity = -(-rows_capacity // unit_rows) * unit_rows
         row_shape = self.rows_of(site).shape(width)
-        made = {} if self.place.size(key) else self.rows_of(site).zarr_files(split, (capacity, *row_shape))
+        made = {} if self.storage.size(key) else self.rows_of(site).zarr_files(split, (capacity, *row_shape))
         for group in (name for name in made if name != key):
-            self.place.update(group, lambda old, new=made[group]: old or new)  # type: ignore[misc]
+            self.storage.update(group, lambda old, new=made[group]: old or new)  # type: ignore[misc]
 
         def grown(old: bytes | None) -> bytes:
             found = self._parsed(key, old or made[key])
@@ -148,30 +170,54 @@ class Store:
                 found["attributes"] = {"encoding": encoded_by.attributes(site)}
             return seal_array(found | {"shape": [max(capacity, shape[0]), *row_shape]})
 
-        self.place.update(key, grown)
-
-    @staticmethod
-    def _record(split: str, unit: int, site: str) -> str:
-        return f"commits/{split}/{unit:06d}.{site}.json"
+        self.storage.update(key, grown)
 
     def _records(self, split: str) -> list[tuple[int, str, str]]:
         """(unit, site, key) of every commit of a split, by unit."""
-        names = (name for name in self.place.names(f"commits/{split}") if name[0].isdigit() and name.endswith(".json"))
-        parts = (name.split(".", 1) for name in names)
-        found = sorted((int(unit), rest.removesuffix(".json")) for unit, rest in parts)
-        return [(unit, site, self._record(split, unit, site)) for unit, site in found]
+        names = (RECORD.fullmatch(name) for name in self.storage.list_files(f"commits/{split}"))
+        records = sorted((int(match[1]), match[2]) for match in names if match)
+        return [(unit, site, record_key(split, unit, site)) for unit, site in records]
 
     def is_committed(self, split: str, unit: int, site: str) -> bool:
-        return self.place.size(self._record(split, unit, site)) is not None
+        return self.storage.size(record_key(split, unit, site)) is not None
 
     def committed(self, split: str, site: str) -> dict[int, Commit]:
         """The commits of a site by unit, in order; a UserError names a damaged record."""
         records = [(unit, key) for unit, name, key in self._records(split) if name == site]
         unread = [key for _, key in records if key not in self._commits]
-        for key, data in zip(unread, self.place.reads(unread), strict=True):
-            if data is not None:  # else it was removed a moment ago
-                self._commits[key] = Commit.of(data, self.path / key)
+        if unread:
+            self._read_records(split, site, unread)
         return {unit: self._commits[key] for unit, key in records if key in self._commits}
+
+    def _read_records(self, split: str, site: str, keys: Sequence[str]) -> None:
+        """Read commit records and hold each against its name, the layout and its array."""
+        capacity, *row_shape = self.metadata(split, site)["shape"]
+        kind = self.rows_of(site)
+        codec, width = kind.format(tuple(row_shape)), kind.width(tuple(row_shape))
+        for key, data in zip(keys, self.storage.read_many(keys), strict=True):
+            if isinstance(data, FileNotFoundError):  # it was removed a moment ago
+                continue
+            if isinstance(data, OSError):
+                raise data
+            commit, unit = Commit.of(data, self.path / key), unit_of(key)
+            wrong = commit.wrong_name(split, unit, site, self.layout) or commit.wrong_array(codec, width, capacity)
+            if wrong:
+                raise UserError(f"{self.path / key} {wrong}: {remake(self.path, split, unit, site)}")
+            self._commits[key] = commit
+
+    def refuse_missing_records(self, split: str, site: str) -> None:
+        """UserError where complete.json counts rows of a site whose commit records are not there."""
+        complete = self.complete or {}  # before the records: what is committed meanwhile is not in it
+        sites = complete.get(split)
+        counted = sites.get(site, 0) if isinstance(sites, dict) else 0
+        commits = self.committed(split, site)
+        rows = sum(commit.rows for commit in commits.values())
+        if isinstance(counted, int) and rows < counted:
+            first = next(unit for unit in itertools.count() if unit not in commits)
+            raise UserError(
+                f"{self.path / record_key(split, first, site)} is missing: complete.json counts {counted:,} rows of "
+                f"{split}/{site}, {rows:,} are committed; run the same harvest again, which makes the others anew"
+            )
 
     def permutation(self, split: str, unit: int, n: int) -> Ints:
         """The seeded order of a unit's `n` rows, the same for all its sites, tokens and origin."""
@@ -190,20 +236,20 @@ class Store:
         kind = self.rows_of(site)
         assert rows.dtype == kind.native and np.prod(rows.shape[1:]) == kind.width(shape[1:]), (rows.dtype, rows.shape)
         assert len(rows) <= layout.unit_rows and (unit + 1) * layout.unit_rows <= shape[0], (len(rows), unit, shape)
-        stage = self.claims.stage(split, unit, site)
+        stage = self.leases.stage(split, unit, site)
         try:
             chunks, stats = self._stage(stage, split, unit, kind, rows, order, tuple(shape[1:]))
             moments = (stats.sum.tolist(), stats.sum_sq, stats.mean_norm, stats.max_abs)
             commit = Commit(split, unit, site, len(rows), tuple(chunks), *moments, nonfinite=0, made_by=made_by)
-            record, keys = self._record(split, unit, site), [chunk.key for chunk in chunks]
-            standing = self.place.commit_staged(stage, keys, record, seal(asdict(commit)))
+            record, keys = record_key(split, unit, site), [chunk.key for chunk in chunks]
+            standing = self.storage.commit_staged(stage, keys, record, seal(asdict(commit)))
             return Commit.of(standing, self.path / record)
         except FileNotFoundError:
-            if self.place.size(f"{split}/{site}/zarr.json") is not None:
+            if self.storage.size(f"{split}/{site}/zarr.json") is not None:
                 raise LeaseLost(f"unit {unit} of {split}/{site}") from None
             raise
         finally:
-            self.claims.unstage(stage)
+            self.leases.unstage(stage)
 
     def _stage(
         self,
@@ -232,16 +278,11 @@ class Store:
 
         chunks, at = [], 0
         for number, n in enumerate(self.layout.files(len(rows)), unit * self.layout.files_per_unit):
-            key = self.key(split, kind.site, number, row_shape)
-            pieces = kind.format(row_shape).pieces(stored(at, n))
+            key = chunk_key(split, kind.site, number, row_shape)
+            pieces = kind.format(row_shape).encode(stored(at, n))
             chunks.append(Chunk(key, n, *self._write_chunk(stage, key, pieces)))
             at += n
         return chunks, Stats.merge(parts) if parts else Stats(len(rows), np.zeros(0), 0.0, 0.0, 0.0)
-
-    @staticmethod
-    def key(split: str, site: str, number: int, row_shape: tuple[int, ...]) -> str:
-        """The path, below the store, of the number-th chunk file of an array."""
-        return f"{split}/{site}/c.{number}" + ".0" * len(row_shape)
 
     def _write_chunk(self, stage: Location, key: str, pieces: Iterable[bytes]) -> tuple[int, str]:
         """Write one chunk file into `stage`; returns its bytes and their crc32c."""
@@ -255,7 +296,7 @@ class Store:
                 crc, size = google_crc32c.extend(crc, data), size + len(data)
                 yield data
 
-        self.place.put_staged(stage, key.rpartition("/")[2], counted())
+        self.storage.put_staged(stage, key.rpartition("/")[2], counted())
         return size, f"{crc:08x}"
 
     def rows(self, split: str, site: str) -> int:
@@ -268,6 +309,7 @@ class Store:
 
     def stats(self, split: str, site: str) -> Stats:
         """Statistics over all committed rows; a UserError where there are none."""
+        self.refuse_missing_records(split, site)
         parts = [commit.stats for commit in self.committed(split, site).values() if commit.rows]
         if not parts:
             raise UserError(f"{self.path} holds no rows of {site} in split {split}: harvest them first")
@@ -275,57 +317,13 @@ class Store:
 
     def mark_complete(self, extent: Callable[[], Json]) -> None:
         """Record that all of `extent()`, looked at while no other process does the same, is committed."""
-        self.place.update("complete.json", lambda _: seal(extent()))
+        self.storage.update("complete.json", lambda _: seal(extent()))
 
     @property
     def complete(self) -> Json | None:
         """The extent last marked complete, or None."""
         try:
-            data = self.place.read("complete.json")
+            data = self.storage.read("complete.json")
         except FileNotFoundError:
             return None
         return unseal(data, self.path / "complete.json", "delete it and run the same harvest again")
-
-
-def _stores(cache: Location) -> tuple[list[Store], list[UserError]]:
-    """All stores of a cache folder by name, and what is wrong with those that cannot be opened."""
-    found, wrong = [], []
-    for path in (cache / name for name in open_storage(cache).folders()):
-        if open_storage(path).size("manifest.json") is None:
-            continue
-        try:
-            found.append(Store.open(path))
-        except UserError as error:
-            wrong.append(error)
-    return found, wrong
-
-
-def _matching(cache: Location, matches: Callable[[Store], bool]) -> list[Store]:
-    """The stores that match; where none does but some could not be opened, the first such error."""
-    stores, wrong = _stores(cache)
-    found = [store for store in stores if matches(store)]
-    if not found and wrong:
-        raise wrong[0]
-    return found
-
-
-def find(cache: Location, settings: Json) -> list[Store]:
-    """All stores of a cache that were asked for with just these settings."""
-    return _matching(cache, lambda store: store.manifest.settings == settings)
-
-
-def find_fingerprint(cache: Location, fingerprint: str) -> Store:
-    """The store with this fingerprint; a UserError where there is none."""
-    found = _matching(cache, lambda store: store.manifest.fingerprint == fingerprint)
-    if not found:
-        raise UserError(f"no store in {cache} has the fingerprint {fingerprint[:12]}: harvest it again or set cache=")
-    return found[0]
-
-
-def pick(stores: Sequence[Store]) -> Store:
-    """The one store of `stores` (at least one); a UserError lists several, for nothing is guessed."""
-    assert stores, "no store to pick from"
-    if len(stores) > 1:
-        names = ", ".join(str(store.path) for store in stores)
-        raise UserError(f"{len(stores)} stores match these settings ({names}): choose one with store=<path>")
-    return stores[0]

@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from data.base.errors import UserError
-from data.storage.local import Location, open_storage
-from data.store.files import chunk_keys, is_store, leftovers, size
+from data.base.files import format_bytes
+from data.base.location import Location
+from data.storage.open import open_storage
+from data.store.files import chunk_keys, is_store, leftovers
 from data.tools.inventory import DAMAGED, UNFINISHED, Entry, entries
 
 
@@ -26,7 +28,7 @@ class Candidate:
 
     def __str__(self) -> str:
         what = f"{len(self.files)} files in {self.path}" if self.files else str(self.path)
-        return f"{what}  {self.why}, {size(self.bytes)}"
+        return f"{what}  {self.why}, {format_bytes(self.bytes)}"
 
     def remove(self) -> None:
         place = open_storage(self.path)
@@ -41,7 +43,7 @@ def references(outputs: Path) -> set[str]:
     if not outputs.is_dir():
         raise UserError(f"{outputs} is no folder: name with --outputs where the trained SAEs are")
     found: set[object] = set()
-    for at, folders, names in os.walk(outputs):
+    for at, folders, names in os.walk(outputs, onerror=_refuse):
         if is_store(Path(at)):
             folders.clear()
             continue
@@ -52,17 +54,21 @@ def references(outputs: Path) -> set[str]:
     return {fingerprint for fingerprint in found if isinstance(fingerprint, str)}
 
 
+def _refuse(error: OSError) -> None:
+    raise error  # what cannot be looked into may need any store
+
+
 def _object(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_bytes())
     except ValueError:
-        raise UserError(f"{path} cannot be read, so what it needs is unknown: mend or remove it") from None
+        raise UserError(f"{path} cannot be read, so what it needs is unknown: fix or remove it") from None
     return found if isinstance(found, dict) else {}
 
 
 def _leftovers(entry: Entry) -> list[Candidate]:
     assert entry.store is not None
-    sizes = entry.store.place.sizes()
+    sizes = entry.store.storage.sizes()
     names = leftovers(sizes, chunk_keys(entry.store))
     return [Candidate(entry.path, "left over", sum(sizes[name] for name in names), tuple(names))] if names else []
 
@@ -98,10 +104,9 @@ def collect(
     if not found:
         return ["nothing to remove"]
     if confirm is None:
-        return [
-            f"nothing was removed ({size(sum(c.bytes for c in found))} may go): run it in a terminal, or with --yes"
-        ]
+        room = format_bytes(sum(candidate.bytes for candidate in found))
+        return [f"nothing was removed ({room} may go): run it in a terminal, or with --yes"]
     gone = [candidate for candidate in found if confirm(candidate)]
     for candidate in gone:
         candidate.remove()
-    return [f"removed {len(gone)} of {len(found)}, {size(sum(c.bytes for c in gone))}"]
+    return [f"removed {len(gone)} of {len(found)}, {format_bytes(sum(c.bytes for c in gone))}"]

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from data.base.files import format_bytes
+from data.base.location import Location
+from data.base.records import canonical, flatten
 from data.loading.norm_filter import read_norms, sampled_chunks
-from data.storage.local import Location
-from data.store.files import SPLITS, arrays, size
-from data.store.manifest import canonical, flatten
+from data.store.files import SPLITS, arrays
 from data.store.store import ORIGIN, Store
 from data.tools.inventory import Entry, made_by
 
@@ -86,7 +87,7 @@ def _split(store: Store, split: str) -> Iterator[str]:
     for site in names:
         commits = store.committed(split, site)
         disk = sum(chunk.bytes for commit in commits.values() for chunk in commit.chunks)
-        line = f"  {site:<20}{store.rows(split, site):>14,}{len(commits):>7}{size(disk):>10}"
+        line = f"  {site:<20}{store.rows(split, site):>14,}{len(commits):>7}{format_bytes(disk):>10}"
         if site in store.sites(split) and store.rows(split, site):
             s = store.stats(split, site)
             mean, deviation = float(np.linalg.norm(s.mean)), s.variance**0.5

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 
-from data.base.errors import UserError
-from data.storage.local import Location, open_storage
-from data.store.files import SPLITS, arrays, extent, size, stores_below
-from data.store.manifest import canonical, flatten
+from data.base.errors import UserError, to_sentence
+from data.base.files import format_bytes
+from data.base.location import Location
+from data.base.records import canonical, flatten
+from data.storage.open import open_storage
+from data.store.files import SPLITS, arrays, extent, stores_below
 from data.store.store import Store
 
 COMPLETE, UNFINISHED, DAMAGED = "complete", "unfinished", "damaged"
@@ -31,12 +33,12 @@ class Entry:
             store = Store.open(path)
             whole = store.complete is not None and store.complete == extent(store)
             return cls(path, total, COMPLETE if whole else UNFINISHED, store)
-        except UserError as error:
-            return cls(path, total, DAMAGED, wrong=str(error))
+        except (UserError, OSError) as error:
+            return cls(path, total, DAMAGED, wrong=to_sentence(error) or str(error))
 
     @property
     def line(self) -> str:
-        return f"{self.path}  {self.state}, {size(self.bytes)}"
+        return f"{self.path}  {self.state}, {format_bytes(self.bytes)}"
 
 
 def entries(folder: Location) -> list[Entry]:
@@ -82,4 +84,4 @@ def listing(folder: Location) -> list[str]:
     found = entries(folder)
     total = sum(entry.bytes for entry in found)
     lines = [line for entry in found for line in describe(entry)]
-    return [*lines, f"{len(found)} store{'' if len(found) == 1 else 's'}, {size(total)}"]
+    return [*lines, f"{len(found)} store{'' if len(found) == 1 else 's'}, {format_bytes(total)}"]

@@ -1,11 +1,13 @@
 """Hold every byte of a store against what its records say, reading each chunk file once.
 
 Records carry a check of their own and must be byte for byte what it was made of; a chunk must have the length, the
-crc32c and the statistics of its commit record; what complete.json counts must be committed.
+crc32c and the statistics of its commit record; what complete.json counts must be committed. What cannot be opened is
+named like any other damage, and the rest is looked at; each finding says what to do.
 """
 
 from __future__ import annotations
 
+import errno
 import json
 from dataclasses import dataclass
 from itertools import chain, count
@@ -13,10 +15,13 @@ from itertools import chain, count
 import numpy as np
 
 from data.base.errors import UserError
-from data.storage.local import Location, open_storage
-from data.store.commit import Chunk, Commit
-from data.store.files import RECORD, SPLITS, leftovers
-from data.store.manifest import Json, Layout, Manifest, seal, seal_array, unseal
+from data.base.location import Location
+from data.base.records import Json, seal, seal_array, unseal
+from data.storage.open import open_storage
+from data.store.commit import RECORD, Chunk, Commit, record_key, remake
+from data.store.files import SPLITS, leftovers
+from data.store.layout import Layout
+from data.store.manifest import Manifest
 from data.store.row_format import RowFormat
 from data.store.stats import Stats
 from data.store.store import ORIGIN, TOKENS, Store
@@ -27,14 +32,35 @@ _TOLERANCE = 1e-9  # of float64 sums added in another order
 
 @dataclass(frozen=True)
 class Finding:
-    """Something wrong with one file; a leftover is a file of no store, which does no harm."""
+    """Something wrong with one file, and how to fix it; a leftover is a file of no store, which does no harm."""
 
     path: Location
     what: str
+    remedy: str = ""
     leftover: bool = False
 
     def __str__(self) -> str:
-        return f"{'leftover' if self.leftover else 'damaged'}: {self.path} {self.what}"
+        line = f"{'leftover' if self.leftover else 'damaged'}: {self.path} {self.what}"
+        return f"{line}: {self.remedy}" if self.remedy else line
+
+
+_RESTORE = "restore it from a copy, or delete the store and run the same harvest again"
+_HARVEST = "run the same harvest again, which makes it anew"
+_COMPLETE = "delete it and run the same harvest again"
+
+
+def unreadable(error: OSError) -> str:
+    """What is wrong with a file that could not be read, as the end of a sentence."""
+    if isinstance(error, FileNotFoundError):
+        return "is missing"
+    reasons = {
+        errno.EISDIR: "is a folder and no file",
+        errno.ENXIO: "is a pipe or device and no file",
+        errno.ELOOP: "is a link that leads back to itself",
+        errno.ENOTDIR: "is below a file where a folder is needed",
+        errno.EACCES: "cannot be read with your permissions",
+    }
+    return reasons.get(error.errno or 0, f"cannot be read ({error.strerror})")
 
 
 def _sealed(data: bytes, path: Location, indent: int | None = None) -> Json:
@@ -49,8 +75,8 @@ def _array(raw: bytes, layout: Layout, site: str) -> tuple[RowFormat, tuple[int,
     """The rows that an array's zarr.json tells of, and their shape; a UserError where it is not as it was written."""
     try:
         found = json.loads(raw)
-        sound = isinstance(found, dict) and raw == seal_array(found)
-    except (ValueError, AttributeError):  # attributes that are no object
+        sound = isinstance(found, dict) and raw == seal_array(found) and all(type(n) is int for n in found["shape"])
+    except (ValueError, AttributeError, KeyError, TypeError):  # not JSON, or no array's
         sound = False
     if not sound:
         raise UserError("is not as it was written")
@@ -61,8 +87,8 @@ def _array(raw: bytes, layout: Layout, site: str) -> tuple[RowFormat, tuple[int,
         **rows.format(shape).metadata(),
     }
     for name, value in wanted.items():
-        if found[name] != value:
-            raise UserError(f"has {name} {found[name]} where the manifest wants {value}")
+        if found.get(name) != value:
+            raise UserError(f"has {name} {found.get(name)} where the manifest wants {value}")
     if rows.is_int8:
         standard = rows.standard
         if standard is None or standard.attributes(site) != rows.attributes["encoding"]:
@@ -76,13 +102,23 @@ class Verifier:
     """One store's check; `run` fills `findings`. Letters: N rows of a chunk, D width."""
 
     def __init__(self, path: Location) -> None:
-        self.path, self.place, self.findings = path, open_storage(path), list[Finding]()
+        self.path, self.storage, self.findings = path, open_storage(path), list[Finding]()
         self.commits: dict[tuple[str, str], dict[int, Commit | None]] = {}  # (split, site) -> unit; None: damaged
         self.arrays: dict[tuple[str, str], tuple[RowFormat, tuple[int, ...]]] = {}  # whose metadata is sound
+        self.capacity: dict[tuple[str, str], int] = {}  # rows of these
+        self.named = set[Location]()  # what is damaged
         self.complete: Json | None = None
 
-    def damaged(self, path: Location, what: str) -> None:
-        self.findings.append(Finding(path, what))
+    def damaged(self, path: Location, what: str, remedy: str) -> None:
+        self.findings.append(Finding(path, what, remedy))
+        self.named.add(path)
+
+    def unit_damaged(self, path: Location, what: str, split: str, unit: int, site: str) -> None:
+        """Name a chunk file or a record; its unit is to be made anew."""
+        self.damaged(path, what, remake(self.path, split, unit, site))
+
+    def record_damaged(self, what: str, split: str, unit: int, site: str) -> None:
+        self.unit_damaged(self.path / record_key(split, unit, site), what, split, unit, site)
 
     def run(self, quiet: bool = False) -> list[Finding]:
         """All findings, leftovers last; where the manifest is damaged, nothing else is looked at."""
@@ -99,48 +135,64 @@ class Verifier:
     def _manifest(self) -> Manifest | None:
         path = self.path / "manifest.json"
         try:
-            data = self.place.read("manifest.json")
+            data = self.storage.read("manifest.json")
             manifest = Manifest.from_json(data, path)
             if data == manifest.to_json():
                 return manifest
-            self.damaged(path, "is not as it was written")
+            what = "is not as it was written"
         except FileNotFoundError:
-            self.damaged(path, "is missing")
+            what = "is missing"
+        except OSError as error:
+            what = unreadable(error)
         except UserError:
-            self.damaged(path, "is not as it was written, or of a newer format")
+            what = "is not as it was written, or of a newer format"
+        self.damaged(path, what, "restore it from a copy, or delete the folder and harvest again")
         return None
 
     def _records(self) -> None:
         """Read complete.json and every commit record, and hold each against its name and the layout."""
         path = self.path / "complete.json"
         try:
-            self.complete = _sealed(self.place.read("complete.json"), path)
+            complete = _sealed(self.storage.read("complete.json"), path)
+            if all(isinstance(sites, dict) for sites in complete.values()):
+                self.complete = complete
+            else:
+                self.damaged(path, "is a file of another kind", _COMPLETE)
         except FileNotFoundError:
             pass
+        except OSError as error:
+            self.damaged(path, unreadable(error), _COMPLETE)
         except UserError:
-            self.damaged(path, "is not as it was written")
+            self.damaged(path, "is not as it was written", _COMPLETE)
         for split in SPLITS:
-            names = [name for name in self.place.names(f"commits/{split}") if RECORD.fullmatch(name)]
-            contents = self.place.reads([f"commits/{split}/{name}" for name in names])
+            # Not only files: a folder or a link that leads nowhere in a record's place is to be named.
+            names = [name for name in self._entries(f"commits/{split}") if RECORD.fullmatch(name)]
+            contents = self.storage.read_many([f"commits/{split}/{name}" for name in names])
             for name, data in zip(names, contents, strict=True):
-                if data is not None and (parts := RECORD.fullmatch(name)):
+                if parts := RECORD.fullmatch(name):
                     unit, site = int(parts[1]), parts[2]
-                    path = self.path / f"commits/{split}/{name}"
-                    self.commits.setdefault((split, site), {})[unit] = self._record(data, path, split, unit, site)
+                    self.commits.setdefault((split, site), {})[unit] = self._record(data, split, unit, site)
 
-    def _record(self, data: bytes, path: Location, split: str, unit: int, site: str) -> Commit | None:
+    def _entries(self, folder: str) -> list[str]:
+        try:
+            return open_storage(self.path).entries(folder)
+        except OSError as error:
+            self.damaged(self.path / folder, unreadable(error), _HARVEST)
+            return []
+
+    def _record(self, data: bytes | OSError, split: str, unit: int, site: str) -> Commit | None:
+        path = self.path / record_key(split, unit, site)
+        if isinstance(data, OSError):
+            self.record_damaged(unreadable(data), split, unit, site)
+            return None
         try:
             _sealed(data, path)
             commit = Commit.of(data, path)
         except UserError:
-            self.damaged(path, "is not as it was written")
+            self.record_damaged("is not as it was written", split, unit, site)
             return None
-        if (commit.split, commit.unit, commit.site) != (split, unit, site):
-            self.damaged(path, f"is the record of unit {commit.unit} of {commit.split}/{commit.site}")
-            return None
-        rows = [chunk.rows for chunk in commit.chunks]
-        if rows != self.layout.files(commit.rows) or commit.rows > self.layout.unit_rows:
-            self.damaged(path, f"has chunks of {rows} rows for its {commit.rows}")
+        if wrong := commit.wrong_name(split, unit, site, self.layout):
+            self.record_damaged(wrong, split, unit, site)
             return None
         return commit
 
@@ -149,7 +201,7 @@ class Verifier:
         self._group("zarr.json")
         for split in SPLITS:
             folders = {
-                site for site in self._folders(split) if self.place.size(f"{split}/{site}/zarr.json") is not None
+                site for site in self._folders(split) if self.storage.size(f"{split}/{site}/zarr.json") is not None
             }
             sites = folders | {site for at, site in self.commits if at == split}
             if sites:
@@ -157,28 +209,35 @@ class Verifier:
             for site in sorted(sites):
                 key = f"{split}/{site}/zarr.json"
                 try:
-                    self.arrays[split, site] = _array(self.place.read(key), self.layout, site)
+                    raw = self.storage.read(key)
+                    self.arrays[split, site] = _array(raw, self.layout, site)
+                    self.capacity[split, site] = json.loads(raw)["shape"][0]
                 except FileNotFoundError:
-                    self.damaged(self.path / key, "is missing")
+                    self.damaged(self.path / key, "is missing", _RESTORE)
+                except OSError as error:
+                    self.damaged(self.path / key, unreadable(error), _RESTORE)
                 except UserError as error:
-                    self.damaged(self.path / key, str(error))
+                    self.damaged(self.path / key, str(error), _RESTORE)
         for (split, site), (rows, _) in self.arrays.items():
             first, _ = self.arrays.get((SPLITS[0], site), (rows, ()))
             if first.attributes.get("encoding") != rows.attributes.get("encoding"):
-                self.damaged(self.path / split / site / "zarr.json", f"is encoded otherwise than in {SPLITS[0]}/")
+                what = f"is encoded otherwise than in {SPLITS[0]}/"
+                self.damaged(self.path / split / site / "zarr.json", what, _RESTORE)
 
     def _folders(self, split: str) -> list[str]:
         return open_storage(self.path / split).folders()
 
     def _group(self, key: str) -> None:
         try:
-            if json.loads(self.place.read(key)) != _GROUP:
-                self.damaged(self.path / key, "is not a plain group's")
+            if json.loads(self.storage.read(key)) != _GROUP:
+                self.damaged(self.path / key, "is not a plain group's", _RESTORE)
         except FileNotFoundError:
             if self.arrays or self.commits:
-                self.damaged(self.path / key, "is missing")
+                self.damaged(self.path / key, "is missing", _RESTORE)
+        except OSError as error:
+            self.damaged(self.path / key, unreadable(error), _RESTORE)
         except ValueError:
-            self.damaged(self.path / key, "is not as it was written")
+            self.damaged(self.path / key, "is not as it was written", _RESTORE)
 
     def _chunks(self, quiet: bool) -> None:
         """Read every committed chunk once: length, checksum, statistics of its unit."""
@@ -189,46 +248,56 @@ class Verifier:
         settings = {"unit": "B", "unit_scale": True, "mininterval": 1.0, "desc": f"verify {self.path.name}"}
         with tqdm(total=total, disable=quiet, **settings) as bar:
             for commit in sound:
-                parts: list[Stats] | None = []
-                contents = self.place.reads([chunk.key for chunk in commit.chunks])
-                numbers = count(commit.unit * self.layout.files_per_unit)
-                for number, chunk, content in zip(numbers, commit.chunks, contents, strict=False):
-                    found = self._read(commit, number, chunk, content)
+                whole = self._fits_array(commit)
+                parts: list[Stats] = []
+                contents = self.storage.read_many([chunk.key for chunk in commit.chunks])
+                for chunk, content in zip(commit.chunks, contents, strict=True):
                     bar.update(chunk.bytes)
-                    parts = None if parts is None or found is None else parts + found
-                if parts:
+                    if not self._is_as_committed(commit, chunk, content):
+                        whole = False
+                    elif whole and isinstance(content, bytes):
+                        whole = self._decoded(commit, chunk, content, parts)
+                if whole and parts:
                     self._statistics(commit, Stats.merge(parts))
 
-    def _read(self, commit: Commit, number: int, chunk: Chunk, content: bytes | None) -> list[Stats] | None:
-        """The statistics of a file's chunks, of a book's none; None where the file is damaged or its shape unknown."""
+    def _fits_array(self, commit: Commit) -> bool:
+        """Whether a record is one of its array; no where the array's own metadata is damaged."""
+        at = commit.split, commit.site
+        if at not in self.arrays:
+            return False
+        rows, shape = self.arrays[at]
+        wrong = commit.wrong_array(rows.format(shape), rows.width(shape), self.capacity[at])
+        if wrong:
+            self.record_damaged(wrong, commit.split, commit.unit, commit.site)
+        return wrong is None
+
+    def _is_as_committed(self, commit: Commit, chunk: Chunk, content: bytes | OSError) -> bool:
+        """Whether a chunk file has the length and the crc32c of its record."""
         import google_crc32c
 
-        path = self.path / chunk.key
-        if content is None:
-            self.damaged(path, "is missing")
-            return None
-        if len(content) != chunk.bytes:
-            self.damaged(path, f"has {len(content)} bytes where {chunk.bytes} were committed")
+        if isinstance(content, OSError):
+            what = unreadable(content)
+        elif len(content) != chunk.bytes:
+            what = f"has {len(content)} bytes where {chunk.bytes} were committed"
         elif (crc := f"{google_crc32c.value(content):08x}") != chunk.crc32c:
-            self.damaged(path, f"has the crc32c {crc} where {chunk.crc32c} was committed")
-        elif (commit.split, commit.site) in self.arrays:
-            rows, shape = self.arrays[commit.split, commit.site]
-            if self._is_named(commit, number, chunk, shape):
-                try:
-                    chunks = rows.format(shape).rows(content, self.layout.chunks(chunk.rows))
-                    found = [None if rows.is_book else Stats.of(rows.values(x)) for x in chunks]
-                    return [stats for stats in found if stats]
-                except ValueError as error:
-                    self.damaged(path, f"is as it was committed, but its array's metadata wants another: {error}")
-        return None
+            what = f"is damaged (its crc32c is {crc} where {chunk.crc32c} was committed)"
+        else:
+            return True
+        self.unit_damaged(self.path / chunk.key, what, commit.split, commit.unit, commit.site)
+        return False
 
-    def _is_named(self, commit: Commit, number: int, chunk: Chunk, shape: tuple[int, ...]) -> bool:
-        """Whether a record names the right file."""
-        wanted = self.store.key(commit.split, commit.site, number, shape)
-        if chunk.key != wanted:
-            record = self.path / "commits" / commit.split / f"{commit.unit:06d}.{commit.site}.json"
-            self.damaged(record, f"names {chunk.key} where {wanted} belongs")
-        return chunk.key == wanted
+    def _decoded(self, commit: Commit, chunk: Chunk, content: bytes, parts: list[Stats]) -> bool:
+        """Add the statistics of a file's chunks to `parts`, none of tokens and origin; False: they do not decode."""
+        rows, shape = self.arrays[commit.split, commit.site]
+        try:
+            for x in rows.format(shape).decode(content, self.layout.chunks(chunk.rows)):
+                if not rows.is_book:
+                    parts.append(Stats.of(rows.values(x)))
+        except ValueError as error:
+            what = f"is as it was committed, but its array's metadata wants another ({error})"
+            self.unit_damaged(self.path / chunk.key, what, commit.split, commit.unit, commit.site)
+            return False
+        return True
 
     def _statistics(self, commit: Commit, stats: Stats) -> None:
         """Hold a unit's statistics against those of the values that were read."""
@@ -241,27 +310,31 @@ class Verifier:
             "nonfinite": commit.nonfinite == 0,
         }
         if wrong := [name for name, right in pairs.items() if not right]:
-            record = self.path / "commits" / commit.split / f"{commit.unit:06d}.{commit.site}.json"
-            self.damaged(record, f"has another {', '.join(wrong)} than the values it is of")
+            what = f"has another {', '.join(wrong)} than the values it is of"
+            self.record_damaged(what, commit.split, commit.unit, commit.site)
 
     def _extent(self) -> None:
         """What complete.json counts must be committed, and what is committed must be known by token and origin."""
         for split, sites in (self.complete or {}).items():
-            for site, wanted in sites.items():
+            folders = self._folders(split)
+            for site, counted in sites.items():
+                if type(counted) is not int:
+                    self.damaged(self.path / "complete.json", f"counts {counted!r} rows of {site}", _COMPLETE)
+                    continue
                 units = self.commits.get((split, site), {})
-                self._missing(split, site, int(wanted))
+                self._missing(split, site, counted)
                 have = sum(commit.rows for commit in units.values() if commit)
                 for book in (TOKENS, ORIGIN):
-                    if have == wanted and book in self._folders(split):
+                    if have == counted and book in folders:
                         for unit in sorted(units.keys() - self.commits.get((split, book), {}).keys()):
                             self._lost(split, unit, book)
         for split in SPLITS:
             self._aligned(split)
 
     def _lost(self, split: str, unit: int, site: str) -> None:
-        path = self.path / "commits" / split / f"{unit:06d}.{site}.json"
-        if not any(finding.path == path for finding in self.findings):
-            self.damaged(path, "is missing, and complete.json counts its rows")
+        path = self.path / record_key(split, unit, site)
+        if path not in self.named:
+            self.damaged(path, "is missing, and complete.json counts its rows", _HARVEST)
 
     def _missing(self, split: str, site: str, wanted: int) -> None:
         """Name the first units without a record, as many as the rows that are missing need."""
@@ -284,8 +357,8 @@ class Verifier:
         for (at, site), units in self.commits.items():
             for unit, commit in units.items() if at == split else ():
                 if commit and commit.rows != first.setdefault(unit, commit).rows:
-                    path = self.path / "commits" / split / f"{unit:06d}.{site}.json"
-                    self.damaged(path, f"has {commit.rows} rows where {first[unit].site} has {first[unit].rows}")
+                    what = f"has {commit.rows} rows where {first[unit].site} has {first[unit].rows}"
+                    self.record_damaged(what, split, unit, site)
 
     def _leftovers(self) -> None:
         """Files that no record names; of a damaged record's unit, all chunks may be its own."""
@@ -298,9 +371,10 @@ class Verifier:
                     keys |= {chunk.key for chunk in commit.chunks}
                 else:
                     keys |= {f"{split}/{site}/c.{number}{end}" for number in numbers for end in ends}
-        lost = {str(finding.path)[len(str(self.path)) + 1 :] for finding in self.findings}
-        for name in leftovers(self.place.sizes(), keys | lost):
-            self.findings.append(Finding(self.path / name, "is no part of the store", leftover=True))
+        lost = {str(path)[len(str(self.path)) + 1 :] for path in self.named}
+        for name in leftovers(self.storage.sizes(), keys | lost):
+            finding = Finding(self.path / name, "is no part of the store", "`python -m data gc` removes it", True)
+            self.findings.append(finding)
 
 
 def verify(path: Location, quiet: bool = False) -> list[Finding]:

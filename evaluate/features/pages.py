@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from data.base.files import write_atomic
 from evaluate.features.collect import Collector, Shelf
-from evaluate.report.render import asset, digest, render, replace, safe_json
+from evaluate.report.render import asset, digest, render, safe_json
 from harvest.packing import PackedTokens
 
 Json = dict[str, Any]
@@ -173,15 +174,18 @@ class Pieces:
 
 
 def write(latents: Latents, about: Json, out: Path, bar: Callable[[int], Any]) -> Path:
-    """Write the pages into `out`, `index.html` last; its path. `bar` is called with how many latents were written; `about` stands at the top."""
+    """Write the pages into `out`, `index.html` last; its path. `about` stands at the top.
+
+    `bar` is called with how many latents were written.
+    """
     out.mkdir(parents=True, exist_ok=True)
     pieces = Pieces(latents)
     width = latents.collector.width
     for number, first in enumerate(range(0, width, LATENTS_A_PIECE)):
         piece = pieces.piece(first)
-        replace(out / piece_name(number), f"thresher.piece({number},{safe_json(piece)});\n")
+        write_atomic(out / piece_name(number), f"thresher.piece({number},{safe_json(piece)});\n")
         bar(len(piece["latents"]))
-    replace(out / "index.js", f"thresher.index({safe_json(pieces.summary())});\n")
+    write_atomic(out / "index.js", f"thresher.index({safe_json(pieces.summary())});\n")
     for stale in _beyond(out, -(-width // LATENTS_A_PIECE)):
         stale.unlink()
     page = {"about": about, "width": width, "tokens": latents.collector.tokens, "a_piece": LATENTS_A_PIECE}
@@ -190,7 +194,7 @@ def write(latents: Latents, about: Json, out: Path, bar: Callable[[int], Any]) -
         "features.html", page=page, about=about, style=asset("base.css") + asset("features.css"), script=script,
         script_digest=digest(script),
     )  # fmt: skip
-    replace(out / "index.html", html)
+    write_atomic(out / "index.html", html)
     return out / "index.html"
 
 

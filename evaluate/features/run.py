@@ -10,8 +10,8 @@ from omegaconf import DictConfig
 
 from data.base.cli import settings_of
 from data.base.errors import UserError
+from data.base.location import parse_location
 from data.base.sites import Site
-from data.storage.local import parse_location
 from evaluate.config import FeaturesSettings, HeldoutSettings
 from evaluate.inputs import HeldoutText, SavedSAE, find_saes, group_by_store, open_text
 from evaluate.massive import ScoredText

@@ -74,7 +74,10 @@ Ends = tuple[Int64[Tensor, "F K"], Float[Tensor, "F K"]]
 def ends(
     lens: Lens, W_dec_FD: Float[Tensor, "F D"], vocabulary: int, count: int, bar: Callable[[int], Any]
 ) -> list[Ends]:
-    """The `count` tokens that each row raises and lowers most, strongest first, and logits; `bar` is called with how many rows were done."""
+    """The `count` tokens that each row raises and lowers most, strongest first, and logits.
+
+    `bar` is called with how many rows were done.
+    """
     count = min(count, vocabulary)
     raised: list[Ends] = []
     lowered: list[Ends] = []
@@ -89,7 +92,10 @@ def ends(
 
 @torch.inference_mode()
 def neighbours(W_dec_FD: Float[Tensor, "F D"], count: int, bar: Callable[[int], Any]) -> Ends:
-    """The `count` rows with the largest cosine to each row, itself left out, nearest first; `bar` is called with how many rows were done."""
+    """The `count` rows with the largest cosine to each row, itself left out, nearest first.
+
+    `bar` is called with how many rows were done.
+    """
     unit_FD = nn.functional.normalize(W_dec_FD.float())
     width = len(unit_FD)
     nearest = []

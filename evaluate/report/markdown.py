@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from data.base.files import write_atomic
 from evaluate.feature_metrics.table import section
 from evaluate.report.columns import (
     ALL_ROWS,
@@ -25,7 +26,6 @@ from evaluate.report.columns import (
     massive_rows,
     sae_name,
 )
-from evaluate.report.render import replace
 
 Json = dict[str, Any]
 
@@ -37,8 +37,8 @@ def write(report: Json, out: Path) -> Path:
     out.mkdir(parents=True, exist_ok=True)
     for site, stem in zip(report["sites"], stems(report["sites"]), strict=True):
         site["plots"] = [f"plots/{name}" for name in draw_site(site, out / "plots", stem)]
-    replace(out / "report.json", dumps(report))
-    replace(out / "report.md", markdown(report))
+    write_atomic(out / "report.json", dumps(report))
+    write_atomic(out / "report.md", markdown(report))
     return out / "report.md"
 
 

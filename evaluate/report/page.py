@@ -9,8 +9,9 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from data.base.files import write_atomic
 from evaluate.report.columns import DEFINITIONS, OF_SITE, few_documents, massive_rows, sae_name
-from evaluate.report.render import asset, digest, render, replace
+from evaluate.report.render import asset, digest, render
 from evaluate.report.tables import Table, cell, heading, is_plain, sae_tables, site_tables
 
 Json = dict[str, Any]
@@ -53,7 +54,7 @@ def write(
         script=script,
         digests=f"{digest(plotly)} {digest(script)}",
     )
-    replace(out / "report.html", page)
+    write_atomic(out / "report.html", page)
     return out / "report.html"
 
 

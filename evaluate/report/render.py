@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import os
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -49,10 +48,3 @@ def digest(script: str) -> str:
 def render(template: str, **values: Any) -> str:
     """A filled template."""
     return environment().get_template(template).render(**values)
-
-
-def replace(path: Path, text: str) -> None:
-    """Write a whole file or none."""
-    unfinished = path.with_name(path.name + ".tmp")
-    unfinished.write_text(text, encoding="utf-8", newline="\n")
-    os.replace(unfinished, path)

@@ -9,7 +9,7 @@ import torch
 from benchmarks import shuffle
 from benchmarks.shuffle import Setting, companions, computed, cut, half_drained, ours, stored, uniform
 from data.loading.loader import ActivationLoader
-from data.store.manifest import Layout
+from data.store.layout import Layout
 
 LAYOUT = Layout("bfloat16", context=64, chunk_rows=128, chunks_per_unit=16, mixing_seed=0)
 SETTING = Setting(rows=64 * 1024, context=64, row_bytes=2, layout=LAYOUT)

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from data.store.manifest import TRAIN, Layout, Manifest
+from data.store.layout import Layout
+from data.store.manifest import TRAIN, Manifest
 from data.store.store import Store
 
 SITE = "resid_post.1"

@@ -49,7 +49,7 @@ def test_verify_of_sound_and_damaged(tmp_path: Path, capsys: pytest.CaptureFixtu
     path.write_bytes(path.read_bytes()[:-1] + b"\1")
     (store.path / "writer.lock").write_text("x")
     code, out = told(capsys, "verify", tmp_path)
-    assert code == 1 and f"damaged: {path} has the crc32c" in out
+    assert code == 1 and f"damaged: {path} is damaged (its crc32c is" in out
     assert f"leftover: {store.path / 'writer.lock'}" in out and ": 1 damaged; " in out and "1 left over" in out
 
 
@@ -232,3 +232,51 @@ def test_gc_counts_a_training_that_has_not_ended(tmp_path: Path) -> None:
     assert references(tmp_path / "outputs") == set()
     (run / "run.json").write_text(json.dumps({"numbers": {"store": store.manifest.fingerprint}}))
     assert references(tmp_path / "outputs") == {store.manifest.fingerprint}
+
+
+@pytest.mark.parametrize("bad", ["nan", "-1", "inf", "-0.001"])
+def test_gc_refuses_an_idle_time_that_spares_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], bad: str
+) -> None:
+    """No time is older than NaN: a store that was written a second ago would be removed."""
+    store = harvested(tmp_path / "cache")
+    (tmp_path / "outputs").mkdir()
+    args = ["gc", str(tmp_path / "cache"), "--outputs", str(tmp_path / "outputs"), f"--idle={bad}", "--yes"]
+    assert main(args) == 1
+    assert f"error: --idle={float(bad)} is no number of minutes" in capsys.readouterr().err
+    assert verify(store.path, quiet=True) == []
+
+
+@pytest.mark.parametrize(
+    "args, said",
+    [
+        (["info", "STORE", "--outlier=nan"], "--outlier=nan is no multiple"),
+        (["info", "STORE", "--outlier=inf"], "--outlier=inf is no multiple"),
+        (["info", "STORE", "--outlier=0"], "--outlier=0.0 is no multiple"),
+        (["info", "STORE", "--rows=0"], "--rows=0 is no number of rows"),
+        (["info", "STORE", "--rows=-5"], "--rows=-5 is no number of rows"),
+        (["gc", "", "--yes"], "an empty name is no place for a store"),
+        (["gc", "STORE", "--outputs=", "--yes"], "an empty name is no place"),
+        (["gc", "STORE", "--outputs=s3://bucket/a", "--yes"], "--outputs=s3://bucket/a is no folder"),
+        (["verify", ""], "an empty name is no place"),
+        (["list", "ftp://x/y"], "ftp://x/y is no place for a store"),
+    ],
+)
+def test_arguments_are_checked(tmp_path: Path, capsys: pytest.CaptureFixture[str], args: list[str], said: str) -> None:
+    store = harvested(tmp_path)
+    assert main([arg.replace("STORE", str(store.path)) for arg in args]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and said in error and error.count("\n") == 1
+    assert verify(store.path, quiet=True) == []
+
+
+def test_verify_goes_on_after_a_store_that_cannot_be_opened(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    store = harvested(tmp_path / "b")
+    for name in ("a", "c"):
+        (tmp_path / name / "commits").mkdir(parents=True)
+    os.mkfifo(tmp_path / "a" / "manifest.json")
+    (tmp_path / "c" / "manifest.json").symlink_to("manifest.json")
+    code, out = told(capsys, "verify", tmp_path)
+    assert code == 1 and f"{store.path}: sound, complete" in out
+    assert f"damaged: {tmp_path / 'a' / 'manifest.json'} is a pipe or device" in out
+    assert f"damaged: {tmp_path / 'c' / 'manifest.json'} is a link" in out

@@ -17,10 +17,12 @@ import pytest
 import torch
 
 from data.__main__ import main as look_after
+from data.base.location import parse_location
 from data.loading.loader import ActivationLoader
 from data.loading.reader import DirectReader, RangeReader, ZarrReader, open_reader
-from data.storage import file_leases as claims
-from data.storage.local import Storage, open_storage, parse_location
+from data.storage import leases as claims
+from data.storage.base import Storage
+from data.storage.open import open_storage
 from data.store.manifest import HELDOUT, TRAIN
 from data.store.store import ORIGIN, TOKENS
 from harvest import harvester, lm
@@ -73,7 +75,7 @@ def held(cache: str) -> dict[str, bytes]:
     (name,) = open_storage(parse_location(cache)).folders()
     place = open_storage(parse_location(cache) / name)
     keys = sorted(place.sizes())
-    return {key: data for key, data in zip(keys, place.reads(keys), strict=True) if data is not None}
+    return {key: data for key, data in zip(keys, place.read_many(keys), strict=True) if isinstance(data, bytes)}
 
 
 def bit_flipped(place: Storage, key: str) -> bytes:
@@ -111,7 +113,7 @@ def test_harvest_to_gc(
     assert f"{store.path}  complete" in capsys.readouterr().out
 
     collect = ["gc", anywhere, "--outputs", str(tmp_path), "--yes"]
-    store.place.create("claims/train.000009.attn_out.0.0a1b/c.36.0", b"left")
+    store.storage.create("claims/train.000009.attn_out.0.0a1b/c.36.0", b"left")
     assert look_after(collect) == 0 and "written to in the last 60 minutes" in capsys.readouterr().out
     assert look_after([*collect, "--idle", "0"]) == 0 and "1 files in" in capsys.readouterr().out
     assert held(anywhere) == whole, "an SAE is of it"
@@ -129,13 +131,13 @@ def test_damage_is_found(
     chunks = ["train/attn_out.0/c.0.0", "train/resid_post.1/c.3.0", "train/tokens/c.1"]
     keys = [*chunks, "commits/train/000002.resid_post.1.json", "complete.json", "heldout/origin/zarr.json"]
     for some in (keys, ["manifest.json"]):
-        were = {key: bit_flipped(store.place, key) for key in some}
+        were = {key: bit_flipped(store.storage, key) for key in some}
         assert look_after(["verify", anywhere]) == 1
         told = capsys.readouterr().out
         assert all(f"damaged: {store.path / key} " in told for key in some)
         for key, was in were.items():
-            store.place.update(key, lambda _, was=was: was)  # type: ignore[misc]
-    store.place.remove(keys[:1])
+            store.storage.update(key, lambda _, was=was: was)  # type: ignore[misc]
+    store.storage.remove(keys[:1])
     assert look_after(["verify", anywhere]) == 1
     assert f"damaged: {store.path / keys[0]} is missing" in capsys.readouterr().out
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from data.storage.file_leases import LeaseLost
+from data.storage.base import LeaseLost
 from harvest.buffer import ActivationBuffer, Writer, native
 from harvest.units import Unit
 

@@ -22,8 +22,9 @@ from omegaconf import OmegaConf
 
 from data.base.errors import UserError
 from data.loading.reader import open_reader
-from data.store.manifest import HELDOUT, TRAIN, settings_of
-from data.store.store import Store, find
+from data.store.find import find
+from data.store.manifest import HELDOUT, TRAIN, store_settings
+from data.store.store import Store
 from data.tools.verify import verify
 from harvest import lm
 from harvest.harvester import Harvester
@@ -69,7 +70,7 @@ def test_the_store_holds_what_was_asked_and_says_so(
     assert min(store.rows(TRAIN, site) for site in names) >= 200
     assert min(store.rows(HELDOUT, site) for site in names) >= 40
     assert store.path.name.startswith("tiny-")
-    assert [found.path for found in find(tmp_path, settings_of(cfg))] == [store.path]
+    assert [found.path for found in find(tmp_path, store_settings(cfg))] == [store.path]
     assert store.complete == {split: {site: store.rows(split, site) for site in names} for split in (TRAIN, HELDOUT)}
     told = capsys.readouterr().out
     written = sum(len(data) for name, data in contents(store.path).items() if "/c." in name)
@@ -106,7 +107,7 @@ def test_interrupted_and_resumed_is_the_same_store(
     with monkeypatch.context() as patch, pytest.raises(Interrupted):
         interrupt_after(patch, writes, Interrupted())
         harvest(cfg)
-    cut = find(tmp_path / "cut", settings_of(cfg))[0]
+    cut = find(tmp_path / "cut", store_settings(cfg))[0]
     assert cut.complete is None
     assert len(list(cut.path.glob("commits/*/*.json"))) == writes
     harvest(cfg)
@@ -148,7 +149,7 @@ def test_the_layout_of_a_store_is_adopted_and_another_refused(model: Path, text:
     }.items():
         with pytest.raises(UserError, match=f"{store.path} has these settings but was made otherwise .{told}"):
             harvest(config(model, text, tmp_path, change))
-    assert len(find(tmp_path, settings_of(config(model, text, tmp_path)))) == 1
+    assert len(find(tmp_path, store_settings(config(model, text, tmp_path)))) == 1
 
 
 FORMS = ("store.encoding=int8", "store.codec=zstd", "store.shards=true", "store.bitround=5")
@@ -375,7 +376,7 @@ def test_an_interrupt_lets_the_unit_that_is_written_be_finished(
     with pytest.raises(SystemExit):
         main(OmegaConf.create(cfg))
     assert "run the same command again to go on" in capsys.readouterr().err
-    store = find(tmp_path, settings_of(cfg))[0]
+    store = find(tmp_path, store_settings(cfg))[0]
     for name in ("resid_post.1", "attn_out.0", "tokens", "origin"):
         assert list(store.committed(TRAIN, name)) == [0, 1, 2]
     assert not (store.path / "claims").exists()

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from data.base.errors import UserError
 from data.base.sites import Site
-from data.store.files import size
-from data.store.manifest import HELDOUT, TRAIN, Layout, Manifest
+from data.store.layout import Layout
+from data.store.manifest import HELDOUT, TRAIN, Manifest
 from data.store.store import ORIGIN, TOKENS, Store
 from harvest.harvester import Harvester, made_by, widths_of
 from harvest.packing import PackedTokens

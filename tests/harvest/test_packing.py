@@ -20,8 +20,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.base.cli import sentence
-from data.base.errors import UserError
+from data.base.errors import UserError, to_sentence
 from harvest import disk_arrays as spool
 from harvest.documents import HELDOUT, TRAIN, Document, TextSource, split_of
 from harvest.packing import PackedTokens, Packing, check_tokenizer, pack, special_ids
@@ -215,7 +214,7 @@ def test_a_full_disk_for_temporary_files_is_named(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(tempfile, "TemporaryFile", Full)
     with pytest.raises(OSError) as error:
         pack(Texts(["abcdef"]), TOKENIZER, plain(3), TRAIN, 1)
-    assert sentence(error.value) == f"the disk is full ({tmp_path}): free some space and run the same command again"
+    assert to_sentence(error.value) == f"the disk is full ({tmp_path}): free some space and run the same command again"
 
 
 def test_too_little_text_says_how_much_there_is() -> None:

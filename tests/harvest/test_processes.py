@@ -18,9 +18,9 @@ from typing import Any
 import pytest
 import torch
 
-from data.base.cli import sentence
-from data.base.errors import UserError
-from data.storage import file_leases as claims
+from data.base.errors import UserError, to_sentence
+from data.storage import leases as claims
+from data.storage.base import LeaseLost
 from data.storage.local import LocalStorage
 from data.store import commit
 from data.store.manifest import TRAIN
@@ -113,7 +113,7 @@ def test_a_harvest_waits_for_a_unit_that_another_has(
     model: Path, text: Path, tmp_path: Path, whole: Store, capsys: pytest.CaptureFixture[str]
 ) -> None:
     store = begun(whole, tmp_path)
-    other = claim(store, 2, os.getppid(), claims._host(), harvester.made_by(build()))
+    other = claim(store, 2, os.getppid(), claims.this_host(), harvester.made_by(build()))
     thread = threading.Thread(target=harvest, args=(config(model, text, tmp_path, SITES, *MORE),))
     thread.start()
     records = len(list(whole.path.glob("commits/*/*.json")))
@@ -140,7 +140,7 @@ def test_the_claims_of_the_dead_are_taken_over(
     process.wait()
     store = begun(whole, tmp_path)
     for unit in (0, 5):
-        claim(store, unit, process.pid, host if host == "elsewhere" else claims._host(), harvester.made_by(build()))
+        claim(store, unit, process.pid, host if host == "elsewhere" else claims.this_host(), harvester.made_by(build()))
     harvest(config(model, text, tmp_path, SITES, *MORE))
     assert same(store, whole)
 
@@ -175,7 +175,7 @@ def test_a_unit_lost_to_another_is_looked_at_again(
     def losing(self: Store, split: str, unit: int, site: str, *rest: Any) -> Any:
         if unit == 1 and not lost:
             lost.append(site)
-            raise claims.LeaseLost
+            raise LeaseLost
         return write(self, split, unit, site, *rest)
 
     monkeypatch.setattr(Store, "write", losing)
@@ -191,7 +191,7 @@ def test_a_run_with_nothing_to_do_clears_up(
     store = harvest(cfg).path
     (store / "complete.json").unlink()
     (store / ".complete.json.tmp").write_text("{")
-    claim(store, 3, os.getppid(), claims._host(), {})  # alive, and all it claims is committed
+    claim(store, 3, os.getppid(), claims.this_host(), {})  # alive, and all it claims is committed
     capsys.readouterr()
     harvest(cfg)
     assert "nothing to do" in capsys.readouterr().out
@@ -212,7 +212,7 @@ def test_two_kinds_of_device_do_not_begin_a_store_together(
     model: Path, text: Path, tmp_path: Path, whole: Store
 ) -> None:
     store = begun(whole, tmp_path)
-    claim(store, 0, os.getppid(), claims._host(), {**harvester.made_by(build()), "device": "an abacus"})
+    claim(store, 0, os.getppid(), claims.this_host(), {**harvester.made_by(build()), "device": "an abacus"})
     before = contents(store)
     with pytest.raises(UserError, match=r'was begun elsewhere \(device: "an abacus" here, "cpu .*" asked'):
         harvest(config(model, text, tmp_path, SITES, *MORE))
@@ -227,7 +227,7 @@ def test_of_two_kinds_that_begin_at_once_the_later_is_refused(
     def late(self: Harvester, units: Any) -> None:
         """The other makes its claim after this one has looked."""
         require(self, units)
-        claim(store, 1, os.getppid(), claims._host(), {**self.made_by, "device": "an abacus"})
+        claim(store, 1, os.getppid(), claims.this_host(), {**self.made_by, "device": "an abacus"})
 
     monkeypatch.setattr(Harvester, "_require", late)
     with pytest.raises(UserError, match="an abacus"):
@@ -265,8 +265,8 @@ def test_a_disk_that_refuses_is_a_sentence_and_a_run_later_goes_on(
     with monkeypatch.context() as patch, pytest.raises(OSError) as raised:
         patch.setattr(commit.os, "fsync", refusing(error, after))
         harvest(cfg)
-    assert told in (sentence(raised.value) or "")
-    assert str(tmp_path) in (sentence(raised.value) or "")
+    assert told in (to_sentence(raised.value) or "")
+    assert str(tmp_path) in (to_sentence(raised.value) or "")
     names = [str(path) for path in tmp_path.rglob("*")]
     assert not [name for name in names if "claims" in name or name.endswith((".tmp", ".partial"))]
     harvest(cfg)

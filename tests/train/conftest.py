@@ -13,7 +13,8 @@ from omegaconf import OmegaConf
 
 from data.base.cli import CONF
 from data.store.int8 import FeatureScale
-from data.store.manifest import HELDOUT, TRAIN, Layout, Manifest, settings_of
+from data.store.layout import Layout
+from data.store.manifest import HELDOUT, TRAIN, Manifest, store_settings
 from data.store.store import Store
 from data.store.zarr_bfloat16 import from_float32
 
@@ -42,7 +43,7 @@ def activations(rows: int, seed: int) -> np.ndarray:
 def make_store(cache: Path, settings: Settings, name: str = "tiny", dtype: str = "bfloat16", **encoded: Any) -> Store:
     layout = Layout(dtype, context=16, chunk_rows=64, chunks_per_unit=8, mixing_seed=0, **encoded)
     identity = {"format": 1, "layout": layout.json, "model": {"name": name}}
-    store = Store.create_or_open(cache, Manifest(identity, settings_of(settings), name, D))
+    store = Store.create_or_open(cache, Manifest(identity, store_settings(settings), name, D))
     for seed, (split, rows) in enumerate(ROWS.items()):
         x = activations(rows, seed + 1)
         store.require(split, SITE, D, rows, FeatureScale.of(x))

@@ -12,7 +12,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
-from data.base.cli import CONF, own
+from data.base.cli import CONF, preset_settings
 from data.base.errors import UserError
 from harvest.run import Request
 from tests.train.conftest import SITE, D
@@ -31,7 +31,7 @@ SMALL = [
 
 def composed(stage: str, preset: str, *overrides: str) -> dict[str, Any]:
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        return own(compose(stage, [f"+experiment={preset}", *overrides]), stage)
+        return preset_settings(compose(stage, [f"+experiment={preset}", *overrides]), stage)
 
 
 def commands(preset: str, stage: str) -> list[list[str]]:
@@ -128,7 +128,7 @@ def test_a_preset_s_mistake_is_named(extra: dict[str, Any], says: str) -> None:
         config = compose("train", ["+experiment=gao", "out=x"])
         assert isinstance(config, DictConfig)
         with pytest.raises(UserError, match=says):
-            own(OmegaConf.merge(OmegaConf.to_container(config), extra), "train")  # type: ignore[arg-type]
+            preset_settings(OmegaConf.merge(OmegaConf.to_container(config), extra), "train")  # type: ignore[arg-type]
 
 
 @pytest.mark.slow

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from data.base import cli
 from data.base.errors import UserError
-from data.store.commit import put
+from data.base.files import expand_globs, write_atomic
 
 CARD = "README.md"
 
@@ -28,9 +27,7 @@ def matching(settings: Mapping[str, Any]) -> dict[Path, Path]:
     patterns: Sequence[str] = [given] if isinstance(given, str) else [str(one) for one in given]
     found: dict[Path, Path] = {}
     for pattern in patterns:
-        # A folder's own name may hold brackets, so a name that exists is never read as a pattern.
-        matches = [pattern] if Path(pattern).exists() else sorted(glob.glob(pattern, recursive=True))
-        folders = [Path(match) for match in matches if Path(match).is_dir()]
+        folders = [Path(match) for match in expand_globs(pattern) if Path(match).is_dir()]
         if not folders:
             raise UserError(f"saes={pattern} matches no folder: mend the path")
         found |= {folder: out / folder.name for folder in folders}
@@ -65,7 +62,7 @@ def export(folder: Path, to: str, out: Path, report: Path | None = None) -> None
     files[CARD] = card(sae, origin, config, loading, found).encode()
     out.mkdir(parents=True, exist_ok=True)
     for name, data in files.items():
-        put(out / name, data)
+        write_atomic(out / name, data)
 
 
 def main(config: DictConfig) -> None:

@@ -12,7 +12,7 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from data.base.errors import UserError
-from data.store.commit import put
+from data.base.files import write_atomic
 from train.sae.base import SAE
 from train.sae.variants.batchtopk import BatchTopK
 from train.sae.variants.gated import Gated
@@ -46,8 +46,8 @@ def save(sae: SAE, folder: str | Path, record: dict[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / CONFIG).unlink(missing_ok=True)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in _turned(sae.state_dict(), *_NAMES).items()}
-    put(folder / WEIGHTS, to_bytes(tensors))
-    put(folder / CONFIG, text.encode())
+    write_atomic(folder / WEIGHTS, to_bytes(tensors))
+    write_atomic(folder / CONFIG, text.encode())
 
 
 def load_config(folder: str | Path) -> dict[str, Any]:

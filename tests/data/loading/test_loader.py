@@ -28,7 +28,8 @@ from data.base.errors import UserError
 from data.loading import order
 from data.loading.loader import ActivationLoader
 from data.loading.reader import DirectReader, ZarrReader, open_reader
-from data.store.manifest import TRAIN, Layout, Manifest
+from data.store.layout import Layout
+from data.store.manifest import TRAIN, Manifest
 from data.store.store import Store
 from tests.data.conftest import SITE, Build, ids_of, numbered
 

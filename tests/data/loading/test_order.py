@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data.base.errors import UserError
+from data.base.seeded import seeded_permutation
 from data.loading import order
 
 sizes_st = st.lists(st.integers(0, 9), min_size=1, max_size=24).map(lambda x: np.array(x, np.int64))
@@ -23,14 +24,14 @@ def rows_of(sizes: np.ndarray, pools: list[order.Pool]) -> list[tuple[int, int]]
 
 @given(st.integers(0, 3000), st.integers(), st.text(max_size=5))
 def test_a_seeded_permutation_is_one(n: int, seed: int, word: str) -> None:
-    first = order.seeded_permutation(n, word, seed)
+    first = seeded_permutation(n, word, seed)
     assert sorted(first.tolist()) == list(range(n))
-    np.testing.assert_array_equal(first, order.seeded_permutation(n, word, seed))
+    np.testing.assert_array_equal(first, seeded_permutation(n, word, seed))
 
 
 def test_permutations_never_change() -> None:
     # Written down once: a store's rows and a training's order must be the same on every machine and numpy.
-    assert order.seeded_permutation(10, "mixing", 0, "train", 1).tolist() == [5, 7, 6, 8, 2, 3, 4, 9, 0, 1]
+    assert seeded_permutation(10, "mixing", 0, "train", 1).tolist() == [5, 7, 6, 8, 2, 3, 4, 9, 0, 1]
     pool = order.pools(np.array([40, 7, 33]), seed=1, epoch=2, rank=0, world=1, pool_chunks=3)[0]
     runs = order.pool_runs(pool, seed=1, epoch=2, rank=0)
     found = list(zip(pool.chunks[runs.chunks].tolist(), runs.starts.tolist(), runs.rows.tolist(), strict=True))
@@ -39,7 +40,7 @@ def test_permutations_never_change() -> None:
 
 @pytest.mark.parametrize("a, b", [((0, 1), (0, 2)), ((0, 1), (1, 0)), ((1,), (1, 0)), (("train", 0), ("heldout", 0))])
 def test_other_keys_give_other_permutations(a: tuple[int | str, ...], b: tuple[int | str, ...]) -> None:
-    assert (order.seeded_permutation(200, *a) != order.seeded_permutation(200, *b)).mean() > 0.9
+    assert (seeded_permutation(200, *a) != seeded_permutation(200, *b)).mean() > 0.9
 
 
 def test_every_pool_of_every_rank_has_its_own_order() -> None:
@@ -88,7 +89,7 @@ def test_a_chunk_s_runs_are_spread_evenly_and_cut_elsewhere_each_time() -> None:
 def test_permutations_are_uniform() -> None:
     counts = np.zeros((6, 6))
     for seed in range(3000):
-        counts[np.arange(6), order.seeded_permutation(6, seed)] += 1
+        counts[np.arange(6), seeded_permutation(6, seed)] += 1
     # chi-squared with 25 degrees of freedom: above 52.6 once in a thousand
     assert ((counts - 500) ** 2 / 500).sum() < 52.6
 

@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 
 from data.base.errors import UserError
-from data.storage.local import Storage, Url, open_storage, parse_location
+from data.base.location import Url, parse_location
+from data.storage.base import Storage
+from data.storage.open import open_storage
 
 RECORD = "commits/train/000003.a.b.json"
 KEYS = ["train/a.b/c.12.0", "train/a.b/c.13.0"]
@@ -58,15 +60,12 @@ def test_what_is_there(place: Storage) -> None:
     }
     assert place.folders() == ["commits", "train"]
     assert open_storage(place.path / "train").folders() == ["a.b"]
-    assert (place.names("train"), place.names("commits/train")) == (["zarr.json"], ["000003.a.b.json"])
-    assert place.names("nothing") == [] == open_storage(place.path / "nothing").folders()
+    assert (place.list_files("train"), place.list_files("commits/train")) == (["zarr.json"], ["000003.a.b.json"])
+    assert place.list_files("nothing") == [] == open_storage(place.path / "nothing").folders()
     assert [place.size(key) for key in ("trainer", "train", "train/zarr", RECORD)] == [3, None, None, 0]
-    assert [*place.reads(["trainer", "no", "manifest.json", *["trainer"] * 20])] == [
-        b"xxx",
-        None,
-        b"{}",
-        *[b"xxx"] * 20,
-    ]
+    first, missing, *rest = place.read_many(["trainer", "no", "manifest.json", *["trainer"] * 20])
+    assert first == b"xxx" and isinstance(missing, FileNotFoundError)
+    assert rest == [b"{}", *[b"xxx"] * 20]
     assert place.seconds_since_write() < 3600
     with pytest.raises(FileNotFoundError, match="nothing"):
         place.read("nothing")
@@ -106,11 +105,11 @@ def test_an_update_is_of_what_it_saw(place: Storage) -> None:
 
 def attempt(place: Storage, fill: bytes) -> bytes:
     """Stage two chunks and settle; the record that stands."""
-    stage: Any = place.claims.stage("train", 3, "a.b")
+    stage: Any = place.leases.stage("train", 3, "a.b")
     for key in KEYS:
         place.put_staged(stage, key.rpartition("/")[2], [fill * 100])
     record = place.commit_staged(stage, KEYS, RECORD, json.dumps(fill.decode()).encode())
-    place.claims.unstage(stage)
+    place.leases.unstage(stage)
     return record
 
 
@@ -119,7 +118,7 @@ def test_the_first_to_settle_stands(place: Storage) -> None:
     stands: list[bytes] = [attempt(place, b"1"), attempt(open_storage(place.path), b"2")]
     assert stands == [b'"1"', b'"1"'] == [place.read(RECORD)] * 2
     assert [place.read(key) for key in KEYS] == [b"1" * 100] * 2
-    assert not place.claims.any() and len(place.sizes()) == 5
+    assert not place.leases.any() and len(place.sizes()) == 5
 
 
 def test_of_many_that_settle_at_once_one_stands_whole(place: Storage) -> None:
@@ -138,4 +137,4 @@ def test_of_many_that_settle_at_once_one_stands_whole(place: Storage) -> None:
         thread.join()
     assert stands == [place.read(RECORD)] * 4
     assert [place.read(key) for key in KEYS] == [json.loads(stands[0]).encode() * 100] * 2
-    assert not place.claims.any() and len(place.sizes()) == 5
+    assert not place.leases.any() and len(place.sizes()) == 5

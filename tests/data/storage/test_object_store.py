@@ -16,9 +16,9 @@ import obstore
 import pytest
 
 from data.base.errors import UserError
-from data.storage import file_leases as rules
+from data.base.location import Url, parse_location
+from data.storage import leases as rules
 from data.storage import object_store as module
-from data.storage.local import Url, parse_location
 from data.storage.object_store import ObjectStorage
 from tests.helpers.s3 import Server
 
@@ -77,11 +77,11 @@ class Writer(threading.Thread):
     def run(self) -> None:
         place = ObjectStorage(self.url)
         try:
-            stage = place.claims.stage("train", 3, "a.b")
+            stage = place.leases.stage("train", 3, "a.b")
             for key in KEYS:
                 place.put_staged(stage, key.rpartition("/")[2], [self.fill.encode() * 100])
             self.stands = place.commit_staged(stage, KEYS, RECORD, json.dumps(self.fill).encode())
-            place.claims.unstage(stage)
+            place.leases.unstage(stage)
         except Killed:
             pass
         finally:
@@ -121,7 +121,7 @@ def check(url: Url, *writers: Writer) -> None:
     stands = place.read(RECORD)
     assert {writer.stands for writer in writers} == {stands}
     assert [place.read(key) for key in KEYS] == [json.loads(stands).encode() * 100] * 2
-    place.claims.sweep(lambda split, unit, site: (split, unit, site) == ("train", 3, "a.b"))
+    place.leases.sweep(lambda split, unit, site: (split, unit, site) == ("train", 3, "a.b"))
     assert place.sizes().keys() == {RECORD, *KEYS}
 
 
@@ -181,7 +181,7 @@ def test_a_writer_that_fails_after_it_settled_leaves_what_was_settled_on(
     memory: Url, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real, place = obstore.copy, ObjectStorage(memory)
-    stage = place.claims.stage("train", 3, "a.b")
+    stage = place.leases.stage("train", 3, "a.b")
     for key in KEYS:
         place.put_staged(stage, key.rpartition("/")[2], [b"1" * 100])
 
@@ -191,7 +191,7 @@ def test_a_writer_that_fails_after_it_settled_leaves_what_was_settled_on(
     monkeypatch.setattr(obstore, "copy", failing)
     with pytest.raises(UserError, match="cannot be reached"):
         place.commit_staged(stage, KEYS, RECORD, b'"1"')
-    place.claims.unstage(stage)
+    place.leases.unstage(stage)
     monkeypatch.setattr(obstore, "copy", real)
     other = Writer(memory, "2").go()
     other.join()
@@ -200,7 +200,7 @@ def test_a_writer_that_fails_after_it_settled_leaves_what_was_settled_on(
 
 
 def take(url: Url) -> bool:
-    with ObjectStorage(url).claims.take("train", 3, ["a"], ME) as mine:
+    with ObjectStorage(url).leases.take("train", 3, ["a"], ME) as mine:
         return mine
 
 
@@ -212,7 +212,7 @@ def plant(url: Url, pid: int = 1, host: str = "elsewhere") -> str:
 
 
 def test_a_claim_is_one_s_alone_and_gone_after(memory: Url) -> None:
-    claims = ObjectStorage(memory).claims
+    claims = ObjectStorage(memory).leases
     with pytest.raises(KeyError), claims.take("train", 3, ["a"], ME) as mine:
         assert mine and not take(memory) and claims.any()
         assert [owner["names"] for owner in claims.owners()] == [["a"]]
@@ -223,9 +223,9 @@ def test_a_claim_is_one_s_alone_and_gone_after(memory: Url) -> None:
 
 
 def test_a_dead_owner_s_claim_is_taken_over(memory: Url) -> None:
-    plant(memory, os.getpid(), rules._host())  # our number, and none of our claims
+    plant(memory, os.getpid(), rules.this_host())  # our number, and none of our claims
     assert take(memory)
-    plant(memory, os.getppid(), rules._host())
+    plant(memory, os.getppid(), rules.this_host())
     assert not take(memory)
 
 
@@ -236,7 +236,7 @@ def test_a_claim_that_stands_still_is_taken_over(memory: Url, monkeypatch: pytes
     key, place = plant(memory), ObjectStorage(memory)
 
     def can_take() -> bool:
-        with place.claims.take("train", 3, ["a"], ME) as mine:
+        with place.leases.take("train", 3, ["a"], ME) as mine:
             return mine
 
     assert not can_take()
@@ -249,7 +249,7 @@ def test_a_claim_that_stands_still_is_taken_over(memory: Url, monkeypatch: pytes
     now[0] += rules.LEASE_S - 1
     assert not can_take()
     now[0] += 2
-    assert can_take() and not place.claims.any()
+    assert can_take() and not place.leases.any()
 
 
 def test_a_claim_judged_dead_that_beats_meanwhile_is_not_taken(memory: Url, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -276,7 +276,7 @@ def test_a_held_claim_s_heart_beats_until_it_is_another_s(memory: Url, monkeypat
             assert time.monotonic() < deadline
             time.sleep(0.005)
 
-    with place.claims.take("train", 3, ["a"], ME) as mine:
+    with place.leases.take("train", 3, ["a"], ME) as mine:
         assert mine
         beats(2)
         key = plant(memory)
@@ -292,7 +292,7 @@ def test_of_many_at_once_one_has_it(bucket: str) -> None:
     got, start, leave = list[bool](), threading.Barrier(6), threading.Event()
 
     def enter() -> None:
-        claims = ObjectStorage(url).claims
+        claims = ObjectStorage(url).leases
         start.wait()
         with claims.take("train", 3, ["a"], ME) as has:
             got.append(has)
@@ -306,17 +306,17 @@ def test_of_many_at_once_one_has_it(bucket: str) -> None:
     for thread in threads:
         thread.join()
     assert sorted(got) == [False] * 5 + [True]
-    assert not ObjectStorage(url).claims.any()
+    assert not ObjectStorage(url).leases.any()
 
 
 def test_sweep_removes_what_is_dead_or_done_and_nothing_else(memory: Url) -> None:
     place = ObjectStorage(memory)
-    for unit, names, host in ((0, ["a"], rules._host()), (1, ["b"], "elsewhere"), (2, ["a", "b"], "elsewhere")):
+    for unit, names, host in ((0, ["a"], rules.this_host()), (1, ["b"], "elsewhere"), (2, ["a", "b"], "elsewhere")):
         owner = {"host": host, "pid": os.getpid(), "token": "x", "names": names, "made_by": ME}
         place.put(f"claims/train.{unit:06d}", json.dumps(owner).encode())
         for end in ("a.0f/c.0", "b.settled", "b.0f/c.0"):
             place.put(f"claims/train.{unit:06d}.{end}", b"x")
-    place.claims.sweep(lambda split, unit, site: site == "b")
+    place.leases.sweep(lambda split, unit, site: site == "b")
     kept = {"train.000000.a.0f/c.0", "train.000001.a.0f/c.0", "train.000002.a.0f/c.0", "train.000002"}
     assert {key.removeprefix("claims/") for key in place.sizes()} == kept
 
@@ -340,7 +340,7 @@ def test_answers_that_are_lost_change_nothing(bucket: str, patient: Server) -> N
     url = parse_location(bucket)
     assert isinstance(url, Url)
     place = ObjectStorage(url)
-    with place.claims.take("train", 3, ["a.b"], ME) as mine:
+    with place.leases.take("train", 3, ["a.b"], ME) as mine:
         assert mine
         writer = Writer(url, "1").go()
         writer.join()

@@ -10,7 +10,9 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from data.base.errors import UserError
-from data.store.manifest import ITEMSIZE, Layout, Manifest, canonical, choose_layout, diff_fields, settings_of
+from data.base.records import canonical, diff_fields
+from data.store.layout import ITEMSIZE, Layout, choose_layout
+from data.store.manifest import Manifest, store_settings
 from tests.data.conftest import manifest
 
 
@@ -137,13 +139,13 @@ def test_settings_name_numbers_only() -> None:
             "sites": ["resid_pre.0"],
         }
     )
-    settings = settings_of(config)
+    settings = store_settings(config)
     assert settings == {
         "model": {"name": "m", "dtype": "float32"},
         "text": {"files": ["a", "b"], "nested": {"on": True}},
         "packing": {"context": 128, "heldout": 0.1, "shuffle": None},
     }
-    assert settings_of(OmegaConf.to_container(config)) == settings
+    assert store_settings(OmegaConf.to_container(config)) == settings
     assert json.loads(canonical(settings)) == settings
     assert type(settings["text"]["files"]) is list
 

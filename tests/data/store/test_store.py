@@ -23,11 +23,11 @@ from hypothesis import strategies as st
 import data.store.zarr_bfloat16  # noqa: F401  registers the type
 from data.base.errors import UserError
 from data.base.lock import alone
-from data.storage.file_leases import LeaseLost
+from data.storage.base import LeaseLost
 from data.storage.local import LocalStorage
-from data.store import commit as module
+from data.store.find import find, find_fingerprint, pick
 from data.store.manifest import HELDOUT, TRAIN
-from data.store.store import ORIGIN, TOKENS, Store, find, find_fingerprint, pick
+from data.store.store import ORIGIN, TOKENS, Store
 from tests.data.conftest import SITE, Build, manifest, numbered
 
 
@@ -197,7 +197,7 @@ def test_a_crash_before_the_record_is_not_committed(build: Build, monkeypatch: p
             raise KeyboardInterrupt
         real(fd)
 
-    monkeypatch.setattr(module.os, "fsync", fsync)
+    monkeypatch.setattr(os, "fsync", fsync)
     rows = numbered(np.arange(16), "bfloat16")
     with pytest.raises(KeyboardInterrupt):
         store.write(TRAIN, 0, SITE, rows, {})
@@ -217,7 +217,7 @@ def test_chunks_are_on_the_disk_before_their_record(build: Build, monkeypatch: p
         synced.append(Path(os.readlink(f"/proc/self/fd/{fd}")).relative_to(store.path.resolve()))
         real(fd)
 
-    monkeypatch.setattr(module.os, "fsync", fsync)
+    monkeypatch.setattr(os, "fsync", fsync)
     store.write(TRAIN, 0, SITE, numbered(np.arange(16), "bfloat16"), {})
     staged = [path.relative_to("claims") for path in synced[:4]]
     assert [(path.parent.name[:26], path.name) for path in staged] == [
@@ -233,7 +233,7 @@ def test_a_full_disk_names_the_file_and_leaves_no_part_of_it(build: Build, monke
     def full(fd: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(module.os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", full)
     before = contents(store.path)
     with pytest.raises(OSError, match=r"c\.0\.0") as told:
         store.write(TRAIN, 0, SITE, numbered(np.arange(16), "bfloat16"), {})
@@ -402,7 +402,7 @@ def test_a_manifest_that_two_write_at_once_is_whole(tmp_path: Path, monkeypatch:
 
     (tmp_path / manifest().folder).mkdir()
     (tmp_path / manifest().folder / ".manifest.json.0a1b.tmp").write_text("of one that was killed")
-    monkeypatch.setattr(module.os, "replace", beaten)
+    monkeypatch.setattr(os, "replace", beaten)
     assert Store.create_or_open(tmp_path, manifest()).manifest == manifest()
     assert first
     assert list(contents(tmp_path)) == [f"{manifest().folder}/manifest.json"]

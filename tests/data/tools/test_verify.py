@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -11,8 +13,10 @@ import numpy as np
 import pytest
 
 from data.base.errors import UserError
+from data.base.records import seal, seal_array
+from data.loading.reader import open_reader
 from data.store.commit import Commit
-from data.store.manifest import HELDOUT, TRAIN, seal, seal_array
+from data.store.manifest import HELDOUT, TRAIN
 from data.store.store import ORIGIN, TOKENS, Store
 from data.tools import verify as module
 from data.tools.verify import Finding, verify
@@ -223,3 +227,77 @@ def test_capacity_is_under_the_check_too(store: Store) -> None:
 def test_what_growth_writes_is_sealed(store: Store) -> None:
     store.require(TRAIN, SITE, 3, 10 * 16)
     assert verify(store.path, quiet=True) == []
+
+
+def in_place_of(path: Path, kind: str) -> None:
+    """Put something else where a file is."""
+    path.unlink()
+    if kind == "folder":
+        path.mkdir()
+        (path / "x").touch()
+    elif kind == "loop":
+        path.symlink_to(path.name)
+    elif kind == "pipe":
+        os.mkfifo(path)
+    else:
+        path.symlink_to("/dev/zero")
+
+
+@pytest.mark.parametrize("kind", ["folder", "loop", "pipe", "device"])
+def test_what_cannot_be_opened_is_named_and_the_rest_looked_at(store: Store, kind: str) -> None:
+    odd = [
+        store.path / TRAIN / SITE / "c.2.0",
+        store.path / TRAIN / TOKENS / "c.0",
+        store.path / f"commits/{TRAIN}/000001.{SITE}.json",
+        store.path / HELDOUT / SITE / "zarr.json",
+        store.path / "complete.json",
+    ]
+    flipped = store.path / HELDOUT / ORIGIN / "c.0.0"
+    flip_bit(flipped)
+    for path in odd:
+        in_place_of(path, kind)
+    found = {finding.path: finding for finding in damages(store)}
+    assert found.keys() >= {*odd, flipped}
+    assert all(finding.remedy for finding in found.values())
+
+
+def flip_bit(path: Path) -> None:
+    content = path.read_bytes()
+    path.write_bytes(bytes([content[0] ^ 1]) + content[1:])
+
+
+def test_a_finding_says_what_the_reader_says(store: Store) -> None:
+    """One remedy, whoever meets the damage."""
+    path = store.path / TRAIN / SITE / "c.5.0"
+    flip_bit(path)
+    (finding,) = damages(store)
+    reader = open_reader(store, TRAIN, SITE)
+    with pytest.raises(UserError) as error:
+        reader.read(5, np.empty((4, 3), np.uint16))
+    assert str(finding) == f"damaged: {error.value}"
+
+
+def test_foreign_records_are_named(store: Store) -> None:
+    """Sealed JSON of another kind in each place where one is read."""
+    seals = {name: (store.path / name).read_bytes() for name in ("manifest.json", "complete.json")}
+    record = store.path / f"commits/{TRAIN}/000000.{SITE}.json"
+    for path, foreign in (
+        (record, seals["manifest.json"]),
+        (store.path / "complete.json", record.read_bytes()),
+        (store.path / TRAIN / SITE / "zarr.json", seals["complete.json"]),
+        (store.path / "manifest.json", seals["complete.json"]),
+    ):
+        whole = path.read_bytes()
+        path.write_bytes(foreign)
+        assert path in {finding.path for finding in damages(store)}
+        path.write_bytes(whole)
+
+
+def test_the_time_is_linear_in_missing_units(tmp_path: Path) -> None:
+    """Twenty thousand records that are gone: a search through all that is named for each would take minutes."""
+    store = harvested(tmp_path)
+    rows = 20_000 * store.layout.unit_rows
+    store.mark_complete(lambda: {TRAIN: {SITE: rows}})
+    began = time.monotonic()
+    missing = [finding for finding in damages(store) if "complete.json counts" in finding.what]
+    assert len(missing) > 19_000 and time.monotonic() - began < 20

@@ -68,6 +68,14 @@ def _columns(width: int) -> int:
     return min(_COLUMNS, int(triton.next_power_of_2(width)))
 
 
+def warps_for_row(columns: int) -> int:
+    """Warps of a program that holds two whole rows of so many columns in registers.
+
+    With 4 warps a row of 16,384 columns takes more registers than a thread has, and spills to memory; 32 hold it.
+    """
+    return 4 if columns <= 4096 else 8 if columns <= 8192 else 32
+
+
 def gather_sums(weight_n: Tensor, index_n: Tensor, ends: Tensor, table_XD: Tensor) -> Tensor:
     """For each group of entries, from `ends` to the next, the sum of weight * table[index]: [groups, D]."""
     table_XD, width = table_XD.contiguous(), table_XD.shape[1]
@@ -95,5 +103,6 @@ def project_rows_(grad_FD: Tensor, rows_FD: Tensor) -> None:
     """Take from each row of grad its part along the (unit) row of `rows_FD`."""
     assert grad_FD.is_contiguous() and rows_FD.is_contiguous()
     width = rows_FD.shape[1]
+    columns = int(triton.next_power_of_2(width))
     with torch.cuda.device(grad_FD.get_device()):
-        _project_rows[(len(grad_FD),)](grad_FD, rows_FD, width, COLUMNS=triton.next_power_of_2(width))
+        _project_rows[(len(grad_FD),)](grad_FD, rows_FD, width, COLUMNS=columns, num_warps=warps_for_row(columns))

@@ -1,4 +1,4 @@
-"""FileLeases and the lock, with owners that live, die, stand still or are elsewhere."""
+"""Leases of a folder and the lock, with owners that live, die, stand still or are elsewhere."""
 
 from __future__ import annotations
 
@@ -15,21 +15,22 @@ from pathlib import Path
 import pytest
 
 from data.base.lock import alone
-from data.storage import file_leases as module
-from data.storage.file_leases import FileLeases
+from data.storage import leases as module
+from data.storage.leases import UnitLeases, read_owner
+from data.storage.local import LocalStorage
 
 ME = {"device": "cpu"}
 
 
 @pytest.fixture
-def claims(tmp_path: Path) -> FileLeases:
+def claims(tmp_path: Path) -> UnitLeases:
     return another(tmp_path)
 
 
-def another(folder: Path) -> FileLeases:
+def another(folder: Path) -> UnitLeases:
     """As another process sees the same store."""
     (folder / "manifest.json").touch()
-    return FileLeases(folder / "claims", lambda: alone(folder / "manifest.json"))
+    return LocalStorage(folder).leases
 
 
 @pytest.fixture
@@ -40,22 +41,22 @@ def dead_pid() -> int:
 
 
 def plant(
-    claims: FileLeases, pid: int, host: str | None = None, names: tuple[str, ...] = ("a",), unit: int = 3
+    claims: UnitLeases, pid: int, host: str | None = None, names: tuple[str, ...] = ("a",), unit: int = 3
 ) -> Path:
     """A claim of another process, and a chunk it has staged."""
     path = claims.folder / f"train.{unit:06d}"
     stage = claims.stage("train", unit, "resid_post.1")
     (stage / "c.0.0").write_bytes(b"half a chunk")
-    owner = {"host": host or module._host(), "pid": pid, "token": "x", "names": names, "made_by": ME}
+    owner = {"host": host or module.this_host(), "pid": pid, "token": "x", "names": names, "made_by": ME}
     path.write_text(json.dumps(owner))
     return path
 
 
-def left(claims: FileLeases) -> list[str]:
+def left(claims: UnitLeases) -> list[str]:
     return sorted(path.name.split(".")[-1] if path.is_file() else "stage" for path in claims.folder.glob("*"))
 
 
-def test_a_claim_says_who_andis_gone_after(claims: FileLeases, tmp_path: Path) -> None:
+def test_a_claim_says_who_andis_gone_after(claims: UnitLeases, tmp_path: Path) -> None:
     with claims.take("train", 3, ["resid_post.1"], ME) as mine:
         assert mine
         owner = json.loads((tmp_path / "claims/train.000003").read_text())
@@ -72,14 +73,14 @@ def test_a_claim_says_who_andis_gone_after(claims: FileLeases, tmp_path: Path) -
     assert [path.name for path in tmp_path.iterdir()] == ["manifest.json"]
 
 
-def test_a_claim_is_given_back_after_an_error(claims: FileLeases) -> None:
+def test_a_claim_is_given_back_after_an_error(claims: UnitLeases) -> None:
     with pytest.raises(KeyError), claims.take("train", 0, [], ME):
         raise KeyError
     assert not claims.folder.exists()
 
 
 @pytest.mark.parametrize("who", ["dead", "own number", "before it wrote"])
-def test_a_dead_owner_s_claim_is_taken_over_with_what_it_staged(claims: FileLeases, dead_pid: int, who: str) -> None:
+def test_a_dead_owner_s_claim_is_taken_over_with_what_it_staged(claims: UnitLeases, dead_pid: int, who: str) -> None:
     path = plant(claims, dead_pid if who == "dead" else os.getpid())
     if who == "before it wrote":
         path.write_text("")
@@ -90,7 +91,7 @@ def test_a_dead_owner_s_claim_is_taken_over_with_what_it_staged(claims: FileLeas
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the heartbeat tells, later")
-def test_a_process_that_only_waits_to_be_reaped_is_dead(claims: FileLeases) -> None:
+def test_a_process_that_only_waits_to_be_reaped_is_dead(claims: UnitLeases) -> None:
     with subprocess.Popen([sys.executable, "-c", ""], stdout=subprocess.PIPE) as process:
         plant(claims, process.pid)
         assert process.stdout is not None and process.stdout.read() == b""  # it has ended, or is about to
@@ -104,7 +105,7 @@ def test_a_process_that_only_waits_to_be_reaped_is_dead(claims: FileLeases) -> N
 
 
 @pytest.mark.parametrize("who", ["alive", "elsewhere", "another user's"])
-def test_a_living_or_unknown_owner_s_claim_is_not(claims: FileLeases, dead_pid: int, who: str) -> None:
+def test_a_living_or_unknown_owner_s_claim_is_not(claims: UnitLeases, dead_pid: int, who: str) -> None:
     pids = {"alive": os.getppid(), "elsewhere": dead_pid, "another user's": 1}
     plant(claims, pids[who], "elsewhere" if who == "elsewhere" else None)
     with claims.take("train", 3, ["a"], ME) as mine:
@@ -114,7 +115,7 @@ def test_a_living_or_unknown_owner_s_claim_is_not(claims: FileLeases, dead_pid: 
 
 @pytest.mark.parametrize("host", [None, "elsewhere"])
 def test_a_heartbeat_that_stands_still_is_death(
-    claims: FileLeases, monkeypatch: pytest.MonkeyPatch, host: str | None
+    claims: UnitLeases, monkeypatch: pytest.MonkeyPatch, host: str | None
 ) -> None:
     """The age counts from when this process first saw it: other hosts' clocks may be far off."""
     now = [1000.0]
@@ -139,7 +140,7 @@ def test_a_heartbeat_that_stands_still_is_death(
     assert not claims.folder.exists()
 
 
-def test_a_held_claim_s_heart_beats(claims: FileLeases, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_held_claim_s_heart_beats(claims: UnitLeases, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "BEAT_S", 0.01)
     with claims.take("train", 0, [], ME):
         path = claims.folder / "train.000000"
@@ -151,14 +152,14 @@ def test_a_held_claim_s_heart_beats(claims: FileLeases, monkeypatch: pytest.Monk
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("heartbeat")]
 
 
-def test_an_owner_taken_over_leaves_the_claim_to_the_other(claims: FileLeases, tmp_path: Path) -> None:
+def test_an_owner_taken_over_leaves_the_claim_to_the_other(claims: UnitLeases, tmp_path: Path) -> None:
     with claims.take("train", 0, [], ME):
         path = claims.folder / "train.000000"
         path.write_text(path.read_text().replace('"token": "', '"token": "another'))
     assert path.exists()
 
 
-def test_sweep_removes_what_is_dead_or_done_and_nothing_else(claims: FileLeases, dead_pid: int) -> None:
+def test_sweep_removes_what_is_dead_or_done_and_nothing_else(claims: UnitLeases, dead_pid: int) -> None:
     plant(claims, dead_pid, unit=0)
     plant(claims, os.getppid(), names=("resid_post.1", "tokens"), unit=1)  # alive, all it does is committed
     plant(claims, os.getppid(), names=("resid_post.1", "mlp_out.0"), unit=2)  # alive, and half done
@@ -174,7 +175,7 @@ def test_sweep_removes_what_is_dead_or_done_and_nothing_else(claims: FileLeases,
     assert [path.name[:13] for path in claims.folder.iterdir() if path.is_dir()] == ["train.000003."]
 
 
-def test_a_claim_that_cannot_be_written_leaves_nothing(claims: FileLeases, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_claim_that_cannot_be_written_leaves_nothing(claims: UnitLeases, monkeypatch: pytest.MonkeyPatch) -> None:
     """A full disk takes the name, and not the content."""
     opened = Path.open
 
@@ -251,3 +252,28 @@ def test_the_lock_ends_with_its_process(tmp_path: Path) -> None:
         assert entered.wait(10)
         thread.join()
     assert path.read_text() == "kept"
+
+
+@pytest.mark.parametrize("content", [b"{}", b"[]", b'"x"', b"\xff", b'{"host": 3, "pid": "x"}', b'{"check": "0"}'])
+def test_what_no_owner_wrote_stops_no_one(claims: UnitLeases, tmp_path: Path, content: bytes) -> None:
+    """Damaged and foreign files where leases are: they are no one's, and a name that is no lease's is left alone."""
+    (tmp_path / "claims").mkdir()
+    for name in ("train.000003", "notes.txt", "x", ".train.000004.tmp"):
+        (tmp_path / "claims" / name).write_bytes(content)
+    (tmp_path / "claims" / "a folder").mkdir()
+    assert read_owner(content) is None and claims.owners() == []
+    with claims.take("train", 3, ["a"], ME) as mine:
+        assert mine
+    (tmp_path / "claims" / "train.000003").write_bytes(content)
+    claims.sweep(lambda split, unit, site: False)
+    assert sorted(path.name for path in (tmp_path / "claims").iterdir()) == ["a folder", "notes.txt", "x"]
+
+
+def test_a_lease_of_an_older_version_is_its_owner_s(claims: UnitLeases, tmp_path: Path) -> None:
+    """It set the file's time of change as its heartbeat, and left the content as it was."""
+    path = plant(claims, os.getppid(), host="elsewhere")
+    before = LocalStorage(tmp_path).look("claims/train.000003")
+    os.utime(path, (5.0, 5.0))
+    assert LocalStorage(tmp_path).look("claims/train.000003") != before
+    with claims.take("train", 3, ["a"], ME) as mine:
+        assert not mine
