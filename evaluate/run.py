@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from omegaconf import DictConfig
 
-from data.base.cli import settings_of
+from data.base.cli import stage_settings
 from data.base.errors import UserError
 from data.base.location import parse_location
 from data.base.records import Json
@@ -192,4 +192,4 @@ def evaluate(config: Mapping[str, Any]) -> Path:
 
 def main(config: DictConfig) -> None:
     """Run the stage on Hydra's configuration."""
-    print(f"report: {evaluate(settings_of(config, 'evaluate'))}")
+    print(f"report: {evaluate(stage_settings(config, 'evaluate'))}")

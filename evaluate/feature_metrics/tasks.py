@@ -1,7 +1,7 @@
 """Binary questions about a token, answered from the text alone; the list is a YAML file.
 
 A task has a name and one of
-- `token`, `next`, `previous`: a regular expression, looked for in the text of the token, or of the one after or before it;
+- `token`, `next`, `previous`: a regular expression, looked for in the text of the token, or the one after or before it;
 - `span`: a regular expression over the text of the context, one of whose matches covers a part of the token;
 - `position`, `document`: [first, end) among the context's positions, or among the tokens since the document began;
 - `labels`: a JSON-lines file of {"document": name, "label": true or false}, for all tokens of the documents named.

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
-from data.base.cli import settings_of
+from data.base.cli import stage_settings
 from data.base.errors import UserError
 from data.base.location import parse_location
 from data.base.sites import Site
@@ -145,4 +145,4 @@ def make_for(evaluation: HeldoutSettings, folder: str) -> Path:
 
 def main(config: DictConfig) -> None:
     """Run the stage on Hydra's configuration."""
-    print(f"feature pages: {make(settings_of(config, 'features'))}")
+    print(f"feature pages: {make(stage_settings(config, 'features'))}")
