@@ -83,7 +83,6 @@ claims: setup ## try the papers' claims on a model: harvest, SAEs, verdicts; lea
 	$(SWEEP)/rivals +claims=rivals $(RIVALS) optimizer.lr=$(RIVAL_LR)
 	$(SWEEP)/baseline +claims=baseline $(RIVALS) optimizer.lr=$(BASELINE_LR)
 	$(SWEEP)/batch +claims=batch $(FAMILY) batch=$(BATCHES)
-	$(SWEEP)/options +claims=options $(FAMILY)
 	$(SWEEP)/special +claims=special $(SPECIAL) tokens=$(SPECIAL_TOKENS) $(FAMILY) sae.k=$(KS)
 	$(PY) -m benchmarks.claims saes=$(CLAIMS)/saes out=$(CLAIMS) expansion=$(WIDTH) $(SHARED) $(ARGS)
 

@@ -64,7 +64,7 @@ def margin(sae: SAE, x_ND: Tensor) -> Tensor:
     z_NF = sae.pre_activation(sae.norm.normalise(x_ND))
     threshold: Any = torch.zeros(())
     if isinstance(sae, TopK):
-        threshold = z_NF.topk(sae.k + 1, dim=1).values[:, -2:].mean(1, keepdim=True)
+        threshold = z_NF.topk(sae.config.k + 1, dim=1).values[:, -2:].mean(1, keepdim=True)
     elif isinstance(sae, BatchTopKBase):
         threshold = sae.threshold
     elif hasattr(sae, "theta"):
@@ -94,7 +94,7 @@ def same_function(saes: Sequence[SavedSAE], x_ND: Tensor, python: Path, room: Pa
     for job in jobs:
         name, theirs = Path(job["folder"]).name, load_file(job["to"])
         sae = by_name[name]
-        f_NF, x_hat_ND = sae.run(x_ND)
+        f_NF, x_hat_ND = sae.encode_decode(x_ND)
         f_NF /= sae.norm.scale
         if not sae.unit_rows:
             f_NF *= sae.W_dec.norm(dim=1)
@@ -133,7 +133,7 @@ def beside(name: str, kind: str, mine: Scores, theirs: Scores) -> Iterator[str]:
 def offset(sae: SAE, x_ND: Tensor) -> SAE:
     """The SAE with a constant error of half the spread of x, which no residual's variance shows."""
     wrong = copy.deepcopy(sae)
-    f_NF, _ = sae.run(x_ND)
+    f_NF, _ = sae.encode_decode(x_ND)
     step_D = torch.zeros(sae.d_in)
     step_D[0] = 0.5 * (x_ND - x_ND.mean(0)).square().sum(1).mean().sqrt() * float(sae.norm.scale)
     moved_F = sae.W_enc_FD.detach() @ step_D if sae.apply_b_dec_to_input else torch.zeros(sae.width)
@@ -174,7 +174,7 @@ def mistakes(sae: SAE, x_ND: Tensor, dl: Scores, sl: Scores, free: Scores, shift
     kept = [sae.active_batch(part) for part in torch.split(xn_ND, 1024)]
     f_NF = torch.cat([codes.dense(f) for codes, f in kept])
     batch = float(sae.nmse(sae.decode_normalised(f_NF), xn_ND) * sae.variance)
-    ships = float(sae.nmse(sae.decode_normalised(sae.activate(xn_ND)), xn_ND) * sae.variance)
+    ships = float(sae.nmse(sae.decode_normalised(sae.encode_normalised(xn_ND)), xn_ND) * sae.variance)
     spread = float((xn_ND - xn_ND.mean(0)).square().sum(1).mean())
     yield line(
         "L0 of the training form (batch top k) for what ships with T", l0, float((f_NF > 0).float().sum(1).mean())

@@ -49,7 +49,7 @@ VARIANTS = (  # the settings of one store each, taken in turn
     ("sites=[resid_post.0,resid_post.1,resid_post.2]", "lm_batch=1"),
     ("sites=[resid_post.1,mlp_out.0]", "store.encoding=int8"),
     ("sites=[attn_out.1]", "store.encoding=int8", "store.shards=true"),
-    ("sites=[resid_post.2]", "store.codec=blosc", "store.bitround=5", "store.shards=true"),
+    ("sites=[resid_post.2]", "store.codec=blosc", "store.shards=true"),
 )
 
 

@@ -3,7 +3,8 @@
     python -m benchmarks.loader [--megabytes 800] [--rounds 5] [--folder outputs]
 
 Every method gives the same rows, from the page cache. The methods take turns, round by round, so that another load on
-the machine hits all of them; a figure is the median over the rounds.
+the machine hits all of them; a figure is the median over the rounds. What the checksums cost, which are compared the
+first time that a process reads a chunk, is shown as a rate with each chunk checked, and as a share of a training step.
 """
 
 from __future__ import annotations
@@ -27,7 +28,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler
 
+from benchmarks.contestants.ours import make
+from benchmarks.contestants.spec import Spec
 from data.base.cli import keep_freed_memory
+from data.loading.checksums import crc32c, forget
 from data.loading.loader import ActivationLoader
 from data.loading.reader import DirectReader, Reader, ZarrReader
 from data.store.layout import Layout
@@ -116,15 +120,18 @@ def memory_copies(total: int, block: int) -> Method:
     return timed(run)
 
 
-def loaded(reader: Reader, pool_chunks: int, threads: int) -> Method:
+def loaded(reader: Reader, pool_chunks: int, threads: int, *, checked: bool = False) -> Method:
     """The loader in the middle of a long epoch: ten pools, of which the third to the ninth are timed.
 
     Each pool that is used is timed with the reading of a next one; buffers are warm, as they are after the first two.
+    checked: chunks count as never read before, so that their checksums are compared.
     """
     chunks = np.resize(np.arange(len(reader.sizes)), 10 * pool_chunks)
     loader = ActivationLoader(reader, batch=BATCH, chunks=chunks, pool_chunks=pool_chunks, threads=threads)
 
     def run() -> tuple[int, float]:
+        if checked:
+            forget()
         batches = iter(loader)
         for _ in islice(batches, len(loader) // 5):
             pass
@@ -153,6 +160,28 @@ def torch_batches(rows: Rows) -> Method:
         return sum(batch.nbytes for batch in DataLoader(rows, batch_size=None, sampler=sampler))
 
     return timed(run)
+
+
+def check_share(reader: DirectReader, steps: int = 3) -> str:
+    """A batch's checksums beside a training step of TopK at 768 x 12,288 x 4,096, both on this machine."""
+    spec = Spec("topk", 768, 12_288, 32, BATCH)
+    x_BD = torch.randn(BATCH, spec.d_model, generator=torch.Generator().manual_seed(0))
+    contestant, step_s, check_s = make("ours", spec, x_BD), [], []
+    rows = np.empty((int(reader.sizes[0]), reader.width), reader.dtype)
+    reader.read(0, rows)
+    batch_bytes = BATCH * spec.d_model * 2
+    for _ in range(steps + 1):  # the first warms up
+        began = time.perf_counter()
+        contestant.step(x_BD)
+        step_s.append(time.perf_counter() - began)
+        began = time.perf_counter()
+        crc32c([rows])
+        check_s.append((time.perf_counter() - began) * batch_bytes / rows.nbytes)
+    step, check = statistics.median(step_s[1:]), statistics.median(check_s[1:])
+    return (
+        f"checksums: {batch_bytes / check / 1e9:.2f} GB/s, {1e3 * check:.2f} ms a batch of {BATCH} rows, "
+        f"{check / step:.2%} of a training step ({1e3 * step:.0f} ms) in the first epoch, 0 after it"
+    )
 
 
 def rates(methods: dict[str, Method], rounds: int) -> dict[str, list[float]]:
@@ -220,12 +249,16 @@ def main() -> None:
         }
         for pool_chunks in args.pool_chunks:
             methods[f"ours, direct, {pool_chunks} chunks"] = loaded(direct, pool_chunks, args.threads)
+        methods[f"ours, checked, {args.pool_chunks[0]} chunks"] = loaded(
+            direct, args.pool_chunks[0], args.threads, checked=True
+        )
         methods["ours, through zarr"] = loaded(through_zarr, args.pool_chunks[0], args.threads)
         methods["DataLoader, a batch an item"] = torch_batches(rows)
         methods["DataLoader, a row an item"] = torch_rows(rows)
         print(f"{total / 1e6:.0f} MB in chunks of {chunk_bytes / 1e6:.1f} MB, batches of {BATCH}, {args.rounds} rounds")
         found = rates(methods, args.rounds)
         show(found)
+        print(check_share(direct))
         for readers in args.readers:
             rate = together(Path(str(store.path)), readers, args.pool_chunks[0])
             print(f"{readers} process{'es' if readers > 1 else ''} with a loader each, together: {rate:.2f} GB/s")

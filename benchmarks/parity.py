@@ -44,6 +44,7 @@ class Case:
 
 
 _RESIDUAL = {**AUXK, "auxk_relu": True, "auxk_norm": "residual"}
+_VARIANCE = {**AUXK, "auxk_norm": "variance"}
 CASES = {
     "dictionary_learning relu": Case("relu", {"sparsity": SPARSITY, "apply_b_dec_to_input": True}),
     "dictionary_learning topk": Case("topk", _RESIDUAL),
@@ -60,15 +61,15 @@ CASES = {
         "takes L0's step after the jump, so that half of the kernel gives theta no gradient",
     ),
     "sae-lens relu": Case("relu", {"sparsity": SPARSITY, "apply_b_dec_to_input": True}),
-    "sae-lens topk": Case("topk", {**AUXK, "auxk_alpha": 1.0}),
-    "sae-lens batchtopk": Case("batchtopk", {**AUXK, "auxk_alpha": 1.0}),
+    "sae-lens topk": Case("topk", {**_VARIANCE, "auxk_alpha": 1.0}),
+    "sae-lens batchtopk": Case("batchtopk", {**_VARIANCE, "auxk_alpha": 1.0}),
     "sae-lens gated": Case(
         "gated", {"sparsity": SPARSITY}, "detaches no decoder in the auxiliary error and weighs L1 by its rows' lengths"
     ),
     "sae-lens jumprelu": Case("jumprelu", {"sparsity": SPARSITY, "bandwidth": BANDWIDTH, "apply_b_dec_to_input": True}),
     "sparsify topk": Case(
         "topk",
-        {**AUXK, "auxk_relu": True, "multi_topk": True},
+        {**_VARIANCE, "auxk_relu": True, "multi_topk": True},
         "gives the encoder no gradient of AuxK and Multi-TopK",
     ),
 }
@@ -101,7 +102,7 @@ def scale(name: str) -> float:
 
 def ours(name: str) -> tuple[float, Arrays]:
     """Our loss, and x_hat and the gradients by name, in float64."""
-    from train.sae import VARIANTS
+    from train.sae import VARIANTS, TrainContext
 
     case, values = CASES[name], parameters(CASES[name])
     sae = VARIANTS[case.variant](D, F, input_norm="none", **case.settings).double()
@@ -110,7 +111,7 @@ def ours(name: str) -> tuple[float, Arrays]:
             getattr(sae, key).copy_(torch.from_numpy(value))
         sae.variance.fill_(scale(name))
         sae.mean_sq.fill_(1.0)
-    step = sae.loss(torch.from_numpy(batch()), dead_F=torch.from_numpy(DEAD))
+    step = sae.loss(torch.from_numpy(batch()), TrainContext(dead_F=torch.from_numpy(DEAD)))
     step.loss.backward()  # type: ignore[no-untyped-call]
     grads = {key: p.grad for key, p in sae.named_parameters() if p.grad is not None}
     grads["W_enc"] = grads.pop("W_enc_FD").t()

@@ -108,9 +108,9 @@ def computed(setting: Setting, pool_chunks: int) -> float:
     W/K + K/(3W) runs of its chunk, itself among them (1 + W^2/(3 K^2) where W < K).
     """
     layout, chunks = setting.layout, len(setting.sizes)
-    pool_chunks, window = min(pool_chunks, chunks), BATCH / order.RUN
+    pool_chunks, window = min(pool_chunks, chunks), BATCH / order.RUN_ROWS
     ratio = window / pool_chunks
-    own = min(order.RUN * (ratio + 1 / (3 * ratio) if ratio > 1 else 1 + ratio**2 / 3), layout.chunk_rows)
+    own = min(order.RUN_ROWS * (ratio + 1 / (3 * ratio) if ratio > 1 else 1 + ratio**2 / 3), layout.chunk_rows)
     siblings = (layout.chunks_per_unit - 1) / max(chunks - 1, 1)  # of other chunks, those of the same unit
     return (own - 1 + (BATCH - own) * siblings) * (setting.context - 1) / (layout.unit_rows - 1)
 

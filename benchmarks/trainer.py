@@ -31,6 +31,7 @@ from train.fit import fit
 from train.lit import MultiSAEModule
 from train.plan import Settings, TrainRun
 from train.run import TrainRequest, prepare
+from train.sae import TrainContext
 from train.sae.parts.update import update
 from train.sae_trainer import SAETrainer
 
@@ -47,7 +48,7 @@ class Bare:
         self.optimizer.load_state_dict(copy.deepcopy(member.optimizer.state_dict()))
 
     def step(self, x_BD: Tensor) -> None:
-        step = self.sae.loss(self.sae.norm.normalise(x_BD), dead_F=self.dead_F)
+        step = self.sae.loss(self.sae.norm.normalise(x_BD), TrainContext(dead_F=self.dead_F))
         step.loss.backward()  # type: ignore[no-untyped-call]
         update(self.sae, self.optimizer, self.clip)
         self.optimizer.zero_grad()

@@ -13,8 +13,9 @@ from data.base.files import format_bytes
 from data.base.location import Location, parse_location
 from data.storage.open import open_storage
 from data.store.files import stores_below
+from data.store.find import CACHE
 
-CACHE, OUTPUTS = "outputs/cache", "outputs"
+OUTPUTS = "outputs"
 
 
 def _verify_store(path: Location) -> int:
@@ -35,9 +36,9 @@ def _verify_store(path: Location) -> int:
 
 def _verify(args: argparse.Namespace) -> int:
     """1 where anything is damaged."""
-    stores = [path for folder in args.folders or [CACHE] for path in stores_below(parse_location(folder))]
+    stores = [path for folder in args.folders or [str(CACHE)] for path in stores_below(parse_location(folder))]
     if not stores:
-        raise UserError(f"no store in {', '.join(args.folders or [CACHE])}: name the folder of one")
+        raise UserError(f"no store in {', '.join(args.folders or [str(CACHE)])}: name the folder of one")
     damages = 0
     for path in stores:
         try:
@@ -68,7 +69,7 @@ def _list(args: argparse.Namespace) -> int:
 
 
 def _gc(args: argparse.Namespace) -> int:
-    from data.tools.gc import Candidate, collect
+    from data.tools.gc import Candidate, collect_garbage
 
     # Compared so that NaN fails too: no time is older than it, and every store would go.
     if not 0 <= args.idle < math.inf:
@@ -83,7 +84,7 @@ def _gc(args: argparse.Namespace) -> int:
         def confirm(candidate: Candidate) -> bool:
             return True
 
-    print("\n".join(collect(parse_location(args.folder), _folder(args.outputs), args.idle, confirm)))
+    print("\n".join(collect_garbage(parse_location(args.folder), _folder(args.outputs), args.idle, confirm)))
     return 0
 
 
@@ -106,10 +107,10 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--rows", type=int, default=1_000_000, help="rows of a site whose norms are looked at (1000000)")
     verb.set_defaults(run=_info)
     verb = verbs.add_parser("list", help="all caches below a folder and what made them")
-    verb.add_argument("folder", nargs="?", default=CACHE, help=f"default {CACHE}")
+    verb.add_argument("folder", nargs="?", default=str(CACHE), help=f"default {CACHE}")
     verb.set_defaults(run=_list)
     verb = verbs.add_parser("gc", help="show what no SAE needs and what was left over; remove it after asking")
-    verb.add_argument("folder", nargs="?", default=CACHE, help=f"default {CACHE}")
+    verb.add_argument("folder", nargs="?", default=str(CACHE), help=f"default {CACHE}")
     verb.add_argument("--outputs", default=OUTPUTS, help=f"where the trained SAEs are (default {OUTPUTS})")
     verb.add_argument("--idle", type=float, default=60.0, metavar="MINUTES", help="spare stores written to since (60)")
     verb.add_argument("--yes", action="store_true", help="do not ask")

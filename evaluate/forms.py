@@ -46,7 +46,7 @@ class OwnForm:
 
     def run(self, x_ND: Float[Tensor, "N D"]) -> tuple[Float[Tensor, "N F"], Float[Tensor, "N D"]]:
         """Give f and x_hat in the SAE's inference form."""
-        return self.sae.run(x_ND)
+        return self.sae.encode_decode(x_ND)
 
 
 class BatchForm:
@@ -61,7 +61,7 @@ class BatchForm:
     def run(self, x_ND: Float[Tensor, "N D"]) -> tuple[Float[Tensor, "N F"], Float[Tensor, "N D"]]:
         """Give f and x_hat of the batch that is read."""
         codes, f = self.sae.active_batch(self.sae.norm.normalise(x_ND))
-        return codes.dense(f), self.sae.norm.denormalise(self.sae.decoded(codes, f), x_ND)
+        return codes.dense(f), self.sae.norm.denormalise(self.sae.decode_sparse(codes, f), x_ND)
 
 
 def form_of(sae: SAE, name: str) -> InferenceForm:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from data.base.errors import UserError
-from data.base.sites import Site
+from data.base.sites import KINDS, Site
 
 __all__ = ["FAMILIES", "FORMS", "Edit", "Form", "Place", "Probe", "example_path", "find_place", "model_type"]
 
@@ -241,13 +241,16 @@ def example_path(model: nn.Module, layer: int) -> str:
 
 def _block_list(model: nn.Module) -> str | None:
     """The path of the model's blocks: one of BLOCK_LISTS, else that of its longest list of one class of module."""
-    modules = dict(model.named_modules())
     for path in BLOCK_LISTS:
-        if isinstance(modules.get(path), nn.ModuleList):
+        try:
+            module = model.get_submodule(path)
+        except AttributeError:
+            continue
+        if isinstance(module, nn.ModuleList):
             return path
     lists = {
         path: len(module)
-        for path, module in modules.items()
+        for path, module in model.named_modules()
         if isinstance(module, nn.ModuleList) and len({type(block) for block in module}) == 1
     }
     return max(lists, key=lambda path: lists[path], default=None)
@@ -320,34 +323,50 @@ def _prove(model: nn.Module, probe: Probe) -> tuple[Form, ...] | None:
 
 def _true_of(model: nn.Module, form: Form, layers: Iterable[int], probe: Probe) -> set[int]:
     """Those of the layers whose blocks have the modules of the form and pass the three parts of the proof."""
-    fitting = set()
-    for layer in layers:
-        try:
-            _places(model, {layer: form})
-        except AttributeError:
-            continue
-        fitting.add(layer)
-    if not fitting:
-        return set()
-    places = _places(model, dict.fromkeys(sorted(fitting), form))
+    fitting = {layer for layer in layers if _has_modules(model, form, layer)}
     try:
-        clean = probe(places, {})
-        turned = probe(places, {site: _turn for site in places if site.kind != "resid_post"})
+        clean = _read(model, form, fitting, {}, probe)
         fitting = {layer for layer in fitting if _adds_up(model, form, layer, clean, _same)}
+
+        edits: dict[Site, Edit]
+        edits = {Site(kind, layer): _turn for layer in fitting for kind in KINDS if kind != "resid_post"}
+        turned = _read(model, form, fitting, edits, probe)
         fitting = {layer for layer in fitting if _adds_up(model, form, layer, turned, _turn)}
-        if form.mid is None and fitting:
-            edits: dict[Site, Edit] = {Site("attn_out", layer): _turn for layer in fitting}
-            for layer in fitting:
-                edits[Site("resid_pre", layer)] = _constant(clean[Site("resid_pre", layer)])
-            apart = probe(places, edits)
+
+        if form.mid is None:
+            edits = {Site("attn_out", layer): _turn for layer in fitting}
+            edits |= {site: _constant(clean[site]) for site in (Site("resid_pre", layer) for layer in fitting)}
+            apart = _read(model, form, fitting, edits, probe)
             mlps = {layer: Site("mlp_out", layer) for layer in fitting}
-            fitting = {layer for layer, site in mlps.items() if torch.equal(apart[site], clean[site])}
+            fitting = {layer for layer, site in mlps.items() if _equal(apart[site], clean[site])}
     except UserError:  # a module that is not run, runs twice, or gives out no vector a token
         return set()
     if model_type(model) in FAMILIES:
         return fitting
-    # A block that adds nothing adds up under any form: of an undeclared architecture it proves too little.
-    return {layer for layer in fitting if all(clean[Site(kind, layer)].any() for kind in ("attn_out", "mlp_out"))}
+    # What is zero or not a number adds up under any form: of an undeclared architecture it proves too little.
+    return {layer for layer in fitting if all(_speaks(clean[Site(kind, layer)]) for kind in ("attn_out", "mlp_out"))}
+
+
+def _speaks(x: Tensor) -> bool:
+    return bool(x.any() and x.isfinite().all())
+
+
+def _read(
+    model: nn.Module, form: Form, layers: Iterable[int], edits: Mapping[Site, Edit], probe: Probe
+) -> dict[Site, Tensor]:
+    """What every site of these layers holds in one forward, with those edits for which a block has the site."""
+    places = _places(model, dict.fromkeys(sorted(layers), form))
+    if not places:
+        return {}
+    return probe(places, {site: edit for site, edit in edits.items() if site in places})
+
+
+def _has_modules(model: nn.Module, form: Form, layer: int) -> bool:
+    try:
+        _places(model, {layer: form})
+    except AttributeError:
+        return False
+    return True
 
 
 def _adds_up(
@@ -360,7 +379,7 @@ def _adds_up(
         return False  # several streams side by side, and one vector added to each
     if form.mid is None:
         # The order of three summands is the block's own, and decides the last bits.
-        return any(torch.equal(post, total) for total in (pre + attn + mlp, pre + mlp + attn, attn + mlp + pre))
+        return any(_equal(post, total) for total in (pre + attn + mlp, pre + mlp + attn, attn + mlp + pre))
     mid = seen[Site("resid_mid", layer)].to(post.device)
     first, second = pre + attn, mid + mlp
     block = model.get_submodule(f"{_block_list(model)}.{layer}")
@@ -370,7 +389,15 @@ def _adds_up(
         with torch.no_grad():
             first = block.get_submodule(form.norms[0])(first)
             second = block.get_submodule(form.norms[1])(second)
-    return torch.equal(mid, edit(first)) and torch.equal(post, second)
+    return _equal(mid, edit(first)) and _equal(post, second)
+
+
+def _equal(x: Tensor, y: Tensor) -> bool:
+    """Whether all numbers are equal; where a broken weight makes one NaN, so must the other be.
+
+    The harvest reports such a weight by its site, token and text, which no refusal here could.
+    """
+    return bool(((x == y) | (x.isnan() & y.isnan())).all())
 
 
 def _same(x: Tensor) -> Tensor:

@@ -229,24 +229,25 @@ def _stoppable(model: nn.Module) -> Iterator[None]:
 
 
 def _probe(model: nn.Module, places: Mapping[Site, Place], edits: Mapping[Site, Edit]) -> dict[Site, Tensor]:
-    """One forward of a few tokens with edits at some places: the value of every place after its edit."""
+    """Run a few tokens with edits at some places, as far as the last place: the value of each after its edit."""
     points = {site: _hook_point(model, site, place) for site, place in places.items()}
     seen: dict[Site, Tensor] = {}
 
-    with torch.no_grad(), ExitStack() as stack:
+    def keep(site: Site, x_BTD: Tensor) -> None:
+        seen[site] = x_BTD
+        if len(seen) == len(points):
+            raise _Stop
+
+    with torch.no_grad(), _stoppable(model), ExitStack() as stack:
         # The edits come first, so that what is read behind them is what they put there.
         for site, edit in edits.items():
             for handle in points[site].attach(edit):
                 stack.callback(handle.remove)
         for site, point in points.items():
-            for handle in point.attach(functools.partial(_store, seen, site)):
+            for handle in point.attach(functools.partial(keep, site)):
                 stack.callback(handle.remove)
         model(input_ids=_example_tokens(model), use_cache=False)
     return seen
-
-
-def _store(seen: dict[Site, Tensor], site: Site, x_BTD: Tensor) -> None:
-    seen[site] = x_BTD
 
 
 def _example_tokens(model: nn.Module) -> Integer[Tensor, "1 T"]:

@@ -24,7 +24,7 @@ from data.base.sites import Site
 from data.storage.open import open_storage
 from data.store.find import find
 from data.store.layout import Layout, choose_layout
-from data.store.manifest import FORMAT, HELDOUT, TRAIN, Manifest, store_settings
+from data.store.manifest import HELDOUT, STORE_FORMAT, TRAIN, Manifest, store_settings
 from data.store.store import Store
 from harvest import lm
 from harvest.documents import TextSource, source_from
@@ -94,7 +94,7 @@ class Request:
 def layout_asked(store: Mapping[str, Any]) -> Json:
     """What is asked of the layout, None where nothing is; what else a field may be, `Layout` knows."""
     asked = {field.name: store[field.name] for field in dataclasses.fields(Layout) if field.name != "context"}
-    for name, least in {"chunk_rows": 1, "chunks_per_unit": 1, "mixing_seed": 0, "bitround": 1}.items():
+    for name, least in {"chunk_rows": 1, "chunks_per_unit": 1, "mixing_seed": 0}.items():
         if asked[name] is not None:
             asked[name] = whole(store, name, least)
     return asked
@@ -103,7 +103,7 @@ def layout_asked(store: Mapping[str, Any]) -> Json:
 def identity_of(request: Request, tokenizer: Any) -> Json:
     """Everything but the layout that determines the numbers; reads all of a local text and a local model's files."""
     return {
-        "format": FORMAT,
+        "format": STORE_FORMAT,
         "model": lm.identify(request.model),
         "tokenizer": lm.tokenizer_hash(tokenizer),
         "text": request.source.identity(),
@@ -175,7 +175,7 @@ def _spared(units: Sequence[Unit], widths: Mapping[str, int], layout: Layout) ->
     """What the size leaves out: what a codec will save, and what int8 would."""
     if layout.encoding is not None:
         return f" as {layout.encoding}{' before its codec' if layout.codec else ''}"
-    smaller = dataclasses.replace(layout, encoding="int8", bitround=None)
+    smaller = dataclasses.replace(layout, encoding="int8")
     needed = sum(unit.bytes(widths, smaller) for unit in units)
     before = f" before store.codec={layout.codec}" if layout.codec else ""
     return f"{before} ({format_bytes(needed)} with store.encoding=int8)"

@@ -126,9 +126,7 @@ def _members(runs: Sequence[TrainRun], data: ActivationData) -> tuple[list[SAETr
 
 def label(sae: SAE) -> str:
     """The variant and what it aims at, in a few letters."""
-    asked = ((name, getattr(sae, name, None)) for name in ("k", "sparsity"))
-    target = next((f" {name}={value:g}" for name, value in asked if value is not None), "")
-    return f"{sae.name}{target}"
+    return f"{sae.name} {sae.config.aim}"
 
 
 def _member(run: TrainRun) -> SAETrainer:

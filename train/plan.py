@@ -18,11 +18,11 @@ from data.base.location import parse_location
 from data.base.records import canonical, diff_fields
 from data.base.settings import number, whole
 from data.base.sites import Site
-from data.loading.norm_filter import Decode, NormFilteredReader, median_norm, moments
+from data.loading.norm_filter import DecodeRows, NormFilteredReader, median_norm, moments
 from data.loading.order import batches_per_epoch, split_calibration
 from data.loading.reader import Reader, open_reader
 from data.store import store as stores
-from data.store.find import find, pick
+from data.store.find import find, open_store, pick
 from data.store.manifest import HELDOUT, TRAIN, store_settings
 
 if TYPE_CHECKING:
@@ -142,7 +142,7 @@ def harvest_line(settings: Settings, overrides: Sequence[str], tokens: int) -> s
 def find_store(settings: Settings, overrides: Sequence[str]) -> stores.Store:
     """The store named by `store`, else the one in `cache` whose model, text and packing are the configured ones."""
     if settings["store"]:
-        return stores.Store.open(settings["store"])
+        return open_store(settings["store"], parse_location(settings["cache"]))
     found = find(parse_location(settings["cache"]), store_settings(settings))
     if not found:
         line = harvest_line(settings, overrides, wanted_rows(settings, margin=1.05))
@@ -188,7 +188,7 @@ def _first_chunks(reader: Reader, rows: int) -> NDArray[np.int64]:
 
 
 def _kept_readers(
-    readers: dict[str, Reader], settings: Settings, chunks: int, decode: Decode
+    readers: dict[str, Reader], settings: Settings, chunks: int, decode: DecodeRows
 ) -> tuple[dict[str, Reader], Outliers]:
     """The readers without the outliers that `outliers` names; reads every row once."""
     median = median_norm(readers[TRAIN], chunks, decode)

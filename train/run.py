@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import math
 import os
@@ -11,8 +10,7 @@ import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import UnionType
-from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
@@ -224,24 +222,8 @@ def build(settings: Mapping[str, Any], d_in: int, overrides: Sequence[str] = ())
     number({name: value}, name, 0, math.inf)
     if width is None and (width := expansion * d_in) != int(width):
         raise UserError(f"sae.expansion={expansion} times the width {d_in} is not a whole number of latents")
-    if unknown := arguments.keys() - inspect.signature(variant).parameters.keys():
-        raise UserError(f"variant {variant.name} has no setting {', '.join(sorted(unknown))}: leave it out")
-    hints = get_type_hints(variant.__init__)
-    for name, value in arguments.items():
-        if not _fits(value, hints[name]):
-            raise UserError(f"sae.{name}={value} is not of its type, {inspect.formatannotation(hints[name])}: mend it")
-    return variant(d_in=d_in, width=whole({"sae.width": width}, "sae.width", 1), **arguments)
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    """Whether a value from YAML is of the type that a variant's constructor states; whole numbers are floats too."""
-    if isinstance(hint, UnionType):
-        return any(_fits(value, one) for one in get_args(hint))
-    if get_origin(hint) is Sequence:
-        return isinstance(value, list) and all(_fits(one, get_args(hint)[0]) for one in value)
-    if isinstance(value, bool) or hint is bool:
-        return isinstance(value, bool) and hint is bool
-    return isinstance(value, int | float if hint is float else hint)
+    config = variant.Config.of({"width": whole({"sae.width": width}, "sae.width", 1), **arguments}, "sae")
+    return variant(d_in, **config.model_dump())
 
 
 def resumed(settings: Settings, overrides: Sequence[str]) -> Settings:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from data.base.errors import UserError
-from train.sae import SAE, DeadLatents, StepOutput
+from train.sae import SAE, DeadLatents, StepOutput, TrainContext
 from train.sae.parts.update import WeightEMA, update
 from train.schedules import Schedule
 
@@ -99,13 +100,12 @@ class SAETrainer(nn.Module):
         set_random_state(self.rng, x_BD.device)
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * self.schedule.lr(self.step)
-        dead_F = among_d = None
+        context = TrainContext(sparsity_scale=self.schedule.sparsity(self.step))
         if self.sae.uses_auxk:
-            dead_F = self.dead.mask(self.dead_after)
             tokens = len(x_BD) * self.world
-            among_d = self.dead.among(self.dead_after, tokens, self.dead_after // (2 * tokens))
-        scale = self.schedule.sparsity(self.step)
-        step = self.sae.loss(self.sae.norm.normalise(x_BD), dead_F=dead_F, among_d=among_d, sparsity_scale=scale)
+            may_die_d = self.dead.may_die(self.dead_after, tokens, self.dead_after // (2 * tokens))
+            context = replace(context, dead_F=self.dead.mask(self.dead_after), may_die_d=may_die_d)
+        step = self.sae.loss(self.sae.norm.normalise(x_BD), context)
         step.loss.backward()  # type: ignore[no-untyped-call]
         self._average_gradients()
         update(self.sae, self.optimizer, self.clip)
@@ -144,7 +144,7 @@ class SAETrainer(nn.Module):
     def _figures(self, step: StepOutput) -> dict[str, float]:
         """What is logged of the step just done; reads values from the device."""
         values = {"loss": float(step.loss.detach())}
-        values |= {name: float(value) for name, value in step.parts.items()}
+        values |= {name: float(value) for name, value in step.figures.items()}
         values["dead"] = self.dead_count()
         values["lr"] = self.rates[0] * self.schedule.lr(self.step - 1)
         return values

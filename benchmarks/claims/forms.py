@@ -5,7 +5,6 @@ Letters: B tokens in a batch, N tokens of a set, D model width, F latents.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from typing import TypeVar
 
@@ -14,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from train.sae.base import SAE
-from train.sae.sparse.encode import Codes
+from train.sae.sparse.codes import Codes
 from train.sae.variants.batchtopk import BatchTopK
 from train.sae.variants.relu import ReLU
 
@@ -25,8 +24,8 @@ Variant = TypeVar("Variant", bound=SAE)
 
 def turned(sae: SAE, variant: type[Variant]) -> Variant:
     """An SAE of `variant` with the weights and the settings of `sae`, of those that it has too."""
-    takes = inspect.signature(variant).parameters
-    other = variant(**{name: value for name, value in sae.settings().items() if name in takes})
+    takes = variant.Config.model_fields
+    other = variant(sae.d_in, **{name: value for name, value in sae.config.model_dump().items() if name in takes})
     known = {name: tensor for name, tensor in sae.state_dict().items() if name in other.state_dict()}
     other.load_state_dict(known, strict=False)
     return other.eval()
@@ -48,8 +47,8 @@ class Rescaled(ReLU):
     scale_F: Tensor
     shift_F: Tensor
 
-    def active(self, xn_BD: Float[Tensor, "B D"]) -> tuple[Codes, Tensor]:
-        codes, g = super().active(xn_BD)
+    def encode_sparse(self, xn_BD: Float[Tensor, "B D"]) -> tuple[Codes, Tensor]:
+        codes, g = super().encode_sparse(xn_BD)
         return codes, torch.where(g > 0, (g * codes.at(self.scale_F) + codes.at(self.shift_F)).relu(), 0.0)
 
 
@@ -67,7 +66,7 @@ def rescaled(sae: SAE, batches: Sequence[Tensor]) -> Rescaled:
     moments, target = torch.zeros(2 * F, 2 * F), torch.zeros(2 * F)
     for x_BD in batches:
         xn_BD = other.norm.normalise(x_BD)
-        g_BF = other.activate(xn_BD)
+        g_BF = other.encode_normalised(xn_BD)
         phi_BP = torch.cat([g_BF, (g_BF > 0).float()], 1)
         wanted_BF = (xn_BD - other.b_dec) @ other.W_dec.t()
         moments += phi_BP.t() @ phi_BP

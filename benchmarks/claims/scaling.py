@@ -7,7 +7,7 @@ from itertools import pairwise
 import numpy as np
 
 from benchmarks.claims import law
-from benchmarks.claims.bench import METRICS, NMSE, Bench, Part, at_equal_l0, at_rivals_l0, compared, same, tested
+from benchmarks.claims.bench import METRICS, NMSE, Bench, Part, at_equal_l0, compared, same, tested
 from benchmarks.claims.scores import Scored
 from benchmarks.claims.verdict import FAILS, HOLDS, UNDECIDED, UNTESTED, Estimate, cells
 from evaluate.report.markdown import number
@@ -24,7 +24,7 @@ def claims(bench: Bench) -> list[Part]:
     for metric, name in METRICS.items():
         found = at_equal_l0(ours, baseline, metric, names=("TopK", "ReLU"))
         parts.append(tested("S8", f"TopK beats ReLU with an L1 in {name} at equal L0", found, [*ours, *baseline]))
-    return [*parts, *_future(bench), *_batch(bench)]
+    return [*parts, *_batch(bench)]
 
 
 def _grid(bench: Bench) -> dict[tuple[int, int], list[Scored]]:
@@ -125,25 +125,6 @@ def _dead(bench: Bench) -> list[Part]:
             compared_[f"{a} : {b}"] = [_share(ours[s]).less(_share(theirs[s])) for s in ours.keys() & theirs.keys()]
         found = cells({label: seeds for label, seeds in compared_.items() if seeds}, kind="share of latents")
         parts.append(tested("S8", told, found, everyone, note, table=(heads, rows)))
-    return parts
-
-
-def _future(bench: Bench) -> list[Part]:
-    """The post's future work: options of BatchTopK against its plain form, at equal k, each read at its own L0."""
-    parts = []
-    plain = bench.pick("batchtopk", width=bench.width)
-    for options, told in {
-        ("selection", "quantile"): "training at a running quantile improves on the batch's top k",
-        ("auxk_over", "batch"): "AuxK chosen over the batch improves on AuxK chosen per token",
-    }.items():
-        other = bench.pick("batchtopk", width=bench.width, options=dict([options]))
-        for metric, name in METRICS.items():
-            pairs = {
-                f"k={k}": [(b, a) for a, b in at_rivals_l0(plain, [s for s in other if s.settings["k"] == k], metric)]
-                for k in sorted({sae.settings["k"] for sae in other})
-            }
-            found = compared(metric, pairs, names=("option", "plain"))
-            parts.append(tested("future work", f"{told} in {name}, at equal L0", found, other))
     return parts
 
 

@@ -6,7 +6,6 @@ Letters: S sequences of the set, T tokens of a context, N kept tokens, F latents
 from __future__ import annotations
 
 import hashlib
-import inspect
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -36,6 +35,7 @@ from evaluate.metrics import Columns, resampled, statistics, totals
 from evaluate.score import SiteScore, TokenPlaces
 from evaluate.splice import Splice
 from train.sae.base import SAE
+from train.sae.config import RETIRED
 from train.sae.io import VARIANTS, WEIGHTS, load
 from train.sae.variants.batchtopk import BatchTopK
 from train.sae.variants.topk import TopK
@@ -43,7 +43,7 @@ from train.sae.variants.topk import TopK
 FORMAT = 1  # of a kept score
 SHIPPED, BATCH, THRESHOLD, PER_TOKEN, RESCALED = "shipped", "batch", "threshold", "per token", "rescaled"
 
-_OF_GRID = ("d_in", "width", "k", "sparsity")
+_OF_GRID = ("d_in", "width", "k", "target_l0", "sparsity")
 
 Batches = Callable[[], Sequence[Tensor]]
 
@@ -86,7 +86,7 @@ class Scored:
         config = asked.trained.config
         self.form, self.firing, self.counts, self.folder = asked.form, firing, counts, asked.trained.folder
         self.variant: str = config["variant"]
-        self.settings: Json = config["settings"]
+        self.settings: Json = {"k": config["settings"].get("target_l0"), **config["settings"]}
         self.training: Json = config["training"]
         self.width, self.seed, self.tokens = self.settings["width"], self.training["seed"], columns["tokens"].sum()
         self._all, self._drawn = statistics(totals(columns)), statistics(resampled(columns, samples=samples, seed=seed))
@@ -103,9 +103,10 @@ class Scored:
 
 def options(config: Json) -> Json:
     """The settings of an SAE's record that are not its variant's defaults, beside width and sparsity."""
-    takes = inspect.signature(VARIANTS[config["variant"]]).parameters
+    fields = VARIANTS[config["variant"]].Config.model_fields
+    defaults = RETIRED | {name: field.default for name, field in fields.items()}
     given = {name: value for name, value in config["settings"].items() if name not in _OF_GRID}
-    return {name: value for name, value in given.items() if value != takes[name].default}
+    return {name: value for name, value in given.items() if value != defaults.get(name)}
 
 
 class TokenL0:

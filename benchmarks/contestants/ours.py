@@ -10,7 +10,7 @@ from torch import Tensor
 
 from benchmarks.contestants.spec import LONG_SILENT, LR, PREFIXES, SELECTING, Contestant, Spec, level
 from data.base.cli import keep_freed_memory
-from train.sae import VARIANTS, DeadLatents, StepOutput
+from train.sae import VARIANTS, DeadLatents, StepOutput, TrainContext
 from train.sae.parts.unit_rows import project_gradient_, renormalise_
 
 _DEAD_AFTER = 10_000_000
@@ -63,10 +63,11 @@ class Ours:
 
     def step(self, x_BD: Tensor) -> None:
         sae = self.sae
-        dead_F, among_d = None, None
+        context = TrainContext()
         if sae.uses_auxk:
-            dead_F, among_d = self.dead.mask(_DEAD_AFTER), self.dead.among(_DEAD_AFTER, len(x_BD), _LOOK)
-        step = sae.loss(sae.norm.normalise(x_BD), dead_F=dead_F, among_d=among_d)
+            may_die_d = self.dead.may_die(_DEAD_AFTER, len(x_BD), _LOOK)
+            context = TrainContext(self.dead.mask(_DEAD_AFTER), may_die_d)
+        step = sae.loss(sae.norm.normalise(x_BD), context)
         self.optimizer.zero_grad()
         step.loss.backward()  # type: ignore[no-untyped-call]
         if sae.unit_rows:
@@ -77,11 +78,11 @@ class Ours:
             renormalise_(sae.W_dec)
         sae.after_step(step)
         self.dead.update(step.fired_F, len(x_BD))
-        self.auxk = step.parts.get("auxk", self.auxk)
+        self.auxk = step.metrics.get("auxk", self.auxk)
 
     def facts(self, x_BD: Tensor) -> dict[str, float]:
         with torch.no_grad():
-            l0 = float(self.sae.loss(self.sae.norm.normalise(x_BD)).parts["l0"])
+            l0 = float(self.sae.loss(self.sae.norm.normalise(x_BD)).metrics["l0"])
         return {"l0": l0, "dead": float(self.dead.mask(_DEAD_AFTER).sum()), "auxk": float(self.auxk)}
 
 

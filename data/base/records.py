@@ -17,21 +17,21 @@ def canonical(obj: object) -> str:
     return json.dumps(obj, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
 
 
-def digest(obj: object) -> str:
+def json_digest(obj: object) -> str:
     """The sha256 of a value's one JSON text."""
     return hashlib.sha256(canonical(obj).encode()).hexdigest()
 
 
 def seal(obj: Json, indent: int | None = None) -> bytes:
     """JSON bytes of `obj` with a `check` field over all others, so that any damage to the file shows."""
-    return (json.dumps(obj | {"check": digest(obj)}, indent=indent, ensure_ascii=False) + "\n").encode()
+    return (json.dumps(obj | {"check": json_digest(obj)}, indent=indent, ensure_ascii=False) + "\n").encode()
 
 
 def unseal(data: bytes, path: object, remedy: str) -> Json:
     """Read what `seal` made; a UserError naming the file and the `remedy` where it is damaged."""
     try:
         obj = json.loads(data)
-        if isinstance(obj, dict) and obj.pop("check", None) == digest(obj):
+        if isinstance(obj, dict) and obj.pop("check", None) == json_digest(obj):
             return obj
     except ValueError:  # not JSON, or not UTF-8
         pass
@@ -42,7 +42,7 @@ def seal_array(metadata: Json) -> bytes:
     """A zarr.json that carries the same check in its attributes, beside others, where other readers let it be."""
     rest = {key: value for key, value in metadata.items() if key != "attributes"}
     kept = {key: value for key, value in metadata.get("attributes", {}).items() if key != "check"}
-    check = digest(rest | {"attributes": kept} if kept else rest)
+    check = json_digest(rest | {"attributes": kept} if kept else rest)
     return json.dumps(rest | {"attributes": kept | {"check": check}}, indent=2, ensure_ascii=False).encode()
 
 
@@ -57,8 +57,12 @@ def flatten(obj: object, prefix: str = "") -> dict[str, object]:
 
 
 def diff_fields(a: Json, b: Json) -> list[str]:
-    """Dotted names of the fields that differ, with both values: `packing.context: 128 here, 256 asked`."""
-    here, asked = flatten(a), flatten(b)
+    """Dotted names of the fields that differ, with both values: `packing.context: 128 here, 256 asked`.
+
+    A field that is null is as one that is absent: a setting that was thought of later asks nothing of older records.
+    """
+    here = {name: value for name, value in flatten(a).items() if value is not None}
+    asked = {name: value for name, value in flatten(b).items() if value is not None}
 
     def show(side: dict[str, object], name: str) -> str:
         return canonical(side[name]) if name in side else "absent"

@@ -1,4 +1,4 @@
-"""How the rows of an epoch come together in batches: scattered as they are read, or drawn from rows that are held."""
+"""How the rows of an epoch come together in batches: scattered as they are read, or drawn from resident rows."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class EpochSlice:
 
 
 @dataclass(frozen=True)
-class _Targets:
+class CopyPlan:
     """Where rows of a chunk go: `rows[i]` rows from row `starts[i]` on to the rows from `places[i]` on of the epoch."""
 
     chunk: int
@@ -69,7 +69,7 @@ class _Targets:
     places: Ints
 
 
-def _targets(part: EpochSlice, pool: Pool) -> list[_Targets]:
+def copy_plans(part: EpochSlice, pool: Pool) -> list[CopyPlan]:
     """Those of each chunk of a pool, none over the border of a batch, in the order of the chunk's rows."""
     end = pool.begin + pool.rows
     first, last = max(pool.begin, part.at), min(end, part.stop)
@@ -80,7 +80,7 @@ def _targets(part: EpochSlice, pool: Pool) -> list[_Targets]:
     order = order[(places[order] >= first) & (places[order] < last)]
     edges = np.searchsorted(runs.chunks[order], np.arange(len(pool.chunks) + 1))
     names, ofs = part.chunks[pool.chunks].tolist(), [order[a:b] for a, b in pairwise(edges)]
-    targets = [_Targets(name, runs.starts[of], runs.rows[of], places[of]) for name, of in zip(names, ofs, strict=True)]
+    targets = [CopyPlan(name, runs.starts[of], runs.rows[of], places[of]) for name, of in zip(names, ofs, strict=True)]
     return [target for target in targets if len(target.rows)]
 
 
@@ -99,7 +99,7 @@ def stream_to_cpu(part: EpochSlice) -> Iterator[Tensor]:
     last: list[Tensor] = []  # the batch that begins in one pool and goes on in the next, if any
     reads: list[Future[None]] = []
 
-    def start(pool: Pool, targets: list[_Targets]) -> deque[Tensor]:
+    def start(pool: Pool, targets: list[CopyPlan]) -> deque[Tensor]:
         """Begin to read a pool; the batches that are whole when all is read."""
         first, stop = max(pool.begin, part.at), min(pool.begin + pool.rows, part.stop)
         batches = last + [part.empty(rows) for rows in part.sizes(first, stop)]
@@ -110,7 +110,7 @@ def stream_to_cpu(part: EpochSlice) -> Iterator[Tensor]:
 
     with ThreadPoolExecutor(part.threads) as threads:
         # What goes where is worked out while the pool before is read.
-        plans = deque(threads.submit(_targets, part, pool) for pool in part.pools[:1])
+        plans = deque(threads.submit(copy_plans, part, pool) for pool in part.pools[:1])
         coming: deque[Tensor] = deque()
         try:
             for pool, after in zip([*part.pools, None], [*part.pools[1:], None, None], strict=True):
@@ -118,7 +118,7 @@ def stream_to_cpu(part: EpochSlice) -> Iterator[Tensor]:
                     read.result()
                 ready, coming = coming, start(pool, plans.popleft().result()) if pool else deque()
                 if after:
-                    plans.append(threads.submit(_targets, part, after))
+                    plans.append(threads.submit(copy_plans, part, after))
                 while ready:
                     yield ready.popleft()
         finally:

@@ -15,7 +15,7 @@ from data.base.errors import UserError
 from data.base.seeded import Ints
 from data.loading import order
 from data.loading.epoch import EpochSlice, from_resident, load_all, prefetch, stream_to_cpu, stream_to_device
-from data.loading.order import RUN
+from data.loading.order import RUN_ROWS
 from data.loading.reader import Reader
 
 
@@ -104,7 +104,7 @@ class ActivationLoader:
         """What the order of rows depends on, beside epoch and rank."""
         digest = hashlib.sha256(self.chunks.astype("<i8").tobytes() + self.sizes.astype("<i8").tobytes())
         fixed = ("seed", "world", "pool_chunks", "batch", "shuffle", "rows")
-        return {name: getattr(self, name) for name in fixed} | {"chunks": digest.hexdigest()[:16], "run": RUN}
+        return {name: getattr(self, name) for name in fixed} | {"chunks": digest.hexdigest()[:16], "run": RUN_ROWS}
 
     def state_dict(self) -> dict[str, int | bool | str]:
         return {"epoch": self.epoch, "delivered": self.delivered} | self._order()

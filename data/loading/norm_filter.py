@@ -16,7 +16,7 @@ from data.store.stats import Stats
 
 SAMPLE = 1_000_000  # rows at least that a median is taken over, where there are so many
 
-Decode = Callable[[NDArray[Any]], NDArray[Any]]
+DecodeRows = Callable[[NDArray[Any]], NDArray[Any]]
 
 
 def norms(rows: NDArray[Any]) -> Float64[np.ndarray, " N"]:
@@ -34,14 +34,14 @@ def sampled_chunks(sizes: Ints, most: int) -> Iterator[int]:
             return
 
 
-def read_norms(reader: Reader, chunk: int, decode: Decode) -> Float64[np.ndarray, " N"]:
+def read_norms(reader: Reader, chunk: int, decode: DecodeRows) -> Float64[np.ndarray, " N"]:
     """||x|| of a chunk's rows."""
     rows = np.empty((int(reader.sizes[chunk]), reader.width), reader.dtype)
     reader.read(chunk, rows)
     return norms(decode(rows))
 
 
-def median_norm(reader: Reader, chunks: int, decode: Decode) -> float:
+def median_norm(reader: Reader, chunks: int, decode: DecodeRows) -> float:
     """The median ||x|| of a seeded sample of the first `chunks` chunks."""
     sample = [read_norms(reader, chunk, decode) for chunk in sampled_chunks(reader.sizes[:chunks], SAMPLE)]
     return float(np.median(np.concatenate(sample)))
@@ -53,7 +53,7 @@ class NormFilteredReader:
     `left_out` are the statistics of those rows. `decode` makes floats [n, D] of rows as they are stored.
     """
 
-    def __init__(self, reader: Reader, chunks: int, limit: float, decode: Decode, *, threads: int = 2) -> None:
+    def __init__(self, reader: Reader, chunks: int, limit: float, decode: DecodeRows, *, threads: int = 2) -> None:
         self.reader, self.decode, self.limit = reader, decode, limit
         self.width, self.row_shape = reader.width, reader.row_shape
         self.dtype, self.torch_dtype = reader.dtype, reader.torch_dtype

@@ -1,4 +1,4 @@
-"""How rows of activations become the rows that are stored, and back: int8 at about half of bfloat16, or rounded floats.
+"""How rows of activations become the int8 rows that are stored, and back: about half the bytes of bfloat16.
 
 An int8 row is D numbers q_d in -127..127 and, in the four bytes after them, the row's scale s, a little-endian float32:
 
@@ -14,12 +14,10 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float, Float32, Int8, Real
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from data.base.records import Json
@@ -63,7 +61,7 @@ class FeatureScale:
         return cls(np.array(attributes["mean"], np.float32), np.array(attributes["std"], np.float32))
 
 
-def encode(x_ND: Float[Tensor, "N D"], standard: FeatureScale) -> Int8[Tensor, "N S"]:
+def encode_int8(x_ND: Float[Tensor, "N D"], standard: FeatureScale) -> Int8[Tensor, "N S"]:
     """int8 rows on the device of `x_ND`; a value that is not finite decodes to one that is not."""
     assert sys.byteorder == "little", "int8 rows are written on little-endian machines"
     mean_D, std_D = (torch.from_numpy(part).to(x_ND.device) for part in (standard.mean, standard.std))
@@ -96,15 +94,3 @@ class RowDecoder(nn.Module):
         # A copy, also where they lie together: a view as float32 must begin at a multiple of four bytes.
         scale = rows[:, self.width :].clone(memory_format=torch.contiguous_format).view(torch.float32)
         return (rows[:, : self.width] * scale) * self.std + self.mean
-
-
-def rounded(rows: NDArray[Any], bits: int) -> NDArray[Any]:
-    """Float rows (uint16: bfloat16) rounded to `bits` mantissa bits, half to even, in their own type."""
-    from numcodecs.bitround import BitRound
-
-    from data.store.zarr_bfloat16 import to_float32
-
-    kept: NDArray[Any] = BitRound(bits).encode(to_float32(rows) if rows.dtype == np.uint16 else rows)
-    if rows.dtype == np.uint16:  # what is left of the mantissa fits: nothing is rounded twice
-        return (kept.view(np.uint32) >> 16).astype(np.uint16)
-    return kept.view(rows.dtype)

@@ -10,7 +10,6 @@ from data.base.errors import UserError
 from data.base.records import Json
 
 ITEMSIZE = {"bfloat16": 2, "float16": 2, "float32": 4}
-MANTISSA = {"bfloat16": 7, "float16": 10, "float32": 23}  # bits
 ENCODINGS, CODECS = ("int8",), ("zstd", "blosc")
 SCALE_BYTES = 4  # a float32 at the end of an int8 row: data/store/int8.py
 
@@ -26,8 +25,8 @@ _CHUNKS_PER_UNIT = (8, 16, 32, 64, 128)
 class Layout:
     """How rows lie in chunks and chunks in units; part of the identity, what has its default left out.
 
-    dtype: of the values, before any encoding. encoding: of activations, by `data.store.int8`. bitround: mantissa bits
-    that are kept of them. codec: compresses each chunk. shards: a unit is one file.
+    dtype: of the values, before any encoding. encoding: of activations, by `data.store.int8`. codec: compresses each
+    chunk. shards: a unit is one file.
     """
 
     dtype: str  # "bfloat16" | "float16" | "float32"
@@ -36,7 +35,6 @@ class Layout:
     chunks_per_unit: int
     mixing_seed: int
     encoding: str | None = None  # "int8"
-    bitround: int | None = None
     codec: str | None = None  # "zstd" | "blosc"
     shards: bool = False
 
@@ -47,13 +45,6 @@ class Layout:
             if not any(type(value) is type(choice) and value == choice for choice in known):  # 1 == True
                 listed = ", ".join("null" if choice is None else str(choice).lower() for choice in known)
                 raise UserError(f"store.{name} {value!r} is unknown: choose one of {listed}")
-        if self.bitround is not None and self.encoding is not None:
-            raise UserError(
-                f"store.bitround rounds floats, and store.encoding={self.encoding} has none: set one to null"
-            )
-        if self.bitround is not None and not 1 <= self.bitround < MANTISSA[self.dtype]:
-            most = MANTISSA[self.dtype] - 1
-            raise UserError(f"store.bitround={self.bitround} must be 1 to {most} of the mantissa bits of {self.dtype}")
         for name in ("context", "chunk_rows", "chunks_per_unit"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} must be at least 1, not {getattr(self, name)}")
@@ -62,6 +53,14 @@ class Layout:
                 f"store.chunk_rows {self.chunk_rows} times store.chunks_per_unit {self.chunks_per_unit} must be "
                 f"a multiple of packing.context {self.context}: a unit holds whole contexts"
             )
+
+    @classmethod
+    def from_json(cls, layout: Json) -> Layout:
+        """Read a layout from a manifest, of an older version too.
+
+        Those could round floats (`bitround`) as they were written; the rows that are stored are read as any others.
+        """
+        return cls(**{name: value for name, value in layout.items() if name != "bitround"})
 
     @property
     def unit_rows(self) -> int:

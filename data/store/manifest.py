@@ -9,10 +9,14 @@ from functools import cached_property
 from typing import Any
 
 from data.base.errors import UserError
-from data.base.records import Json, digest, seal, unseal
+from data.base.records import Json, flatten, json_digest, seal, unseal
 from data.store.layout import Layout
 
-FORMAT = 1
+STORE_FORMAT = 1
+
+# Settings that were added with a default that changes nothing: {dotted name: default}. A store that was made before
+# one, and so does not say it, is found by settings that leave it as it is. Null needs no line here.
+DEFAULTS: dict[str, object] = {}
 TRAIN, HELDOUT = "train", "heldout"
 
 
@@ -33,7 +37,7 @@ class Manifest:
 
     @cached_property
     def fingerprint(self) -> str:
-        return digest(self.identity)
+        return json_digest(self.identity)
 
     @property
     def folder(self) -> str:
@@ -41,18 +45,18 @@ class Manifest:
 
     @cached_property
     def layout(self) -> Layout:
-        return Layout(**self.identity["layout"])
+        return Layout.from_json(self.identity["layout"])
 
     def to_json(self) -> bytes:
-        return seal({"format": FORMAT, "fingerprint": self.fingerprint} | asdict(self), indent=2)
+        return seal({"format": STORE_FORMAT, "fingerprint": self.fingerprint} | asdict(self), indent=2)
 
     @classmethod
     def from_json(cls, data: bytes, path: object) -> Manifest:
         """From a manifest's content; a UserError naming the file where it is damaged or of a newer format."""
         remedy = "restore it from a copy, or delete the folder and harvest again"
         obj = unseal(data, path, remedy)
-        if obj.pop("format", 0) > FORMAT:
-            raise UserError(f"{path} is of a newer format than this version reads ({FORMAT}): update the program")
+        if obj.pop("format", 0) > STORE_FORMAT:
+            raise UserError(f"{path} is of a newer format than this version reads ({STORE_FORMAT}): update the program")
         try:
             fingerprint = obj.pop("fingerprint")
             manifest = cls(**obj)
@@ -71,6 +75,17 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Sequence) and not isinstance(value, str | bytes):
         return [_plain(v) for v in value]
     return value if value is None or isinstance(value, str | bool | int | float) else str(value)
+
+
+def normalised(settings: Json, defaults: Mapping[str, object] | None = None) -> dict[str, object]:
+    """Settings as they are compared: {dotted name: value} without what is null, empty or at its default."""
+    known = DEFAULTS if defaults is None else defaults
+    fields = flatten(settings)
+    return {
+        name: value
+        for name, value in fields.items()
+        if value not in (None, {}, []) and not (name in known and value == known[name])
+    }
 
 
 def store_settings(cfg: Mapping[str, Any]) -> Json:

@@ -92,15 +92,11 @@ class RowFormat:
     def stored(self, given: NDArray[Any]) -> NDArray[Any]:
         """Given rows as they are stored."""
         if self.is_int8:
-            from data.store.int8 import encode
+            from data.store.int8 import encode_int8
 
             assert self.standard is not None, f"no standard for {self.site}"
-            encoded: NDArray[Any] = encode(_tensor(_widen(given)), self.standard).numpy()
+            encoded: NDArray[Any] = encode_int8(_tensor(_widen(given)), self.standard).numpy()
             return encoded
-        if self.layout.bitround is not None and not self.is_book:
-            from data.store.int8 import rounded
-
-            return rounded(given, self.layout.bitround)
         return given
 
     def zarr_files(self, split: str, shape: tuple[int, ...]) -> dict[str, bytes]:

@@ -92,7 +92,7 @@ def candidates(folder: Location, outputs: Path, idle_minutes: float) -> tuple[li
     return found, spared
 
 
-def collect(
+def collect_garbage(
     folder: Location, outputs: Path, idle_minutes: float, confirm: Callable[[Candidate], bool] | None
 ) -> list[str]:
     """Remove what `confirm` agrees to, each after it was shown; with None, only show. Returns the summary."""

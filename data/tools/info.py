@@ -14,7 +14,7 @@ from data.base.records import canonical, flatten
 from data.loading.norm_filter import read_norms, sampled_chunks
 from data.store.files import SPLITS, arrays
 from data.store.store import ORIGIN, Store
-from data.tools.inventory import Entry, made_by
+from data.tools.inventory import Entry, makers_of
 
 Floats = NDArray[np.float64]
 
@@ -122,7 +122,7 @@ def report(path: Location, times: float, most: int) -> Iterator[str]:
     yield from _fields("settings as asked", flatten(store.manifest.settings))
     yield from _fields("identity", flatten(store.manifest.identity))
     yield f"a unit: {layout.unit_rows:,} rows in {layout.chunks_per_unit} chunks of {layout.chunk_rows:,}"
-    makers = made_by(store)
+    makers = makers_of(store)
     yield f"devices and libraries: {'mixed' if len(makers) > 1 else 'the same throughout'}"
     yield from (f"  {count} records by {maker or 'an unnamed device'}" for maker, count in makers.most_common())
     for split in SPLITS:

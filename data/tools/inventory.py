@@ -46,7 +46,7 @@ def entries(folder: Location) -> list[Entry]:
     return [Entry.of(path) for path in stores_below(folder)]
 
 
-def made_by(store: Store) -> Counter[str]:
+def makers_of(store: Store) -> Counter[str]:
     """How many commit records each kind of device and set of libraries made; more than one kind: the store is mixed."""
     found = Counter[str]()
     for split in SPLITS:
@@ -56,7 +56,7 @@ def made_by(store: Store) -> Counter[str]:
     return found
 
 
-def describe(entry: Entry) -> list[str]:
+def describe_entry(entry: Entry) -> list[str]:
     """An entry in a few lines."""
     if entry.store is None:
         return [entry.line, f"  {entry.wrong}"]
@@ -69,7 +69,7 @@ def describe(entry: Entry) -> list[str]:
         for split, sites in extent(entry.store).items()
         for site, count in sites.items()
     )
-    makers = made_by(entry.store)
+    makers = makers_of(entry.store)
     mixed = "mixed: " if len(makers) > 1 else "made by "
     return [
         entry.line,
@@ -83,5 +83,5 @@ def listing(folder: Location) -> list[str]:
     """All stores below a folder in lines for people."""
     found = entries(folder)
     total = sum(entry.bytes for entry in found)
-    lines = [line for entry in found for line in describe(entry)]
+    lines = [line for entry in found for line in describe_entry(entry)]
     return [*lines, f"{len(found)} store{'' if len(found) == 1 else 's'}, {format_bytes(total)}"]

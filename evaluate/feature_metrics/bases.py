@@ -56,7 +56,7 @@ class SAEBasis(Basis):
         return torch.addmm(bias_F[units], xc_ND, self.sae.W_enc[:, units])
 
     def active(self, x_ND: Tensor) -> Tensor:
-        return self.sae.activate(self.sae.norm.normalise(x_ND))
+        return self.sae.encode_normalised(self.sae.norm.normalise(x_ND))
 
     def part(self, x_ND: Tensor, f_N: Tensor, unit_N: Tensor) -> Tensor:
         added_ND, norm = f_N[:, None] * self.sae.W_dec[unit_N], self.sae.norm

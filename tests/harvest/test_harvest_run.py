@@ -152,7 +152,7 @@ def test_the_layout_of_a_store_is_adopted_and_another_refused(model: Path, text:
     assert len(find(tmp_path, store_settings(config(model, text, tmp_path)))) == 1
 
 
-FORMS = ("store.encoding=int8", "store.codec=zstd", "store.shards=true", "store.bitround=5")
+FORMS = ("store.encoding=int8", "store.codec=zstd", "store.shards=true")
 
 
 def test_the_form_of_a_store_is_adopted_and_another_refused(model: Path, text: Path, tmp_path: Path) -> None:

@@ -22,7 +22,6 @@ from data.base.errors import UserError, to_sentence
 from data.storage import leases as claims
 from data.storage.base import LeaseLost
 from data.storage.local import LocalStorage
-from data.store import commit
 from data.store.manifest import TRAIN
 from data.store.store import Store
 from harvest import harvester, lm
@@ -249,7 +248,8 @@ def refusing(error: int, after: int) -> Callable[[int], None]:
 
 @pytest.mark.parametrize("after", [0, 1, 20, 33, 60])
 @pytest.mark.parametrize(
-    ("error", "told"), [(errno.ENOSPC, "the disk is full (/"), (errno.EROFS, " cannot be written or read")]
+    ("error", "told"),
+    [(errno.ENOSPC, "the disk is full (/"), (errno.EROFS, " is on a file system that can only be read")],
 )
 def test_a_disk_that_refuses_is_a_sentence_and_a_run_later_goes_on(
     model: Path,
@@ -263,7 +263,7 @@ def test_a_disk_that_refuses_is_a_sentence_and_a_run_later_goes_on(
 ) -> None:
     cfg = config(model, text, tmp_path, SITES, *MORE)
     with monkeypatch.context() as patch, pytest.raises(OSError) as raised:
-        patch.setattr(commit.os, "fsync", refusing(error, after))
+        patch.setattr(os, "fsync", refusing(error, after))
         harvest(cfg)
     assert told in (to_sentence(raised.value) or "")
     assert str(tmp_path) in (to_sentence(raised.value) or "")

@@ -69,7 +69,6 @@ class Pass:
         relu: bool,
         by_residual: bool,
         k_aux: int | None,
-        over_batch: bool,
     ) -> None:
         r = self.residual(f)
         n_dead = int(dead.sum())
@@ -77,10 +76,7 @@ class Pass:
         if k == 0:
             return
         masked = np.where(dead, self.z, -np.inf)
-        if over_batch:
-            kept = largest(masked.ravel(), k * len(masked)).reshape(masked.shape)
-        else:
-            kept = np.stack([largest(row, k) for row in masked])
+        kept = np.stack([largest(row, k) for row in masked])
         if relu:
             kept &= self.z > 0
         a = np.where(kept, self.z, 0.0)
@@ -123,9 +119,8 @@ def topk(
     dead: NDArray[np.bool_],
     alpha: float = 1 / 32,
     relu: bool = False,
-    by_residual: bool = False,
+    by_residual: bool = True,
     k_aux: int | None = None,
-    over_batch: bool = False,
     multi: bool = False,
 ) -> Result:
     run = Pass(x, p, v, centred)
@@ -135,7 +130,7 @@ def topk(
     if multi:
         wide = per_token(run.z, 4 * k)
         run.dz += run.squared(np.where(wide, run.z, 0), weight=1 / 8) * wide
-    how = {"alpha": alpha, "relu": relu, "by_residual": by_residual, "k_aux": k_aux, "over_batch": over_batch}
+    how = {"alpha": alpha, "relu": relu, "by_residual": by_residual, "k_aux": k_aux}
     run.auxk(f, dead, **how)  # type: ignore[arg-type]
     return run.result()
 
@@ -150,19 +145,17 @@ def batchtopk(
     dead: NDArray[np.bool_],
     alpha: float = 1 / 32,
     relu: bool = False,
-    by_residual: bool = False,
+    by_residual: bool = True,
     k_aux: int | None = None,
-    over_batch: bool = False,
     sizes: Sequence[int | None] = (None,),
-    threshold: float | None = None,
 ) -> Result:
-    """`sizes`: the nested prefixes of Matryoshka; None is the full width. `threshold`: T in the place of the batch."""
+    """`sizes`: the nested prefixes of Matryoshka; None is the full width."""
     run = Pass(x, p, v, centred)
-    kept = of_batch(run.z, k) if threshold is None else run.z > threshold
+    kept = of_batch(run.z, k)
     f = np.where(kept, run.z, 0)
     for size in sizes:
         run.dz += run.squared(f, latents=size) * kept
-    how = {"alpha": alpha, "relu": relu, "by_residual": by_residual, "k_aux": k_aux, "over_batch": over_batch}
+    how = {"alpha": alpha, "relu": relu, "by_residual": by_residual, "k_aux": k_aux}
     run.auxk(f, dead, **how)  # type: ignore[arg-type]
     return run.result()
 

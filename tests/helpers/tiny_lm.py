@@ -122,9 +122,7 @@ def harvest_of(model: Any, root: Path, **packing: Any) -> dict[str, Any]:
         "lm_batch": 4,
         "cache": str(root / "cache"),
         "store": {"dtype": "bfloat16"}
-        | dict.fromkeys(
-            ("chunk_rows", "chunks_per_unit", "mixing_seed", "encoding", "codec", "bitround", "shards"), None
-        ),
+        | dict.fromkeys(("chunk_rows", "chunks_per_unit", "mixing_seed", "encoding", "codec", "shards"), None),
         "allow_mixed_devices": False,
     }
     return {"config": config, "store": harvest(config), "root": root}

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from train.sae import SAE, VARIANTS, StepOutput
+from train.sae import SAE, VARIANTS, StepOutput, TrainContext
 from train.sae.parts.unit_rows import project_gradient_, renormalise_
 
 D, F, K = 16, 64, 4
@@ -18,18 +18,17 @@ FORMS: dict[str, tuple[str, dict[str, Any]]] = {
     "relu bricken": ("relu", {"sparsity": 0.05, "form": "bricken", "apply_b_dec_to_input": True}),
     "topk": ("topk", {"k": K}),
     "topk multi": ("topk", {"k": K, "multi_topk": True}),
-    "topk reference auxk": ("topk", {"k": K, "auxk_relu": True, "auxk_norm": "residual"}),
+    "topk reference auxk": ("topk", {"k": K, "auxk_relu": True}),
     "batchtopk": ("batchtopk", {"k": K}),
-    "topk auxk over the batch": ("topk", {"k": K, "auxk_k": 3, "auxk_over": "batch"}),
-    "batchtopk quantile": ("batchtopk", {"k": K, "selection": "quantile"}),
-    "matryoshka quantile": ("matryoshka", {"k": K, "selection": "quantile"}),
+    "topk lighter auxk": ("topk", {"k": K, "auxk_norm": "variance"}),
+    "topk few auxk": ("topk", {"k": K, "auxk_k": 3}),
     "matryoshka": ("matryoshka", {"k": K}),
     "matryoshka of two": ("matryoshka", {"k": K, "prefixes": [0.25, 1.0]}),
-    "relu at k": ("relu", {"sparsity": 0.05, "k": 10}),
+    "relu at k": ("relu", {"sparsity": 0.05, "target_l0": 10}),
     "gated": ("gated", {"sparsity": 0.05}),
-    "gated at k": ("gated", {"sparsity": 0.05, "k": 10}),
+    "gated at k": ("gated", {"sparsity": 0.05, "target_l0": 10}),
     "jumprelu": ("jumprelu", {"sparsity": 0.005}),
-    "jumprelu target": ("jumprelu", {"sparsity": 1.0, "k": 4.0, "bandwidth": 0.01}),
+    "jumprelu target": ("jumprelu", {"sparsity": 1.0, "target_l0": 4.0, "bandwidth": 0.01}),
 }
 
 
@@ -51,7 +50,7 @@ def make(form: str = "batchtopk", **settings: Any) -> SAE:
 
 def train_step(sae: SAE, optimizer: torch.optim.Optimizer, x_BD: Tensor, dead_F: Tensor | None = None) -> StepOutput:
     """What a trainer does with a batch, in its order."""
-    step = sae.loss(sae.norm.normalise(x_BD), dead_F=dead_F)
+    step = sae.loss(sae.norm.normalise(x_BD), TrainContext(dead_F=dead_F))
     optimizer.zero_grad()
     step.loss.backward()
     if sae.unit_rows:

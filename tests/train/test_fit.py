@@ -64,7 +64,7 @@ def test_every_variant_trains_and_ships(short: Any, tmp_path: Path, name: str) -
     # Known mistake 11: what is reported is the form that ships, scored here from the saved folder in float64.
     x = rows_of(short, HELDOUT, np.arange(8))
     with torch.no_grad():
-        f, x_hat = sae.double().run(x)
+        f, x_hat = sae.double().encode_decode(x)
     nmse = float((x - x_hat).square().sum() / (x - x.mean(0)).square().sum())
     reported = config["training"]["heldout"]
     assert reported["nmse"] == pytest.approx(nmse, rel=1e-4)
@@ -114,7 +114,7 @@ def test_every_input_norm(short: Any, tmp_path: Path, name: str) -> None:
         ["trainer=auto", "trainer.accelerator=cpu", "trainer.deterministic=true"],
         ["loader.pool_chunks=1", "loader.threads=2"],
         ["matmul=bf16"],
-        ["sae.selection=quantile", "sae.auxk_over=batch", "sae.auxk_k=2", "dead_after=64"],
+        ["sae.auxk_norm=variance", "sae.auxk_k=2", "dead_after=64"],
     ],
     ids=" ".join,
 )

@@ -36,7 +36,7 @@ KINDS = {
     "relu": ["sae=relu", "sae.k=6", "sparsity_warmup=0.3"],
     "gated": ["sae=gated", "sae.width=40", "optimizer.lr=0.01"],
     "jumprelu": ["sae=jumprelu", "sae.input_norm=token", "lr_decay=0.5"],
-    "quantile": ["sae=matryoshka", "sae.selection=quantile", "ema=0.9", "lr_at_width=32"],
+    "matryoshka": ["sae=matryoshka", "ema=0.9", "lr_at_width=32"],
 }
 TWO = ["topk", "batchtopk"]
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}

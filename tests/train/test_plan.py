@@ -118,7 +118,7 @@ def test_a_store_made_with_other_settings_is_named(short: Any, cache: Path) -> N
 def test_several_stores_are_listed(short: Any, tmp_path: Path, store_maker: Callable[..., Store]) -> None:
     for name in ("a", "b"):
         store_maker(tmp_path / "two", short(), name=name)
-    with pytest.raises(UserError, match=r"2 stores match.*a-.*b-.*store=<path>"):
+    with pytest.raises(UserError, match=r"2 stores match.*a-.*b-.*store=<name or path>"):
         make_plan(short(f"cache={tmp_path / 'two'}"))
 
 
@@ -140,14 +140,14 @@ def test_devices_in_a_sweep(short: Any, monkeypatch: pytest.MonkeyPatch) -> None
         ({"expansion": 1.03}, "not a whole number"),
         ({"expansion": "wide"}, r"sae\.expansion=wide must be a number"),
         ({"width": 100.5}, r"sae\.width=100\.5 must be a whole number"),
-        ({"k": 1.5}, r"sae\.k=1\.5 is not of its type, int"),
-        ({"k": None}, r"sae\.k=None is not of its type, int"),
-        ({"k": True}, r"sae\.k=True is not of its type, int"),
-        ({"auxk_relu": 1}, r"sae\.auxk_relu=1 is not of its type, bool"),
+        ({"k": 1.5}, r"sae\.k=1\.5 is not allowed: it should be a valid integer"),
+        ({"k": None}, r"sae\.k=null is not allowed: it should be a valid integer"),
+        ({"k": True}, r"sae\.k=true is not allowed: it should be a valid integer"),
+        ({"auxk_relu": 1}, r"sae\.auxk_relu=1 is not allowed: it should be a valid boolean"),
         ({"width": 32, "k": 33}, r"k=33 .* width of 32"),
-        ({"auxk_k": 0}, "auxk_k=0 chooses nothing"),
-        ({"auxk_over": "sequence"}, "auxk_over='sequence' is unknown: choose one of token, batch"),
-        ({"sparsity": 1.0}, "variant topk has no setting sparsity"),
+        ({"auxk_k": 0}, r"sae\.auxk_k=0 is not allowed: it should be greater than or equal to 1"),
+        ({"auxk_over": "batch"}, "auxk_over=batch is trained no more: leave it out"),
+        ({"sparsity": 1.0}, r"sae\.sparsity is no setting"),
         ({"_target_": "elsewhere.SAE"}, r"choose sae=relu\|topk"),
     ],
 )

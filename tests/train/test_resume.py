@@ -81,7 +81,7 @@ def noisy(monkeypatch: pytest.MonkeyPatch) -> None:
 BREAKS = {
     "topk": (5, 16, 23, 24, 25, 48, 60),
     "batchtopk": (16, 24),
-    "batchtopk ema=0.9 sae.selection=quantile lr_at_width=16": (16,),
+    "batchtopk ema=0.9 lr_at_width=16": (16,),
     "jumprelu": (40,),
 }
 

@@ -30,7 +30,7 @@ from train.interop.foreign import (
 )
 from train.sae.base import SAE
 from train.sae.variants.matryoshka import Matryoshka
-from train.sae.variants.topk import TopKBase
+from train.sae.variants.topk_base import TopKBase
 
 CONFIG, WEIGHTS = "config.json", "ae.pt"
 HOLDS = (CONFIG, WEIGHTS)
@@ -101,10 +101,10 @@ def files(sae: SAE, origin: Origin) -> dict[str, bytes]:
 def _theirs(sae: SAE, theirs: str, ours: str) -> Tensor:
     if ours == "k":
         assert isinstance(sae, TopKBase)
-        return torch.tensor(sae.k, dtype=torch.int)
+        return torch.tensor(sae.config.k, dtype=torch.int)
     if ours == "group_sizes":
         assert isinstance(sae, Matryoshka)
-        return torch.tensor([end - start for start, end in zip([0, *sae.sizes], sae.sizes, strict=False)])
+        return torch.tensor([end - start for start, end in zip([0, *sae.config.sizes], sae.config.sizes, strict=False)])
     tensor: Tensor = getattr(sae, ours).detach()
     return (tensor.t() if theirs.endswith(".weight") else tensor).contiguous()
 

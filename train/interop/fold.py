@@ -17,9 +17,10 @@ _UNIT = 1e-5  # rows of W_dec this close to length 1 are unit rows in float32
 
 
 def rebuilt(sae: SAE, state: dict[str, Tensor], **settings: Any) -> SAE:
-    """An SAE of the same class with other settings and this state."""
+    """Make an SAE of the same class with other settings and this state."""
     new = type(sae)(**sae.settings() | settings)
     new.load_state_dict(state)
+    new.site = sae.site
     return new
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import io
 import json
 import re
@@ -18,7 +17,7 @@ from torch import Tensor
 from data.base.errors import UserError
 from data.base.sites import Site
 from train.sae.base import SAE
-from train.sae.io import VARIANTS
+from train.sae.io import VARIANTS, inference_settings
 
 Json = dict[str, Any]
 OURS = "thresher"  # the key under which a format's settings carry ours
@@ -82,14 +81,13 @@ class Origin:
 
 
 def construct(variant: str, ours: Json, **needed: Any) -> SAE:
-    """A new SAE of a variant: settings of the folder, then those that we recorded of the same variant, then defaults.
+    """Make an SAE of a variant: settings of the folder, else those that we recorded of the same variant, else defaults.
 
     What only training uses and nobody recorded: a coefficient of 0.
     """
-    known = inspect.signature(VARIANTS[variant]).parameters
-    recorded = ours["settings"] if ours.get("variant") == variant else {}
-    settings = {name: value for name, value in recorded.items() if name in known} | needed
-    if "sparsity" in known:
+    recorded = inference_settings(ours["settings"]) if ours.get("variant") == variant else {}
+    settings = recorded | needed
+    if "sparsity" in VARIANTS[variant].Config.model_fields:
         settings.setdefault("sparsity", 0.0)
     return VARIANTS[variant](**settings)
 

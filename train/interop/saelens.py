@@ -64,7 +64,7 @@ def files(sae: SAE, origin: Origin) -> dict[str, bytes]:
         "metadata": _metadata(origin),
     }
     if isinstance(sae, TopK):
-        config |= {"k": sae.k, "rescale_acts_by_decoder_norm": False}
+        config |= {"k": sae.config.k, "rescale_acts_by_decoder_norm": False}
     if architecture == "jumprelu":
         theta = getattr(sae, "theta" if sae.name == "jumprelu" else "threshold").detach()
         tensors["threshold"] = theta.expand(sae.width)

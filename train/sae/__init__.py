@@ -1,6 +1,6 @@
-"""Sparse autoencoders in plain torch: `load(folder)` gives one, `sae.run(x)` its activations and reconstruction."""
+"""Sparse autoencoders in plain torch: `load(folder)` gives one, `sae.encode_decode(x)` f and x_hat."""
 
-from train.sae.base import SAE, StepOutput
+from train.sae.base import SAE, StepOutput, TrainContext
 from train.sae.io import VARIANTS, load, load_config, save
 from train.sae.parts.auxk import DeadLatents, default_window
 from train.sae.parts.threshold import Calibration
@@ -11,6 +11,7 @@ __all__ = [
     "Calibration",
     "DeadLatents",
     "StepOutput",
+    "TrainContext",
     "default_window",
     "load",
     "load_config",

@@ -1,13 +1,13 @@
-"""What every SAE variant is: parameters, the shipping form, a pure loss, and what the training step does around it.
+"""What every SAE variant is: parameters, the inference form, a pure loss, and what the training step does around it.
 
-Letters: B tokens in a batch, D model width, F latents, N tokens of a set.
-x is in model units, x' ("xn") normalised, f the latents' activations.
+Letters: B tokens in a batch, D model width, F latents, N tokens of a set, d chosen latents; `...` any leading shape.
+x is in model units, x' ("xn") normalised, z pre-activations, f the latents' activations.
 """
 
 from __future__ import annotations
 
-import inspect
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -16,36 +16,72 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from data.base.errors import UserError
+from train.sae.config import SAEConfig
 from train.sae.parts.init import SAMPLES, directions, geometric_median
 from train.sae.parts.norm import InputNorm
-from train.sae.sparse.encode import Codes, encode
-from train.sae.sparse.select import Selector
+from train.sae.sparse.codes import Codes
+from train.sae.sparse.encode import encode
+from train.sae.sparse.rules import Selection
 
 _SCALING_ROWS = 1024  # tokens the first scale of the encoder is measured on
+_WARM = 0.999  # share of the sparsity coefficient from which on the warm-up counts as over
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
+class TrainContext:
+    """What a loss depends on beside its batch."""
+
+    dead_F: Bool[Tensor, " F"] | None = None
+    """Latents that AuxK revives, where the variant uses it."""
+    may_die_d: Int[Tensor, " d"] | None = None
+    """Latents, ascending, outside of which `dead_F` marks none: with it no device is waited for to find the dead."""
+    sparsity_scale: float = 1.0
+    """Share of the sparsity coefficient in the warm-up, from 0 to 1; only variants with a coefficient use it."""
+
+    @property
+    def warmed_up(self) -> bool:
+        """Whether the coefficient's warm-up is over."""
+        return self.sparsity_scale >= _WARM
+
+
+PLAIN = TrainContext()
+"""No dead latents, and the whole sparsity coefficient."""
+
+
+@dataclass(frozen=True, eq=False)
 class StepOutput:
-    """What a loss returns.
-
-    loss: the scalar to differentiate.
-    parts: detached scalars, already weighted where they are terms of the loss; always `nmse` and `l0`.
-    codes, xn_hat_BD: f and x_hat' of the training form, detached.
-    """
+    """What a loss returns."""
 
     loss: Float[Tensor, ""]
-    parts: dict[str, Tensor]
+    """The scalar to differentiate."""
+    metrics: dict[str, Tensor]
+    """Detached scalars, already weighted where they are terms of the loss; always `nmse` and `l0`."""
     codes: Codes
+    """f of the training form, detached."""
     xn_hat_BD: Float[Tensor, "B D"]
+    """x_hat' of the training form, detached."""
+    min_kept: Float[Tensor, ""] | None = None
+    """The smallest z kept of the batch, 0 where fewer than k * B are positive; of BatchTopK and Matryoshka."""
+    coefficient: Float[Tensor, ""] | None = None
+    """The sparsity coefficient of this step, of the variants with an L1."""
+    warmed_up: bool = True
+    """Whether the coefficient's warm-up is over."""
 
     @property
     def tokens(self) -> int:
+        """Tokens of the batch."""
         return self.codes.shape[0]
 
     @property
     def fired_F(self) -> Bool[Tensor, " F"]:
         """Latents that fired on any token of the batch."""
         return self.codes.fired(self.codes.values)
+
+    @property
+    def figures(self) -> dict[str, Tensor]:
+        """All scalars that are logged of the step."""
+        typed = {"min_kept": self.min_kept, "coefficient": self.coefficient}
+        return self.metrics | {name: value for name, value in typed.items() if value is not None}
 
 
 class SAE(nn.Module, ABC):
@@ -56,131 +92,195 @@ class SAE(nn.Module, ABC):
     D, averaged over tokens and divided by Vx; an L1 is divided by sqrt(Vx). So the reconstruction's term reads as an
     NMSE.
 
-    The trainer's order: `step = loss(norm.normalise(x), dead_F=...)`, backward, `project_gradient_(W_dec)` where
-    `unit_rows`, clipping, the optimizer's step, `renormalise_(W_dec)` where `unit_rows`, `after_step(step)`. Nothing
-    else moves any state; `encode`, `forward` and `run` are the form that ships, in training too.
+    `encode`, `decode`, `encode_decode` and `forward` are the inference form, in training too: they take any leading
+    shape and give no gradient. The trainer's order: `step = loss(norm.normalise(x), context)`, backward,
+    `project_gradient_(W_dec)` where `unit_rows`, clipping, the optimizer's step, `renormalise_(W_dec)` where
+    `unit_rows`, `after_step(step)`. Nothing else moves any state.
     """
 
     name: ClassVar[str]
+    Config: ClassVar[type[SAEConfig]]
     bias_names: ClassVar[tuple[str, ...]] = ("b_enc",)  # the latents' biases, that of z first
     needs_calibration: ClassVar[bool] = False
     uses_auxk: ClassVar[bool] = False
 
+    config: SAEConfig
     variance: Tensor
     mean_sq: Tensor
 
-    def __init__(
-        self, d_in: int, width: int, *, input_norm: str = "dataset", apply_b_dec_to_input: bool = True
-    ) -> None:
+    def __init__(self, d_in: int, width: int, **settings: Any) -> None:
+        """Make an SAE of `width` latents over `d_in` entries; `settings` are those of the variant's `Config`.
+
+        Raises UserError for settings that do not fit.
+        """
         super().__init__()
-        if d_in < 1 or width < 1:
-            raise UserError(f"an SAE of {width} latents over {d_in} entries is impossible: both must be at least 1")
-        self.d_in, self.width = d_in, width
-        self.input_norm, self.apply_b_dec_to_input = input_norm, apply_b_dec_to_input
+        self.config = self.Config.of({"width": width, **settings})
+        if d_in < 1:
+            raise UserError(f"an SAE over {d_in} entries is impossible: there must be at least 1")
+        self.d_in, self.width = d_in, self.config.width
+        self.site: str | None = None  # where the activations are from, once it is known
         self.unit_rows = True
         self.matmul = "float32"  # of the encoder's product in training; bf16: its factors rounded to bfloat16
-        self.norm = InputNorm(input_norm, d_in)
-        rows_FD = directions(width, d_in, seed=0)
+        self.norm = InputNorm(self.config.input_norm, d_in)
+        rows_FD = directions(self.width, d_in, seed=0)
         self.W_enc_FD = nn.Parameter(rows_FD.clone())  # latent by latent, as its gradients come and optimizers walk
         self.W_dec = nn.Parameter(rows_FD)
         self.b_dec = nn.Parameter(torch.zeros(d_in))
         for name in self.bias_names:
-            self.register_parameter(name, nn.Parameter(torch.zeros(width)))
+            self.register_parameter(name, nn.Parameter(torch.zeros(self.width)))
         self.register_buffer("variance", torch.ones(()))
         self.register_buffer("mean_sq", torch.tensor(float(d_in)))
+        self.add_state()
 
-    # What a variant defines.
+    # What a variant defines
+
+    def add_state(self) -> None:
+        """Register what the variant has beside; default nothing."""
 
     @abstractmethod
-    def active(self, xn_BD: Float[Tensor, "B D"]) -> tuple[Codes, Tensor]:
-        """Codes of normalised input and their f, in the form that ships."""
+    def encode_sparse(self, xn_BD: Float[Tensor, "B D"]) -> tuple[Codes, Tensor]:
+        """Compute codes of normalised input and their f, in the inference form; differentiable."""
 
     @abstractmethod
-    def loss(
-        self,
-        xn_BD: Float[Tensor, "B D"],
-        *,
-        dead_F: Bool[Tensor, " F"] | None = None,
-        among_d: Int[Tensor, " d"] | None = None,
-        sparsity_scale: float = 1.0,
-    ) -> StepOutput:
-        """The training loss of normalised input; changes no state.
+    def loss(self, xn_BD: Float[Tensor, "B D"], context: TrainContext = PLAIN) -> StepOutput:
+        """Compute the training loss of normalised input; changes no state."""
 
-        `dead_F` marks the latents AuxK revives (used where `uses_auxk`), all of them in `among_d`, ascending, where it
-        is given: then no device is waited for to find them. `sparsity_scale` in [0, 1] multiplies the sparsity
-        coefficient (warm-up) of the variants that have one.
-        """
+    @abstractmethod
+    def dense_encode(self, xn_BD: Float[Tensor, "B D"]) -> Float[Tensor, "B F"]:
+        """Compute f of normalised input in the inference form, as the formula reads; `encode_sparse` must equal it."""
 
-    # What all share.
+    @abstractmethod
+    def dense_loss(self, xn_BD: Float[Tensor, "B D"], context: TrainContext = PLAIN) -> Float[Tensor, ""]:
+        """Compute the training loss as the formula reads; `loss` must equal it in value and gradients."""
+
+    def after_step(self, step: StepOutput) -> None:
+        """Follow an optimizer's step, in training only: `step` is what `loss` gave for this batch; default nothing."""
+
+    def start_variant(self, xn_ND: Float[Tensor, "N D"]) -> None:
+        """Set what a variant takes from normalised samples, last in `initialise`; default nothing."""
+
+    def start_encoder(self) -> None:
+        """Change the encoder that `initialise` has set to the decoder's transpose; default nothing."""
+
+    # What describes it
+
+    def settings(self) -> dict[str, Any]:
+        """Give the constructor's arguments as plain JSON: `type(sae)(**sae.settings())` is an SAE of the same form."""
+        return {"d_in": self.d_in, **self.config.model_dump(mode="json")}
+
+    def extra_repr(self) -> str:
+        site = "" if self.site is None else f", site={self.site}"
+        return f"{self.name}, d={self.d_in}, F={self.width}, {self.config.aim}{site}"
+
+    def __repr__(self) -> str:
+        return f"SAE({self.extra_repr()})"
+
+    @property
+    def input_norm(self) -> str:
+        """How x' is made from x."""
+        return self.config.input_norm
+
+    @property
+    def apply_b_dec_to_input(self) -> bool:
+        """Whether the encoder reads x' - b_dec."""
+        return self.config.apply_b_dec_to_input
 
     @property
     def W_enc(self) -> Float[Tensor, "D F"]:
         """The encoder's weights as the formula has them."""
         return self.W_enc_FD.t()
 
-    def settings(self) -> dict[str, Any]:
-        """The constructor's arguments as plain JSON: `type(sae)(**sae.settings())` is an SAE of the same form."""
-        return {name: getattr(self, name) for name in inspect.signature(type(self)).parameters}
-
-    def input_centred(self, xn_BD: Float[Tensor, "B D"]) -> Float[Tensor, "B D"]:
-        """x' - b_dec, or x' where the variant's setting says so."""
-        return xn_BD - self.b_dec if self.apply_b_dec_to_input else xn_BD
-
-    def pre_activation(self, xn_BD: Float[Tensor, "B D"]) -> Float[Tensor, "B F"]:
-        """z = (x' - b_dec) W_enc + b_enc (Gated: pi, with b_gate)."""
+    @property
+    def bias_F(self) -> Float[Tensor, " F"]:
+        """The bias of z."""
         bias_F: Tensor = getattr(self, self.bias_names[0])
-        return torch.addmm(bias_F, self.input_centred(xn_BD), self.W_enc)
+        return bias_F
 
-    def encoded(self, xn_BD: Float[Tensor, "B D"], selector: Selector, *aside: Any) -> tuple[Codes, Codes | None]:
-        """What `selector` keeps of z, and what `encode` gives of latents aside."""
-        bias_F: Tensor = getattr(self, self.bias_names[0])
-        return self.encode_with(bias_F, xn_BD, selector, *aside)
+    # The inference form, in model units
 
-    def encode_with(
-        self, bias_F: Tensor | None, xn_BD: Float[Tensor, "B D"], selector: Selector, *aside: Any
-    ) -> tuple[Codes, Codes | None]:
-        """`encoded` by this bias; only training rounds the product's factors."""
-        b_dec_D, matmul = self.b_dec if self.apply_b_dec_to_input else None, self.matmul if self.training else "float32"
-        return encode(xn_BD, self.W_enc_FD, bias_F, b_dec_D, selector, *aside, matmul=matmul)
+    @torch.no_grad()
+    def encode(self, x: Float[Tensor, "... D"]) -> Float[Tensor, "... F"]:
+        """Compute f of model-unit input."""
+        x_BD = self._rows(x)
+        return self.encode_normalised(self.norm.normalise(x_BD)).reshape(*x.shape[:-1], self.width)
 
-    def decoded(self, codes: Codes, f: Tensor) -> Float[Tensor, "B D"]:
-        """x_hat' = f W_dec + b_dec of codes."""
-        return codes.decode(f, self.W_dec)[0] + self.b_dec
+    @torch.no_grad()
+    def decode(self, f: Float[Tensor, "... F"], x: Float[Tensor, "... D"] | None = None) -> Float[Tensor, "... D"]:
+        """Compute x_hat of activations, in model units.
 
-    def activate(self, xn_BD: Float[Tensor, "B D"]) -> Float[Tensor, "B F"]:
-        """f of normalised input, in the form that ships."""
-        codes, f = self.active(xn_BD)
+        `x` is the input that f came from, which input_norm=token needs: it gives each token's mean and spread back.
+        """
+        f_BF = f.reshape(-1, f.shape[-1]).to(self.W_dec.dtype)
+        if f.shape[-1] != self.width:
+            raise UserError(f"the SAE has {self.width} latents and decode got {f.shape[-1]}: give all of them")
+        if x is None and self.input_norm == "token":
+            raise UserError("input_norm=token gives each token its own mean and spread back: call decode(f, x)")
+        x_hat_BD = self.decode_normalised(f_BF)
+        x_BD = x_hat_BD if x is None else self._rows(x)
+        return self.norm.denormalise(x_hat_BD, x_BD).reshape(*f.shape[:-1], self.d_in)
+
+    @torch.no_grad()
+    def encode_decode(self, x: Float[Tensor, "... D"]) -> tuple[Float[Tensor, "... F"], Float[Tensor, "... D"]]:
+        """Compute f and x_hat of model-unit input; x_hat in model units and the parameters' dtype."""
+        x_BD = self._rows(x)
+        codes, f = self.encode_sparse(self.norm.normalise(x_BD))
+        x_hat_BD = self.norm.denormalise(self.decode_sparse(codes, f), x_BD)
+        return codes.dense(f).reshape(*x.shape[:-1], self.width), x_hat_BD.reshape(x.shape)
+
+    def forward(self, x: Float[Tensor, "... D"]) -> Float[Tensor, "... D"]:
+        """Compute x_hat in model units."""
+        return self.encode_decode(x)[1]
+
+    def _rows(self, x: Tensor) -> Float[Tensor, "B D"]:
+        if x.dim() < 1 or x.shape[-1] != self.d_in:
+            raise UserError(f"the SAE reads {self.d_in} entries a token and got {[*x.shape]}: the last must be them")
+        return x.reshape(-1, self.d_in)
+
+    # Normalised input
+
+    @torch.no_grad()
+    def encode_normalised(self, xn_BD: Float[Tensor, "B D"]) -> Float[Tensor, "B F"]:
+        """Compute f of normalised input, in the inference form."""
+        codes, f = self.encode_sparse(xn_BD)
         return codes.dense(f)
 
     def decode_normalised(self, f_BF: Float[Tensor, "B F"]) -> Float[Tensor, "B D"]:
-        """x_hat' = f W_dec + b_dec."""
+        """Compute x_hat' = f W_dec + b_dec; differentiable."""
         return torch.addmm(self.b_dec, f_BF, self.W_dec)
 
-    def encode(self, x_BD: Float[Tensor, "B D"]) -> Float[Tensor, "B F"]:
-        """f of model-unit input, in the form that ships."""
-        return self.activate(self.norm.normalise(x_BD))
+    def decode_sparse(self, codes: Codes, f: Tensor) -> Float[Tensor, "B D"]:
+        """Compute x_hat' = f W_dec + b_dec of codes; differentiable."""
+        return codes.decode(f, self.W_dec)[0] + self.b_dec
 
-    def run(self, x_BD: Float[Tensor, "B D"]) -> tuple[Float[Tensor, "B F"], Float[Tensor, "B D"]]:
-        """f and x_hat of model-unit input, in the form that ships; x_hat in model units and the parameters' dtype."""
-        codes, f = self.active(self.norm.normalise(x_BD))
-        return codes.dense(f), self.norm.denormalise(self.decoded(codes, f), x_BD)
+    def input_centred(self, xn_BD: Float[Tensor, "B D"]) -> Float[Tensor, "B D"]:
+        """Give x' - b_dec, or x' where the variant's setting says so."""
+        return xn_BD - self.b_dec if self.apply_b_dec_to_input else xn_BD
 
-    def forward(self, x_BD: Float[Tensor, "B D"]) -> Float[Tensor, "B D"]:
-        """x_hat in model units."""
-        return self.run(x_BD)[1]
+    def pre_activation(self, xn_BD: Float[Tensor, "B D"]) -> Float[Tensor, "B F"]:
+        """Compute z = (x' - b_dec) W_enc + b_enc (Gated: pi, with b_gate)."""
+        return torch.addmm(self.bias_F, self.input_centred(xn_BD), self.W_enc)
+
+    def select(
+        self, xn_BD: Float[Tensor, "B D"], bias_F: Tensor | None, selections: Sequence[Selection]
+    ) -> list[Codes]:
+        """Compute what the selections keep of z with this bias; only training rounds the product's factors."""
+        b_dec_D = self.b_dec if self.apply_b_dec_to_input else None
+        matmul = self.matmul if self.training else "float32"
+        return encode(xn_BD, self.W_enc_FD, bias_F, b_dec_D, selections, matmul=matmul)
+
+    # Terms of losses
 
     def nmse(self, xn_hat_BD: Float[Tensor, "B D"], xn_BD: Float[Tensor, "B D"]) -> Float[Tensor, ""]:
-        """E over tokens of ||x' - x_hat'||^2 / Vx."""
+        """Compute E over tokens of ||x' - x_hat'||^2 / Vx."""
         if self.W_dec.dtype not in (torch.float32, torch.float64):
             raise UserError(f"parameters in {self.W_dec.dtype} cannot follow small gradients: train the SAE in float32")
         return (xn_hat_BD - xn_BD).square().sum() / (xn_BD.shape[0] * self.variance)
 
     def l1(self, f: Tensor, tokens: int) -> Float[Tensor, ""]:
-        """E over tokens of sum_j f_j / sqrt(Vx), for f at least 0, of the latents active on so many tokens."""
+        """Compute E over tokens of sum_j f_j / sqrt(Vx), for f at least 0, of the latents active on so many tokens."""
         return f.sum() / (tokens * self.variance.sqrt())
 
-    def after_step(self, step: StepOutput) -> None:
-        """After the optimizer's step, in training only: `step` is what `loss` gave for this batch."""
+    # The start
 
     @torch.no_grad()
     def initialise(
@@ -208,13 +308,10 @@ class SAE(nn.Module, ABC):
         self._start_encoder(1.0)
         xn_BD = xn_ND[:_SCALING_ROWS]
         explained = (self.loss(xn_BD).xn_hat_BD - self.b_dec).square().sum()
-        wanted = (xn_BD - self.b_dec).square().sum()
-        if explained > 0 and wanted > 0:
-            self._start_encoder(float((wanted / explained).sqrt()))
+        to_explain = (xn_BD - self.b_dec).square().sum()
+        if explained > 0 and to_explain > 0:
+            self._start_encoder(float((to_explain / explained).sqrt()))
         self.start_variant(xn_ND)
-
-    def start_variant(self, xn_ND: Float[Tensor, "N D"]) -> None:
-        """The last of `initialise`: what a variant sets from normalised samples; default nothing."""
 
     def _measure(self, sample_ND: Tensor, mean_sq_norm: float | None, variance: float | None) -> None:
         """Set s, Vx and E||x'||^2."""
@@ -243,3 +340,4 @@ class SAE(nn.Module, ABC):
         for name in self.bias_names:
             bias_F = self.get_parameter(name)
             bias_F.zero_() if self.apply_b_dec_to_input else bias_F.copy_(-(self.b_dec @ self.W_enc))
+        self.start_encoder()

@@ -1,19 +1,21 @@
-"""An SAE on disk: `sae.safetensors` and `config.json`, names only."""
+"""An SAE on disk: `sae.safetensors` and `config.json`, plain names and numbers only, the weights under a checksum."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load as from_bytes
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from data.base.errors import UserError
 from data.base.files import write_atomic
 from train.sae.base import SAE
+from train.sae.config import RETIRED
 from train.sae.variants.batchtopk import BatchTopK
 from train.sae.variants.gated import Gated
 from train.sae.variants.jumprelu import JumpReLU
@@ -23,6 +25,7 @@ from train.sae.variants.topk import TopK
 
 FORMAT = 1
 WEIGHTS, CONFIG = "sae.safetensors", "config.json"
+SHA256 = "weights_sha256"  # in config.json, of sae.safetensors; folders of earlier versions have none
 _NAMES = ("W_enc_FD", "W_enc")  # of the parameter, in the file
 
 VARIANTS: dict[str, type[SAE]] = {
@@ -31,7 +34,7 @@ VARIANTS: dict[str, type[SAE]] = {
 
 
 def _turned(state: dict[str, Tensor], old: str, new: str) -> dict[str, Tensor]:
-    """A state with the encoder's weights transposed and renamed: a file has them as the formula, [D, F]."""
+    """Transpose and rename the encoder's weights of a state: a file has them as the formula, [D, F]."""
     return {new if name == old else name: tensor.t() if name == old else tensor for name, tensor in state.items()}
 
 
@@ -41,17 +44,19 @@ def save(sae: SAE, folder: str | Path, record: dict[str, Any]) -> None:
     `record` (plain JSON) says what the SAE is of: site, fingerprint, store, model, training.
     """
     folder = Path(folder)
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in _turned(sae.state_dict(), *_NAMES).items()}
+    weights = to_bytes(tensors)
     config = {"format": FORMAT, "variant": sae.name, "settings": sae.settings(), **record}
+    config[SHA256] = hashlib.sha256(weights).hexdigest()
     text = json.dumps(config, indent=2, allow_nan=False) + "\n"
     folder.mkdir(parents=True, exist_ok=True)
     (folder / CONFIG).unlink(missing_ok=True)
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in _turned(sae.state_dict(), *_NAMES).items()}
-    write_atomic(folder / WEIGHTS, to_bytes(tensors))
+    write_atomic(folder / WEIGHTS, weights)
     write_atomic(folder / CONFIG, text.encode())
 
 
 def load_config(folder: str | Path) -> dict[str, Any]:
-    """The record of the SAE in `folder`; UserError where there is none or it is damaged or of a newer format."""
+    """Read the record of the SAE in `folder`; UserError where there is none or it is damaged or of a newer format."""
     path = Path(folder) / CONFIG
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
@@ -73,17 +78,34 @@ def load_config(folder: str | Path) -> dict[str, Any]:
 
 
 def load(folder: str | Path) -> SAE:
-    """The SAE in `folder`, on the CPU, bit for bit as saved; UserError where the folder is not whole."""
+    """Load the SAE in `folder` on the CPU, bit for bit as saved.
+
+    Raises UserError where the folder is not whole, the weights are not those that were saved, or not all are finite.
+    """
     config = load_config(folder)
     path = Path(folder) / WEIGHTS
     try:
-        sae = VARIANTS[config["variant"]](**config["settings"])
-        sae.load_state_dict(_turned(load_file(path), *reversed(_NAMES)))
+        data = path.read_bytes()
     except FileNotFoundError:
         raise UserError(f"{path} is missing: train this SAE again or restore the file") from None
-    except (SafetensorError, RuntimeError, TypeError) as error:
+    if config.get(SHA256, digest := hashlib.sha256(data).hexdigest()) != digest:
+        raise UserError(f"{path} is damaged, its checksum is another: train this SAE again or restore the file")
+    try:
+        sae = VARIANTS[config["variant"]](**inference_settings(config["settings"]))
+        sae.load_state_dict(_turned(from_bytes(data), *reversed(_NAMES)))
+    except (SafetensorError, RuntimeError, TypeError, UserError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(
             f"{path} does not fit its {CONFIG} ({reason}): train this SAE again or restore the files"
         ) from None
+    if unfit := [name for name, tensor in sae.state_dict().items() if not bool(tensor.isfinite().all())]:
+        raise UserError(
+            f"{path} has values in {unfit[0]} that are not finite: train this SAE again or restore the file"
+        )
+    sae.site = config.get("site")
     return sae
+
+
+def inference_settings(settings: dict[str, Any]) -> dict[str, Any]:
+    """Leave out of a record's settings those of earlier versions that the inference form never read."""
+    return {name: value for name, value in settings.items() if name not in RETIRED}

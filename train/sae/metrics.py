@@ -1,6 +1,6 @@
-"""Validation: how the form that ships does on held-out activations.
+"""How well an SAE reconstructs and how sparsely it fires: sums over tokens that validation and evaluation share.
 
-Letters: B tokens in a batch, D model width, F latents.
+Letters: N tokens of a batch, G groups of tokens (contexts, or all as one), D model width, F latents.
 """
 
 from __future__ import annotations
@@ -9,52 +9,122 @@ from collections.abc import Iterable, Sequence
 
 import torch
 import torch.distributed as dist
+from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
-from train.sae import SAE
+from train.sae.base import SAE
+
+
+def double(x: Tensor) -> Tensor:
+    """Convert to float64, on the CPU where the device has none (Apple's)."""
+    return x.to("cpu" if x.device.type == "mps" else x.device).double()
 
 
 class ReconstructionSums:
-    """Sums over held-out tokens in float64; `values()` are ratios of the sums, never means of ratios."""
+    """Sums of squared errors over tokens, in float64, for each group of tokens.
 
-    def __init__(self, width: int, d_in: int, device: torch.device) -> None:
-        at = torch.device("cpu") if device.type == "mps" else device  # Apple's devices have no float64
-        self.scalars = torch.zeros(4, dtype=torch.float64, device=at)  # tokens, squared error, squared x, firings
-        self.x_D = torch.zeros(d_in, dtype=torch.float64, device=at)
-        self.fired_F = torch.zeros(width, dtype=torch.float64, device=at)
+    NMSE = sum ||x - x_hat||^2 / sum ||x - mean x||^2, the mean over the whole set: a ratio of sums, never a mean of
+    ratios. `centre_D` only shifts the sums, so that a large constant part of x loses no digits.
+    """
 
-    def add(self, x_BD: Tensor, x_hat_BD: Tensor, f_BF: Tensor) -> None:
-        at = self.x_D.device
-        x_BD, x_hat_BD, active_BF = x_BD.to(at).double(), x_hat_BD.to(at).double(), f_BF.to(at) > 0
-        error, square = (x_BD - x_hat_BD).square().sum(), x_BD.square().sum()
-        self.scalars += torch.stack([error.new_tensor(len(x_BD)), error, square, active_BF.sum().double()])
-        self.x_D += x_BD.sum(0)
-        self.fired_F += active_BF.sum(0)
+    NAMES = ("tokens", "error", "deviation")
 
-    def values(self) -> dict[str, float]:
-        """nmse over the set (= FVU), mean l0, and latents silent over all its tokens."""
-        tokens, error, square, firings = self.scalars.tolist()
-        spread = square - float(self.x_D.square().sum()) / tokens
-        silent = int((self.fired_F == 0).sum())
-        return {"nmse": error / spread, "l0": firings / tokens, "silent": silent, "tokens": int(tokens)}
+    def __init__(self, centre_D: Float[Tensor, " D"], groups: int = 1) -> None:
+        self.centre_D = double(centre_D)
+        device = self.centre_D.device
+        self.columns = {name: torch.zeros(groups, dtype=torch.float64, device=device) for name in self.NAMES}
+        self.sum_D = torch.zeros_like(self.centre_D)
+
+    def add(
+        self, x_ND: Float[Tensor, "N D"], x_hat_ND: Float[Tensor, "N D"], group_N: Int64[Tensor, " N"] | None = None
+    ) -> Float64[Tensor, " N"]:
+        """Add a batch in model units and give each token's squared error; `group_N` None is one group."""
+        x, x_hat = double(x_ND), double(x_hat_ND)
+        moved = x - self.centre_D.to(x.device)
+        error_N = (x - x_hat).square().sum(1)
+        self.sum_D += moved.sum(0).to(self.sum_D.device)
+        for name, value_N in zip(self.NAMES, (torch.ones_like(error_N), error_N, moved.square().sum(1)), strict=True):
+            _add(self.columns[name], value_N, group_N)
+        return error_N
+
+    def table(self) -> dict[str, Float64[Tensor, " G"]]:
+        """Give the columns, deviations about the mean of the whole set, each group bearing its share by tokens."""
+        tokens = self.columns["tokens"]
+        shift = (self.sum_D / tokens.sum()).square().sum()
+        return self.columns | {"deviation": self.columns["deviation"] - tokens * shift}
+
+    def nmse(self) -> float:
+        """Give the NMSE of the set (= FVU)."""
+        table = self.table()
+        return float(table["error"].sum() / table["deviation"].sum())
+
+    def all_reduce(self) -> None:
+        """Add up the sums of all ranks."""
+        for tensor in (*self.columns.values(), self.sum_D):
+            dist.all_reduce(tensor)
+
+
+class FiringSums:
+    """How many latents fire on a token (L0) and how often each fires: whole numbers for each group of tokens."""
+
+    def __init__(self, width: int, groups: int = 1, device: torch.device | None = None) -> None:
+        self.tokens = torch.zeros(groups, dtype=torch.int64, device=device)
+        self.l0 = torch.zeros(groups, dtype=torch.int64, device=device)
+        self.fired_F = torch.zeros(width, dtype=torch.int64, device=device)
+
+    def add(self, f_NF: Float[Tensor, "N F"], group_N: Int64[Tensor, " N"] | None = None) -> Int64[Tensor, " N"]:
+        """Add a batch of activations and give each token's L0; a latent fires where its activation is above 0."""
+        fires_NF = f_NF > 0
+        l0_N = fires_NF.sum(1)
+        self.fired_F += fires_NF.sum(0).to(self.fired_F.device)
+        _add(self.l0, l0_N, group_N)
+        _add(self.tokens, torch.ones_like(l0_N), group_N)
+        return l0_N
+
+    def mean_l0(self) -> float:
+        """Give the mean L0 over the tokens of the set."""
+        return int(self.l0.sum()) / int(self.tokens.sum())
+
+    def silent(self) -> int:
+        """Count the latents that fire on no token of the set."""
+        return int((self.fired_F == 0).sum())
+
+    def all_reduce(self) -> None:
+        """Add up the sums of all ranks."""
+        for tensor in (self.tokens, self.l0, self.fired_F):
+            dist.all_reduce(tensor)
+
+
+def _add(column: Tensor, value_N: Tensor, group_N: Tensor | None) -> None:
+    value_N = value_N.to(column.device)
+    if group_N is None:
+        column += value_N.sum()
+    else:
+        column.index_add_(0, group_N.to(column.device), value_N)
 
 
 @torch.no_grad()
 def held_out(
     saes: Sequence[SAE], batches: Iterable[Tensor], device: torch.device, world: int
 ) -> list[dict[str, float]]:
-    """The figures of each SAE over all ranks' `batches` in model units, which are read once for all."""
-    sums = [ReconstructionSums(sae.width, sae.d_in, device) for sae in saes]
+    """Score the inference form of each SAE on all ranks' `batches` in model units, which are read once for all."""
+    errors = [ReconstructionSums(torch.zeros(sae.d_in, device=device)) for sae in saes]
+    firings = [FiringSums(sae.width, device=device) for sae in saes]
     modes = [sae.training for sae in saes]
     for sae in saes:
-        sae.eval()  # what ships rounds no factors of the encoder's product
+        sae.eval()  # the inference form rounds no factors of the encoder's product
     for x_BD in batches:
-        for sae, total in zip(saes, sums, strict=True):
-            f_BF, x_hat_BD = sae.run(x_BD)
-            total.add(x_BD, x_hat_BD, f_BF)
+        for sae, error, firing in zip(saes, errors, firings, strict=True):
+            f_BF, x_hat_BD = sae.encode_decode(x_BD)
+            error.add(x_BD, x_hat_BD)
+            firing.add(f_BF)
     for sae, mode in zip(saes, modes, strict=True):
         sae.train(mode)
-    for total in sums if world > 1 else []:
-        for tensor in (total.scalars, total.x_D, total.fired_F):
-            dist.all_reduce(tensor)
-    return [total.values() for total in sums]
+    found = []
+    for error, firing in zip(errors, firings, strict=True):
+        if world > 1:
+            error.all_reduce()
+            firing.all_reduce()
+        tokens = int(firing.tokens.sum())
+        found.append({"nmse": error.nmse(), "l0": firing.mean_l0(), "silent": firing.silent(), "tokens": tokens})
+    return found

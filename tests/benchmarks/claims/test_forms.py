@@ -42,12 +42,12 @@ def test_topk_weights_under_a_threshold_and_back() -> None:
     x = rows(2, 1024)
     other = with_threshold(sae, [x[:512], x[512:]])
     z = sae.pre_activation(sae.norm.normalise(x))
-    f, _ = other.run(x)
+    f, _ = other.encode_decode(x)
     torch.testing.assert_close(f, torch.where(z > other.threshold, z, 0.0))
     assert float((f > 0).sum(1).float().mean()) == pytest.approx(K, rel=0.05)
     assert int((f > 0).sum(1).max()) > K
-    again, _ = turned(other, TopK).run(x)
-    torch.testing.assert_close(again, sae.run(x)[0])
+    again, _ = turned(other, TopK).encode_decode(x)
+    torch.testing.assert_close(again, sae.encode_decode(x)[0])
 
 
 @torch.no_grad()
@@ -56,13 +56,13 @@ def test_scales_and_shifts_are_those_of_least_squares() -> None:
     sae = started(ReLU(D, 5, sparsity=0.1, form="bricken", apply_b_dec_to_input=True))
     x = rows(4, 400)
     found = rescaled(sae, [x[:150], x[150:]])
-    g, xn = sae.run(x)[0].double(), sae.norm.normalise(x).double()
+    g, xn = sae.encode_decode(x)[0].double(), sae.norm.normalise(x).double()
     columns = [(part[:, j, None] * sae.W_dec[j]).flatten() for part in (g, (g > 0).double()) for j in range(5)]
     solved = torch.linalg.lstsq(torch.stack(columns, 1), (xn - sae.b_dec).flatten()).solution
     torch.testing.assert_close(found.scale_F.double(), solved[:5], rtol=0.01, atol=0.01)
     torch.testing.assert_close(found.shift_F.double(), solved[5:], rtol=0.01, atol=0.01)
     wanted = (g * solved[:5] + solved[5:]).relu() * (g > 0)
-    torch.testing.assert_close(found.run(x)[0].double(), wanted, rtol=0.03, atol=0.03)
+    torch.testing.assert_close(found.encode_decode(x)[0].double(), wanted, rtol=0.03, atol=0.03)
 
 
 @torch.no_grad()

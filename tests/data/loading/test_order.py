@@ -63,7 +63,7 @@ def test_runs_hold_a_pool_s_rows_once_and_cutting_changes_nothing(
     runs = order.pool_runs(pool, seed=seed, epoch=0, rank=0, shuffle=shuffle)
     found = runs.indices(begins)
     assert sorted(found.tolist()) == list(range(pool.rows))
-    assert (runs.rows > 0).all() and (not shuffle or runs.rows.max() <= order.RUN)
+    assert (runs.rows > 0).all() and (not shuffle or runs.rows.max() <= order.RUN_ROWS)
     borders = np.array([border for border in at if border < pool.rows], np.int64)
     cut = runs.cut(borders)
     assert (cut.rows > 0).all() and set(borders) <= {0, *np.cumsum(cut.rows).tolist()}
@@ -79,8 +79,8 @@ def test_a_chunk_s_runs_are_spread_evenly_and_cut_elsewhere_each_time() -> None:
         owners = np.repeat(runs.chunks, runs.rows)
         # In every stretch of a quarter of the pool each chunk has a quarter of its rows, but for a run at either end.
         quarters = np.stack([np.bincount(owners[at : at + 160], minlength=4) for at in range(0, 640, 160)])
-        assert quarters.min() >= 40 - 3 * order.RUN and quarters.max() <= 40 + 3 * order.RUN
-        firsts[runs.starts[runs.chunks == 0][0] // order.RUN] += 1
+        assert quarters.min() >= 40 - 3 * order.RUN_ROWS and quarters.max() <= 40 + 3 * order.RUN_ROWS
+        firsts[runs.starts[runs.chunks == 0][0] // order.RUN_ROWS] += 1
     assert cuts == set(range(1, 17))
     # Any run of a chunk may come first: about 57 times each of ten and a half, chi-squared with 9 degrees of freedom.
     assert ((firsts[:10] - 57) ** 2 / 57).sum() < 60
@@ -111,7 +111,7 @@ def test_every_row_exactly_once_over_the_ranks(
     together = [row for part in parts for row in part]
     assert len(together) == len(expected) and set(together) == expected
     assert max(map(len, parts)) - min(map(len, parts)) <= 1
-    order.check(sizes, **settings)
+    order.check_order(sizes, **settings)
 
 
 @given(sizes=sizes_st, k=st.integers(1, 7), world=st.integers(1, 3))
@@ -126,7 +126,7 @@ def test_check_sees_a_row_that_comes_twice(monkeypatch: pytest.MonkeyPatch) -> N
     wrong = order.Runs(np.array([0, 0]), np.array([0, 2]), np.array([3, 1]))
     monkeypatch.setattr(order, "pool_runs", lambda pool, **_: wrong)
     with pytest.raises(AssertionError, match="2 rows"):
-        order.check(np.array([4]), seed=0, epoch=0, world=1, pool_chunks=1)
+        order.check_order(np.array([4]), seed=0, epoch=0, world=1, pool_chunks=1)
 
 
 def test_epochs_and_seeds_differ_and_unshuffled_ones_do_not() -> None:
@@ -169,3 +169,19 @@ def test_batches_per_epoch(rows: int, batch: int, world: int, drop_last: bool, e
 def test_mixing_span() -> None:
     assert order.mixing_span(100, 4, 400) == pytest.approx(200.0)
     assert order.mixing_span(1000, 16, 10**12) == pytest.approx(16000.0, rel=1e-6)
+
+
+@pytest.mark.parametrize(("batch", "ours", "permuted"), [(256, 75, 15), (1280, 77, 74), (4096, 83, 225)])
+def test_scatter_of_a_batch_is_as_the_module_says(batch: int, ours: float, permuted: float) -> None:
+    """Rows of each chunk in a batch: more scatter than a permutation's below about 80 of them, less above."""
+    chunks, sizes, counts = 16, np.full(16, 4096), []
+    for epoch in range(8):
+        (pool,) = order.pools(sizes, seed=0, epoch=epoch, rank=0, world=1, pool_chunks=chunks)
+        runs = order.pool_runs(pool, seed=0, epoch=epoch, rank=0)
+        of = np.repeat(runs.chunks, runs.rows)
+        batches = of[: len(of) // batch * batch].reshape(-1, batch)
+        counts += [np.bincount(rows, minlength=chunks) for rows in batches]
+    mean, rows = batch / chunks, sizes.sum()
+    assert np.mean(counts) == pytest.approx(mean)
+    assert np.var(counts) == pytest.approx(ours, rel=0.1)
+    assert mean * (1 - 1 / chunks) * (1 - batch / rows) == pytest.approx(permuted, rel=0.03)

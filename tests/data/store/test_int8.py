@@ -22,7 +22,7 @@ from zarr.codecs import BloscCodec, ZstdCodec
 from data.base.errors import UserError
 from data.loading.loader import ActivationLoader
 from data.loading.reader import DirectReader, ZarrReader, open_reader
-from data.store.int8 import FeatureScale, RowDecoder, encode, rounded
+from data.store.int8 import FeatureScale, RowDecoder, encode_int8
 from data.store.layout import Layout
 from data.store.manifest import HELDOUT, TRAIN
 from data.store.store import ORIGIN, TOKENS, Store
@@ -93,10 +93,10 @@ def test_a_dead_dimension_and_a_bad_row_do_no_harm() -> None:
     assert standard.mean.tolist() == same.mean.tolist() and standard.std.tolist() == same.std.tolist()
     assert 0 < standard.std[2] == np.float32(1e-3 * np.sqrt(np.mean(x.astype(np.float64).std(0) ** 2)))
     x[50, 2] = 8.0  # what the pilot did not see
-    decoded = RowDecoder(D, standard)(encode(torch.from_numpy(x), standard)).numpy()
+    decoded = RowDecoder(D, standard)(encode_int8(torch.from_numpy(x), standard)).numpy()
     assert abs(decoded[50, 2] - 8.0) < 0.1 and np.isfinite(decoded).all()
     constant = FeatureScale.of(np.full((3, D), 2.5, np.float32))
-    assert (RowDecoder(D, constant)(encode(torch.full((4, D), 2.5), constant)) == 2.5).all()
+    assert (RowDecoder(D, constant)(encode_int8(torch.full((4, D), 2.5), constant)) == 2.5).all()
     assert (FeatureScale.of(np.full((2, D), np.nan, np.float32)).std == 1).all()
 
 
@@ -107,7 +107,7 @@ def test_a_dead_dimension_and_a_bad_row_do_no_harm() -> None:
 def test_no_value_is_off_by_more_than_half_a_step(x: np.ndarray, pilot: np.ndarray) -> None:
     """Half a step of its row's scale, and what float32 rounds."""
     standard = FeatureScale.of(pilot)
-    rows = encode(torch.from_numpy(x), standard)
+    rows = encode_int8(torch.from_numpy(x), standard)
     exact = by_the_formula(rows.numpy(), standard)
     z = (x.astype(np.float64) - standard.mean) / standard.std
     step = np.abs(z).max(1, keepdims=True) / 127 * standard.std
@@ -122,7 +122,7 @@ def test_a_single_row_decodes_too(width: int) -> None:
     """Its scale lies at any byte, and torch's views as float32 do not."""
     x = torch.from_numpy(activations(5))[:, :width]
     standard = FeatureScale.of(x.numpy())
-    rows, decoder = encode(x, standard), RowDecoder(width, standard)
+    rows, decoder = encode_int8(x, standard), RowDecoder(width, standard)
     assert torch.equal(torch.cat([decoder(rows[i : i + 1]) for i in range(5)]), decoder(rows))
 
 
@@ -134,19 +134,6 @@ def test_a_value_that_is_not_finite_is_not_stored(tmp_path: Path, bad: float) ->
     store.require(TRAIN, SITE, D, 3 * 64)
     with pytest.raises(UserError, match="not finite"):
         store.write(TRAIN, 2, SITE, x, {})
-
-
-@pytest.mark.parametrize("dtype, bits", [("float32", 3), ("float32", 20), ("float16", 4), ("bfloat16", 2)])
-def test_rounding_keeps_the_nearest_of_so_many_bits(dtype: str, bits: int) -> None:
-    x = activations(200)
-    native = from_float32(x) if dtype == "bfloat16" else x.astype(dtype)
-    wide = (to_float32(native) if dtype == "bfloat16" else native).astype(np.float64)
-    kept = rounded(native, bits)
-    assert kept.dtype == native.dtype
-    found = (to_float32(kept) if dtype == "bfloat16" else kept).astype(np.float64)
-    step = 2.0 ** (np.floor(np.log2(np.abs(wide))) - bits)
-    normal = np.abs(wide) > 1e-3  # float16's own steps are wider below
-    np.testing.assert_array_equal(found[normal], (np.rint(wide / step) * step)[normal])
 
 
 @pytest.mark.parametrize(
@@ -334,9 +321,6 @@ def test_a_default_layout_is_written_as_it_always_was() -> None:
         ({"encoding": "int4"}, "store.encoding 'int4' is unknown: choose one of null, int8"),
         ({"codec": "gzip"}, "store.codec 'gzip' is unknown: choose one of null, zstd, blosc"),
         ({"shards": 1}, "store.shards 1 is unknown: choose one of false, true"),
-        ({"bitround": 7}, "store.bitround=7 must be 1 to 6 of the mantissa bits of bfloat16"),
-        ({"bitround": 0}, "store.bitround=0 must be"),
-        ({"bitround": 3, "encoding": "int8"}, "store.bitround rounds floats"),
     ],
 )
 def test_what_a_layout_cannot_be_is_told(asked: dict[str, Any], told: str) -> None:

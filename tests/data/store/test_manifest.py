@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -11,9 +12,13 @@ from omegaconf import OmegaConf
 
 from data.base.errors import UserError
 from data.base.records import canonical, diff_fields
+from data.loading.reader import open_reader
+from data.store.find import find
 from data.store.layout import ITEMSIZE, Layout, choose_layout
-from data.store.manifest import Manifest, store_settings
-from tests.data.conftest import manifest
+from data.store.manifest import TRAIN, Manifest, store_settings
+from data.store.store import Store
+from data.tools.verify import verify
+from tests.data.conftest import SITE, manifest
 
 
 def chosen(**asked: object) -> Layout:
@@ -158,7 +163,6 @@ def test_differing_names_the_fields_with_both_values() -> None:
         "model": {"name": "a", "revision": None},
     }
     assert diff_fields(here, asked) == [
-        "model.revision: absent here, null asked",
         "packing.context: 128 here, 256 asked",
         "text.files: [1,2] here, [1] asked",
     ]
@@ -170,3 +174,45 @@ def test_nothing_differs_from_itself_and_a_change_always_shows(value: object) ->
     assert diff_fields({"a": value}, {"a": value}) == []
     assert diff_fields({"a": value}, {"a": [value]}) != []
     assert diff_fields({}, {"a": 1}) == ["a: absent here, 1 asked"]
+
+
+@pytest.mark.parametrize("bitround", [None, 3])
+def test_a_store_of_rounded_floats_opens_and_reads(tmp_path: Path, bitround: int | None) -> None:
+    """An option of older versions: its stores hold plain floats, and their identity still says how they were made."""
+    base = manifest("float32")
+    layout = base.layout.json | {"bitround": bitround}
+    store = Store.create_or_open(tmp_path, replace(base, identity={**base.identity, "layout": layout}))
+    store.require(TRAIN, SITE, 3, 16)
+    x = np.arange(12, dtype=np.float32).reshape(4, 3)
+    store.write(TRAIN, 0, SITE, x, {})
+    again = Store.open(store.path)
+    out = np.zeros((4, 3), np.float32)
+    open_reader(again, TRAIN, SITE).read(0, out)
+    np.testing.assert_array_equal(out, x)
+    assert again.manifest.identity["layout"]["bitround"] == bitround
+    assert verify(store.path, quiet=True) == []
+    plain = {**base.identity, "layout": base.layout.json}
+    assert bool(diff_fields(again.manifest.identity, plain)) == (bitround is not None)
+
+
+def test_a_setting_that_is_null_or_at_its_default_finds_yesterday_s_stores(tmp_path: Path) -> None:
+    base = manifest()
+    store = Store.create_or_open(tmp_path, base)
+    settings = base.settings
+    later = {
+        "model": {**settings["model"], "adapter": None, "generation": {"seed": None}},
+        "text": {**settings["text"], "columns": []},
+        "packing": {**settings["packing"], "new": None},
+    }
+    assert [found.path for found in find(tmp_path, later)] == [store.path]
+    strict = {**later, "packing": {**settings["packing"], "strict": True}}
+    assert find(tmp_path, strict) == []
+    assert [found.path for found in find(tmp_path, strict, {"packing.strict": True})] == [store.path]
+    off = {**later, "packing": {**settings["packing"], "strict": False}}
+    assert find(tmp_path, off, {"packing.strict": True}) == []
+    assert find(tmp_path, {**settings, "packing": {"context": None}}) == []
+
+
+def test_fields_that_are_null_differ_from_no_absent_ones() -> None:
+    assert diff_fields({"a": {"b": None}}, {}) == [] == diff_fields({}, {"a": {"b": None}, "c": None})
+    assert diff_fields({"a": None}, {"a": 1}) == ["a: absent here, 1 asked"]

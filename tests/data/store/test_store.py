@@ -25,7 +25,7 @@ from data.base.errors import UserError
 from data.base.lock import alone
 from data.storage.base import LeaseLost
 from data.storage.local import LocalStorage
-from data.store.find import find, find_fingerprint, pick
+from data.store.find import find, find_fingerprint, open_store, pick
 from data.store.manifest import HELDOUT, TRAIN
 from data.store.store import ORIGIN, TOKENS, Store
 from tests.data.conftest import SITE, Build, manifest, numbered
@@ -418,7 +418,7 @@ def test_find_by_settings(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="2 stores match") as told:
         pick(found)
     assert all(str(store.path) in str(told.value) for store in stores)
-    assert "store=<path>" in str(told.value)
+    assert "store=<name or path>" in str(told.value)
 
 
 def test_find_by_fingerprint(tmp_path: Path) -> None:
@@ -434,3 +434,31 @@ def test_a_damaged_neighbour_hides_nothing_and_is_not_hidden(tmp_path: Path) -> 
     assert [store.path for store in find(tmp_path, good.manifest.settings)] == [good.path]
     with pytest.raises(UserError, match=f"{bad.path.name}.*is damaged"):
         find(tmp_path, bad.manifest.settings)
+
+
+def test_a_store_opens_by_its_name_or_the_beginning_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = tmp_path / "cache"
+    stores = [Store.create_or_open(cache, manifest(name=name)) for name in ("one", "other")]
+    twins = [Store.create_or_open(cache, manifest(name="twin", n=n)) for n in (1, 2)]
+    (cache / "oneself").mkdir()  # no store
+    assert open_store(stores[0].path.name, cache).path == stores[0].path
+    assert open_store("one", cache).path == open_store("one-", cache).path == stores[0].path
+    assert open_store("oth", cache).path == open_store(str(stores[1].path), cache).path == stores[1].path
+    with pytest.raises(UserError, match=f"2 stores in {cache} begin with twin") as told:
+        open_store("twin", cache)
+    assert all(twin.path.name in str(told.value) for twin in twins)
+    with pytest.raises(UserError, match=f"no store in {cache} has a name that begins with three"):
+        open_store("three", cache)
+    monkeypatch.chdir(cache)
+    assert open_store(stores[1].path.name, tmp_path).path == Path(stores[1].path.name)
+    with pytest.raises(UserError, match="oneself is not a store"):
+        open_store("oneself", tmp_path)
+
+
+def test_a_neighbour_that_cannot_be_read_hides_nothing(tmp_path: Path) -> None:
+    good = Store.create_or_open(tmp_path, manifest())
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "odd").mkdir()
+    os.mkfifo(tmp_path / "odd" / "manifest.json")
+    assert [store.path for store in find(tmp_path, manifest().settings)] == [good.path]
+    assert open_store("tiny", tmp_path).path == good.path

@@ -185,7 +185,7 @@ def saes() -> list[Any]:
 def test_parts_add_up_to_the_reconstruction(number: int) -> None:
     basis, x = SAEBasis("it", saes()[number]), torch.randn(9, 16, generator=torch.Generator().manual_seed(2)) * 3 + 1
     with torch.no_grad():
-        f, x_hat = basis.sae.run(x)
+        f, x_hat = basis.sae.encode_decode(x)
         empty = basis.sae.norm.denormalise(basis.sae.b_dec.expand_as(x), x)
         total = empty.clone()
         for unit in range(48):

@@ -35,7 +35,7 @@ def test_no_file_holds_hostile_text_as_markup(tmp_path: Path) -> None:
 
 def test_a_pages_numbers_are_what_was_collected(tmp_path: Path) -> None:
     latents, _ = a_page(tmp_path)
-    found, contexts = latents.found, latents.packed.contexts
+    found, contexts = latents.collector, latents.packed.contexts
     (index,) = called(tmp_path / "index.js")
     number, piece = called(tmp_path / "part-000.js")
     assert number == 0 and len(piece["latents"]) == 5

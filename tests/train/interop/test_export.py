@@ -145,7 +145,7 @@ def test_the_formats_own_formula_gives_our_f_and_x_hat(
     export(saved(tmp_path, sae), to, tmp_path / "out")
     x = torch.from_numpy(activations(256, 9))
     with torch.no_grad():
-        f, x_hat = sae.run(x)
+        f, x_hat = sae.encode_decode(x)
     assert 1 < float((f > 0).float().sum(1).mean()) < F - 1
     theirs_f, theirs_x_hat = BY[to](tmp_path / "out", x.double().numpy())
     norms = np.ones(F) if sae.unit_rows else np.linalg.norm(sae.W_dec.detach().numpy(), axis=1)
@@ -295,7 +295,7 @@ def test_there_and_back_keeps_every_bit(tmp_path: Path, store: Store, to: str, f
     if "threshold" in plain.state_dict():
         assert torch.equal(plain.get_buffer("threshold"), back.get_buffer("threshold"))
     if isinstance(sae, Matryoshka):
-        assert isinstance(back, Matryoshka) and back.sizes == sae.sizes
+        assert isinstance(back, Matryoshka) and back.config.sizes == sae.config.sizes
     export(tmp_path / "back", to, tmp_path / "again")
     for file in (tmp_path / "there").iterdir():
         if file.suffix in (".safetensors", ".pt"):
@@ -369,7 +369,7 @@ def test_another_tools_topk_that_chooses_by_the_rows_norms(tmp_path: Path, store
     norm = np.linalg.norm(p["W_dec"], axis=1)
     f = relu(top(((x - p["b_dec"]) @ p["W_enc"] + p["b_enc"]) * norm, 4))
     with torch.no_grad():
-        ours_f, ours_x_hat = load(tmp_path / "back").run(torch.from_numpy(x).float())
+        ours_f, ours_x_hat = load(tmp_path / "back").encode_decode(torch.from_numpy(x).float())
     assert np.abs(f - ours_f.numpy()).max() < 1e-4
     assert np.abs(f / norm @ p["W_dec"] + p["b_dec"] - ours_x_hat.numpy()).max() < 1e-4
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from data.base.errors import UserError
 from tests.helpers.toy import FORMS, D, F, activations, f_of, make, train, train_step
-from train.sae import SAE, VARIANTS, load, save
+from train.sae import SAE, VARIANTS, TrainContext, load, save
 
 
 def state(sae: SAE) -> dict[str, Tensor]:
@@ -33,7 +33,7 @@ class TestContract:
         assert type(loaded) is type(sae)
         assert equal(state(loaded), state(sae))
         assert loaded.settings() == sae.settings()
-        for ours, theirs in zip(sae.run(x), loaded.run(x), strict=True):
+        for ours, theirs in zip(sae.encode_decode(x), loaded.encode_decode(x), strict=True):
             assert torch.equal(ours, theirs)
         xn = sae.norm.normalise(x)
         assert torch.equal(sae.loss(xn).loss, loaded.loss(xn).loss)
@@ -51,9 +51,9 @@ class TestContract:
         sae, x = make(form), activations(64, seed=5)
         before, random = state(sae), torch.get_rng_state()
         dead_F = torch.arange(F) < 5
-        sae.loss(sae.norm.normalise(x), dead_F=dead_F).loss.backward()
+        sae.loss(sae.norm.normalise(x), TrainContext(dead_F=dead_F)).loss.backward()
         sae.encode(x)
-        sae.run(x)
+        sae.encode_decode(x)
         sae(x)
         assert equal(state(sae), before)
         assert torch.equal(torch.get_rng_state(), random)
@@ -66,7 +66,7 @@ class TestContract:
         sae, x = make(form), activations(64, seed=5)
         f = sae.train().encode(x)
         assert torch.equal(sae.eval().encode(x), f)
-        assert torch.equal(f, sae.activate(sae.norm.normalise(x)))
+        assert torch.equal(f, sae.encode_normalised(sae.norm.normalise(x)))
         alone = torch.cat([sae.encode(row[None]) for row in x])
         assert torch.equal(alone > 0, f > 0)
         torch.testing.assert_close(alone, f)
@@ -74,10 +74,28 @@ class TestContract:
 
     def test_run_is_encode_and_forward(self, form: str) -> None:
         sae, x = make(form), activations(64, seed=5)
-        f, x_hat = sae.run(x)
+        f, x_hat = sae.encode_decode(x)
         assert torch.equal(f, sae.encode(x))
         assert torch.equal(x_hat, sae(x))
         torch.testing.assert_close(x_hat, (f @ sae.W_dec + sae.b_dec) / sae.norm.scale)
+
+    def test_any_leading_shape_gives_the_same_numbers_and_no_gradient(self, form: str) -> None:
+        sae, x = make(form), activations(60, seed=5)
+        f, x_hat = sae.encode_decode(x)
+        folded = x.view(3, 4, 5, D)
+        for found, flat in (
+            (sae.encode(folded), f),
+            (sae(folded), x_hat),
+            (sae.decode(f.view(3, 4, 5, F)), sae.decode(f)),
+            (sae.encode(x[0]), f[0]),
+        ):
+            torch.testing.assert_close(found.reshape(flat.shape), flat)
+            assert not found.requires_grad
+        torch.testing.assert_close(sae.decode(f), x_hat)
+        with pytest.raises(UserError, match=r"reads 16 entries a token and got \[60, 64\]"):
+            sae.encode(f)
+        with pytest.raises(UserError, match=r"has 64 latents and decode got 16"):
+            sae.decode(x)
 
     def test_rows_are_unit_after_each_step_where_the_variant_says_so(self, form: str) -> None:
         sae = make(form)
@@ -96,22 +114,22 @@ class TestContract:
     def test_training_explains_the_toy(self, form: str) -> None:
         sae = make(form)
         first, last = train(sae, 150)[::149]
-        assert last.parts["nmse"] < 0.6 * first.parts["nmse"]
+        assert last.metrics["nmse"] < 0.6 * first.metrics["nmse"]
         held = activations(1024, seed=7)
         error = (held - sae(held)).square().sum() / (held - held.mean(0)).square().sum()
         assert error < 0.25
 
     def test_parts_are_detached_scalars_that_add_up(self, form: str) -> None:
         sae = make(form)
-        step = sae.loss(sae.norm.normalise(activations(64, seed=5)), dead_F=torch.arange(F) < 5)
-        assert {"nmse", "l0"} <= step.parts.keys()
-        assert all(part.shape == () and not part.requires_grad for part in step.parts.values())
+        step = sae.loss(sae.norm.normalise(activations(64, seed=5)), TrainContext(dead_F=torch.arange(F) < 5))
+        assert {"nmse", "l0"} <= step.metrics.keys()
+        assert all(part.shape == () and not part.requires_grad for part in step.metrics.values())
         assert not step.codes.values.requires_grad
-        assert step.parts["l0"].item() == pytest.approx((f_of(step) > 0).sum().item() / 64)
+        assert step.metrics["l0"].item() == pytest.approx((f_of(step) > 0).sum().item() / 64)
         if form.startswith("matryoshka"):  # its reconstruction's term is the sum over prefixes
             return
         terms = sum(
-            part for name, part in step.parts.items() if name not in ("l0", "min_kept", "threshold", "coefficient")
+            part for name, part in step.metrics.items() if name not in ("l0", "min_kept", "threshold", "coefficient")
         )
         torch.testing.assert_close(terms, step.loss.detach())
 
@@ -121,12 +139,12 @@ class TestContract:
 
     def test_zero_dead_latents_are_zero_auxk_and_not_nan(self, form: str) -> None:
         sae, xn = make(form), activations(64, seed=5)
-        plain, none = sae.loss(xn), sae.loss(xn, dead_F=torch.zeros(F, dtype=torch.bool))
+        plain, none = sae.loss(xn), sae.loss(xn, TrainContext(dead_F=torch.zeros(F, dtype=torch.bool)))
         assert torch.equal(plain.loss, none.loss)
         assert none.loss.isfinite()
-        assert ("auxk" in none.parts) == sae.uses_auxk
+        assert ("auxk" in none.metrics) == sae.uses_auxk
         if sae.uses_auxk:
-            assert none.parts["auxk"] == 0
+            assert none.metrics["auxk"] == 0
 
     def test_auxk_reaches_the_encoder_of_dead_latents_where_there_is_auxk(self, form: str) -> None:
         sae, xn = make(form), activations(64, seed=5)
@@ -134,7 +152,7 @@ class TestContract:
         if sae.uses_auxk:  # silence them: for the reference form, which needs z > 0, just below the k-th largest
             with torch.no_grad():
                 sae.get_parameter("b_enc")[dead_F] -= 0.5 if "reference" in form else 50.0
-        plain, revived = sae.loss(xn), sae.loss(xn, dead_F=dead_F)
+        plain, revived = sae.loss(xn), sae.loss(xn, TrainContext(dead_F=dead_F))
         (before,) = torch.autograd.grad(plain.loss, sae.W_enc_FD)
         (after,) = torch.autograd.grad(revived.loss, sae.W_enc_FD)
         reached_F = ((after - before).abs() > 1e-7).any(1)
@@ -143,7 +161,7 @@ class TestContract:
     def test_parameters_are_float32_whatever_the_store_holds(self, form: str) -> None:
         sae, x = make(form), activations(64, seed=5).bfloat16()
         assert {p.dtype for p in sae.parameters()} == {torch.float32}
-        f, x_hat = sae.run(x)
+        f, x_hat = sae.encode_decode(x)
         assert (f.dtype, x_hat.dtype) == (torch.float32, torch.float32)
         step = sae.loss(sae.norm.normalise(x))
         assert step.loss.dtype == torch.float32
@@ -169,23 +187,23 @@ def test_every_variant_is_in_the_contract() -> None:
     ("name", "settings", "sentence"),
     [
         ("topk", {"k": 65}, "k=65 .* width of 64"),
-        ("batchtopk", {"k": 0}, "k=0 .* from 1 to 64"),
+        ("batchtopk", {"k": 0}, "k=0 .* greater than or equal to 1"),
         ("matryoshka", {"k": 100}, "k=100 "),
         ("topk", {"k": 17, "multi_topk": True}, "4k=68 .* width of 64"),
-        ("batchtopk", {"k": 4, "auxk_norm": "mean"}, "auxk_norm='mean'.* variance, residual"),
+        ("batchtopk", {"k": 4, "auxk_norm": "mean"}, "auxk_norm=mean .*'residual' or 'variance'"),
         ("batchtopk", {"k": 4, "auxk_alpha": -1.0}, "auxk_alpha=-1"),
         ("matryoshka", {"k": 4, "prefixes": [0.5]}, "end with 1"),
         ("matryoshka", {"k": 4, "prefixes": []}, "end with 1"),
         ("matryoshka", {"k": 4, "prefixes": [0.5, 0.25, 1.0]}, "increasing"),
         ("matryoshka", {"k": 4, "prefixes": [0.001, 0.002, 1.0]}, r"\[1, 1, 64\]"),
-        ("relu", {"sparsity": 0.1, "form": "may"}, "form='may'.*april, bricken"),
+        ("relu", {"sparsity": 0.1, "form": "may"}, "form=may .*'april' or 'bricken'"),
         ("relu", {"sparsity": -0.1}, "sparsity=-0.1"),
         ("gated", {"sparsity": float("nan")}, "sparsity=nan"),
         ("jumprelu", {"sparsity": float("inf")}, "sparsity=inf"),
         ("jumprelu", {"sparsity": 0.1, "bandwidth": 0.0}, "bandwidth=0"),
         ("jumprelu", {"sparsity": 0.1, "initial_threshold": -1.0}, "initial_threshold=-1"),
-        ("jumprelu", {"sparsity": 0.1, "k": 65.0}, "k=65"),
-        ("topk", {"k": 4, "input_norm": "batch"}, "input_norm='batch'.*none, dataset, token"),
+        ("jumprelu", {"sparsity": 0.1, "k": 65.0}, "target_l0=65"),
+        ("topk", {"k": 4, "input_norm": "batch"}, "input_norm=batch .*'none', 'dataset' or 'token'"),
     ],
 )
 def test_an_impossible_setting_is_refused_by_name(name: str, settings: dict[str, object], sentence: str) -> None:
@@ -194,5 +212,13 @@ def test_an_impossible_setting_is_refused_by_name(name: str, settings: dict[str,
 
 
 def test_an_impossible_size_is_refused() -> None:
-    with pytest.raises(UserError, match="0 latents"):
+    with pytest.raises(UserError, match="width=0"):
         VARIANTS["topk"](D, 0, k=1)
+
+
+def test_token_normalised_activations_are_decoded_with_their_input() -> None:
+    sae, x = make("topk", input_norm="token"), activations(6)
+    f, x_hat = sae.encode_decode(x)
+    torch.testing.assert_close(sae.decode(f, x), x_hat)
+    with pytest.raises(UserError, match=r"call decode\(f, x\)"):
+        sae.decode(f)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from data.base.errors import UserError
 from tests.helpers.toy import FORMS, D, F, K, activations, f_of, make, train, train_step
-from train.sae import VARIANTS, DeadLatents, load, save
+from train.sae import VARIANTS, DeadLatents, TrainContext, load, save
 from train.sae.parts.unit_rows import project_gradient_, renormalise_
 from train.sae.variants.batchtopk import BatchTopKBase
 
@@ -30,7 +30,7 @@ def test_mistake_01_a_threshold_learnt_late_or_not_saved_ships_a_relu(form: str,
     sae, held = make(form), activations(2000, seed=5)
     steps = train(sae, 20)  # far fewer than 1000
     assert isinstance(sae, BatchTopKBase)
-    assert sae.threshold >= min(step.parts["min_kept"] for step in steps) > 0
+    assert sae.threshold >= min(step.min_kept for step in steps if step.min_kept is not None) > 0
     save(sae, tmp_path, {})
     as_relu = l0(sae.pre_activation(sae.norm.normalise(held)))
     assert as_relu > 4 * K  # what would ship without T
@@ -48,10 +48,10 @@ def test_mistake_02_logging_or_validating_moves_the_threshold_and_the_counters(f
     before = {name: tensor.clone() for name, tensor in before.items()}
     with torch.no_grad():
         sae.eval()
-        step = sae.loss(sae.norm.normalise(x), dead_F=dead.mask(64))
-        sae.run(x)
+        step = sae.loss(sae.norm.normalise(x), TrainContext(dead_F=dead.mask(64)))
+        sae.encode_decode(x)
         sae.train()
-        sae.run(x)
+        sae.encode_decode(x)
         _ = step.fired_F, dead.mask(1), dead.mask(10**9)
     after = {**sae.state_dict(), "since_F": dead.since_F}
     assert all(torch.equal(after[name], before[name]) for name in before)
@@ -94,7 +94,7 @@ def test_mistake_04_auxk_trains_no_encoder(form: str) -> None:
     dead_F = torch.arange(F) < 6  # fewer than k_aux = 8: each is taken for every token
     with torch.no_grad():
         sae.get_parameter("b_enc")[dead_F] = -50.0
-    sae.loss(xn, dead_F=dead_F).loss.backward()
+    sae.loss(xn, TrainContext(dead_F=dead_F)).loss.backward()
     grad_enc, grad_bias = sae.W_enc_FD.grad, sae.get_parameter("b_enc").grad
     assert grad_enc is not None and grad_bias is not None
     assert (grad_enc[dead_F].abs().amax(1) > 0).all()
@@ -128,7 +128,7 @@ def test_mistake_05_auxk_on_an_undetached_residual(form: str) -> None:
     grads = []
     for dead in (None, dead_F):
         sae.zero_grad()
-        sae.loss(xn, dead_F=dead).loss.backward()
+        sae.loss(xn, TrainContext(dead_F=dead)).loss.backward()
         assert sae.W_dec.grad is not None
         grads.append(sae.W_dec.grad.clone())
     torch.testing.assert_close(grads[1][~dead_F], grads[0][~dead_F])
@@ -139,27 +139,25 @@ def test_mistake_05_auxk_on_an_undetached_residual(form: str) -> None:
 def test_mistake_05_auxk_with_b_dec_added(form: str) -> None:
     sae, xn = make(form, apply_b_dec_to_input=False), activations(64, seed=5)
     dead_F = torch.arange(F) < 6
-    before = sae.loss(xn, dead_F=dead_F)
+    before = sae.loss(xn, TrainContext(dead_F=dead_F))
     shift = torch.full((D,), 10.0)
     with torch.no_grad():  # the same residual and z, another b_dec
         sae.b_dec += shift
         sae.get_parameter("b_enc").sub_(shift @ sae.W_enc)
-    after = sae.loss(xn + shift, dead_F=dead_F)
-    torch.testing.assert_close(after.parts["auxk"], before.parts["auxk"], rtol=1e-3, atol=0)
+    after = sae.loss(xn + shift, TrainContext(dead_F=dead_F))
+    torch.testing.assert_close(after.metrics["auxk"], before.metrics["auxk"], rtol=1e-3, atol=0)
 
 
 @pytest.mark.parametrize("form", TOPK_FAMILY)
 def test_mistake_05_live_latents_win_auxk_because_dead_ones_are_negative(form: str) -> None:
-    sae, xn = make(form), activations(64, seed=5)
-    dead_F = torch.arange(F) < 20
-    with torch.no_grad():
-        sae.get_parameter("b_enc")[dead_F] = -50.0
-    assert (sae.pre_activation(xn)[:, dead_F] < 0).all()
+    xn, dead_F = activations(64, seed=5), torch.arange(F) < 20
     grads = []
     for alpha in (0.0, 1.0):
-        sae.zero_grad()
-        sae.auxk_alpha = alpha
-        sae.loss(xn, dead_F=dead_F).loss.backward()
+        sae = make(form, auxk_alpha=alpha)
+        with torch.no_grad():
+            sae.get_parameter("b_enc")[dead_F] = -50.0
+        assert (sae.pre_activation(xn)[:, dead_F] < 0).all()
+        sae.loss(xn, TrainContext(dead_F=dead_F)).loss.backward()
         assert sae.W_enc_FD.grad is not None
         grads.append(sae.W_enc_FD.grad.clone())
     moved_F = (grads[1] - grads[0]).abs().amax(1) > 1e-6
@@ -237,7 +235,7 @@ def test_mistake_08_the_auxiliary_decoder_of_gated_is_not_detached() -> None:
         sae.get_parameter("b_mag").fill_(-1e3)
     step = sae.loss(xn)
     step.loss.backward()
-    assert step.parts["auxiliary"] > 0 and not f_of(step).any()
+    assert step.metrics["auxiliary"] > 0 and not f_of(step).any()
     assert sae.W_dec.grad is not None and not sae.W_dec.grad.any()
     assert sae.W_enc_FD.grad is not None and sae.W_enc_FD.grad.any()
     # b_dec: the main loss's 2 (b_dec - x) / (B Vx), and -W_enc dpi through x' - b_dec, nothing as the output's bias.
@@ -263,7 +261,7 @@ def test_mistake_08_the_gate_passes_no_gradient() -> None:
 def test_mistake_09_centring_the_residual_hides_a_constant_error(form: str) -> None:
     sae, x = make(form), activations(256, seed=5)
     xn = sae.norm.normalise(x)
-    xn_hat = sae.decode_normalised(sae.activate(xn))
+    xn_hat = sae.decode_normalised(sae.encode_normalised(xn))
     offset = torch.full((D,), 0.7)
     error, shift = xn_hat - xn, offset.square().sum()
     wanted = sae.nmse(xn_hat, xn) + (2 * (error @ offset).mean() + shift) / sae.variance
@@ -282,7 +280,7 @@ def test_mistake_11_training_form_metrics_for_a_model_that_ships_a_threshold(for
     mean = activations(2048).mean(0)
     faint = mean + 0.1 * (activations(128, seed=5) - mean)
     codes, f = sae.active_batch(sae.norm.normalise(faint))
-    batch_form, shipped = codes.dense(f), sae.run(faint)[0]
+    batch_form, shipped = codes.dense(f), sae.encode_decode(faint)[0]
     assert l0(batch_form) == K
     assert l0(shipped) < K / 2
     assert torch.equal(f_of(sae.loss(sae.norm.normalise(faint))), batch_form)

@@ -1,4 +1,4 @@
-"""The threshold that replaces the batch's top k when a BatchTopK ships: followed in training, calibrated at the end."""
+"""The threshold of BatchTopK's inference form: followed in training, calibrated at the end."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from train.sae.sparse.select import TopOfBatch, select
+from train.sae.sparse.cpu import select
+from train.sae.sparse.rules import TopOfBatch
 
 
 def running_mean_(mean: Tensor, weight: Tensor, value: Tensor, decay: float) -> None:
@@ -29,7 +30,7 @@ def running_mean_(mean: Tensor, weight: Tensor, value: Tensor, decay: float) -> 
 class Calibration:
     """What the calibration of a threshold found.
 
-    threshold: T, the mean over batches of the smallest positive value kept, or T_k where that was asked for.
+    threshold: T, the mean over batches of the smallest positive value kept.
     threshold_k: T_k, the (k * N)-th largest z of the set (0 where fewer are positive). l0: mean number of z > T a
     token. batches, skipped: those used, and those with fewer than k * B positives. tokens: N.
     """
@@ -53,12 +54,8 @@ def calibrate(
     pre_activation: Callable[[Tensor], Tensor],
     batches: Sequence[Float[Tensor, "_ D"]],
     k: int,
-    *,
-    pooled: bool = False,
 ) -> Calibration:
-    """T, T_k and L0(T) of frozen weights; `pre_activation` maps a batch to z. Two passes over `batches`.
-
-    `pooled` makes T_k the threshold.
+    """Compute T, T_k and L0(T) of frozen weights; `pre_activation` maps a batch to z. Two passes over `batches`.
 
     Every batch keeps its k * B largest, all at least as large as the smallest value any batch kept. So at least k * N
     values of the set lie at or above that bound, and T_k is exact from those alone.
@@ -73,6 +70,6 @@ def calibrate(
     values = torch.cat(pool)
     short = values.numel() < k * tokens
     threshold_k = 0.0 if short else float(values.kthvalue(values.numel() - k * tokens + 1).values)
-    threshold = threshold_k if pooled else sum(used) / len(used) if used else 0.0
+    threshold = sum(used) / len(used) if used else 0.0
     above = int((values > threshold).sum())  # a threshold is at least the bound
     return Calibration(threshold, threshold_k, above / tokens, len(used), len(kept) - len(used), tokens)

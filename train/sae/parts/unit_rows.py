@@ -6,9 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from train.sae.sparse import fixed
-
-_ROWS = 1024  # rows taken together: both stay in the cache
+from train.sae.sparse.backend import backend_for
 
 
 @torch.no_grad()
@@ -16,13 +14,7 @@ def project_gradient_(W_dec_FD: nn.Parameter) -> None:
     """Take from the gradient of each (unit) row its parallel part; before clipping, which then does not count it."""
     grad_FD = W_dec_FD.grad
     assert grad_FD is not None, "the gradient is projected after backward"
-    if fixed.wanted(grad_FD):
-        from train.sae.sparse import kernels
-
-        kernels.project_rows_(grad_FD, W_dec_FD)
-        return
-    for grad_cD, rows_cD in zip(torch.split(grad_FD, _ROWS), torch.split(W_dec_FD, _ROWS), strict=True):
-        grad_cD.addcmul_((grad_cD * rows_cD).sum(1, keepdim=True), rows_cD, value=-1)
+    backend_for(grad_FD).project_rows_(grad_FD, W_dec_FD)
 
 
 @torch.no_grad()

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
-from train.sae.base import StepOutput
-from train.sae.sparse.encode import Codes
-from train.sae.sparse.select import Above, Selector
+from train.sae.base import PLAIN, StepOutput, TrainContext
+from train.sae.config import SparsityConfig
+from train.sae.sparse.codes import Codes
+from train.sae.sparse.rules import Above, Selection
 from train.sae.variants.l1_base import L1SAE
+
+
+class GatedConfig(SparsityConfig):
+    """Settings of Gated."""
 
 
 class Gated(L1SAE):
@@ -23,54 +26,54 @@ class Gated(L1SAE):
     """
 
     name = "gated"
+    Config = GatedConfig
+    config: GatedConfig
     bias_names = ("b_gate", "b_mag")
 
     b_gate: nn.Parameter
     b_mag: nn.Parameter
 
-    def __init__(
-        self,
-        d_in: int,
-        width: int,
-        *,
-        sparsity: float,
-        k: int | float | None = None,
-        input_norm: str = "dataset",
-        apply_b_dec_to_input: bool = True,
-    ) -> None:
-        super().__init__(
-            d_in, width, sparsity=sparsity, k=k, input_norm=input_norm, apply_b_dec_to_input=apply_b_dec_to_input
-        )
-        self.r_mag = nn.Parameter(torch.zeros(width))
+    def add_state(self) -> None:
+        super().add_state()
+        self.r_mag = nn.Parameter(torch.zeros(self.width))
 
-    def encoded(self, xn_BD: Float[Tensor, "B D"], selector: Selector, *aside: Any) -> tuple[Codes, Codes | None]:
-        """Codes of h, which has no bias."""
-        return self.encode_with(None, xn_BD, selector, *aside)
+    def dense_encode(self, xn_BD: Float[Tensor, "B D"]) -> Float[Tensor, "B F"]:
+        h_BF = self.input_centred(xn_BD) @ self.W_enc
+        mag_BF = h_BF * self.r_mag.exp() + self.b_mag
+        return torch.where(h_BF + self.b_gate > 0, mag_BF.relu(), 0.0)
+
+    def dense_loss(self, xn_BD: Float[Tensor, "B D"], context: TrainContext = PLAIN) -> Float[Tensor, ""]:
+        h_BF = self.input_centred(xn_BD) @ self.W_enc
+        gate_BF = (h_BF + self.b_gate).relu()
+        xn_hat_BD = self.dense_encode(xn_BD) @ self.W_dec + self.b_dec
+        by_gate_BD = gate_BF @ self.W_dec.detach() + self.b_dec.detach()
+        squared = (xn_hat_BD - xn_BD).square().sum(1).mean() + (by_gate_BD - xn_BD).square().sum(1).mean()
+        coefficient = context.sparsity_scale * self.config.sparsity * self.sparsity_factor
+        return squared / self.variance + coefficient * gate_BF.sum(1).mean() / self.variance.sqrt()
 
     def _gate_and_f(self, xn_BD: Float[Tensor, "B D"]) -> tuple[Codes, Tensor, Tensor]:
-        """Codes of h, relu(pi) and f; h > -b_gate is just pi > 0, in floating point too."""
-        codes, _ = self.encoded(xn_BD, Above(-self.b_gate.detach()))
+        """Compute codes of h, relu(pi) and f; h > -b_gate is just pi > 0, in floating point too."""
+        (codes,) = self.select(xn_BD, None, [Selection(Above(-self.b_gate.detach()))])
         pi = codes.values + codes.at(self.b_gate)
         mag = torch.addcmul(codes.at(self.b_mag), codes.values, codes.at(self.r_mag).exp())
         return codes, pi.relu(), torch.where(pi > 0, mag.relu(), 0.0)
 
-    def active(self, xn_BD: Float[Tensor, "B D"]) -> tuple[Codes, Tensor]:
+    def encode_sparse(self, xn_BD: Float[Tensor, "B D"]) -> tuple[Codes, Tensor]:
         codes, _, f = self._gate_and_f(xn_BD)
         return codes, f
 
-    def loss(
-        self,
-        xn_BD: Float[Tensor, "B D"],
-        *,
-        dead_F: Bool[Tensor, " F"] | None = None,
-        among_d: Int[Tensor, " d"] | None = None,
-        sparsity_scale: float = 1.0,
-    ) -> StepOutput:
-        (codes, gate, f), tokens = self._gate_and_f(xn_BD), len(xn_BD)
-        xn_hat_BD = self.decoded(codes, f)
+    def loss(self, xn_BD: Float[Tensor, "B D"], context: TrainContext = PLAIN) -> StepOutput:
+        codes, gate, f = self._gate_and_f(xn_BD)
+        xn_hat_BD = self.decode_sparse(codes, f)
         nmse = self.nmse(xn_hat_BD, xn_BD)
-        sparsity, told = self.penalised(self.l1(gate, tokens), sparsity_scale)
+        sparsity = self.l1_term(self.l1(gate, len(xn_BD)), context)
         by_gate_BD = codes.decode(gate, self.W_dec.detach())[0] + self.b_dec.detach()
         auxiliary = self.nmse(by_gate_BD, xn_BD)
-        parts = {"nmse": nmse.detach(), "l0": codes.l0(f), **told, "auxiliary": auxiliary.detach()}
-        return StepOutput(nmse + sparsity + auxiliary, parts, codes.of(f), xn_hat_BD.detach())
+        metrics = {
+            "nmse": nmse.detach(),
+            "l0": codes.l0(f),
+            "sparsity": sparsity.detach(),
+            "auxiliary": auxiliary.detach(),
+        }
+        loss = nmse + sparsity + auxiliary
+        return self.step_output(context, loss=loss, metrics=metrics, codes=codes.of(f), xn_hat_BD=xn_hat_BD.detach())

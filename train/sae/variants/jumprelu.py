@@ -5,17 +5,52 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from data.base.errors import UserError
-from train.sae.base import SAE, StepOutput
-from train.sae.sparse.encode import Codes
-from train.sae.sparse.select import Above
-from train.sae.variants.l1_base import check_sparsity
+from data.base.config import Flag, Real
+from train.sae.base import PLAIN, SAE, StepOutput, TrainContext
+from train.sae.config import PenaltyConfig
+from train.sae.sparse.codes import Codes
+from train.sae.sparse.rules import Above, Selection
 
-_WEIGHT, _WEIGHT_OF_TARGET = 0.001, 0.3  # of E[L0] and of (E[L0] / k - 1)^2, where `sparsity` is None
+_WEIGHT, _WEIGHT_OF_TARGET = 0.001, 0.3  # of E[L0] and of (E[L0] / target_l0 - 1)^2, where `sparsity` is None
+
+
+class JumpReLUConfig(PenaltyConfig):
+    """Settings of JumpReLU."""
+
+    sparsity: Real = Field(ge=0)
+    """Coefficient of the mean L0, or of the target form's square; null: 0.001, with `target_l0` 0.3."""
+    bandwidth: Real = Field(0.001, gt=0)
+    """Width of the kernel for E||x'||^2 = 1 (the paper's); multiplied by sqrt(E||x'||^2) inside."""
+    initial_threshold: Real = Field(0.001, gt=0)
+    """Where each threshold starts, in the same units."""
+    apply_b_dec_to_input: Flag = False
+    """Whether the encoder reads x' - b_dec: not in the paper."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_weight(cls, given: Any) -> Any:
+        if not isinstance(given, dict) or given.get("sparsity") is not None:
+            return given
+        aims = given.get("target_l0") is not None or given.get("k") is not None
+        return given | {"sparsity": _WEIGHT_OF_TARGET if aims else _WEIGHT}
+
+    @model_validator(mode="after")
+    def _reachable(self) -> JumpReLUConfig:
+        if self.target_l0 is not None and not 0 < self.target_l0 <= self.width:
+            raise ValueError(
+                f"target_l0={self.target_l0} cannot be met by {self.width} latents: take a number above 0 and at most "
+                "the width"
+            )
+        return self
+
+    @property
+    def aim(self) -> str:
+        return f"sparsity={self.sparsity:g}" if self.target_l0 is None else f"target_l0={self.target_l0:g}"
 
 
 def _of_theta(grad: Tensor, theta: Tensor) -> Tensor:
@@ -58,69 +93,62 @@ class _MeanL0(torch.autograd.Function):
 class JumpReLU(SAE):
     """f = z 1[z > theta]; loss = NMSE + sparsity * E[L0]. Rajamanoharan et al. 2407.14435.
 
-    With `k` the penalty is sparsity * (E[L0] / k - 1)^2, the paper's target form. Pseudo-derivatives with
-    K(u) = 1[|u| < 1/2], u = (z - theta) / eps, z before the jump: df/dtheta = -(theta / eps) K(u),
+    With `target_l0` the penalty is sparsity * (E[L0] / target_l0 - 1)^2, the paper's target form. Pseudo-derivatives
+    with K(u) = 1[|u| < 1/2], u = (z - theta) / eps, z before the jump: df/dtheta = -(theta / eps) K(u),
     d1[z > theta]/dtheta = -(1 / eps) K(u). `bandwidth` eps and `initial_threshold` are given for E||x'||^2 = 1, as in
     the paper, and multiplied here by sqrt(E||x'||^2). theta itself is the parameter, kept positive.
     """
 
     name = "jumprelu"
+    Config = JumpReLUConfig
+    config: JumpReLUConfig
 
-    def __init__(
-        self,
-        d_in: int,
-        width: int,
-        *,
-        sparsity: float | None = None,
-        k: int | float | None = None,
-        bandwidth: float = 0.001,
-        initial_threshold: float = 0.001,
-        input_norm: str = "dataset",
-        apply_b_dec_to_input: bool = False,
-    ) -> None:
-        super().__init__(d_in, width, input_norm=input_norm, apply_b_dec_to_input=apply_b_dec_to_input)
-        if bandwidth <= 0 or initial_threshold <= 0:
-            raise UserError(f"bandwidth={bandwidth} and initial_threshold={initial_threshold} must both be above 0")
-        if k is not None and not 0 < k <= width:
-            raise UserError(f"k={k} cannot be met by {width} latents: take a number above 0 and at most the width")
-        self.sparsity = sparsity if sparsity is not None else _WEIGHT if k is None else _WEIGHT_OF_TARGET
-        self.k = k
-        check_sparsity(self.sparsity)
-        self.bandwidth, self.initial_threshold = bandwidth, initial_threshold
-        self.theta = nn.Parameter(torch.full((width,), float(initial_threshold * self.mean_sq.sqrt())))
+    def add_state(self) -> None:
+        self.theta = nn.Parameter(torch.full((self.width,), self._first_theta()))
+
+    def _first_theta(self) -> float:
+        return float(self.config.initial_threshold * self.mean_sq.sqrt())
 
     @property
     def eps(self) -> Float[Tensor, ""]:
         """The kernel's width in x' units."""
-        return self.bandwidth * self.mean_sq.sqrt()
+        return self.config.bandwidth * self.mean_sq.sqrt()
 
-    def active(self, xn_BD: Float[Tensor, "B D"]) -> tuple[Codes, Tensor]:
-        codes, _ = self.encoded(xn_BD, Above(self.theta.detach()))
+    def dense_encode(self, xn_BD: Float[Tensor, "B D"]) -> Float[Tensor, "B F"]:
+        z_BF = self.pre_activation(xn_BD)
+        return torch.where(z_BF > self.theta, z_BF, 0.0)
+
+    def dense_loss(self, xn_BD: Float[Tensor, "B D"], context: TrainContext = PLAIN) -> Float[Tensor, ""]:
+        z_BF = self.pre_activation(xn_BD)
+        f_BF: Tensor = _Jump.apply(z_BF, self.theta, self.eps)  # type: ignore[no-untyped-call]
+        xn_hat_BD = f_BF @ self.W_dec + self.b_dec
+        l0: Tensor = _MeanL0.apply(z_BF, self.theta, self.eps, len(xn_BD))  # type: ignore[no-untyped-call]
+        target = self.config.target_l0
+        penalty = l0 if target is None else (l0 / target - 1) ** 2
+        nmse = (xn_hat_BD - xn_BD).square().sum(1).mean() / self.variance
+        return nmse + context.sparsity_scale * self.config.sparsity * penalty
+
+    def encode_sparse(self, xn_BD: Float[Tensor, "B D"]) -> tuple[Codes, Tensor]:
+        (codes,) = self.select(xn_BD, self.bias_F, [Selection(Above(self.theta.detach()))])
         return codes, torch.where(codes.values > codes.at(self.theta), codes.values, 0.0)
 
-    def loss(
-        self,
-        xn_BD: Float[Tensor, "B D"],
-        *,
-        dead_F: Bool[Tensor, " F"] | None = None,
-        among_d: Int[Tensor, " d"] | None = None,
-        sparsity_scale: float = 1.0,
-    ) -> StepOutput:
-        tokens, eps = len(xn_BD), self.eps
-        codes, _ = self.encoded(xn_BD, Above(self.theta.detach() - eps))  # half of eps reaches theta, the rest rounding
+    def loss(self, xn_BD: Float[Tensor, "B D"], context: TrainContext = PLAIN) -> StepOutput:
+        tokens, eps, target = len(xn_BD), self.eps, self.config.target_l0
+        # Half of eps reaches theta, the rest is for rounding.
+        (codes,) = self.select(xn_BD, self.bias_F, [Selection(Above(self.theta.detach() - eps))])
         theta = codes.at(self.theta)
         f: Tensor = _Jump.apply(codes.values, theta, eps)  # type: ignore[no-untyped-call]
-        xn_hat_BD = self.decoded(codes, f)
+        xn_hat_BD = self.decode_sparse(codes, f)
         nmse = self.nmse(xn_hat_BD, xn_BD)
         l0: Tensor = _MeanL0.apply(codes.values, theta, eps, tokens)  # type: ignore[no-untyped-call]
-        penalty = l0 if self.k is None else (l0 / self.k - 1).square()
-        sparsity = sparsity_scale * self.sparsity * penalty
-        parts = {"nmse": nmse.detach(), "l0": l0.detach(), "sparsity": sparsity.detach()}
-        return StepOutput(nmse + sparsity, parts, codes.of(f), xn_hat_BD.detach())
+        penalty = l0 if target is None else (l0 / target - 1).square()
+        sparsity = context.sparsity_scale * self.config.sparsity * penalty
+        metrics = {"nmse": nmse.detach(), "l0": l0.detach(), "sparsity": sparsity.detach()}
+        return StepOutput(nmse + sparsity, metrics, codes.of(f), xn_hat_BD.detach())
 
     @torch.no_grad()
     def after_step(self, step: StepOutput) -> None:
         self.theta.clamp_(min=self.eps * 1e-3)
 
     def start_variant(self, xn_ND: Float[Tensor, "N D"]) -> None:
-        self.theta.fill_(float(self.initial_threshold * self.mean_sq.sqrt()))
+        self.theta.fill_(self._first_theta())

@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
-from data.base.errors import UserError
-from train.sae.base import StepOutput
-from train.sae.sparse.encode import Codes
-from train.sae.sparse.select import Above
+from data.base.config import Flag
+from train.sae.base import PLAIN, StepOutput, TrainContext
+from train.sae.config import SparsityConfig
+from train.sae.sparse.codes import Codes
+from train.sae.sparse.rules import Above, Selection
 from train.sae.variants.l1_base import L1SAE
 
-_FORMS = ("april", "bricken")
+
+class ReLUConfig(SparsityConfig):
+    """Settings of ReLU."""
+
+    form: Literal["april", "bricken"] = "april"
+    """`april`: free decoder rows, f_j weighted by their norms; `bricken`: unit rows."""
+    apply_b_dec_to_input: Flag = False
+    """Whether the encoder reads x' - b_dec: not in April's form, but in Bricken's."""
 
 
 class ReLU(L1SAE):
@@ -23,46 +33,39 @@ class ReLU(L1SAE):
     """
 
     name = "relu"
+    Config = ReLUConfig
+    config: ReLUConfig
 
-    def __init__(
-        self,
-        d_in: int,
-        width: int,
-        *,
-        sparsity: float,
-        k: int | float | None = None,
-        form: str = "april",
-        input_norm: str = "dataset",
-        apply_b_dec_to_input: bool = False,
-    ) -> None:
-        super().__init__(
-            d_in, width, sparsity=sparsity, k=k, input_norm=input_norm, apply_b_dec_to_input=apply_b_dec_to_input
-        )
-        if form not in _FORMS:
-            raise UserError(f"form={form!r} is unknown to relu: choose one of {', '.join(_FORMS)}")
-        self.form = form
-        self.unit_rows = form == "bricken"
+    def add_state(self) -> None:
+        super().add_state()
+        self.unit_rows = self.config.form == "bricken"
 
-    def active(self, xn_BD: Float[Tensor, "B D"]) -> tuple[Codes, Tensor]:
-        codes, _ = self.encoded(xn_BD, Above(xn_BD.new_zeros(())))
+    def dense_encode(self, xn_BD: Float[Tensor, "B D"]) -> Float[Tensor, "B F"]:
+        return self.pre_activation(xn_BD).relu()
+
+    def dense_loss(self, xn_BD: Float[Tensor, "B D"], context: TrainContext = PLAIN) -> Float[Tensor, ""]:
+        f_BF = self.pre_activation(xn_BD).relu()
+        xn_hat_BD = f_BF @ self.W_dec + self.b_dec
+        norm_F = self.W_dec.norm(dim=1) if self.config.form == "april" else torch.ones_like(self.bias_F)
+        l1 = (f_BF * norm_F).sum(1).mean() / self.variance.sqrt()
+        coefficient = context.sparsity_scale * self.config.sparsity * self.sparsity_factor
+        return (xn_hat_BD - xn_BD).square().sum(1).mean() / self.variance + coefficient * l1
+
+    def encode_sparse(self, xn_BD: Float[Tensor, "B D"]) -> tuple[Codes, Tensor]:
+        (codes,) = self.select(xn_BD, self.bias_F, [Selection(Above(xn_BD.new_zeros(())))])
         return codes, codes.values.relu()
 
-    def loss(
-        self,
-        xn_BD: Float[Tensor, "B D"],
-        *,
-        dead_F: Bool[Tensor, " F"] | None = None,
-        among_d: Int[Tensor, " d"] | None = None,
-        sparsity_scale: float = 1.0,
-    ) -> StepOutput:
-        (codes, f), tokens = self.active(xn_BD), len(xn_BD)
-        xn_hat_BD = self.decoded(codes, f)
+    def loss(self, xn_BD: Float[Tensor, "B D"], context: TrainContext = PLAIN) -> StepOutput:
+        codes, f = self.encode_sparse(xn_BD)
+        xn_hat_BD = self.decode_sparse(codes, f)
         nmse = self.nmse(xn_hat_BD, xn_BD)
-        if self.form == "april":
+        if self.config.form == "april":
             norm_F = torch.linalg.vector_norm(self.W_dec, dim=1)
-            l1 = codes.totals(f) @ norm_F / (tokens * self.variance.sqrt())
+            l1 = codes.totals(f) @ norm_F / (len(xn_BD) * self.variance.sqrt())
         else:
-            l1 = self.l1(f, tokens)
-        sparsity, told = self.penalised(l1, sparsity_scale)
-        parts = {"nmse": nmse.detach(), "l0": codes.l0(f), **told}
-        return StepOutput(nmse + sparsity, parts, codes.of(f), xn_hat_BD.detach())
+            l1 = self.l1(f, len(xn_BD))
+        sparsity = self.l1_term(l1, context)
+        metrics = {"nmse": nmse.detach(), "l0": codes.l0(f), "sparsity": sparsity.detach()}
+        return self.step_output(
+            context, loss=nmse + sparsity, metrics=metrics, codes=codes.of(f), xn_hat_BD=xn_hat_BD.detach()
+        )

@@ -1,4 +1,4 @@
-"""python -m pytest tests/train/sae/test_dead.py"""
+"""Dead latents' counters, and AuxK against values worked by hand."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from train.sae.parts.auxk import DeadLatents, auxk_error, auxk_selector, auxk_size, default_window
-from train.sae.sparse.codes import Support
-from train.sae.sparse.encode import Codes
-from train.sae.sparse.select import TopOfBatch, TopPerToken, select
+from train.sae.parts.auxk import DeadLatents, auxk_error, auxk_rule, auxk_size, default_window
+from train.sae.sparse.backend import use_backend
+from train.sae.sparse.codes import Codes, Support
+from train.sae.sparse.cpu import select
+from train.sae.sparse.rules import Everything, TopPerToken
+from train.sae.sparse.triton import TritonBackend
 
 
 def test_counters_by_hand() -> None:
@@ -44,18 +46,15 @@ def test_the_size_of_auxk(d_in: int, k: int) -> None:
 ROWS = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.6, 0.8]])
 
 
-def auxk(
-    z: Tensor, r: Tensor, dead: Tensor, rows: Tensor, relu: bool, sparse: bool = False, over_batch: bool = False
-) -> Tensor:
-    """AuxK of all latents' z, through all of the dead ones' z or through those a selector keeps."""
+def auxk(z: Tensor, r: Tensor, dead: Tensor, rows: Tensor, relu: bool, sparse: bool = False) -> Tensor:
+    """AuxK of all latents' z, through all of the dead ones' z or through those a rule keeps."""
     dead_d, k = dead.nonzero().squeeze(1), auxk_size(r.shape[1])
     z_Bd = z[:, dead_d]
     codes = Codes(z_Bd, None, tuple(z_Bd.shape))
     if sparse:
-        chosen = TopOfBatch(k * len(z), positive=False) if over_batch else TopPerToken(k, positive=False)
-        rows_n, latents_n, _ = select(chosen, z_Bd.detach())
+        rows_n, latents_n, _ = select(TopPerToken(k, positive=False), z_Bd.detach())
         codes = Codes(z_Bd[rows_n, latents_n], Support(rows_n, latents_n, tuple(z_Bd.shape)), tuple(z_Bd.shape))
-    return auxk_error(codes, r, rows[dead_d], k=k, relu=relu, over_batch=over_batch)
+    return auxk_error(codes, r, rows[dead_d], k=k, relu=relu)
 
 
 def error(
@@ -75,15 +74,6 @@ def test_auxk_by_hand(sparse: bool) -> None:
 
 
 @pytest.mark.parametrize("sparse", [False, True])
-def test_auxk_over_the_batch_by_hand(sparse: bool) -> None:
-    """The two largest dead z of the batch are both the first token's, the second explains nothing."""
-    z, r = torch.tensor([[9.0, 1.0, -0.5], [9.0, -2.0, -1.0]]), torch.tensor([[0.0, 3.0], [1.0, 1.0]])
-    found = auxk(z, r, torch.tensor([False, True, True]), ROWS, False, sparse, over_batch=True)
-    # 1 of the second and -0.5 of the third latent: (0, 1) + (-0.3, -0.4) against (0, 3); nothing against (1, 1).
-    assert found.item() == pytest.approx((0.3**2 + 2.4**2 + 2) / 2)
-
-
-@pytest.mark.parametrize("sparse", [False, True])
 @pytest.mark.parametrize("relu", [False, True])
 def test_a_negative_pre_activation_gets_a_gradient_unless_relu(relu: bool, sparse: bool) -> None:
     r = torch.tensor([[1.0, 1.0]])
@@ -91,6 +81,16 @@ def test_a_negative_pre_activation_gets_a_gradient_unless_relu(relu: bool, spars
     auxk(z, r, torch.tensor([False, True, False]), ROWS, relu, sparse).backward()
     assert z.grad is not None
     assert z.grad.tolist() == [[0, 0 if relu else 2 * (-2 - 1), 0]]
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+def test_ties_go_to_the_lowest_index(sparse: bool) -> None:
+    """All 400 dead latents of a token have one z: the first eight are taken."""
+    generator = torch.Generator().manual_seed(0)
+    rows, r = torch.randn(400, 16, generator=generator), torch.randn(3, 16, generator=generator)
+    z = torch.tensor([[2.0], [-1.0], [0.0]]).expand(3, 400)
+    found = auxk(z, r, torch.ones(400, dtype=torch.bool), rows, False, sparse)
+    torch.testing.assert_close(found, (z[:, :8] @ rows[:8] - r).square().sum() / 3)
 
 
 def test_fewer_dead_than_k_aux() -> None:
@@ -116,13 +116,27 @@ def test_auxk_is_a_true_derivative_of_z_and_rows(relu: bool, sparse: bool) -> No
 
 
 def test_many_dead_latents_are_selected_as_z_passes() -> None:
-    assert auxk_selector(512, 8 * 512) is None
-    selector = auxk_selector(512, 8 * 512 + 1)
-    assert isinstance(selector, TopPerToken) and selector.k == 512 and not selector.positive
-    selector = auxk_selector(512, 8 * 512 + 1, 100)
-    assert isinstance(selector, TopOfBatch) and selector.count == 51200 and not selector.positive
+    assert auxk_rule(512, few=True) == Everything()
+    assert auxk_rule(512, few=False) == TopPerToken(512, positive=False)
 
 
 def test_an_undetached_residual_is_a_fault() -> None:
     with pytest.raises(AssertionError, match="must not change"):
         auxk(torch.ones(1, 3), torch.ones(1, 2, requires_grad=True), torch.tensor([True, False, False]), ROWS, False)
+
+
+@pytest.mark.parametrize("every", [1, 4])
+def test_all_that_can_die_before_the_next_look_are_named(every: int) -> None:
+    dead, looks = DeadLatents(50), 0
+    assert dead.may_die(60, 10, every) is None  # on a CPU the mask is looked at
+    generator, last = torch.Generator().manual_seed(0), torch.zeros(0)
+    with use_backend(TritonBackend()):
+        for _ in range(40):
+            may_die_d = dead.may_die(60, 10, every)
+            assert may_die_d is not None
+            looks += may_die_d is not last
+            last = may_die_d
+            assert set(dead.mask(60).nonzero().flatten().tolist()) <= set(may_die_d.tolist())
+            dead.update(torch.rand(50, generator=generator) < 0.3, 10)
+    assert looks == 40 // every
+    assert len(last) < 50

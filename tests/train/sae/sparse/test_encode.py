@@ -1,39 +1,41 @@
-"""python -m pytest tests/train/sae/test_encode.py: the sparse encoder and decoder against dense autograd in float64."""
+"""The sparse encoder and decoder against dense autograd in float64."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator
 
 import pytest
 import torch
 from torch import Tensor
 
 from tests.helpers.toy import make, train
-from train.sae.sparse import encode as encoding
-from train.sae.sparse.codes import Support
-from train.sae.sparse.encode import Codes, encode
-from train.sae.sparse.select import Above, Selector, TopOfBatch, TopPerToken, select
+from train.sae.sparse.backend import use_backend
+from train.sae.sparse.codes import Codes, Support
+from train.sae.sparse.cpu import CPUBackend, select
+from train.sae.sparse.encode import encode
+from train.sae.sparse.rules import Above, Everything, Rule, Selection, TopOfBatch, TopPerToken
 
 B, D, F = 12, 5, 96
 DEAD = torch.tensor([3, 7, 31, 32, 40, 64, 95])
-SELECTORS: dict[str, Callable[[], Selector]] = {
-    "topk": lambda: TopPerToken(3),
-    "batchtopk": lambda: TopOfBatch(3 * B),
-    "above": lambda: Above(torch.tensor(1.5, dtype=torch.float64)),
-    "above each": lambda: Above(torch.linspace(1, 2, F, dtype=torch.float64)),
+RULES: dict[str, Rule] = {
+    "topk": TopPerToken(3),
+    "batchtopk": TopOfBatch(3 * B),
+    "above": Above(torch.tensor(1.5, dtype=torch.float64)),
+    "above each": Above(torch.linspace(1, 2, F, dtype=torch.float64)),
 }
 
 
 @pytest.fixture(params=[1 << 24, B * 32, B * 70], ids=["one block", "three blocks", "two uneven blocks"])
-def blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(encoding._BLOCK, "cpu", request.param)
+def blocks(request: pytest.FixtureRequest) -> int:
+    """Entries of z at a time."""
+    return int(request.param)
 
 
 @pytest.fixture(params=[False, True], ids=["sparse", "dense"])
-def dense(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+def dense(request: pytest.FixtureRequest, blocks: int) -> Iterator[bool]:
     """Whether `Above` finds too many active entries."""
-    monkeypatch.setattr(encoding, "_DENSE", 0.0 if request.param else 1.0)
-    return bool(request.param)
+    with use_backend(CPUBackend(block_entries=blocks, dense_share=0.0 if request.param else 1.0)):
+        yield bool(request.param)
 
 
 def weights(seed: int = 0) -> list[Tensor]:
@@ -51,19 +53,20 @@ def plain(codes: Codes, x: Tensor, W_enc: Tensor, bias: Tensor, b_dec: Tensor) -
     return z * kept.detach()
 
 
-@pytest.mark.usefixtures("blocks")
-@pytest.mark.parametrize("name", SELECTORS)
+@pytest.mark.parametrize("name", RULES)
 @pytest.mark.parametrize("aside", [None, "held", "selected"])
 def test_values_and_every_gradient_are_those_of_the_dense_formula(name: str, aside: str | None, dense: bool) -> None:
     x, W_enc, bias, b_dec, W_dec = parts = weights()
-    selector = TopPerToken(2, positive=False) if aside == "selected" else None
-    codes, beside = encode(x, W_enc, bias, b_dec, SELECTORS[name](), None if aside is None else DEAD, selector)
+    selections = [Selection(RULES[name])]
+    if aside is not None:
+        selections.append(Selection(TopPerToken(2, positive=False) if aside == "selected" else Everything(), DEAD))
+    codes, *others = encode(x, W_enc, bias, b_dec, selections)
     assert (codes.support is None) == (dense and name.startswith("above"))
     assert codes.shape == (B, F)
     loss = (codes.decode(codes.values.sin(), W_dec)[0] ** 2).sum() + codes.totals(codes.values).square().sum()
     z = plain(codes, x, W_enc, bias, b_dec)
     wanted = ((z.sin() @ W_dec) ** 2).sum() + z.sum(0).square().sum()
-    if beside is not None:
+    for beside in others:
         loss = loss + (beside.decode(beside.values.cos(), W_dec[DEAD])[0] ** 2).sum()
         z_Bd = ((x - b_dec) @ W_enc.t() + bias)[:, DEAD]
         kept = torch.ones_like(z_Bd, dtype=torch.bool)
@@ -76,14 +79,12 @@ def test_values_and_every_gradient_are_those_of_the_dense_formula(name: str, asi
         torch.testing.assert_close(one, other)
 
 
-@pytest.mark.usefixtures("blocks")
-@pytest.mark.parametrize("name", SELECTORS)
+@pytest.mark.parametrize("name", RULES)
 def test_gradients_equal_finite_differences(name: str, dense: bool) -> None:
     """The kept places do not move under a step of 1e-6."""
 
     def of_all(x: Tensor, W_enc: Tensor, bias: Tensor, b_dec: Tensor, W_dec: Tensor) -> Tensor:
-        codes, beside = encode(x, W_enc, bias, b_dec, SELECTORS[name](), DEAD)
-        assert beside is not None
+        codes, beside = encode(x, W_enc, bias, b_dec, [Selection(RULES[name]), Selection(Everything(), DEAD)])
         x_hat_PBD = codes.decode(codes.values, W_dec, [10, 11, F])
         return torch.cat([x_hat_PBD.flatten(0, 1), beside.values @ W_dec[DEAD]])
 
@@ -92,23 +93,21 @@ def test_gradients_equal_finite_differences(name: str, dense: bool) -> None:
 
 def test_without_bias_and_b_dec() -> None:
     x, W_enc, _, _, _ = weights()
-    codes, beside = encode(x, W_enc, None, None, TopPerToken(4))
-    assert beside is None
+    (codes,) = encode(x, W_enc, None, None, [Selection(TopPerToken(4))])
     assert torch.allclose(codes.dense(codes.values), torch.where(codes.dense(codes.values) > 0, x @ W_enc.t(), 0.0))
     codes.values.sum().backward()
     assert x.grad is not None and W_enc.grad is not None
 
 
-@pytest.mark.usefixtures("blocks")
-@pytest.mark.parametrize("name", SELECTORS)
+@pytest.mark.parametrize("name", RULES)
 def test_bf16_rounds_the_products_factors_and_nothing_else(name: str, dense: bool) -> None:
     """The same places and values as a product of rounded factors; gradients as of factors that are not."""
     x, W_enc, bias, b_dec, W_dec = parts = weights(4)
-    codes, beside = encode(x, W_enc, bias, b_dec, SELECTORS[name](), DEAD, matmul="bf16")
+    selections = [Selection(RULES[name]), Selection(Everything(), DEAD)]
+    codes, beside = encode(x, W_enc, bias, b_dec, selections, matmul="bf16")
     rounded = (x - b_dec).bfloat16().double() @ W_enc.bfloat16().double().t() + bias
-    assert beside is not None
     torch.testing.assert_close(beside.values, rounded[:, DEAD], rtol=1e-12, atol=1e-12)
-    exact = select(SELECTORS[name](), rounded.detach())
+    exact = select(RULES[name], rounded.detach())
     if codes.support is None:
         torch.testing.assert_close(codes.values, rounded, rtol=1e-12, atol=1e-12)
     else:
@@ -125,15 +124,15 @@ def test_bf16_rounds_the_products_factors_and_nothing_else(name: str, dense: boo
 
 def test_only_training_rounds() -> None:
     sae, xn = make("topk"), torch.randn(4, 16, generator=torch.Generator().manual_seed(0))
-    before = sae.activate(xn)
+    before = sae.encode_normalised(xn)
     sae.matmul = "bf16"
-    assert not torch.equal(sae.activate(xn), before)
-    assert torch.equal(sae.eval().activate(xn), before)
+    assert not torch.equal(sae.encode_normalised(xn), before)
+    assert torch.equal(sae.eval().encode_normalised(xn), before)
 
 
 def test_a_prefix_decodes_its_own_latents_and_all_before() -> None:
     x, W_enc, bias, b_dec, W_dec = weights(1)
-    codes, _ = encode(x, W_enc, bias, b_dec, TopPerToken(6))
+    (codes,) = encode(x, W_enc, bias, b_dec, [Selection(TopPerToken(6))])
     f = codes.dense(codes.values)
     for p, bound in enumerate(bounds := [1, 40, 41, F]):
         torch.testing.assert_close(codes.decode(codes.values, W_dec, bounds)[p], f[:, :bound] @ W_dec[:bound])
@@ -141,7 +140,7 @@ def test_a_prefix_decodes_its_own_latents_and_all_before() -> None:
 
 def test_nothing_kept_is_a_reconstruction_of_nothing() -> None:
     x, W_enc, bias, b_dec, W_dec = parts = weights()
-    codes, _ = encode(x, W_enc, bias, b_dec, Above(torch.tensor(1e9, dtype=torch.float64)))
+    (codes,) = encode(x, W_enc, bias, b_dec, [Selection(Above(torch.tensor(1e9, dtype=torch.float64)))])
     assert codes.values.shape == (0,)
     assert not codes.fired(codes.values).any() and codes.l0(codes.values) == 0
     x_hat = codes.decode(codes.values, W_dec)[0]
@@ -156,8 +155,7 @@ def test_a_support_by_hand() -> None:
     values = torch.tensor([5.0, 7.0, 2.0, 3.0])
     assert support.dense(values).tolist() == [[0, 5, 7], [0, 0, 0], [2, 0, 3]]
     assert support.row_ends.tolist() == [0, 2, 2, 4]
-    assert support.latent_ends.tolist() == [0, 1, 2, 4]
-    assert support.by_latent[0].tolist() == [2, 0, 1, 3]
+    assert [part.tolist() for part in support.by_latent] == [[2, 0, 1, 3], [0, 1, 2, 4]]
     rows = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
     assert support.row_sums(values, rows).tolist() == [[7, 12], [0, 0], [5, 3]]
     assert support.latent_sums(values, rows).tolist() == [[2, 2], [5, 0], [10, 3]]
@@ -167,12 +165,12 @@ def test_a_support_by_hand() -> None:
 
 
 @pytest.mark.parametrize("form", ["relu", "relu bricken", "gated", "jumprelu", "jumprelu target"])
-def test_dense_and_sparse_training_give_the_same_curve(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dense_and_sparse_training_give_the_same_curve(form: str) -> None:
     curves, weights = [], []
     for share in (0.0, 1.0):
-        monkeypatch.setattr(encoding, "_DENSE", share)
-        sae = make(form)
-        steps = train(sae, 20)
+        with use_backend(CPUBackend(dense_share=share)):
+            sae = make(form)
+            steps = train(sae, 20)
         curves.append([float(step.loss.detach()) for step in steps])
         weights.append(sae.W_dec.detach())
         assert (steps[-1].codes.support is None) == (share == 0.0)

@@ -6,23 +6,23 @@ On a GPU where there is one, else in Triton's interpreter.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from tests.helpers.cases import CASES, DEAD, Case, as_formula, perturbed, tokens
 from tests.helpers.toy import FORMS, activations, make, train
-from tests.train.sae.test_losses import CASES, DEAD, Case, as_formula, perturbed, tokens
-from train.sae import SAE
-from train.sae.parts import auxk as dying
+from train.sae import SAE, TrainContext
 from train.sae.parts.unit_rows import project_gradient_
-from train.sae.sparse import encode as encoding
-from train.sae.sparse import fixed
+from train.sae.sparse.backend import use_backend
+from train.sae.sparse.codes import Support
+from train.sae.sparse.cpu import CPUBackend
 from train.sae.sparse.encode import encode
-from train.sae.sparse.fixed import FixedSupport
-from train.sae.sparse.select import Above, Selector, TopOfBatch, TopPerToken
+from train.sae.sparse.rules import Above, Everything, Rule, Selection, TopOfBatch, TopPerToken
+from train.sae.sparse.triton import TritonBackend
 
 pytestmark = [
     pytest.mark.slow,
@@ -33,20 +33,21 @@ pytestmark = [
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 B, D, F = 12, 5, 96
 AMONG = torch.tensor([3, 7, 31, 32, 40, 64, 95], device=DEVICE)
-SELECTORS: dict[str, Callable[[], Selector]] = {
-    "topk": lambda: TopPerToken(3),
-    "batchtopk": lambda: TopOfBatch(3 * B),
-    "more than are positive": lambda: TopOfBatch(F * B * 3 // 4),
-    "above": lambda: Above(torch.tensor(1.5, dtype=torch.float64, device=DEVICE)),
+RULES: dict[str, Rule] = {
+    "topk": TopPerToken(3),
+    "batchtopk": TopOfBatch(3 * B),
+    "more than are positive": TopOfBatch(F * B * 3 // 4),
+    "above": Above(torch.tensor(1.5, dtype=torch.float64, device=DEVICE)),
 }
 
 
 @pytest.fixture(autouse=True)
 def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The interpreter, or a GPU that refuses to wait."""
+    """Triton's backend, in its interpreter where there is no GPU; a GPU may be set to refuse to wait."""
     if DEVICE == "cpu":
         monkeypatch.setenv("TRITON_INTERPRET", "1")
-    yield
+    with use_backend(TritonBackend()):
+        yield
     torch.cuda.set_sync_debug_mode(0) if DEVICE == "cuda" else None
 
 
@@ -67,7 +68,7 @@ def test_products_are_those_of_the_dense_matrix(width: int, dtype: torch.dtype) 
     kept = torch.rand(9, 40, generator=torch.Generator().manual_seed(1)) < 0.3
     kept[2], kept[:, 7], kept[3], kept[:, 8] = False, False, True, True
     rows_n, latents_n = kept.to(DEVICE).nonzero().unbind(1)
-    support, values = FixedSupport(rows_n, latents_n, (9, 40)), draw(len(rows_n), seed=2, dtype=dtype)
+    support, values = Support(rows_n, latents_n, (9, 40)), draw(len(rows_n), seed=2, dtype=dtype)
     values[::5] = 0
     W, x = draw(40, width, seed=3, dtype=dtype), draw(9, width, seed=4, dtype=dtype)
     f, tolerance = support.dense(values).double(), {"rtol": 1e-5, "atol": 1e-4} if dtype == torch.float32 else {}
@@ -94,15 +95,15 @@ def test_the_gradients_part_along_each_row_goes(width: int) -> None:
 
 
 @pytest.mark.parametrize("block", [1 << 24, B * 70], ids=["one block", "two uneven blocks"])
-@pytest.mark.parametrize("name", SELECTORS)
+@pytest.mark.parametrize("name", RULES)
 @pytest.mark.parametrize("aside", [None, "held", "selected"])
-def test_values_and_every_gradient_are_those_of_the_dense_formula(
-    name: str, aside: str | None, block: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(encoding._BLOCK, DEVICE, block)
+def test_values_and_every_gradient_are_those_of_the_dense_formula(name: str, aside: str | None, block: int) -> None:
     x, W_enc, bias, b_dec, W_dec = parts = weights()
-    picked = TopPerToken(2, positive=False) if aside == "selected" else None
-    codes, beside = encode(x, W_enc, bias, b_dec, SELECTORS[name](), None if aside is None else AMONG, picked)
+    selections = [Selection(RULES[name])]
+    if aside is not None:
+        selections.append(Selection(TopPerToken(2, positive=False) if aside == "selected" else Everything(), AMONG))
+    with use_backend(TritonBackend(block_entries=block)):
+        codes, *others = encode(x, W_enc, bias, b_dec, selections)
     f = codes.values if name != "above" else torch.where(codes.values > 1.5, codes.values, 0.0)
     bounds = [10, 11, 60, F]
     loss = (codes.decode(f, W_dec, bounds).sin() ** 2).sum() + codes.totals(f).square().sum()
@@ -117,7 +118,7 @@ def test_values_and_every_gradient_are_those_of_the_dense_formula(
     assert torch.equal(codes.fired(f), (f_BF > 0).any(0)) and codes.l0(f) == (f_BF > 0).sum() / B
     x_hat_PBD = torch.stack([f_BF[:, :bound] @ W_dec[:bound] for bound in bounds])
     wanted = (x_hat_PBD.sin() ** 2).sum() + f_BF.sum(0).square().sum()
-    if beside is not None:
+    for beside in others:
         loss = loss + (beside.decode(beside.values.cos(), W_dec[AMONG])[0] ** 2).sum()
         z_Bd = z[:, AMONG]
         of_aside = torch.ones_like(z_Bd, dtype=torch.bool)
@@ -131,21 +132,19 @@ def test_values_and_every_gradient_are_those_of_the_dense_formula(
 
 @pytest.mark.parametrize("held", [0, 128])
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_loss_and_every_gradient_equal_the_float64_reference(
-    case: Case, held: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_loss_and_every_gradient_equal_the_float64_reference(case: Case, held: int) -> None:
     """The dead of `DEAD` among all latents, their z held or selected."""
     if not case.uses_dead and held:
         return
-    monkeypatch.setattr(dying, "_HELD_ON_GPU", held)
     sae, x = perturbed(case, True), tokens()
     parameters = as_formula({name: p.detach().numpy().copy() for name, p in sae.named_parameters()})
     options = case.options | ({"dead": DEAD} if case.uses_dead else {})
     loss, grads = case.compute(x.numpy(), parameters, 2.5, True, **options)
-    dead_F, among_d = torch.from_numpy(DEAD).to(DEVICE), torch.arange(sae.width, device=DEVICE)
-    step = sae.to(DEVICE).loss(x.to(DEVICE), dead_F=dead_F, among_d=among_d)
-    assert case.name in ("relu", "gated", "jumprelu") or isinstance(step.codes.support, FixedSupport)
-    step.loss.backward()
+    context = TrainContext(torch.from_numpy(DEAD).to(DEVICE), torch.arange(sae.width, device=DEVICE))
+    with use_backend(TritonBackend(dense_dead=held)):
+        step = sae.to(DEVICE).loss(x.to(DEVICE), context)
+        assert case.name in ("relu", "gated", "jumprelu") or step.codes.support is not None
+        step.loss.backward()
     assert step.loss.item() == pytest.approx(loss, rel=1e-12)
     found = {name: p.grad.cpu().numpy() for name, p in sae.named_parameters() if p.grad is not None}
     assert len(found) == len(parameters)
@@ -153,39 +152,37 @@ def test_loss_and_every_gradient_equal_the_float64_reference(
         np.testing.assert_allclose(grad, grads[name], rtol=1e-9, atol=1e-12, err_msg=name)
 
 
-def made(form: str, monkeypatch: pytest.MonkeyPatch) -> SAE:
-    """Initialised by the CPU's path, on more tokens than the interpreter can take."""
-    with monkeypatch.context() as off:
-        off.setattr(fixed, "wanted", lambda x: False)
+def made(form: str) -> SAE:
+    """Initialised by the CPU's backend, on more tokens than the interpreter can take."""
+    with use_backend(CPUBackend()):
         return make(form)
 
 
-def grads(sae: SAE, x: Tensor, **dead: Tensor) -> tuple[list[Tensor], dict[str, Tensor], Tensor]:
-    """Gradients, parts of the loss, and what fired."""
+def grads(sae: SAE, x: Tensor, context: TrainContext) -> tuple[list[Tensor], dict[str, Tensor], Tensor]:
+    """Gradients, figures of the loss, and what fired."""
     sae.zero_grad()
-    step = sae.loss(sae.norm.normalise(x), **dead)
+    step = sae.loss(sae.norm.normalise(x), context)
     step.loss.backward()
     found = [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in sae.parameters()]
-    return found, step.parts, step.fired_F
+    return found, step.figures, step.fired_F
 
 
 @pytest.mark.parametrize(("dead", "held"), [(0, 128), (3, 128), (20, 128), (3, 0), (20, 0)])
 @pytest.mark.parametrize("form", ["topk multi", "topk reference auxk", "matryoshka"])
-def test_a_loss_is_that_of_the_cpus_step(form: str, dead: int, held: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_loss_is_that_of_the_cpus_step(form: str, dead: int, held: int) -> None:
     """Every term, every gradient and what fired, in float64, with none, few and many dead of 48 that might be."""
-    sae, x = made(form, monkeypatch).double().to(DEVICE), activations(6).double().to(DEVICE)
+    sae, x = made(form).double().to(DEVICE), activations(6).double().to(DEVICE)
     dead_F = torch.zeros(sae.width, dtype=torch.bool, device=DEVICE)
     dead_F[1 : 2 * dead : 2] = True
-    among_d = torch.arange(48, device=DEVICE)
     with torch.no_grad():
         sae.get_parameter("b_enc")[dead_F] -= 5.0
-    monkeypatch.setattr(dying, "_HELD_ON_GPU", held)
-    found, parts, fired_F = grads(sae, x, dead_F=dead_F, among_d=among_d)
-    monkeypatch.setattr(fixed, "wanted", lambda x: False)
-    wanted, wanted_parts, wanted_F = grads(sae, x, dead_F=dead_F)
-    assert parts.keys() == wanted_parts.keys()
-    for name, value in wanted_parts.items():
-        torch.testing.assert_close(parts[name].double(), value.double(), msg=name)
+    with use_backend(TritonBackend(dense_dead=held)):
+        found, figures, fired_F = grads(sae, x, TrainContext(dead_F, torch.arange(48, device=DEVICE)))
+    with use_backend(CPUBackend()):
+        wanted, wanted_figures, wanted_F = grads(sae, x, TrainContext(dead_F))
+    assert figures.keys() == wanted_figures.keys()
+    for name, value in wanted_figures.items():
+        torch.testing.assert_close(figures[name].double(), value.double(), msg=name)
     assert torch.equal(fired_F, wanted_F)
     for one, other in zip(found, wanted, strict=True):
         torch.testing.assert_close(one, other)
@@ -193,14 +190,13 @@ def test_a_loss_is_that_of_the_cpus_step(form: str, dead: int, held: int, monkey
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="no GPU to wait for")
 @pytest.mark.parametrize("form", FORMS)
-def test_a_step_waits_for_no_device(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    sae, x = made(form, monkeypatch).to(DEVICE), activations(64).to(DEVICE)
-    dead_F = torch.arange(sae.width, device=DEVICE) < 20
-    among_d = torch.arange(30, device=DEVICE)
+def test_a_step_waits_for_no_device(form: str) -> None:
+    sae, x = made(form).to(DEVICE), activations(64).to(DEVICE)
+    context = TrainContext(torch.arange(sae.width, device=DEVICE) < 20, torch.arange(30, device=DEVICE))
     optimizer = torch.optim.Adam(sae.parameters(), lr=1e-3, fused=True)
     for mode in (0, 2):  # once to compile; then a wait is an error
         torch.cuda.set_sync_debug_mode(mode)
-        step = sae.loss(sae.norm.normalise(x), dead_F=dead_F, among_d=among_d)
+        step = sae.loss(sae.norm.normalise(x), context)
         optimizer.zero_grad()
         step.loss.backward()
         if sae.unit_rows:
@@ -211,10 +207,10 @@ def test_a_step_waits_for_no_device(form: str, monkeypatch: pytest.MonkeyPatch) 
         assert step.fired_F.shape == (sae.width,)
 
 
-def test_training_follows_the_cpus_curve(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_training_follows_the_cpus_curve() -> None:
     curves = []
-    for on in (True, False):
-        sae = made("batchtopk", monkeypatch)
-        monkeypatch.setattr(fixed, "wanted", lambda x, on=on: on)
-        curves.append([float(step.loss.detach()) for step in train(sae, 4, batch=32)])
+    for backend in (TritonBackend(), CPUBackend()):
+        sae = made("batchtopk")
+        with use_backend(backend):
+            curves.append([float(step.loss.detach()) for step in train(sae, 4, batch=32)])
     assert curves[0] == pytest.approx(curves[1], rel=1e-4)

@@ -10,14 +10,14 @@ import torch
 
 from data.base.errors import UserError
 from tests.helpers.toy import activations, make
-from train.sae import SAE, VARIANTS, StepOutput
+from train.sae import SAE, VARIANTS, StepOutput, TrainContext
 
 
 def step_at(sae: SAE, l0: float, sparsity_scale: float = 1.0) -> StepOutput:
     """A training step's report of a mean L0."""
     xn = sae.norm.normalise(activations(8))
-    step = sae.loss(xn, sparsity_scale=sparsity_scale)
-    return replace(step, parts=step.parts | {"l0": torch.tensor(l0)})
+    step = sae.loss(xn, TrainContext(sparsity_scale=sparsity_scale))
+    return replace(step, metrics=step.metrics | {"l0": torch.tensor(l0)})
 
 
 @pytest.mark.parametrize("form", ["relu at k", "gated at k"])
@@ -42,8 +42,8 @@ def test_the_factor_multiplies_the_term() -> None:
     before = sae.loss(xn)
     sae.sparsity_factor.fill_(3.0)
     after = sae.loss(xn)
-    assert float(after.parts["sparsity"]) == pytest.approx(3 * float(before.parts["sparsity"]))
-    assert float((after.loss - before.loss).detach()) == pytest.approx(2 * float(before.parts["sparsity"]), rel=1e-4)
+    assert float(after.metrics["sparsity"]) == pytest.approx(3 * float(before.metrics["sparsity"]))
+    assert float((after.loss - before.loss).detach()) == pytest.approx(2 * float(before.metrics["sparsity"]), rel=1e-4)
 
 
 def test_without_k_it_stays() -> None:
@@ -54,5 +54,5 @@ def test_without_k_it_stays() -> None:
 
 @pytest.mark.parametrize(("sparsity", "k"), [(0.0, 4), (0.1, 0), (0.1, 65)])
 def test_a_wanted_l0_that_cannot_be_met_is_refused(sparsity: float, k: int) -> None:
-    with pytest.raises(UserError, match=f"k={k}"):
-        VARIANTS["gated"](16, 64, sparsity=sparsity, k=k)
+    with pytest.raises(UserError, match=f"target_l0={k} .*fix one of them"):
+        VARIANTS["gated"](16, 64, sparsity=sparsity, target_l0=k)

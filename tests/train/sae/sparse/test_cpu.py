@@ -1,15 +1,16 @@
-"""python -m pytest tests/train/sae/test_select.py: selection against a plain sort, with ties and degenerate batches."""
+"""The CPU's selections against a plain sort, with ties and degenerate batches."""
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from train.sae.sparse.select import Above, Entries, Selector, TopOfBatch, TopPerToken, select, top_of_rows
+from tests.helpers.batches import batches
+from train.sae.sparse.cpu import AboveScan, Scan, TopOfBatchScan, TopPerTokenScan, scan_of, select, top_of_rows
+from train.sae.sparse.rules import Above, Entries, Rule, TopOfBatch, TopPerToken
 
 
 def by_sorting(z: Tensor, count: int) -> tuple[list[int], float]:
@@ -20,32 +21,14 @@ def by_sorting(z: Tensor, count: int) -> tuple[list[int], float]:
     return kept, min(flat[i] for i in kept) if len(kept) == count else 0.0
 
 
-@st.composite
-def batches(draw: st.DrawFn) -> tuple[Tensor, int]:
-    rows, width = draw(st.integers(1, 40)), draw(st.integers(1, 40))
-    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
-    kind = draw(st.sampled_from(["normal", "few values", "negative", "equal", "skewed latents"]))
-    z = rng.normal(size=(rows, width))
-    if kind == "few values":
-        z = rng.integers(-2, 3, size=z.shape).astype(float)
-    elif kind == "negative":
-        z = -np.abs(z)
-    elif kind == "equal":
-        z = np.full_like(z, draw(st.sampled_from([-1.0, 0.0, 2.0])))
-    elif kind == "skewed latents":
-        z = z + 10 * (np.arange(width) % 7 == 0)
-    return torch.from_numpy(z).to(draw(st.sampled_from([torch.float32, torch.float64]))), draw(
-        st.integers(1, rows * width)
-    )
-
-
-def whole(selector: Selector, z: Tensor, blocks: int = 1) -> tuple[list[int], list[float]]:
+def whole(rule: Rule, z: Tensor, blocks: int = 1) -> tuple[list[int], list[float]]:
     """Positions in the flattened batch and values, of z fed in so many blocks."""
-    first = 0
+    scan, first = scan_of(rule), 0
+    assert isinstance(scan, Scan)
     for block in z.tensor_split(min(blocks, z.shape[1]), dim=1):
-        selector.feed(block.contiguous(), first)
+        scan.feed(block.contiguous(), first)
         first += block.shape[1]
-    rows, latents, values = selector.finish()
+    rows, latents, values = scan.finish()
     return (rows * z.shape[1] + latents).tolist(), values.tolist()
 
 
@@ -96,11 +79,12 @@ def test_the_selection_of_each_token_is_that_of_a_sort(
 def test_all_above_a_bound_are_kept(batch: tuple[Tensor, int], blocks: int, each: bool) -> None:
     z, seed = batch
     bound = torch.randn(z.shape[1] if each else (), dtype=z.dtype, generator=torch.Generator().manual_seed(seed))
-    selector = Above(bound)
-    positions, values = whole(selector, z, blocks)
+    positions, values = whole(Above(bound), z, blocks)
     assert positions == (z > bound).flatten().nonzero().flatten().tolist()
     assert values == values_at(z, positions)
-    assert selector.count == len(positions)
+    scan = AboveScan(bound)
+    scan.feed(z.contiguous(), 0)
+    assert scan.count == len(positions)
 
 
 @pytest.mark.parametrize("k", [1, 8, 40])
@@ -117,9 +101,9 @@ def test_large_batches_agree_with_topk(k: int) -> None:
 def test_the_bound_leaves_few_candidates() -> None:
     """What is read twice is little more than what is kept."""
     z = torch.randn(512, 4096, generator=torch.Generator().manual_seed(0))
-    for selector, count in ((TopOfBatch(512 * 16), 512 * 16), (TopPerToken(16), 512 * 16)):
-        selector.feed(z, 0)
-        assert count <= sum(len(part.rows_n) for part in selector.parts) < 1.3 * count
+    for scan in (TopOfBatchScan(512 * 16, positive=True), TopPerTokenScan(16, positive=True)):
+        scan.feed(z, 0)
+        assert 512 * 16 <= sum(len(part.rows_n) for part in scan.parts) < 1.3 * 512 * 16
 
 
 def test_selection_by_hand() -> None:

@@ -1,0 +1,98 @@
+"""The seam between the maths of a sparse step and the machine that computes it.
+
+The CPU's backend finds selections of any size; Triton's makes every size known beforehand, so that the host never waits
+for the GPU. Both give the same numbers to rounding: the contract test holds each to the dense form.
+Letters: B tokens in a batch, D model width, F latents, n entries, G groups of entries, X rows of a table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Protocol, runtime_checkable
+
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from train.sae.sparse.cpu import CPUBackend
+from train.sae.sparse.product import Product
+from train.sae.sparse.rules import Entries, Selection
+from train.sae.sparse.triton import TritonBackend
+
+
+@runtime_checkable
+class Backend(Protocol):
+    """What a sparse step needs of a machine."""
+
+    @property
+    def fixed_sizes(self) -> bool:
+        """Whether a choice of the largest always has the size asked for, what is not positive included."""
+
+    @property
+    def dense_dead(self) -> int:
+        """Dead latents, in multiples of k_aux, up to which AuxK takes all of their z rather than a selection."""
+
+    def select(self, product: Product, selections: Sequence[Selection]) -> list[Entries | Tensor]:
+        """Execute the selections on z; the whole z [B, d] where everything, or nearly so, is kept."""
+
+    def top_of_rows(self, entries: Entries, k: int, rows: int) -> Int[Tensor, " m"]:
+        """Find which entries are among the k largest of their row."""
+
+    def mark_largest(self, z_BM: Float[Tensor, "B M"], k: int) -> Bool[Tensor, "B M"]:
+        """Mark the k largest of each row, ties to the lowest index."""
+
+    def ends(self, index_n: Int[Tensor, " n"], groups: int) -> Int[Tensor, " ends"]:
+        """Find where each group of an ascending index begins, and where the last one ends: [G + 1]."""
+
+    def order(self, index_n: Int[Tensor, " n"], groups: int) -> tuple[Int[Tensor, " n"], Int[Tensor, " ends"]]:
+        """Sort an index stably: the entries' numbers in that order, and `ends` of it."""
+
+    def gather_sums(
+        self,
+        weight_n: Float[Tensor, " n"],
+        index_n: Int[Tensor, " n"],
+        ends: Int[Tensor, " ends"],
+        table_XD: Float[Tensor, "X D"],
+    ) -> Float[Tensor, "G D"]:
+        """Sum weight * table[index] over each group of entries."""
+
+    def dots(
+        self,
+        rows_n: Int[Tensor, " n"],
+        latents_n: Int[Tensor, " n"],
+        left_XD: Float[Tensor, "X D"],
+        right_FD: Float[Tensor, "F D"],
+    ) -> Float[Tensor, " n"]:
+        """Compute left[row] . right[latent] of each entry."""
+
+    def project_rows_(self, grad_FD: Float[Tensor, "F D"], rows_FD: Float[Tensor, "F D"]) -> None:
+        """Take from each row of grad its part along the (unit) row of `rows_FD`."""
+
+    def fired(self, values_n: Tensor, latents_n: Tensor, width: int) -> Bool[Tensor, " F"]:
+        """Find the latents with a value above zero."""
+
+
+_CPU = CPUBackend()
+_ELSEWHERE = CPUBackend(block_entries=1 << 27)  # torch's own operations on another device, such as Apple's
+_TRITON = TritonBackend()
+_chosen: ContextVar[Backend | None] = ContextVar("backend", default=None)
+
+
+def backend_for(x: Tensor) -> Backend:
+    """Choose the backend by the device of x, or the one that `use_backend` names."""
+    if (chosen := _chosen.get()) is not None:
+        return chosen
+    if x.is_cuda:
+        return _TRITON
+    return _CPU if x.device.type == "cpu" else _ELSEWHERE
+
+
+@contextmanager
+def use_backend(backend: Backend) -> Iterator[None]:
+    """Compute with `backend` whatever the device, for a while: for tests, as of Triton in its interpreter."""
+    token = _chosen.set(backend)
+    try:
+        yield
+    finally:
+        _chosen.reset(token)

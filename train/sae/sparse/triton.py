@@ -1,0 +1,145 @@
+"""The sparse step on a GPU: every size is known beforehand, so that the host never waits for the device.
+
+A choice of the largest holds exactly as many entries as were asked for; what is not positive among them is given the
+value 0 by the encoder, takes no gradient and does not count as fired. Exact, ties to the lowest index. The products are
+Triton's (kernels.py), which is imported where it is first needed.
+Letters: B tokens in a batch, D model width, F latents, n entries, R lines of M values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from train.sae.sparse.product import Product
+from train.sae.sparse.rules import Above, Entries, Everything, Selection, TopOfBatch, TopPerToken, joined, mark_largest
+
+_GROUP = 32  # neighbours of which only the largest takes part in the first choice
+
+
+@dataclass(frozen=True)
+class TritonBackend:
+    """Computes with Triton's kernels, on a GPU or in Triton's interpreter (TRITON_INTERPRET=1 before its import)."""
+
+    block_entries: int = 1 << 27
+    """Entries of z in memory at a time."""
+    dense_dead: int = 128
+    """Multiples of k_aux up to which AuxK takes all of the dead latents' z; set for memory, not yet measured."""
+
+    @property
+    def fixed_sizes(self) -> bool:
+        return True
+
+    def select(self, product: Product, selections: Sequence[Selection]) -> list[Entries | Tensor]:
+        return [self._selected(product, selection) for selection in selections]
+
+    def _selected(self, product: Product, selection: Selection) -> Entries | Tensor:
+        rule, latents_d = selection.rule, selection.latents_d
+        if latents_d is not None:
+            z_Bd = product.of(latents_d)
+            if isinstance(rule, Everything):
+                return z_Bd
+            assert not isinstance(rule, Above), "what lies above a bound has no size known beforehand"
+            if selection.excluded_d is not None:
+                z_Bd.masked_fill_(selection.excluded_d, -torch.inf)
+            return choose(rule, [0], lambda first, last: z_Bd, len(latents_d))
+        if isinstance(rule, Above | Everything):  # of no size known beforehand: all of z
+            return product.block(0, product.width)
+        firsts = product.blocks(self.block_entries)
+        memory = product.xc_BD.new_empty(product.rows * firsts.step)
+
+        def z_of(first: int, last: int) -> Tensor:
+            return product.block(first, last, memory[: product.rows * (last - first)].view(product.rows, -1))
+
+        return choose(rule, firsts, z_of, product.width)
+
+    def top_of_rows(self, entries: Entries, k: int, rows: int) -> Tensor:
+        return largest(entries.values_n.view(rows, -1), k)  # equally many of each row
+
+    def mark_largest(self, z_BM: Tensor, k: int) -> Tensor:
+        return mark_largest(z_BM, k)
+
+    def ends(self, index_n: Tensor, groups: int) -> Tensor:
+        return torch.searchsorted(index_n, torch.arange(groups + 1, dtype=index_n.dtype, device=index_n.device))
+
+    def order(self, index_n: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+        ascending = torch.sort(index_n.to(torch.int32), stable=True)
+        return ascending.indices, self.ends(ascending.values, groups)
+
+    def gather_sums(self, weight_n: Tensor, index_n: Tensor, ends: Tensor, table_XD: Tensor) -> Tensor:
+        from train.sae.sparse import kernels
+
+        return kernels.gather_sums(weight_n, index_n, ends, table_XD)
+
+    def dots(self, rows_n: Tensor, latents_n: Tensor, left_XD: Tensor, right_FD: Tensor) -> Tensor:
+        from train.sae.sparse import kernels
+
+        return kernels.entry_dots(rows_n, latents_n, left_XD, right_FD)
+
+    def project_rows_(self, grad_FD: Tensor, rows_FD: Tensor) -> None:
+        from train.sae.sparse import kernels
+
+        kernels.project_rows_(grad_FD, rows_FD)
+
+    def fired(self, values_n: Tensor, latents_n: Tensor, width: int) -> Tensor:
+        counts_F = torch.zeros(width, dtype=torch.int32, device=values_n.device)
+        return counts_F.index_add_(0, latents_n, (values_n > 0).int()) > 0
+
+
+def largest(values_RM: Float[Tensor, "R M"], count: int) -> Int[Tensor, " n"]:
+    """Find the places, in the flattened values and ascending, of the `count` largest of each line; ties to the lowest.
+
+    No more than `count` groups can hold them: those of the largest maxima, ties to the lowest. So two small choices
+    are made, the first among the groups' maxima, and the values are read once.
+    """
+    lines, width = values_RM.shape
+    group = min(_GROUP, width & -width)
+    if count >= width // group:
+        return _largest(values_RM, count)
+    near = _largest(values_RM.view(lines, -1, group).amax(2), count)
+    place = (near[:, None] * group + torch.arange(group, device=near.device)).view(-1)
+    values = values_RM.reshape(-1).index_select(0, place).view(lines, -1)
+    return place.index_select(0, _largest(values, count))
+
+
+def _largest(values_RM: Tensor, count: int) -> Tensor:
+    kept = mark_largest(values_RM, count)
+    # Where NaN leaves fewer, the rest is place 0: the loss tells of the NaN.
+    return torch.nonzero_static(kept.view(-1), size=len(values_RM) * count, fill_value=0).squeeze(1)
+
+
+def _places(rule: TopOfBatch | TopPerToken, values: Tensor, rows: int) -> Tensor:
+    """Where the rule's entries stand among values, of so many rows, in order."""
+    if isinstance(rule, TopOfBatch):
+        return largest(values.view(1, -1), min(rule.count, values.numel()))
+    lines_RM = values.view(rows, -1)
+    return largest(lines_RM, min(rule.k, lines_RM.shape[1]))
+
+
+def choose(
+    rule: TopOfBatch | TopPerToken,
+    blocks: Sequence[int],
+    z_of: Callable[[int, int], Float[Tensor, "B c"]],
+    width: int,
+) -> Entries:
+    """Execute a rule on z, of which `z_of` gives the latents from one of `blocks` to the next."""
+    best: Entries | None = None
+    rows = 0
+    for first, last in zip(blocks, [*blocks[1:], width], strict=True):
+        z_Bc = z_of(first, last)
+        rows = len(z_Bc)
+        place_n = _places(rule, z_Bc, rows)
+        rows_n = place_n.div(last - first, rounding_mode="floor")
+        new = Entries(rows_n, place_n - rows_n * (last - first) + first, z_Bc.reshape(-1).index_select(0, place_n))
+        if best is None:
+            best = new
+        else:
+            both = joined([best, new])
+            place_n = _places(rule, both.values_n, rows)
+            best = Entries(*(part.index_select(0, place_n) for part in both))
+    assert best is not None
+    return best

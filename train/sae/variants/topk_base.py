@@ -1,0 +1,104 @@
+"""What TopK, BatchTopK and Matryoshka share: the loss that revives dead latents."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from train.sae.base import SAE, TrainContext
+from train.sae.config import AuxKConfig
+from train.sae.parts.auxk import auxk_error, auxk_rule, auxk_size
+from train.sae.parts.dense import largest_of_each_token
+from train.sae.sparse.backend import backend_for
+from train.sae.sparse.codes import Codes
+from train.sae.sparse.rules import Rule, Selection
+
+_LEAST_OF_SQUARE = 0.1  # of the residual's mean square: what AuxK's norm is at least
+_LEAST_OF_VARIANCE = 1e-3  # of Vx, likewise
+
+
+@dataclass(frozen=True, eq=False)
+class Candidates:
+    """The latents that AuxK may take."""
+
+    codes: Codes
+    """Their z: all, or the largest of each token."""
+    latents_d: Int[Tensor, " d"]
+    """Which they are, ascending."""
+    alive_d: Bool[Tensor, " d"] | None
+    """Those of them that are not dead; None where all are."""
+
+
+class TopKBase(SAE):
+    """k latents a token (or k * B a batch), and AuxK (Gao et al. 2406.04093, A.2).
+
+    AuxK = alpha * E over tokens of ||r - a W_dec||^2 / norm, r the detached residual and a the k_aux largest z of each
+    token among the dead latents, ties to the lowest index. `norm` is the residual's own variance over the batch.
+    """
+
+    uses_auxk = True
+    config: AuxKConfig
+
+    @property
+    def k_aux(self) -> int:
+        """Latents a token that AuxK takes."""
+        return auxk_size(self.d_in) if self.config.auxk_k is None else self.config.auxk_k
+
+    def encode_with_candidates(
+        self, xn_BD: Float[Tensor, "B D"], rule: Rule, context: TrainContext
+    ) -> tuple[Codes, Candidates | None]:
+        """Compute the z that `rule` keeps, and those of the latents that AuxK may take, where there are any."""
+        dead_F, latents_d = context.dead_F, context.may_die_d
+        alive_d = None
+        if dead_F is None or not self.config.auxk_alpha:
+            latents_d = None
+        elif latents_d is None:
+            latents_d = dead_F.nonzero().squeeze(1)
+        else:
+            alive_d = ~dead_F.index_select(0, latents_d)
+        if latents_d is None or not len(latents_d):
+            return self.select(xn_BD, self.bias_F, [Selection(rule)])[0], None
+        few = len(latents_d) <= backend_for(xn_BD).dense_dead * self.k_aux
+        aside = Selection(auxk_rule(self.k_aux, few), latents_d, alive_d)
+        codes, beside = self.select(xn_BD, self.bias_F, [Selection(rule), aside])
+        return codes, Candidates(beside, latents_d, alive_d)
+
+    def auxk(self, candidates: Candidates | None, residual_BD: Float[Tensor, "B D"]) -> Float[Tensor, ""]:
+        """Compute AuxK's term of the loss; `residual_BD` x' - x_hat' detached."""
+        if candidates is None:
+            return residual_BD.new_zeros(())
+        alive_d = candidates.alive_d
+        W_dead_dD = self.W_dec.index_select(0, candidates.latents_d)
+        error = auxk_error(
+            candidates.codes, residual_BD, W_dead_dD, k=self.k_aux, relu=self.config.auxk_relu, alive_d=alive_d
+        )
+        if alive_d is not None:
+            error = torch.where(alive_d.all(), 0.0, error)
+        return self.config.auxk_alpha * error / self.auxk_norm(residual_BD)
+
+    def auxk_norm(self, residual_BD: Float[Tensor, "B D"]) -> Float[Tensor, ""]:
+        """Compute what divides AuxK's squared error: by default the variance of the residual over the batch.
+
+        A batch of one token, or of equal ones, has none, and one that is reconstructed exactly hardly any: there it is
+        a tenth of the residual's mean square, and never below a thousandth of Vx.
+        """
+        if self.config.auxk_norm == "variance":
+            return self.variance
+        spread = (residual_BD - residual_BD.mean(0)).square().sum() / residual_BD.shape[0]
+        mean_sq = residual_BD.square().sum() / residual_BD.shape[0]
+        return torch.maximum(spread, torch.maximum(_LEAST_OF_SQUARE * mean_sq, _LEAST_OF_VARIANCE * self.variance))
+
+    def dense_auxk(
+        self, z_BF: Float[Tensor, "B F"], residual_BD: Float[Tensor, "B D"], context: TrainContext
+    ) -> Float[Tensor, ""]:
+        """Compute AuxK as the formula reads: of all z, with those of living latents out of reach."""
+        dead_F = context.dead_F
+        if dead_F is None or not bool(dead_F.any()):
+            return residual_BD.new_zeros(())
+        kept_BF = largest_of_each_token(z_BF.masked_fill(~dead_F, -torch.inf), self.k_aux) & dead_F
+        a_BF = torch.where(kept_BF, z_BF.relu() if self.config.auxk_relu else z_BF, 0.0)
+        error = (a_BF @ self.W_dec - residual_BD).square().sum(1).mean()
+        return self.config.auxk_alpha * error / self.auxk_norm(residual_BD)
