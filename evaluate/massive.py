@@ -84,7 +84,7 @@ def norms_of(text: HeldoutText, site: Site, contexts: range) -> Float[np.ndarray
     return np.concatenate(parts)
 
 
-def median_norm(text: HeldoutText, site: Site) -> float:
+def site_median_norm(text: HeldoutText, site: Site) -> float:
     """The median ||x|| at the site over the first contexts that hold MEDIAN_TOKENS scored tokens."""
     running = np.cumsum(text.packed.keep.sum(1))
     contexts = min(int(np.searchsorted(running, MEDIAN_TOKENS)) + 1, len(running))
@@ -123,7 +123,7 @@ class ScoredText:
         rules = [rule_of(sae) for sae in saes]
         rule = strictest(rules)
         if rule is None:
-            return cls(text, MassiveRule(TIMES, median_norm(text, site)), False, 0, None)
+            return cls(text, MassiveRule(TIMES, site_median_norm(text, site)), False, 0, None)
         scored, left_out = without_massive(text, site, rule)
         return cls(scored, rule, True, left_out, disagreement(rules))
 

@@ -19,16 +19,13 @@ from jaxtyping import Bool, Float, Int64
 from numpy.typing import NDArray
 from torch import Tensor
 
+from train.sae.metrics import double
+
 Columns = dict[str, NDArray[np.float64]]
 By = Literal["context", "document"]  # what a column has an entry for
 
 TOKEN_EPS = 1e-5  # beside the standard deviation of a token's entries, as `input_norm: token` has it
 LOGITS_AT_ONCE = 1 << 24  # entries of the KL's float32 terms held at a time: 64 MB
-
-
-def double(x: Tensor) -> Tensor:
-    """`x` in float64, on the CPU where the device (Apple's) has none."""
-    return x.cpu().double() if x.device.type == "mps" else x.double()
 
 
 class GroupedSums:

@@ -19,9 +19,9 @@ from data.store.manifest import HELDOUT, TRAIN
 from data.store.store import Store
 from evaluate.config import EvaluateSettings
 from evaluate.feature_metrics.bases import Reader, neurons_before
-from evaluate.feature_metrics.run import FeatureMetricsConfig, measure
+from evaluate.feature_metrics.measure import FeatureMetricsConfig, measure
 from evaluate.feature_metrics.sample import FeatureText
-from evaluate.features.run import make_for
+from evaluate.features.make import make_for
 from evaluate.inputs import HeldoutText, SavedSAE, find_saes, group_by_store, open_text
 from evaluate.massive import ScoredText
 from evaluate.pareto import baseline_of, best_at_equal_l0, compare, require_baseline

@@ -111,7 +111,7 @@ def lines(rows: list[Json]) -> Iterator[tuple[Json, Json]]:
             yield row, {**look, "name": name}
 
 
-def l0_histogram(rows: list[Json]) -> Json:
+def l0_figure(rows: list[Json]) -> Json:
     """The share of tokens at each number of active latents."""
     numbers = series.l0_histogram(rows)
     middle = [first + (numbers.step - 1) / 2 for first in numbers.first]

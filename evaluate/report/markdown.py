@@ -80,7 +80,7 @@ def table(heads: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
-def cell(row: Json, column: Column, *, error: bool = True) -> str:
+def column_cell(row: Json, column: Column, *, error: bool = True) -> str:
     """A column's value of an SAE, with its standard error where it has one and `error`."""
     value = column.read(row)
     if isinstance(value, dict):
@@ -92,7 +92,7 @@ def cell(row: Json, column: Column, *, error: bool = True) -> str:
 
 def sae_table(rows: list[Json], columns: Sequence[Column], *, error: bool = True) -> str:
     """A table of the SAEs of a site."""
-    cells = [[sae_name(row), *(cell(row, column, error=error) for column in columns)] for row in rows]
+    cells = [[sae_name(row), *(column_cell(row, column, error=error) for column in columns)] for row in rows]
     return table(["SAE", *(column.heading for column in columns)], cells)
 
 
@@ -112,7 +112,7 @@ def _comparison(site: Json) -> list[str]:
     l0, columns = BY_KEY["l0"], [BY_KEY[key] for key in DELTAS]
     (named,) = [sae_name(row) for row in site["saes"] if row["folder"] == site["baseline"]]
     rows = [
-        [sae_name(row), cell(row, l0), *(_delta(row, column.key, column.digits) for column in columns)]
+        [sae_name(row), column_cell(row, l0), *(_delta(row, column.key, column.digits) for column in columns)]
         for row in site["saes"]
         if row["folder"] != site["baseline"]
     ]
@@ -131,7 +131,7 @@ def _all_rows(rows: list[Json]) -> list[str]:
 
 def _site_lines(site: Json) -> list[str]:
     first = site["saes"][0]
-    ce = ", ".join(f"{column.heading.removeprefix('CE ')} {cell(first, column)}" for column in OF_SITE)
+    ce = ", ".join(f"{column.heading.removeprefix('CE ')} {column_cell(first, column)}" for column in OF_SITE)
     storage = site["storage"]
     documents = f" of {site['documents']:,} documents" if "documents" in site else ""
     lines = [

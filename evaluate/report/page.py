@@ -66,7 +66,7 @@ def section(site: Json, config: Mapping[str, Any], identity: Json, features: Map
     made = {
         "NMSE against L0": figures.against_l0(rows, "nmse", "NMSE"),
         "CE increase against L0": figures.against_l0(rows, "ce_increase", "CE increase (nats)"),
-        "Active latents of a token": figures.l0_histogram(rows),
+        "Active latents of a token": figures.l0_figure(rows),
         "Densities of the latents": figures.density_histogram(rows, site["tokens"]),
     }
     facts = {

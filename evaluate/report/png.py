@@ -101,7 +101,7 @@ def l0_histograms(rows: list[Row], title: str) -> Figure:
     )
 
 
-def densities(rows: list[Row], tokens: int, title: str) -> Figure:
+def density_panels(rows: list[Row], tokens: int, title: str) -> Figure:
     """Latents by the share of held-out tokens on which they fire, on a log scale; the legend counts the silent ones."""
     drawn = series.densities(rows, tokens)
 
@@ -121,7 +121,7 @@ def draw_site(site: dict[str, Any], folder: Path, stem: str) -> list[str]:
         "nmse": against_l0(rows, "nmse", "NMSE (0 is perfect, 1 the mean)", where),
         "ce-increase": against_l0(rows, "ce_increase", "CE increase when spliced in (nats)", where),
         "l0": l0_histograms(rows, where),
-        "density": densities(rows, site["tokens"], where),
+        "density": density_panels(rows, site["tokens"], where),
     }
     for name, figure in figures.items():
         figure.savefig(folder / f"{stem}-{name}.png", dpi=130)

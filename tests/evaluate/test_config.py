@@ -17,7 +17,7 @@ from data.base.config import Settings
 from data.base.errors import UserError
 from evaluate.config import EvaluateSettings, FeaturesSettings
 from evaluate.feature_metrics.tasks import load_tasks
-from evaluate.features.run import make
+from evaluate.features.make import make
 from evaluate.run import evaluate
 from tests.helpers.settings import stage_config
 from train.sae.io import save

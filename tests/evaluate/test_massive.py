@@ -15,9 +15,9 @@ from torch import Tensor
 
 from data.base.errors import UserError
 from data.base.sites import Site
-from evaluate.features.run import make
+from evaluate.features.make import make
 from evaluate.inputs import HeldoutText, SavedSAE, open_text
-from evaluate.massive import MassiveRule, disagreement, median_norm, rule_of, strictest
+from evaluate.massive import MassiveRule, disagreement, rule_of, site_median_norm, strictest
 from evaluate.run import evaluate
 from harvest.hooks import replace, run_to
 from tests.helpers.settings import stage_config
@@ -78,7 +78,7 @@ def nmse_of(sae: SAE, x_ND: Tensor) -> float:
 
 def test_the_sink_is_planted(sunk: dict[str, Any]) -> None:
     norms = rows_of(sunk["heldout"]).norm(dim=-1)
-    median = median_norm(sunk["heldout"], Site.parse(SITE))
+    median = site_median_norm(sunk["heldout"], Site.parse(SITE))
     massive = (norms > 10 * median).nonzero()[:, 1]
     assert massive.tolist() == [SINK] * len(norms) and float(norms[:, SINK].min()) > 50 * median
 
@@ -119,7 +119,7 @@ def test_rows_an_sae_was_trained_without_are_like_special_tokens(
 ) -> None:
     """Issue 1c: by the rule of one SAE's config.json the rows are neither fed nor spliced nor scored, for both SAEs."""
     text = sunk["heldout"]
-    median = median_norm(text, Site.parse(SITE))
+    median = site_median_norm(text, Site.parse(SITE))
     sae, constant = rough_sae(16), constant_sae(torch.ones(16))
     saved("rough", sae, {"times": 10.0, "median": median, "left_out": {}})
     saved("constant", constant)
@@ -147,7 +147,7 @@ def test_feature_pages_follow_the_rule(
     sunk: dict[str, Any], saved: Callable[..., str], rough_sae: Callable[[int], ReLU], tmp_path: Path
 ) -> None:
     text = sunk["heldout"]
-    median = median_norm(text, Site.parse(SITE))
+    median = site_median_norm(text, Site.parse(SITE))
     folder = saved("rough", rough_sae(16), {"times": 10.0, "median": median})
     own = {"folder": folder, "cache": sunk["config"]["cache"], "out": str(tmp_path / "pages")}
     page = make(stage_config("features", **own, tokens=250, device="cpu"))

@@ -12,8 +12,7 @@ import pytest
 
 from data.base.errors import UserError
 from data.loading.reader import open_reader
-from evaluate.features import run
-from evaluate.features.run import make
+from evaluate.features.make import make, one_sae
 from evaluate.run import evaluate
 from tests.helpers.settings import stage_config
 from train.sae.io import save
@@ -110,4 +109,4 @@ def test_one_of_several_must_be_named(config: dict[str, Any], rough_sae: Callabl
     folder = Path(config["folder"])
     save(rough_sae(16), folder.parent / "second", json.loads((folder / "config.json").read_text()))
     with pytest.raises(UserError, match="holds 2 SAEs: name the folder of one, such as"):
-        run.one_sae(str(folder.parent))
+        one_sae(str(folder.parent))

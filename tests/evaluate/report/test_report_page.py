@@ -141,7 +141,7 @@ def test_the_front_is_of_the_saes_that_no_other_beats() -> None:
 
 def test_wide_bins_of_the_l0_histogram_keep_every_token() -> None:
     row = a_row(1, "relu", 300.0, 0.1)
-    (trace,) = figures.l0_histogram([row])["data"]
+    (trace,) = figures.l0_figure([row])["data"]
     step = trace["x"][1] - trace["x"][0]
     assert step > 1 and len(trace["x"]) <= 60
     assert sum(trace["customdata"]) * step == pytest.approx(1, abs=0.002)
