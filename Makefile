@@ -8,7 +8,7 @@ ARGS ?=
 PY := $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup peers demo harvest train sweep evaluate claims test lint types test-slow clean
+.PHONY: help setup peers demo harvest train sweep rates evaluate claims gpu-proof test lint types test-slow clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -43,48 +43,17 @@ train: setup ## cached activations -> one SAE
 sweep: setup ## cached activations -> many SAEs in one pass, one for each combination of the values in ARGS
 	$(PY) -m train -m $(ARGS)
 
+rates: setup ## the best learning rate of a site beside the rule's, from one pass: make rates ARGS="sae.k=32 sae=topk,gated"
+	$(PY) -m benchmarks.rates $(ARGS)
+
 evaluate: setup ## splice SAEs into the language model and score them
 	$(PY) -m evaluate $(ARGS)
 
-# What make claims runs on: LM is the model, its text and packing as overrides; widths are multiples of the site's, of
-# which WIDTH and WIDEST are the ones where one is fixed; K is near a 24th of the site's width.
-LM ?=
-SITE ?= resid_post.3
-ROWS ?= 1_100_000
-TOKENS ?= 1_000_000
-SPECIAL_ROWS ?= 400_000
-SPECIAL_TOKENS ?= 300_000
-CALIBRATION ?= 65_536
-WIDTHS ?= 4,8,16,32
-WIDTH ?= 8
-WIDEST ?= 32
-K ?= 8
-KS ?= 4,8,16
-RIVAL_KS ?= 4,8,16,24
-BATCH ?= 1024
-BATCHES ?= 256,4096
-LR ?= 2e-3
-RIVAL_LR ?= 3e-3
-BASELINE_LR ?= 2e-3
-SEEDS ?= 0
-CLAIMS ?= outputs/claims
+claims: setup ## try the papers' claims on a model (conf/claims/models); leaves outputs/claims/claims.md
+	$(PY) -m benchmarks.claims $(ARGS)
 
-SPECIAL = packing.bos=context packing.keep_special=true
-SHARED = calibration_tokens=$(CALIBRATION) batch=$(BATCH)
-SWEEP = $(PY) -m train -m $(LM) site=$(SITE) tokens=$(TOKENS) seed=$(SEEDS) $(SHARED) hydra.sweep.dir=$(CLAIMS)/saes
-FAMILY = sae.expansion=$(WIDTH) sae.k=$(K) optimizer.lr=$(LR)
-RIVALS = sae.expansion=$(WIDTH) sae.k=$(RIVAL_KS)
-
-claims: setup ## try the papers' claims on a model: harvest, SAEs, verdicts; leaves outputs/claims/claims.md
-	$(PY) -m harvest $(LM) sites=[$(SITE)] tokens=$(ROWS)
-	$(PY) -m harvest $(LM) sites=[$(SITE)] tokens=$(SPECIAL_ROWS) $(SPECIAL)
-	$(SWEEP)/grid +claims=grid sae.expansion=$(WIDTHS) sae.k=$(KS) optimizer.lr=$(LR)
-	$(SWEEP)/dead +claims=dead sae.expansion=$(WIDEST) sae.k=$(K) optimizer.lr=$(LR)
-	$(SWEEP)/rivals +claims=rivals $(RIVALS) optimizer.lr=$(RIVAL_LR)
-	$(SWEEP)/baseline +claims=baseline $(RIVALS) optimizer.lr=$(BASELINE_LR)
-	$(SWEEP)/batch +claims=batch $(FAMILY) batch=$(BATCHES)
-	$(SWEEP)/special +claims=special $(SPECIAL) tokens=$(SPECIAL_TOKENS) $(FAMILY) sae.k=$(KS)
-	$(PY) -m benchmarks.claims saes=$(CLAIMS)/saes out=$(CLAIMS) expansion=$(WIDTH) $(SHARED) $(ARGS)
+gpu-proof: setup ## prove the GPU path on a card, in pieces that resume (ARGS="--tiny": on a CPU)
+	$(PY) -m benchmarks.gpu $(ARGS)
 
 test: lint types ## lint, types and the fast tests
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto --dist loadfile
@@ -92,6 +61,7 @@ test: lint types ## lint, types and the fast tests
 lint: setup
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	$(VENV)/bin/codespell README.md CONTRIBUTING.md Makefile .ci benchmarks conf data evaluate harvest tests train
 
 types: setup
 	$(PY) -m mypy

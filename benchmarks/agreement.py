@@ -116,8 +116,8 @@ def ours(
     score = SiteScore(Splice(text.model, Site.parse(site)), saes, mean_D, dtype, (len(ids_BT), ids_BT.shape[1]))
     for first in range(0, len(ids_BT), 16):
         score.batch(ids_BT[first : first + 16], keep_BT[first : first + 16], first)
-    found = [statistics(totals(score.columns(one))) for one in score.scores]
-    return [{name: float(value[0]) for name, value in figures.items()} for figures in found]
+    summaries = [statistics(totals(score.columns(one))) for one in score.scores]
+    return [{name: float(value[0]) for name, value in figures.items()} for figures in summaries]
 
 
 _PAIRS = {"l0": "l0", "ev": "explained_variance", "recovered_zero": "ce_loss_score", "kl": "kl_div_with_sae"}
@@ -235,8 +235,8 @@ def compare(
     hook = Origin.of(saes[0].config, saes[0].folder).hook
     special = sorted(set(ids_BT[~keep_BT].tolist()))
     job = {"model": str(EMBEDDED), "ids": str(room / "ids.safetensors"), "batch": 16, "special": special, "hook": hook}
-    found = [json.loads(line) for line in ask(python, "benchmarks.peer_scores", job | folders).splitlines()]
-    theirs, of_dl = found[: len(loaded)], found[len(loaded) :]
+    answers = [json.loads(line) for line in ask(python, "benchmarks.peer_scores", job | folders).splitlines()]
+    theirs, of_dl = answers[: len(loaded)], answers[len(loaded) :]
     free_B = keep_BT.all(1)
     own = ours(store, site, loaded, text, keep_BT, ids_BT)
     free = ours(store, site, loaded, text, keep_BT[free_B], ids_BT[free_B])

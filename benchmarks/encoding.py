@@ -40,7 +40,7 @@ def activations(name: str, text: Mapping[str, Any], rows: int, every: int) -> It
     """(site, [N, D]) of all kinds at every `every`-th layer and the last."""
     settings = {"name": name, "revision": None, "dtype": "float32", "device": "cpu"}
     tokenizer, model = lm.load_tokenizer(settings), lm.load_model(settings)
-    packed = pack(source_from(text), tokenizer, Packing(context=256, bos="document", separator=False), TRAIN, rows)
+    packed = pack(source_from(text), tokenizer, Packing(context=256, bos="document", shuffle=None), TRAIN, rows)
     layers = int(model.config.num_hidden_layers)
     sites = [f"{kind}.{layer}" for kind in KINDS for layer in sorted({*range(0, layers, every), layers - 1})]
     held: dict[str, list[Floats]] = {site: [] for site in sites}
@@ -106,24 +106,24 @@ def main() -> int:
         "--stories", type=Path, default=Path("../shared/lm/stories260K"), help="a folder with that model"
     )
     parser.add_argument("--text", type=Path, default=Path("../shared/text/tinystories.jsonl"), help="what it reads")
-    asked = parser.parse_args()
+    options = parser.parse_args()
     texts: dict[str, dict[str, Any]] = {"embedded": {"kind": "stdlib", "root": None}}
-    texts[str(asked.stories)] = {"kind": "files", "paths": [str(asked.text)], "field": "text"}
+    texts[str(options.stories)] = {"kind": "files", "paths": [str(options.text)], "field": "text"}
     worst = 0.0
     for name, text in texts.items():
-        if absent := [path for path in (asked.stories, asked.text) if name != "embedded" and not path.exists()]:
+        if absent := [path for path in (options.stories, options.text) if name != "embedded" and not path.exists()]:
             print(f"{name}: left out, for {absent[0]} is not there (--stories, --text)")
             continue
-        for number, (site, x) in enumerate(activations(name, text, asked.rows, asked.every)):
-            found = figures(x)
+        for number, (site, x) in enumerate(activations(name, text, options.rows, options.every)):
+            errors = figures(x)
             if not number:
                 print(
                     f"{name}: D={x.shape[1]}, {len(x):,} rows; NMSE added, then bytes a token (float32: {x[0].nbytes})"
                 )
-                print("".join([f"{'site':<14}", *(f"{column:>15}" for column in found)]))
-            cells = (f"{value:>15.1e}" if value < 1 else f"{value:>15.1f}" for value in found.values())
+                print("".join([f"{'site':<14}", *(f"{column:>15}" for column in errors)]))
+            cells = (f"{value:>15.1e}" if value < 1 else f"{value:>15.1f}" for value in errors.values())
             print(f"{site:<14}{''.join(cells)}", flush=True)
-            worst = max(worst, found["int8"])
+            worst = max(worst, errors["int8"])
     print(f"int8 adds at most {worst:.1e} (goal: {GOAL:g})")
     return int(worst > GOAL)
 

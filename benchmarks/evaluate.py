@@ -32,7 +32,7 @@ from train.sae.io import load
 from train.sae.variants.topk import TopK
 
 MODEL = {"name": "embedded", "device": "cpu"}
-PACKING = Packing(context=256, bos="document", separator=False)
+PACKING = Packing(context=256, bos="document", shuffle=None)
 FORWARDS = 4
 GOAL = 1.5
 
@@ -78,21 +78,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--sae", help="the folder of a trained SAE")
     parser.add_argument("--site", default="resid_post.3")
     parser.add_argument("--lm-batch", type=int, default=16)
-    asked = parser.parse_args(argv)
+    options = parser.parse_args(argv)
     keep_freed_memory()
-    model, site = lm.load_model(MODEL), Site.parse(asked.site)
-    text = pack(StdlibText(), lm.load_tokenizer(MODEL), PACKING, HELDOUT, asked.tokens)
+    model, site = lm.load_model(MODEL), Site.parse(options.site)
+    text = pack(StdlibText(), lm.load_tokenizer(MODEL), PACKING, HELDOUT, options.tokens)
     ids, keep = torch.from_numpy(text.contexts).long(), torch.from_numpy(text.keep)
-    rows_ND = run_to(model, [site], ids[: asked.lm_batch])[str(site)][keep[: asked.lm_batch]]
-    sae = load(asked.sae) if asked.sae else started(rows_ND)
+    rows_ND = run_to(model, [site], ids[: options.lm_batch])[str(site)][keep[: options.lm_batch]]
+    sae = load(options.sae) if options.sae else started(rows_ND)
     mean_D = rows_ND.double().mean(0)
     score = SiteScore(Splice(model, site), [sae], mean_D, torch.float32, (len(ids), ids.shape[1]))
-    whole, bare, end = measure(score, ids, keep, asked.lm_batch)
+    whole, bare, end = measure(score, ids, keep, options.lm_batch)
     ratios = [a / b for a, b in zip(whole, bare, strict=True)]
     low, middle, high = statistics.quantiles(ratios, n=4)
     ratio = (sum(whole) + end) / sum(bare)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
-    print(f"{int(keep.sum()):,} tokens, {len(ratios)} batches of {asked.lm_batch} contexts; one {sae.name}")
+    print(f"{int(keep.sum()):,} tokens, {len(ratios)} batches of {options.lm_batch} contexts; one {sae.name}")
     print(f"evaluation {sum(whole):.1f} s + {end:.2f} s at the end, four plain forwards {sum(bare):.1f} s")
     print(f"a batch: median {middle:.3f}, quartiles {low:.3f} to {high:.3f}; peak memory {peak:,.0f} MiB")
     print(f"ratio {ratio:.3f}; at most {GOAL} is the goal: {'met' if ratio <= GOAL else 'MISSED'}")

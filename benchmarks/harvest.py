@@ -83,7 +83,7 @@ def gpt2() -> Trial:
 
 def embedded() -> Trial:
     model_cfg = {"name": "embedded", "device": "cpu"}
-    model, context = lm.load_model(model_cfg), lm.context_limit(model_cfg)
+    model, context = lm.load_model(model_cfg), lm.LanguageModel.of(model_cfg).context_limit
     layers = model.config.get_text_config().num_hidden_layers
     sites = [f"{kind}.{layer}" for layer in reversed(range(layers)) for kind in ("resid_post", "mlp_out")]
     return Trial("embedded", model, tuple(sites[:5]), context or 256, 16, 4096, 4, 4)
@@ -163,15 +163,15 @@ def peer(trial: Trial, folder: Path, python: str | None) -> Iterator[Method | st
 
 def speed(trial: Trial, methods: dict[str, Method], rounds: int) -> dict[str, float]:
     """A line a method: median, least and most tokens/s, and its share of the first one in the same round, returned."""
-    found: dict[str, list[float]] = {name: [] for name in methods}
+    speeds: dict[str, list[float]] = {name: [] for name in methods}
     for turn in range(rounds + 1):  # the first warms up
         for name, method in methods.items():
             seconds = method()
             if turn:
-                found[name].append(trial.tokens / seconds)
-    limit, medians = next(iter(found.values())), {}
+                speeds[name].append(trial.tokens / seconds)
+    limit, medians = next(iter(speeds.values())), {}
     print(f"{'':<34}{'tokens/s':>10}{'least':>9}{'most':>9}{'of bare':>9}{'least':>9}{'most':>9}")
-    for name, values in found.items():
+    for name, values in speeds.items():
         shares = [value / bound for value, bound in zip(values, limit, strict=True)]
         medians[name] = statistics.median(shares)
         line = f"{name:<34}{statistics.median(values):>10.0f}{min(values):>9.0f}{max(values):>9.0f}"
@@ -235,11 +235,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--dtype", choices=ITEMSIZE, default="float32")
     parser.add_argument("--peer-python", help="an interpreter that has sae-lens")
     parser.add_argument("--folder", type=Path, default=Path("outputs"), help="where trial stores are put, for the run")
-    asked = parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
     keep_freed_memory()
-    asked.folder.mkdir(parents=True, exist_ok=True)
-    for name in asked.models:
-        run(TRIALS[name](), asked.folder, asked.dtype, asked.rounds, asked.peer_python)
+    options.folder.mkdir(parents=True, exist_ok=True)
+    for name in options.models:
+        run(TRIALS[name](), options.folder, options.dtype, options.rounds, options.peer_python)
 
 
 if __name__ == "__main__":

@@ -93,8 +93,8 @@ def reap(pids: set[int], *, wait: bool) -> Counter[str]:
     ended: Counter[str] = Counter()
     while True:
         for pid in sorted(pids):
-            found, status = os.waitpid(pid, os.WNOHANG)
-            if found:
+            ended, status = os.waitpid(pid, os.WNOHANG)
+            if ended:
                 pids.discard(pid)
                 killed = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
                 ended["killed" if killed else "done" if status == 0 else "failed"] += 1
@@ -120,19 +120,19 @@ def differing(whole: str, cut: str) -> list[str]:
 
 def litter(at: str) -> Counter[str]:
     """What now lies about that a finished store has not."""
-    found, cache = Counter[str](), parse_location(at)
+    remains, cache = Counter[str](), parse_location(at)
     if not isinstance(cache, Path):
         names = [key.rpartition("claims/")[2] for key in open_storage(cache).sizes() if "/claims/" in key]
-        found["stages"] = len({name.partition("/")[0] for name in names if "/" in name})
-        found["settled"] = sum(name.endswith(".settled") for name in names)
-        found["claims"] = sum(name.count(".") == 1 for name in names)
-        return found
+        remains["stages"] = len({name.partition("/")[0] for name in names if "/" in name})
+        remains["settled"] = sum(name.endswith(".settled") for name in names)
+        remains["claims"] = sum(name.count(".") == 1 for name in names)
+        return remains
     for folder, folders, files in os.walk(cache):  # which minds no folder that goes away meanwhile
         claims = os.path.basename(folder) == "claims"
-        found["stages"] += claims * len(folders)
-        found["claims"] += claims * len(files)
-        found["temporary files"] += sum(name.endswith((".tmp", ".partial")) for name in files)
-    return found
+        remains["stages"] += claims * len(folders)
+        remains["claims"] += claims * len(files)
+        remains["temporary files"] += sum(name.endswith((".tmp", ".partial")) for name in files)
+    return remains
 
 
 def aside(work: Callable[..., Any], *arguments: str) -> Any:
@@ -189,23 +189,23 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--bucket", action="store_true", help="stores in a bucket, smaller ones and of two kinds only")
-    asked = parser.parse_args()
+    options = parser.parse_args()
     os.environ["RANK"] = "1"  # no bars and summaries
     os.fsync = lambda fd: None
     # tqdm's own lock is one semaphore for all forked processes: who is killed while he holds it stops the others.
     tqdm.set_lock(threading.RLock())
     tqdm.monitor_interval = 0  # nor a thread that may hold the lock while a process is forked
     harvester.POLL_S = 0.02
-    rng, total, met, wrong = random.Random(asked.seed), Counter[str](), Counter[str](), 0
-    variants = VARIANTS[:2] if asked.bucket else VARIANTS
-    extent = ("tokens=300", "heldout_tokens=60") if asked.bucket else ("tokens=2000", "heldout_tokens=300")
-    share = -(-asked.kills // len(variants))
-    with places(asked.bucket) as (folder, caches):
+    rng, total, met, wrong = random.Random(options.seed), Counter[str](), Counter[str](), 0
+    variants = VARIANTS[:2] if options.bucket else VARIANTS
+    extent = ("tokens=300", "heldout_tokens=60") if options.bucket else ("tokens=2000", "heldout_tokens=300")
+    share = -(-options.kills // len(variants))
+    with places(options.bucket) as (folder, caches):
         path, text = save_model(folder / "tiny"), write_stories(folder / "stories.jsonl", range(200))
         model, tokenizer = lm.load_model({"name": str(path), "device": "cpu"}), lm.load_tokenizer({"name": str(path)})
         lm.load_model, lm.load_tokenizer = lambda model_cfg: model, lambda model_cfg: tokenizer
         number = 0
-        while total["killed"] < asked.kills or number < len(variants):
+        while total["killed"] < options.kills or number < len(variants):
             variant = variants[number % len(variants)]
             whole, cut = (
                 config(path, text, f"{caches}/{kind}{number}", *extent, *variant) for kind in ("whole", "cut")
@@ -224,8 +224,8 @@ def main() -> int:
                 flush=True,
             )
             total, met, number = total + ended, met + litters, number + 1
-    found = ", ".join(f"{kind} {count}" for kind, count in sorted(met.items()))
-    print(f"{total['killed']} kills over {number} stores, {wrong} stores wrong; moments that met {found}")
+    moments = ", ".join(f"{kind} {count}" for kind, count in sorted(met.items()))
+    print(f"{total['killed']} kills over {number} stores, {wrong} stores wrong; moments that met {moments}")
     return int(wrong > 0)
 
 

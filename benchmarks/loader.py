@@ -186,13 +186,13 @@ def check_share(reader: DirectReader, steps: int = 3) -> str:
 
 def rates(methods: dict[str, Method], rounds: int) -> dict[str, list[float]]:
     """GB/s of each method in each round; a first round warms up and does not count."""
-    found: dict[str, list[float]] = {name: [] for name in methods}
+    speeds: dict[str, list[float]] = {name: [] for name in methods}
     for turn in range(rounds + 1):
         for name, method in methods.items():
             total, seconds = method()
             if turn:
-                found[name].append(total / seconds / 1e9)
-    return found
+                speeds[name].append(total / seconds / 1e9)
+    return speeds
 
 
 def _one_of_many(path: Path, pool_chunks: int, barrier: Barrier, spans: Queue[tuple[int, float, float]]) -> None:
@@ -256,19 +256,19 @@ def main() -> None:
         methods["DataLoader, a batch an item"] = torch_batches(rows)
         methods["DataLoader, a row an item"] = torch_rows(rows)
         print(f"{total / 1e6:.0f} MB in chunks of {chunk_bytes / 1e6:.1f} MB, batches of {BATCH}, {args.rounds} rounds")
-        found = rates(methods, args.rounds)
-        show(found)
+        speeds = rates(methods, args.rounds)
+        show(speeds)
         print(check_share(direct))
         for readers in args.readers:
             rate = together(Path(str(store.path)), readers, args.pool_chunks[0])
             print(f"{readers} process{'es' if readers > 1 else ''} with a loader each, together: {rate:.2f} GB/s")
 
 
-def show(found: dict[str, list[float]]) -> None:
+def show(speeds: dict[str, list[float]]) -> None:
     """A line a method: median, least and most GB/s, and the median share of both raw reads of the same round."""
-    chunk, pool = list(found.values())[:2]
+    chunk, pool = list(speeds.values())[:2]
     print(f"{'':<30}{'GB/s':>8}{'least':>8}{'most':>8}{'of raw, chunk':>15}{'of raw, pool':>14}")
-    for name, values in found.items():
+    for name, values in speeds.items():
         shares = [statistics.median(v / r for v, r in zip(values, raw, strict=True)) for raw in (chunk, pool)]
         line = f"{name:<30}{statistics.median(values):>8.2f}{min(values):>8.2f}{max(values):>8.2f}"
         print(line + f"{shares[0]:>15.3f}{shares[1]:>14.3f}")

@@ -85,13 +85,13 @@ def parameters(case: Case) -> Arrays:
     rng = np.random.default_rng(7)
     W_dec = rng.normal(size=(F, D))
     W_dec /= np.linalg.norm(W_dec, axis=1, keepdims=True)
-    found = {"W_enc": W_dec.T + 0.3 * rng.normal(size=(D, F)), "b_dec": 0.3 * rng.normal(size=D)}
-    found["W_dec"] = W_dec * (1.5 if case.variant == "relu" else 1.0)
+    values = {"W_enc": W_dec.T + 0.3 * rng.normal(size=(D, F)), "b_dec": 0.3 * rng.normal(size=D)}
+    values["W_dec"] = W_dec * (1.5 if case.variant == "relu" else 1.0)
     biases = {"gated": ("b_gate", "b_mag", "r_mag"), "jumprelu": ("b_enc", "theta")}.get(case.variant, ("b_enc",))
-    found |= {name: 0.3 * rng.normal(size=F) for name in biases}
-    if "theta" in found:
-        found["theta"] = np.abs(found["theta"])
-    return {name: value.round(3) if name != "W_dec" else value for name, value in found.items()}
+    values |= {name: 0.3 * rng.normal(size=F) for name in biases}
+    if "theta" in values:
+        values["theta"] = np.abs(values["theta"])
+    return {name: value.round(3) if name != "W_dec" else value for name, value in values.items()}
 
 
 def scale(name: str) -> float:
@@ -127,11 +127,11 @@ def _copy(target: dict[str, tuple[Tensor, bool]], values: Arrays) -> None:
 
 
 def _gradients(target: dict[str, tuple[Tensor, bool]]) -> Arrays:
-    found = {}
+    gradients = {}
     for name, (parameter, turned) in target.items():
         grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-        found[name] = (grad.t() if turned else grad).double().numpy()
-    return found
+        gradients[name] = (grad.t() if turned else grad).double().numpy()
+    return gradients
 
 
 Result = tuple[float, Arrays]
@@ -228,28 +228,28 @@ PEERS: dict[str, Callable[[Case], Result]] = {
 
 def record() -> dict[str, Any]:
     """Every peer's loss, x_hat and gradients."""
-    found = {}
+    recorded = {}
     for name, case in CASES.items():
         loss, arrays = PEERS[name.split()[0]](case)
-        found[name] = {"loss": loss, **{key: np.round(value, 9).tolist() for key, value in sorted(arrays.items())}}
-    return found
+        recorded[name] = {"loss": loss, **{key: np.round(value, 9).tolist() for key, value in sorted(arrays.items())}}
+    return recorded
 
 
 def apart(name: str, theirs: dict[str, Any]) -> dict[str, float]:
     """The largest difference from ours, of the loss and each array, relative to the largest entry of ours."""
     loss, arrays = ours(name)
-    found = {"loss": abs(loss - theirs["loss"]) / abs(loss)}
-    return found | {
+    distances = {"loss": abs(loss - theirs["loss"]) / abs(loss)}
+    return distances | {
         key: float(np.abs(value - np.asarray(theirs[key])).max() / np.abs(value).max())
         for key, value in sorted(arrays.items())
     }
 
 
 def main() -> None:
-    found = record()
-    RECORD.write_text(json.dumps(found) + "\n")
+    recorded = record()
+    RECORD.write_text(json.dumps(recorded) + "\n")
     print("largest difference from ours, relative to ours' largest entry (loss; x_hat; gradients)")
-    for name, theirs in found.items():
+    for name, theirs in recorded.items():
         figures = "  ".join(f"{key} {value:.0e}" for key, value in apart(name, theirs).items())
         print(f"{name:32} {figures}")
         if CASES[name].departs:

@@ -20,33 +20,35 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, required=True)
     for name in ("width", "vocabulary", "context", "batch", "tokens"):
         parser.add_argument(f"--{name}", type=int, required=True)
-    asked = parser.parse_args()
+    options = parser.parse_args()
 
     import numpy as np
     from datasets import Dataset
     from sae_lens import CacheActivationsRunner, CacheActivationsRunnerConfig
 
-    ids = np.random.default_rng(0).integers(3, asked.vocabulary, (2 * asked.tokens // asked.context, asked.context))
+    ids = np.random.default_rng(0).integers(
+        3, options.vocabulary, (2 * options.tokens // options.context, options.context)
+    )
     config = CacheActivationsRunnerConfig(
         dataset_path="random",
-        model_name=asked.model,
+        model_name=options.model,
         model_class_name="AutoModelForCausalLM",
-        model_batch_size=asked.batch,
-        hook_name=asked.hook,
-        d_in=asked.width,
-        training_tokens=asked.tokens,
-        context_size=asked.context,
-        new_cached_activations_path=str(asked.folder / "0"),
+        model_batch_size=options.batch,
+        hook_name=options.hook,
+        d_in=options.width,
+        training_tokens=options.tokens,
+        context_size=options.context,
+        new_cached_activations_path=str(options.folder / "0"),
         shuffle=False,
         device="cpu",
-        buffer_size_gb=asked.tokens * asked.width * 4 / 1e9,  # one shard
+        buffer_size_gb=options.tokens * options.width * 4 / 1e9,  # one shard
         prepend_bos=False,
         streaming=False,
     )
     runner = CacheActivationsRunner(config, override_dataset=Dataset.from_dict({"input_ids": ids.tolist()}))
     print("ready", flush=True)
     for turn, _ in enumerate(sys.stdin):
-        folder = asked.folder / str(turn)
+        folder = options.folder / str(turn)
         runner.cfg.new_cached_activations_path = str(folder)
         began = time.perf_counter()
         runner.run()

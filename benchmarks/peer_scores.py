@@ -50,15 +50,15 @@ def hooked(folder: str) -> Any:
         device="cpu",
         original_architecture="GPT2LMHeadModel",
     )
-    found: Any = HookedTransformer(config, tokenizer=AutoTokenizer.from_pretrained(folder))
-    found.load_and_process_state_dict(
+    hooked_model: Any = HookedTransformer(config, tokenizer=AutoTokenizer.from_pretrained(folder))
+    hooked_model.load_and_process_state_dict(
         convert_gpt2_weights(model, config),
         fold_ln=False,
         center_writing_weights=False,
         center_unembed=False,
         fold_value_biases=False,
     )
-    return found.eval()
+    return hooked_model.eval()
 
 
 class Tokens:
@@ -100,8 +100,8 @@ def dictionary_learning(folder: str, rows_ND: Tensor, batch: int) -> dict[str, f
     def batches() -> Iterator[Tensor]:
         yield from torch.split(rows_ND[: whole * batch], batch)
 
-    found: dict[str, float] = evaluate(ae, batches(), device="cpu", n_batches=whole)
-    return found
+    figures: dict[str, float] = evaluate(ae, batches(), device="cpu", n_batches=whole)
+    return figures
 
 
 @torch.no_grad()
@@ -111,9 +111,9 @@ def main() -> None:
     ids, model = load_file(job["ids"])["ids"], hooked(job["model"])
     keep = ~torch.isin(ids, torch.tensor(job["special"]))
     for folder in job["saelens"]:
-        found = {"folder": folder, "own": saelens(folder, model, ids, job["batch"], job["special"])}
-        found["free"] = saelens(folder, model, ids[keep.all(1)], job["batch"], False)
-        print(json.dumps(found), flush=True)
+        answer = {"folder": folder, "own": saelens(folder, model, ids, job["batch"], job["special"])}
+        answer["free"] = saelens(folder, model, ids[keep.all(1)], job["batch"], False)
+        print(json.dumps(answer), flush=True)
     hook = job["hook"]
     if not job["dictionary_learning"]:
         return

@@ -102,18 +102,19 @@ class Turns(Callback):
 
 def runs_of(store: Store, folder: Path, saes: int, batch: int, steps: int, overrides: list[str]) -> list[TrainRun]:
     """Runs of so many steps that differ in their learning rate alone."""
-    tokens, found = batch * steps, []
+    tokens = batch * steps
+    runs = []
     for index in range(saes):
-        asked = [f"store={store.path}", f"site={SITE}", f"out={folder / str(index)}", f"batch={batch}", *overrides]
-        asked += [f"tokens={tokens}", f"calibration_tokens={batch}", "heldout_tokens=0", "dead_after=10_000_000"]
-        asked += [f"optimizer.lr={2e-3 * 0.9**index}", "epochs=1000", "validate_every=1000000"]
+        line = [f"store={store.path}", f"site={SITE}", f"out={folder / str(index)}", f"batch={batch}", *overrides]
+        line += [f"tokens={tokens}", f"calibration_tokens={batch}", "heldout_tokens=0", "dead_after=10_000_000"]
+        line += [f"optimizer.lr={2e-3 * 0.9**index}", "epochs=1000", "validate_every=1000000"]
         with initialize_config_dir(str(CONF), version_base="1.3"):
-            settings = OmegaConf.to_container(compose("train", asked), resolve=True)
+            settings = OmegaConf.to_container(compose("train", line), resolve=True)
         assert isinstance(settings, dict)
         run = prepare(TrainRequest({str(name): value for name, value in settings.items()}))
         assert run is not None
-        found.append(run)
-    return found
+        runs.append(run)
+    return runs
 
 
 def quartiles(values: list[float]) -> str:

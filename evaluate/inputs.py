@@ -5,7 +5,6 @@ Letters: B contexts of a batch, T tokens of a context.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,8 +23,9 @@ from data.store.manifest import HELDOUT, TRAIN
 from data.store.store import Store
 from evaluate.documents import Documents
 from harvest import lm
-from harvest.documents import FilesText, TextSource, digest, source_from, split_of, unique
+from harvest.documents import FilesText, TextSource, source_from, split_of, unique
 from harvest.packing import PackedTokens, Packing, pack
+from harvest.text_source import digest
 from train.sae.io import WEIGHTS, load_config
 
 __all__ = [
@@ -209,4 +209,4 @@ def _pack_own(source: TextSource, own: TextSource, tokenizer: Any, packing: Pack
             "the SAEs were trained on: take them out"
         )
     # With nothing held out every document of the text is of the split `train`, which is then all there is.
-    return pack(own, tokenizer, dataclasses.replace(packing, heldout=0.0), TRAIN, tokens)
+    return pack(own, tokenizer, packing.model_copy(update={"heldout": 0.0}), TRAIN, tokens)

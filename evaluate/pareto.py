@@ -14,7 +14,7 @@ from data.base.errors import UserError
 from evaluate.metrics import SetSums, deltas
 
 COSTS = ("nmse", "ce_increase")  # what should be low at a low L0
-SPREAD = 1.05  # a sweep whose L0 differ by less than this factor is of one L0
+ONE_L0 = 1.05  # a sweep whose L0 differ by less than this factor is of one L0
 
 
 def _is_named(folder: Path, name: str) -> bool:
@@ -73,14 +73,14 @@ def excess_at_equal_l0(points: Sequence[tuple[float, float]]) -> list[float]:
     """How far each SAE's log NMSE lies above what the sweep has at its L0 (below: negative), from (L0, NMSE) > 0.
 
     What the sweep has is the line of least squares through log NMSE against log L0 of all SAEs, its slope never above
-    0, since more active latents do not reconstruct worse. Where all L0 are within SPREAD of each other there is no
+    0, since more active latents do not reconstruct worse. Where all L0 are within ONE_L0 of each other there is no
     slope to be read, and the plain log NMSE is compared.
     """
     log_l0 = np.log([l0 for l0, _ in points])
     log_nmse = np.log([nmse for _, nmse in points])
     moved = log_l0 - log_l0.mean()
     slope = 0.0
-    if np.ptp(log_l0) > math.log(SPREAD):
+    if np.ptp(log_l0) > math.log(ONE_L0):
         slope = min(0.0, float((moved * log_nmse).sum() / np.square(moved).sum()))
     excess = log_nmse - log_nmse.mean() - slope * moved
     return [float(value) for value in excess]

@@ -1,7 +1,7 @@
-"""What lies between the forward and the disk: room for the rows of a unit, and the one thread that writes them.
+"""What lies between the forward and the disk: buffers for the rows of a unit, and the one thread that writes them.
 
-While a unit is written the next is run into a second room, and from a CUDA device its rows come over beside the
-forward, which waits for neither. So a process holds two units, however long it runs. N rows of a unit, D width.
+While a unit is written the next is run into a second buffer, and from a CUDA device its rows come over beside the
+forward, which waits for neither. So a process has two units in memory, however long it runs. N rows of a unit, D width.
 """
 
 from __future__ import annotations
@@ -29,65 +29,72 @@ def send(x: Tensor, device: torch.device) -> Tensor:
 
 
 class ActivationBuffer:
-    """Room for one unit's rows at each site, in the order of the text; used again for unit after unit.
+    """Memory for one unit's rows at each site, in the order of the text; used again for unit after unit.
 
-    rows: at most so many. dtype: of storage.
+    capacity: the most rows it takes. dtype: of storage.
     """
 
-    def __init__(self, rows: int, dtype: torch.dtype) -> None:
-        self.capacity, self.dtype = rows, dtype
-        self._rooms: dict[str, Tensor] = {}
-        self._peaks: dict[str, Tensor] = {}  # of this unit, where the rows come from
-        self._tops: dict[str, Tensor] = {}  # the same, here
-        self._lanes: dict[torch.device, torch.cuda.Stream] = {}
+    def __init__(self, capacity: int, dtype: torch.dtype) -> None:
+        self.capacity, self.dtype = capacity, dtype
+        self._rows: dict[str, Tensor] = {}
+        # The largest |x| of this unit: on the rows' own device, and copied here beside them.
+        self._max_there: dict[str, Tensor] = {}
+        self._max_here: dict[str, Tensor] = {}
+        self._copy_streams: dict[torch.device, torch.cuda.Stream] = {}
 
     def begin(self) -> None:
         """Forget the unit before."""
-        self._peaks.clear()
+        self._max_there.clear()
 
-    def take(self, site: str, at: int, x_BTD: Tensor, kept: Tensor) -> None:
-        """Have the rows `kept` of the B*T rows of x, as row `at` and on; waits for no CUDA device, but `wait` does."""
-        if not len(kept):
+    def append(self, site: str, at: int, x_BTD: Tensor, keep_N: Tensor) -> None:
+        """Copy the rows `keep_N` of the B*T rows of x to row `at` and on.
+
+        Returns before a CUDA device has copied them: `wait` is for that.
+        """
+        if not len(keep_N):
             return
         x_ND = x_BTD.flatten(0, 1)
-        if site not in self._rooms:
+        if site not in self._rows:
             pinned = x_ND.device.type == "cuda"
-            self._rooms[site] = torch.empty((self.capacity, x_ND.shape[1]), dtype=self.dtype, pin_memory=pinned)
-            self._tops[site] = torch.empty((), pin_memory=pinned)
-        room = self._rooms[site][at : at + len(kept)]
-        if x_ND.device == room.device and x_ND.dtype == room.dtype:
-            rows = torch.index_select(x_ND, 0, kept, out=room)  # fresh memory costs more than the copy
+            self._rows[site] = torch.empty((self.capacity, x_ND.shape[1]), dtype=self.dtype, pin_memory=pinned)
+            self._max_here[site] = torch.empty((), pin_memory=pinned)
+        target = self._rows[site][at : at + len(keep_N)]
+        if x_ND.device == target.device and x_ND.dtype == target.dtype:
+            rows = torch.index_select(x_ND, 0, keep_N, out=target)  # fresh memory costs more than the copy
         else:
-            rows = x_ND.index_select(0, send(kept, x_ND.device)).to(self.dtype)
-            self._bring(rows, room)
+            rows = x_ND.index_select(0, send(keep_N, x_ND.device)).to(self.dtype)
+            self._copy(rows, target)
         least, most = torch.aminmax(rows)  # NaN, both of them, where a value is
-        peak = torch.maximum(-least, most).float()
-        self._peaks[site] = torch.maximum(self._peaks.get(site, peak), peak)
-        self._bring(self._peaks[site], self._tops[site])
+        largest = torch.maximum(-least, most).float()
+        self._max_there[site] = torch.maximum(self._max_there.get(site, largest), largest)
+        self._copy(self._max_there[site], self._max_here[site])
 
-    def _bring(self, x: Tensor, room: Tensor) -> None:
+    def _copy(self, x: Tensor, target: Tensor) -> None:
+        """Copy to memory here; from a CUDA device in a stream of its own, beside what comes next."""
         device = x.device
         if device.type != "cuda":
-            room.copy_(x)
+            target.copy_(x)
             return
-        lane = self._lanes[device] = self._lanes.get(device) or torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        lane.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(lane):
-            room.copy_(x, non_blocking=True)
-        x.record_stream(lane)  # or its memory would be used again before the copy is over
+        if device not in self._copy_streams:
+            self._copy_streams[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        stream = self._copy_streams[device]
+        stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(stream):
+            target.copy_(x, non_blocking=True)
+        x.record_stream(stream)  # or its memory would be used again before the copy is over
 
     def wait(self) -> None:
-        """Return once all that was taken is here."""
-        for lane in self._lanes.values():
-            lane.synchronize()
+        """Return once all that was appended is here."""
+        for stream in self._copy_streams.values():
+            stream.synchronize()
 
-    def peak(self, site: str) -> float:
+    def max_abs(self, site: str) -> float:
         """The largest |x| of the unit at a site, NaN if a value is; 0 where it has no row."""
-        return float(self._tops[site]) if site in self._peaks else 0.0
+        return float(self._max_here[site]) if site in self._max_there else 0.0
 
     def rows(self, site: str, n: int) -> Tensor:
         """The first `n` rows [N, D]."""
-        return self._rooms[site][:n]
+        return self._rows[site][:n]
 
 
 def native(x_ND: Tensor) -> Rows:
@@ -106,11 +113,11 @@ class Writer:
         self,
         write: Callable[[Unit, ActivationBuffer], None],
         ended: Callable[[Unit, bool], None],
-        rows: int,
+        capacity: int,
         dtype: torch.dtype,
     ) -> None:
         self._write, self._ended = write, ended
-        self._rooms = cycle((ActivationBuffer(rows, dtype), ActivationBuffer(rows, dtype)))
+        self._buffers = cycle((ActivationBuffer(capacity, dtype), ActivationBuffer(capacity, dtype)))
         self._pool = ThreadPoolExecutor(1, "writer")
         self._last: tuple[Unit, Future[None]] | None = None
 
@@ -122,32 +129,33 @@ class Writer:
     ) -> None:
         self._pool.shutdown()
 
-    def room(self) -> ActivationBuffer:
-        """Where the next unit's rows go, until it is handed over."""
-        held = next(self._rooms)
-        held.begin()
-        return held
+    def next_buffer(self) -> ActivationBuffer:
+        """The buffer for the next unit's rows, until it is submitted."""
+        buffer = next(self._buffers)
+        buffer.begin()
+        return buffer
 
-    def hand_over(self, unit: Unit, held: ActivationBuffer, claim: ExitStack) -> None:
-        """Have a unit written, and its claim given up after that; the one before is committed when this returns."""
-        with claim:
+    def submit(self, unit: Unit, buffer: ActivationBuffer, lease: ExitStack) -> None:
+        """Have a unit written, and its lease given up after that; the one before is committed when this returns."""
+        with lease:
             self.finish()
-            mine = claim.pop_all()
-        self._last = unit, self._pool.submit(self._run, unit, held, mine)
+            ours = lease.pop_all()
+        self._last = unit, self._pool.submit(self._run, unit, buffer, ours)
 
-    def _run(self, unit: Unit, held: ActivationBuffer, claim: ExitStack) -> None:
-        with claim:
-            held.wait()
-            self._write(unit, held)
+    def _run(self, unit: Unit, buffer: ActivationBuffer, lease: ExitStack) -> None:
+        with lease:
+            buffer.wait()
+            self._write(unit, buffer)
 
     def finish(self) -> None:
-        """Return when the last unit handed over is written, or raise why it is not."""
+        """Return when the last unit submitted is written, or raise why it is not."""
         if self._last is None:
             return
-        (unit, writing), mine = self._last, True
+        unit, writing = self._last
+        by_us = True
         try:
             writing.result()
         except LeaseLost:
-            mine = False
+            by_us = False
         self._last = None
-        self._ended(unit, mine)
+        self._ended(unit, by_us)

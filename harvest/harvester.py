@@ -30,7 +30,7 @@ from harvest.buffer import ActivationBuffer, Rows, Writer, native, send
 from harvest.hooks import capture, run_to
 from harvest.int8_scales import measure_scales
 from harvest.packing import PackedTokens
-from harvest.units import BOOK_WIDTHS, Unit, refuse_mixed
+from harvest.units import INDEX_WIDTHS, Unit, refuse_mixed
 
 POLL_S = 0.2  # between looks at units that other processes have
 FLOAT16_LIMIT = 6e4  # float16 ends at 65,504; so near to it, other tokens are likely beyond
@@ -96,13 +96,16 @@ class Harvester:
         """
         self._refuse_mixed()
         self._require(units)
-        mine, left, again, rows = 0, list(units), list[Unit](), sum(unit.rows for unit in units)
+        n_ours = 0
+        left = list(units)
+        again: list[Unit] = []  # that another process has, or was faster with
+        rows = sum(unit.rows for unit in units)
         options = {"unit": " tokens", "unit_scale": True, "mininterval": 1.0, "desc": "harvest", "disable": self.quiet}
         with tqdm(total=rows, **options) as bar:
 
             def ended(unit: Unit, by_us: bool) -> None:
-                nonlocal mine
-                mine += by_us
+                nonlocal n_ours
+                n_ours += by_us
                 bar.set_postfix_str(f"{format_bytes(self.written)} written", refresh=False)
                 if not by_us:
                     bar.update(-unit.rows)
@@ -117,24 +120,24 @@ class Harvester:
                     if len(again) == len(left):
                         time.sleep(POLL_S)
                     left, again = again, []
-        return mine
+        return n_ours
 
     def _begin(self, unit: Unit, writer: Writer, bar: Any) -> bool:
         """Run a unit and have it written, unless it is committed; False where another process has it."""
         if not unit.left(self.store).names:
             bar.update(unit.rows)
             return True
-        with ExitStack() as claim:
-            if not claim.enter_context(self.store.leases.take(unit.split, unit.index, unit.names, self.made_by)):
+        with ExitStack() as lease:
+            if not lease.enter_context(self.store.leases.take(unit.split, unit.index, unit.names, self.made_by)):
                 return False
             if not self._begun:  # of two that began an empty store at once, one at least sees the other here
                 self._refuse_mixed()
             self._begun = True
             left = unit.left(self.store)
-            if left.names:  # else committed between the look and the claim
-                held = writer.room()
-                self._fill(left, held, bar)
-                writer.hand_over(left, held, claim.pop_all())
+            if left.names:  # else committed between the look and the lease
+                buffer = writer.next_buffer()
+                self._fill(left, buffer, bar)
+                writer.submit(left, buffer, lease.pop_all())
             else:
                 bar.update(unit.rows)
         return True
@@ -143,17 +146,17 @@ class Harvester:
         if not self.allow_mixed_devices:
             refuse_mixed(self.store, self.made_by)
 
-    def _write(self, unit: Unit, held: ActivationBuffer) -> None:
+    def _write(self, unit: Unit, buffer: ActivationBuffer) -> None:
         """Permute, write and commit the rows of a unit."""
-        self._refuse_unstorable(unit, held)
+        self._refuse_unstorable(unit, buffer)
         order = self.store.permutation(unit.split, unit.index, unit.rows)
-        books = self._books(unit)
+        index_arrays = self._index_arrays(unit)
         for name in unit.names:
-            rows = books[name] if name in books else native(held.rows(name, unit.rows))
+            rows = index_arrays[name] if name in index_arrays else native(buffer.rows(name, unit.rows))
             commit = self.store.write(unit.split, unit.index, name, rows, self.made_by, order)
             self.written += sum(chunk.bytes for chunk in commit.chunks)
 
-    def _books(self, unit: Unit) -> dict[str, Rows]:
+    def _index_arrays(self, unit: Unit) -> dict[str, Rows]:
         """Token id [N] and (sequence, position) [N, 2] of each row, in the order of the text."""
         text = self.packed[unit.split]
         keep = text.keep[unit.contexts]
@@ -163,44 +166,54 @@ class Harvester:
 
     def _require(self, units: Sequence[Unit]) -> None:
         """Make or grow the arrays, once for the whole run and before anything is claimed."""
-        asked = sorted({site for unit in units for site in unit.sites})
-        new = [site for site in asked if (rows := self.store.rows_of(site)).is_int8 and rows.standard is None]
-        encoded_by = measure_scales(self.model, self.packed[TRAIN], self.layout, self.lm_batch, new) if new else {}
+        sites = sorted({site for unit in units for site in unit.sites})
+        unscaled = [site for site in sites if self._needs_scale(site)]
+        scales = {}
+        if unscaled:
+            scales = measure_scales(self.model, self.packed[TRAIN], self.layout, self.lm_batch, unscaled)
         for split in self.packed:
-            mine = [unit for unit in units if unit.split == split]
-            if mine:
-                capacity = (mine[-1].index + 1) * self.layout.unit_rows
-                for name in sorted({name for unit in mine for name in unit.names}):
-                    width = self.widths.get(name, BOOK_WIDTHS.get(name, 0))
-                    self.store.require(split, name, width, capacity, encoded_by.get(name))
+            of_split = [unit for unit in units if unit.split == split]
+            if not of_split:
+                continue
+            capacity = (of_split[-1].index + 1) * self.layout.unit_rows
+            for name in sorted({name for unit in of_split for name in unit.names}):
+                width = self.widths.get(name, INDEX_WIDTHS.get(name, 0))
+                self.store.require(split, name, width, capacity, scales.get(name))
 
-    def _fill(self, unit: Unit, held: ActivationBuffer, bar: Any) -> None:
-        """Run a unit's contexts; `held` takes the rows of each site, in the order of the text."""
+    def _needs_scale(self, site: str) -> bool:
+        """Whether the site's rows are int8 and no array of it says yet by which scale."""
+        rows = self.store.rows_of(site)
+        return rows.is_int8 and rows.standard is None
+
+    def _fill(self, unit: Unit, buffer: ActivationBuffer, bar: Any) -> None:
+        """Run a unit's contexts; `buffer` takes the rows of each site, in the order of the text."""
         if not unit.sites:
             bar.update(unit.rows)
             return
-        text, at = self.packed[unit.split], 0
+        text = self.packed[unit.split]
+        at = 0  # rows in the buffer
         contexts, keep = text.contexts[unit.contexts], text.keep[unit.contexts]
         with torch.no_grad(), capture(self.model, [Site.parse(site) for site in unit.sites]) as seen:
             for first in range(0, len(contexts), self.lm_batch):
-                batch, mask = contexts[first : first + self.lm_batch], keep[first : first + self.lm_batch]
+                batch = contexts[first : first + self.lm_batch]
+                mask = keep[first : first + self.lm_batch]
                 self.model(input_ids=_ids(batch, self.model), use_cache=False)
                 # Found here: a GPU that looks for them itself makes the forward wait for their number.
-                kept = torch.from_numpy(np.flatnonzero(mask))
+                keep_N = torch.from_numpy(np.flatnonzero(mask))
                 for site in unit.sites:
-                    held.take(site, at, seen[site], kept)
-                at += len(kept)
-                bar.update(len(kept))
+                    buffer.append(site, at, seen[site], keep_N)
+                at += len(keep_N)
+                bar.update(len(keep_N))
 
-    def _refuse_unstorable(self, unit: Unit, held: ActivationBuffer) -> None:
+    def _refuse_unstorable(self, unit: Unit, buffer: ActivationBuffer) -> None:
         """UserError names site, text and token of the first value that is not finite, or too large for float16."""
         limit = FLOAT16_LIMIT if self.dtype is torch.float16 else torch.finfo(self.dtype).max
-        site = next((site for site in unit.sites if not held.peak(site) <= limit), None)  # NaN compares false
+        site = next((site for site in unit.sites if not buffer.max_abs(site) <= limit), None)  # NaN compares false
         if site is None:
             return
-        largest_N = torch.linalg.vector_norm(held.rows(site, unit.rows), float("inf"), dim=1)
+        largest_N = torch.linalg.vector_norm(buffer.rows(site, unit.rows), float("inf"), dim=1)
         row = int((~(largest_N <= limit)).nonzero()[0])
-        sequence, position = map(int, self._books(unit)[ORIGIN][row])
+        sequence, position = map(int, self._index_arrays(unit)[ORIGIN][row])
         text = self.packed[unit.split]
         token = int(text.contexts[sequence, position])
         remedy = "too large for float16: set store.dtype=bfloat16 or float32"

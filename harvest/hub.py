@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from data.base.errors import UserError
-from harvest.model_files import check_folder
+from harvest.model_files import check_folder, has_tokenizer
 
 TIMEOUT = 6.0  # seconds until the hub counts as out of reach, name look-up and proxies included
 _BESIDE_WEIGHTS = ["*.json", "*.model", "*.txt", "*.jinja"]
@@ -27,6 +27,8 @@ def cached(name: str, revision: str | None) -> Path | None:
             ignore_patterns=["*/*"],
         )
         check_folder(Path(folder))
+        if not has_tokenizer(Path(folder)):
+            return None  # it may be there and not be downloaded yet
     except (OSError, ValueError):  # not cached, or cached in part (UserError is a ValueError)
         return None
     return Path(folder)

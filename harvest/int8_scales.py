@@ -1,4 +1,9 @@
-"""The first rows of a store, by which its int8 rows are encoded: the same for every process that harvests into it."""
+"""The first rows of a store, by which its int8 rows are encoded: the same for every process that harvests into it.
+
+A site may have massive activations (data/store/massive.py). The scales are those of the ordinary rows: a deviation that
+a few massive rows made would leave the others a few of the 255 steps. A massive row has a range of its own, by the
+scale that each row carries.
+"""
 
 from __future__ import annotations
 
@@ -6,24 +11,29 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from data.base.sites import Site
 from data.store.int8 import PILOT_ROWS, FeatureScale
 from data.store.layout import Layout
+from data.store.massive import TIMES_MEDIAN
 from harvest.hooks import run_to
 from harvest.packing import PackedTokens
+
+Floats = NDArray[np.float32]
 
 
 def measure_scales(
     model: nn.Module, text: PackedTokens, layout: Layout, lm_batch: int, sites: Sequence[str]
 ) -> dict[str, FeatureScale]:
-    """The standard of each site, from the first batches of unit 0 of train/ that hold PILOT_ROWS rows, or all of it.
+    """The scale of each site, from the ordinary rows of the pilot.
 
-    The batches are those in which the unit itself is run. text: of train/.
+    The pilot is the first batches of unit 0 of train/ that hold PILOT_ROWS rows, or all of it: the batches in which
+    the unit itself is run. text: of train/.
     """
     device, dtype = next(model.parameters()).device, getattr(torch, layout.dtype)
-    held: dict[str, list[np.ndarray[tuple[int, ...], np.dtype[np.float32]]]] = {site: [] for site in sites}
+    parts: dict[str, list[Floats]] = {site: [] for site in sites}
     rows = 0
     for first in range(0, min(len(text.contexts), layout.contexts_per_unit), lm_batch):
         batch = slice(first, min(first + lm_batch, layout.contexts_per_unit))
@@ -31,8 +41,18 @@ def measure_scales(
         seen = run_to(model, [Site.parse(site) for site in sites], ids)
         mask = torch.from_numpy(text.keep[batch])
         for site in sites:
-            held[site].append(seen[site][mask.to(seen[site].device)].to(dtype).float().cpu().numpy())
+            parts[site].append(seen[site][mask.to(seen[site].device)].to(dtype).float().cpu().numpy())
         rows += int(mask.sum())
         if rows >= PILOT_ROWS:
             break
-    return {site: FeatureScale.of(np.concatenate(parts)) for site, parts in held.items()}
+    return {site: FeatureScale.of(ordinary_rows(np.concatenate(parts[site]))) for site in sites}
+
+
+def ordinary_rows(x_ND: Floats) -> Floats:
+    """The rows whose norm is at most 10 times the median; all where none is above, and those not finite."""
+    norms_N = np.linalg.norm(x_ND.astype(np.float64), axis=1)
+    finite_N = np.isfinite(norms_N)
+    if not finite_N.any():
+        return x_ND
+    massive_N = finite_N & (norms_N > TIMES_MEDIAN * np.median(norms_N[finite_N]))
+    return x_ND[~massive_N] if massive_N.any() else x_ND

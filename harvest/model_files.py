@@ -1,8 +1,21 @@
-"""What a folder must hold to be a language model, told from its files alone, without torch or transformers."""
+"""What a folder must hold to be a language model, seen from its files alone, without torch or transformers.
+
+What `from_pretrained` reads there that can change a number, and where each is in a store's identity:
+
+    config.json                         hashed; a quantisation is described in it, and needs its own library
+    model.safetensors, pytorch_model.*  hashed, the index and each shard of it
+    a weight file that config.json names (transformers_weights)      refused
+    adapter_config.json (a LoRA beside the weights)                  refused: it loads only where peft is installed
+    auto_map in config.json (code of the model's own)                never run: trust_remote_code is off
+    tokenizer files                     by the tokenizer they make (`harvest.lm.tokenizer_hash`)
+    generation_config.json, chat templates                           not used
+"""
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import re
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -11,27 +24,58 @@ from data.base.errors import UserError
 
 Json = dict[str, Any]
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+ADAPTER = "adapter_config.json"
 TOKENIZER = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
 
 
 def check_folder(folder: Path) -> None:
-    """UserError unless the folder holds a decoder's config, whole weight files and a tokenizer."""
+    """UserError unless the folder holds a decoder's config and whole weight files, with nothing that alters them."""
     config = read_config(folder)
     if config.get("is_encoder_decoder"):
         raise UserError(f"model folder {folder} holds an encoder-decoder model: only decoder-only models are harvested")
+    if (folder / ADAPTER).exists():
+        raise UserError(
+            f"model folder {folder} holds an adapter beside the weights ({ADAPTER}): merge it into them (peft's "
+            "merge_and_unload, then save_pretrained), or remove it"
+        )
+    if config.get("transformers_weights"):
+        raise UserError(
+            f"{folder / 'config.json'} names a weight file of its own (transformers_weights): rename that file to "
+            "model.safetensors and remove the line"
+        )
     for path in weight_files(folder):
         if path.suffix == ".safetensors":
             _check_safetensors(path)
         elif path.suffix == ".bin":
             _check_zip(path)
-    if not any((folder / name).is_file() for name in TOKENIZER):
-        raise UserError(f"model folder {folder} has no tokenizer (tokenizer.json): copy it there")
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a tokenizer lies beside the weights; a model without one is given token ids."""
+    return any((folder / name).is_file() for name in TOKENIZER)
+
+
+def check_gguf(path: Path) -> None:
+    """UserError unless the file is one whole GGUF model and what reads it is installed."""
+    with path.open("rb") as file:
+        magic = file.read(4)
+    if magic != b"GGUF":
+        raise UserError(f"{path} is damaged or no GGUF file: copy or download it again")
+    if re.search(r"-\d{5}-of-\d{5}$", path.stem):
+        raise UserError(f"{path} is one part of a model: join the parts with `llama-gguf-split --merge`")
+    missing = [package for package in ("gguf", "accelerate") if importlib.util.find_spec(package) is None]
+    if missing:
+        raise UserError(
+            f"{path} needs the extra `gguf`, which is not installed: run `.venv/bin/pip install {' '.join(missing)}`"
+        )
 
 
 def read_config(folder: Path) -> Json:
     """The folder's config.json as it stands."""
     path = folder / "config.json"
     if not path.is_file():
+        if gguf := sorted(folder.glob("*.gguf")):
+            raise UserError(f"model folder {folder} has no config.json but GGUF files: name one, as {gguf[0]}")
         raise UserError(f"model folder {folder} has no config.json: name a folder made by save_pretrained")
     return _read_json(path)
 

@@ -6,64 +6,49 @@ nothing is padded. Where a token lies depends on text, tokenizer and packing, ne
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field, PlainValidator
 
+from data.base.config import Flag, Settings, Whole
 from data.base.errors import UserError
+from data.store.manifest import HELDOUT
 from harvest.disk_arrays import DiskArray, DiskStrings
-from harvest.documents import HELDOUT, Document, TextSource, split_of, unique
+from harvest.text_dataset import StreamLost
+from harvest.text_source import Document, TextSource, split_of, token_ids, unique
 
-BOS_RULES = ("context", "document", "none")
 ENCODE_AT_ONCE = 64  # documents handed to the tokenizer together
+_FEW_DOCUMENTS = 50  # below which a split is likely to be empty by chance
 
 
-@dataclass(frozen=True)
-class Packing:
-    """How documents become contexts.
+def _fraction(value: Any) -> int | float:
+    """As given: 0 and 0.0 are two spellings in a store's identity."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
+        raise UserError(f"packing.heldout={value} must be a fraction, 0 or more and below 1")
+    return value
 
-    context: tokens T of a context. bos: a BOS token before each `context`, before each `document`, or `none`.
-    separator: an EOS token after each document. keep_special: whether rows of special tokens are harvested too.
-    shuffle: a seed that orders the documents by sha256(seed, key), or None for the source's order.
-    heldout: fraction of the documents held out.
-    """
 
-    context: int
-    bos: str
-    separator: bool
-    keep_special: bool = False
-    shuffle: int | None = None
-    heldout: float = 0.1
+class Packing(Settings):
+    """How documents become contexts."""
 
-    def __post_init__(self) -> None:
-        if not isinstance(self.context, int) or self.context < 2:
-            raise UserError(f"packing.context={self.context} must be a whole number of tokens, 2 or more")
-        if self.bos not in BOS_RULES:
-            raise UserError(f"packing.bos={self.bos} is unknown: choose one of {', '.join(BOS_RULES)}")
-        for name in ("separator", "keep_special"):
-            if not isinstance(getattr(self, name), bool):
-                raise UserError(f"packing.{name}={getattr(self, name)} must be true or false")
-        if self.shuffle is not None and not isinstance(self.shuffle, int):
-            raise UserError(f"packing.shuffle={self.shuffle} must be a whole number or null")
-        if not isinstance(self.heldout, int | float) or not 0 <= self.heldout < 1:
-            raise UserError(f"packing.heldout={self.heldout} must be a fraction, 0 or more and below 1")
-
-    @classmethod
-    def of(cls, settings: Mapping[str, Any]) -> Packing:
-        """From the configuration's group `packing`, or a manifest's; UserError for a key unknown or missing."""
-        fields = dataclasses.fields(cls)
-        if unknown := sorted(set(settings) - {known.name for known in fields}):
-            raise UserError(f"packing.{unknown[0]} is unknown: packing takes {', '.join(f.name for f in fields)}")
-        for needed in fields:
-            if needed.default is dataclasses.MISSING and needed.name not in settings:
-                raise UserError(f"packing.{needed.name} is missing: set it")
-        return cls(**settings)
+    context: Whole = Field(default=256, ge=2)
+    """Tokens T of a context."""
+    bos: Literal["context", "document", "none"] = "document"
+    """Where a BOS token stands: before each `context`, before each `document`, or nowhere."""
+    separator: Flag = False
+    """Whether an EOS token stands after each document."""
+    keep_special: Flag = False
+    """Whether rows of special tokens are harvested too."""
+    shuffle: Whole | None = 0
+    """A seed that orders the documents by sha256(seed, key); null: the source's order."""
+    heldout: Annotated[float, PlainValidator(_fraction)] = 0.1
+    """Fraction of the documents held out."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +57,7 @@ class PackedTokens:
 
     starts, names: where in the stream each document begins, and its name; stride: tokens of the stream in a context.
     Of a long text all of these are in files (harvest/disk_arrays.py), and so in memory as far as the system likes.
+    lost: the error that ended a stream before there were as many as asked for.
     """
 
     contexts: NDArray[np.int32]
@@ -79,6 +65,7 @@ class PackedTokens:
     starts: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
     names: Sequence[str] | DiskStrings = ()
     stride: int = 1
+    lost: StreamLost | None = None
 
     def document(self, sequence: int, position: int) -> str:
         """The name of the document that token `position` of context `sequence` belongs to."""
@@ -91,7 +78,14 @@ def special_ids(tokenizer: Any) -> list[int]:
     """Ids of the tokens that stand for no text: BOS, EOS, padding and their like, the unknown token not counted."""
     ids = set(tokenizer.all_special_ids)
     marks = {tokenizer.bos_token_id, tokenizer.eos_token_id}
-    return sorted(ids - {tokenizer.unk_token_id} | (marks & ids))
+    return sorted((ids - {tokenizer.unk_token_id}) | (marks & ids) | set(added_special_ids(tokenizer)))
+
+
+def added_special_ids(tokenizer: Any) -> list[int]:
+    """Ids of tokens added with `special=true` that the tokenizer does not count among its own special tokens."""
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    special = {index for index, token in added.items() if token.special}
+    return sorted(special - set(tokenizer.all_special_ids))
 
 
 def check_tokenizer(tokenizer: Any, packing: Packing) -> None:
@@ -123,18 +117,38 @@ def _shuffled(documents: Iterable[Document], seed: int) -> Iterator[tuple[str, s
 
 
 def encoded(
-    documents: Iterable[tuple[str, str]], tokenizer: Any, packing: Packing
+    documents: Iterable[tuple[str, str]], tokenizer: Any, packing: Packing, vocabulary: int | None = None
 ) -> Iterator[tuple[str, NDArray[np.int32]]]:
-    """(name, tokens) of each document, with the BOS and EOS tokens that stand at its ends."""
+    """(name, tokens) of each document, with the BOS and EOS tokens that stand at its ends.
+
+    A document that came as token ids keeps them, and gets no second BOS. vocabulary: rows of the model's embedding,
+    beyond which a token is refused (UserError).
+    """
     head = [tokenizer.bos_token_id] if packing.bos == "document" else []
     tail = [tokenizer.eos_token_id] if packing.separator else []
     documents = iter(documents)
     while batch := list(islice(documents, ENCODE_AT_ONCE)):
-        texts = [text for _, text in batch]
-        # verbose=False: a document longer than the model's context is no mistake here, it is cut.
-        ids = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
-        for (name, _), tokens in zip(batch, ids, strict=True):
-            yield name, np.array([*head, *tokens, *tail], np.int32)
+        texts = [text for _, text in batch if token_ids(text) is None]
+        by_tokenizer: Iterator[list[int]] = iter(())
+        if texts:
+            # verbose=False: a document longer than the model's context is no mistake here, it is cut.
+            said = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
+            by_tokenizer = iter(said["input_ids"])
+        for name, text in batch:
+            given = token_ids(text)
+            ids = next(by_tokenizer) if given is None else given
+            has_bos = given is not None and given[:1] == head
+            tokens = np.array([*([] if has_bos else head), *ids, *tail], np.int32)
+            if vocabulary is not None and len(tokens) and tokens.max() >= vocabulary:
+                raise UserError(_beyond(name, int(tokens.max()), tokenizer, vocabulary))
+            yield name, tokens
+
+
+def _beyond(document: str, token: int, tokenizer: Any, vocabulary: int) -> str:
+    return (
+        f"document {document} holds token {token} ({tokenizer.decode([token])!r}), and the model's embedding has only "
+        f"{vocabulary:,} rows: leave such text out, or take the tokenizer that the model was trained with"
+    )
 
 
 class _Cutter:
@@ -164,42 +178,63 @@ class _Cutter:
 
 
 def pack(
-    source: TextSource, tokenizer: Any, packing: Packing, split: str, rows: int, *, multiple: int = 1
+    source: TextSource,
+    tokenizer: Any,
+    packing: Packing,
+    split: str,
+    rows: int,
+    *,
+    multiple: int = 1,
+    vocabulary: int | None = None,
 ) -> PackedTokens:
     """The first contexts of a split that hold at least `rows` kept rows.
 
     Their number is rounded up to a `multiple` where the text goes on that far, and is all there is where it does not.
-    Raises UserError where the text has fewer rows than asked, saying how many there are.
+    Of a stream that is lost on the way it is a multiple too, and `lost` says why there are no more. vocabulary: rows of
+    the model's embedding. Raises UserError where the text has fewer rows than asked, saying how many there are.
     """
     assert rows > 0 and multiple > 0
     check_tokenizer(tokenizer, packing)
     special = np.array(special_ids(tokenizer), np.int32)
     cutter = _Cutter(tokenizer, packing)
     contexts, keeps = DiskArray(), DiskArray()
-    count, kept, goal = 0, 0, None
-    for block in cutter.blocks(encoded(ordered(source, packing, split), tokenizer, packing)):
-        keep = np.ones_like(block, np.bool_) if packing.keep_special else ~np.isin(block, special)
-        running = kept + np.cumsum(keep.sum(1))
-        if goal is None and running[-1] >= rows:
-            needed = count + int(np.searchsorted(running, rows)) + 1
-            goal = -(-needed // multiple) * multiple
-        contexts.write(block)
-        keeps.write(keep)
-        count, kept = count + len(block), int(running[-1])
-        if goal is not None and count >= goal:
-            break
+    count, n_kept, goal, lost = 0, 0, None, None
+    try:
+        for block in cutter.blocks(encoded(ordered(source, packing, split), tokenizer, packing, vocabulary)):
+            keep = np.ones_like(block, np.bool_) if packing.keep_special else ~np.isin(block, special)
+            running = n_kept + np.cumsum(keep.sum(1))
+            if goal is None and running[-1] >= rows:
+                needed = count + int(np.searchsorted(running, rows)) + 1
+                goal = -(-needed // multiple) * multiple
+            contexts.write(block)
+            keeps.write(keep)
+            count += len(block)
+            n_kept = int(running[-1])
+            if goal is not None and count >= goal:
+                break
+    except StreamLost as error:
+        # Whole units alone: where the text ends one may be shorter, but the text has not ended here.
+        goal, lost = count // multiple * multiple, error
+        if not goal:
+            raise
     if goal is None:
-        raise UserError(_too_short(source, packing, split, rows, kept))
+        raise UserError(_too_short(source, packing, split, rows, n_kept))
     shape = min(goal, count), packing.context
     starts = cutter.starts.array(np.int64, len(cutter.names))
-    return PackedTokens(
-        contexts.array(np.int32, *shape), keeps.array(np.bool_, *shape), starts, cutter.names, cutter.stride
-    )
+    arrays = contexts.array(np.int32, *shape), keeps.array(np.bool_, *shape)
+    return PackedTokens(*arrays, starts, cutter.names, cutter.stride, lost)
 
 
-def _too_short(source: TextSource, packing: Packing, split: str, rows: int, kept: int) -> str:
+def _too_short(source: TextSource, packing: Packing, split: str, rows: int, n_kept: int) -> str:
     setting = "heldout_tokens" if split == HELDOUT else "tokens"
-    has = f"{kept:,} rows in whole contexts of {packing.context} tokens" if kept else "no whole context"
+    has = f"{n_kept:,} rows in whole contexts of {packing.context} tokens" if n_kept else "no whole context"
+    count = sum(1 for _ in islice(unique(source.documents()), _FEW_DOCUMENTS))
+    if count < _FEW_DOCUMENTS and packing.heldout and not n_kept:
+        text = "1 document" if count == 1 else f"{count} documents"
+        return (
+            f"{setting}={rows:,}: the text is {text}, and whole documents are held out, so that its {split} split "
+            f"holds {has}: split the text into more documents, or set heldout_tokens=0 packing.heldout=0"
+        )
     return (
         f"{setting}={rows:,} is more than the {source.kind} text's {split} split holds ({has}): "
         f"ask for fewer, or give more text"

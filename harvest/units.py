@@ -21,23 +21,23 @@ from data.store.manifest import HELDOUT, TRAIN
 from data.store.store import ORIGIN, TOKENS, Store
 from harvest.packing import PackedTokens
 
-BOOK_WIDTHS = {TOKENS: 1, ORIGIN: 2}  # what each row is, in int32 values
+INDEX_WIDTHS = {TOKENS: 1, ORIGIN: 2}  # what each row is, in int32 values
 
 
 @dataclass(frozen=True)
 class Unit:
-    """What is left to do of one unit: the `sites` and `books` (tokens, origin) that have no commit record."""
+    """What is left to do of one unit: the `sites` and `index_arrays` (tokens, origin) that have no commit record."""
 
     split: str
     index: int
     contexts: slice
     rows: int
     sites: tuple[str, ...]
-    books: tuple[str, ...]
+    index_arrays: tuple[str, ...]
 
     @property
     def names(self) -> tuple[str, ...]:
-        return (*self.sites, *self.books)
+        return (*self.sites, *self.index_arrays)
 
     def left(self, store: Store) -> Unit:
         """Less what has been committed since."""
@@ -45,36 +45,41 @@ class Unit:
         return replace(
             self,
             sites=tuple(site for site in self.sites if site in left),
-            books=tuple(book for book in self.books if book in left),
+            index_arrays=tuple(name for name in self.index_arrays if name in left),
         )
 
     def bytes(self, widths: Mapping[str, int], layout: Layout) -> int:
         """Size on disk before any codec: whole chunks, the last one's tail included."""
         stored = -(-self.rows // layout.chunk_rows) * layout.chunk_rows
         values = sum(layout.row_bytes(widths[site]) for site in self.sites)
-        return stored * (values + sum(BOOK_WIDTHS[book] for book in self.books) * np.dtype(np.int32).itemsize)
+        return stored * (values + sum(INDEX_WIDTHS[name] for name in self.index_arrays) * np.dtype(np.int32).itemsize)
 
 
 def plan(store: Store | None, layout: Layout, packed: Mapping[str, PackedTokens], sites: Sequence[Site]) -> list[Unit]:
-    """The units of `packed` with anything not yet committed in `store` (None: a store yet to be made), in order."""
-    units: list[Unit] = []
-    names = [*map(str, sites), *BOOK_WIDTHS]
+    """The units of `packed` with anything not yet committed in `store` (None: a store yet to be made), in order.
+
+    The splits take turns in proportion to their sizes, so that a harvest that is broken off has rows of each.
+    """
+    ranked: list[tuple[float, Unit]] = []
+    names = [*map(str, sites), *INDEX_WIDTHS]
     for split, text in packed.items():
         done = {name: set(store.committed(split, name)) if store else set() for name in names}
-        for index in range(-(-len(text.contexts) // layout.contexts_per_unit)):
+        n_units = -(-len(text.contexts) // layout.contexts_per_unit)
+        for index in range(n_units):
             contexts = slice(index * layout.contexts_per_unit, (index + 1) * layout.contexts_per_unit)
             left = [name for name in names if index not in done[name]]
             if left:
-                books = tuple(name for name in left if name in BOOK_WIDTHS)
+                index_arrays = tuple(name for name in left if name in INDEX_WIDTHS)
                 rows = int(text.keep[contexts].sum())
-                units.append(Unit(split, index, contexts, rows, tuple(n for n in left if n not in books), books))
-    return units
+                unit = Unit(split, index, contexts, rows, tuple(n for n in left if n not in index_arrays), index_arrays)
+                ranked.append((index / n_units, unit))
+    return [unit for _, unit in sorted(ranked, key=lambda one: one[0])]
 
 
 def covered(store: Store, sites: Sequence[Site], rows: Mapping[str, int]) -> bool:
     """Whether the committed units, without a gap, hold the `rows` asked of each split at every site."""
     for split, wanted in rows.items():
-        for name in [*map(str, sites), *BOOK_WIDTHS]:
+        for name in [*map(str, sites), *INDEX_WIDTHS]:
             commits = store.committed(split, name)
             if sum(commits[index].rows for index in takewhile(commits.__contains__, count())) < wanted:
                 return False
@@ -102,12 +107,3 @@ def finish(store: Store) -> None:
         store.leases.sweep(store.is_committed)
     if store.complete != extent(store):  # looked at first, as a folder that can only be read gives no lock
         store.mark_complete(lambda: extent(store))
-
-
-def summary(store: Store) -> str:
-    """What a store holds, in a line."""
-    return "; ".join(
-        f"{split}: " + ", ".join(f"{site} {rows:,}" for site, rows in sites.items())
-        for split, sites in extent(store).items()
-        if sites
-    )

@@ -30,6 +30,7 @@ from train.sae.parts.init import SAMPLES
 from train.sae.variants.batchtopk import BatchTopKBase
 from train.sae_trainer import SAETrainer, State
 from train.schedules import Schedule
+from train.targets import l0_miss
 
 
 @contextlib.contextmanager
@@ -230,6 +231,8 @@ def _keep(run: TrainRun, member: SAETrainer, found: dict[str, Any]) -> None:
     save(member.sae, run.folder, {**origin(run.plan.store, run.plan.site), "training": training})
     member.finalize("success")
     print(_closing(member.sae, training, run.folder))
+    if (missed := _missed(member.sae, training)) is not None:
+        print(missed)
 
 
 def _training(run: TrainRun, member: SAETrainer) -> dict[str, Any]:
@@ -242,6 +245,7 @@ def _training(run: TrainRun, member: SAETrainer) -> dict[str, Any]:
         "world": plan.world,
         "seed": settings["seed"],
         "optimizer": _named(settings["optimizer"]),
+        "lr_asked": settings["lr_asked"],
         "schedule": asdict(member.schedule),
         "clip": member.clip,
         "ema": settings["ema"],
@@ -291,13 +295,30 @@ def _interrupted(runs: Sequence[TrainRun]) -> str:
     )
 
 
+def _missed(sae: SAE, training: dict[str, Any]) -> str | None:
+    """What to say of an L0 that is not the one asked for; None where it is, or none was."""
+    asked = sae.config.wanted_l0
+    if asked is None:
+        return None
+    last, calibration = training["last_step"], training.get("calibration")
+    return l0_miss(
+        sae.name,
+        asked,
+        (training["heldout"] or calibration or last)["l0"],
+        trained=(calibration or last)["l0"],
+        calibrated=calibration is not None,
+        coefficient=last.get("coefficient"),
+    )
+
+
 def _closing(sae: SAE, training: dict[str, Any], folder: Path) -> str:
     held_out = training["heldout"]
     figures = ""
     if held_out:
         figures = f"  NMSE {held_out['nmse']:.4f}  L0 {held_out['l0']:.1f} on {held_out['tokens']:,.0f} held-out tokens"
     if "calibration" in training:
-        figures += f"  threshold {training['calibration']['threshold']:.4g}"
+        calibration = training["calibration"]
+        figures += f"  threshold {calibration['threshold']:.4g} (L0 {calibration['l0']:.1f} on the calibration rows)"
     return (
         f"{label(sae)}  width {sae.width}  {training['tokens']:,} tokens{figures}"
         f"  dead {training['dead']}  {clock(training['seconds'])}"

@@ -22,6 +22,7 @@ from data.base.files import write_atomic
 from data.base.records import canonical, diff_fields
 from data.base.settings import number, whole
 from train.plan import LAST, DataPlan, Settings, TrainRun, checked, group_by_stream, make_plan
+from train.rates import with_rate
 
 if TYPE_CHECKING:
     from train.sae import SAE
@@ -29,7 +30,10 @@ if TYPE_CHECKING:
 RUN = "run.json"
 
 # What may differ between a run and its continuation: where things are, what is shown, what it runs on.
-_FREE = ("cache", "store", "out", "resume", "trainer", "logger", "log_every", "validate_every", "checkpoint_every")
+_FREE = (
+    *("cache", "store", "out", "resume", "trainer", "logger", "log_every", "validate_every", "checkpoint_every"),
+    "lr_asked",
+)
 # What is of one SAE and touches no plan.
 _OF_ONE = (
     "sae",
@@ -45,6 +49,7 @@ _OF_ONE = (
     "log_every",
     "out",
     "logger",
+    "lr_asked",
 )
 _OFF_UNIT = 0.01  # rows of W_dec: dictionary_learning leaves its own off by about its learning rate
 _RESUME_TAKES = ("resume", "cache", "store", "trainer.")
@@ -158,6 +163,7 @@ def prepare(job: TrainRequest, plans: dict[str, DataPlan] | None = None) -> Trai
     if shared not in plans:
         plans[shared] = make_plan(settings, job.overrides, job.sweep is not None, stored)
     plan = plans[shared]
+    settings = with_rate(settings, plan.d_in, plan.steps)
     step = standing(folder, settings, plan)
     if step is None:
         print(f"{folder} holds this SAE already: nothing to do")

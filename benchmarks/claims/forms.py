@@ -1,4 +1,4 @@
-"""Trained weights in another form than the one they ship in: what the claims on inference and on shrinkage compare.
+"""Trained weights in another form than their inference form: what the claims on inference and on shrinkage compare.
 
 Letters: B tokens in a batch, N tokens of a set, D model width, F latents.
 """

@@ -10,9 +10,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from benchmarks.claims.bench import METRICS, Bench, Part, at_equal_l0, tested
+from benchmarks.claims.bench import METRICS, Bench, Finding, at_equal_l0, decide
 from benchmarks.claims.scores import RESCALED, Scored
-from benchmarks.claims.verdict import Estimate, cells
+from benchmarks.claims.verdict import Estimate, comparisons_of
 from train.sae.base import SAE
 from train.sae.io import load
 
@@ -21,56 +21,56 @@ MOST = 1.5  # S7: compute of a step over the baseline's
 _STEPS, _SAMPLES = 31, 1000
 
 
-def claims(bench: Bench, rows: Callable[[Scored], Tensor]) -> list[Part]:
-    """`rows` gives a batch that an SAE could be trained on, in model units."""
-    parts = []
+def claims(bench: Bench, rows: Callable[[Scored], Tensor]) -> list[Finding]:
+    """Decide S6 and S7; `rows` gives a batch that an SAE could be trained on, in model units."""
+    findings = []
     ours = bench.pick("batchtopk", width=bench.width)
     for variant, called in (("jumprelu", "JumpReLU"), ("gated", "Gated")):
         rivals = bench.pick(variant, width=bench.width)
         for metric, name in METRICS.items():
-            found = at_equal_l0(ours, rivals, metric, names=("BatchTopK", called))
-            told = f"BatchTopK beats {called} in {name} at equal L0"
-            parts.append(tested("S6", told, found, [*ours, *rivals]))
-    return parts + _gated(bench, rows)
+            comparisons = at_equal_l0(ours, rivals, metric, names=("BatchTopK", called))
+            statement = f"BatchTopK beats {called} in {name} at equal L0"
+            findings.append(decide("S6", statement, comparisons, [*ours, *rivals]))
+    return findings + _gated(bench, rows)
 
 
-def _gated(bench: Bench, rows: Callable[[Scored], Tensor]) -> list[Part]:
+def _gated(bench: Bench, rows: Callable[[Scored], Tensor]) -> list[Finding]:
     gated, baseline = (bench.pick(variant, width=bench.width) for variant in ("gated", "relu"))
-    mended = bench.pick("relu", width=bench.width, form=RESCALED)
-    parts = []
+    rescaled = bench.pick("relu", width=bench.width, form=RESCALED)
+    findings = []
     for metric, name in METRICS.items():
-        found = at_equal_l0(gated, baseline, metric, names=("Gated", "L1"))
-        told = f"Gated improves on the L1 baseline in {name} at equal L0"
-        parts.append(tested("S7", told, found, [*gated, *baseline]))
-    parts += [_shrinkage(gated, baseline), _compute(gated, baseline, rows)]
+        comparisons = at_equal_l0(gated, baseline, metric, names=("Gated", "L1"))
+        statement = f"Gated improves on the L1 baseline in {name} at equal L0"
+        findings.append(decide("S7", statement, comparisons, [*gated, *baseline]))
+    findings += [_shrinkage(gated, baseline), _compute(gated, baseline, rows)]
     for metric, name in METRICS.items():
-        found = at_equal_l0(gated, mended, metric, names=("Gated", "L1 rescaled"))
-        told = f"a scale and a shift for each latent, fitted after training, do not close the gap in {name}"
-        parts.append(tested("S7", told, found, [*gated, *mended]))
-    return parts
+        comparisons = at_equal_l0(gated, rescaled, metric, names=("Gated", "L1 rescaled"))
+        statement = f"a scale and a shift for each latent, fitted after training, do not close the gap in {name}"
+        findings.append(decide("S7", statement, comparisons, [*gated, *rescaled]))
+    return findings
 
 
-def _shrinkage(gated: Sequence[Scored], baseline: Sequence[Scored]) -> Part:
-    """gamma of the baseline below 1; Gated's nearer to 1."""
-    told = "the L1 baseline shrinks (gamma below 1), Gated's gamma is nearer to 1"
-    one: dict[str, list[Estimate]] = {}
+def _shrinkage(gated: Sequence[Scored], baseline: Sequence[Scored]) -> Finding:
+    """Compare gamma of the baseline with 1, and its distance from 1 with Gated's."""
+    statement = "the L1 baseline shrinks (gamma below 1), Gated's gamma is nearer to 1"
+    below_one: dict[str, list[Estimate]] = {}
     for sae in baseline:
-        asked = f"k={k:g}" if (k := sae.settings["k"]) is not None else f"sparsity={sae.settings['sparsity']:g}"
-        one.setdefault(f"gamma - 1 of L1, {asked}", []).append(sae.figure(GAMMA).to(lambda g: g - 1))
-    mean = {label: 1 + float(np.mean([seed.value for seed in seeds])) for label, seeds in one.items()}
-    low = cells(one, kind=GAMMA, shown={label: {"L1": gamma} for label, gamma in mean.items()})
+        label = f"gamma - 1 of L1, {sae.target()}"
+        below_one.setdefault(label, []).append(sae.figure(GAMMA).to(lambda g: g - 1))
+    mean = {label: 1 + float(np.mean([seed.value for seed in seeds])) for label, seeds in below_one.items()}
+    low = comparisons_of(below_one, kind=GAMMA, shown={label: {"L1": gamma} for label, gamma in mean.items()})
     names = ("distance of gamma from 1, Gated", "L1")
     nearer = at_equal_l0(gated, baseline, GAMMA, names=names, of=lambda g: abs(g - 1))
-    return tested("S7", told, [*low, *nearer] if low and nearer else [], [*gated, *baseline])
+    return decide("S7", statement, [*low, *nearer] if low and nearer else [], [*gated, *baseline])
 
 
-def _compute(gated: Sequence[Scored], baseline: Sequence[Scored], rows: Callable[[Scored], Tensor]) -> Part:
-    """Loss and backward of the two, nearest in L0 of all pairs, timed by turns on one batch."""
-    told = f"a training step of Gated costs at most {MOST} times the baseline's"
+def _compute(gated: Sequence[Scored], baseline: Sequence[Scored], rows: Callable[[Scored], Tensor]) -> Finding:
+    """Time loss and backward of the two, nearest in L0 of all pairs, in turn on one batch."""
+    statement = f"a training step of Gated costs at most {MOST} times the baseline's"
     fires = [[sae for sae in saes if sae.figure("l0").value > 0] for saes in (gated, baseline)]
     pairs = [(one, two) for one in fires[0] for two in fires[1] if one.seed == two.seed]
     if not pairs:
-        return tested("S7", told, [], [])
+        return decide("S7", statement, [], [])
 
     def apart(pair: tuple[Scored, Scored]) -> float:
         first, second = (sae.figure("l0").value for sae in pair)
@@ -81,23 +81,25 @@ def _compute(gated: Sequence[Scored], baseline: Sequence[Scored], rows: Callable
     rng = np.random.default_rng(0)
     drawn_M = np.median(rng.choice(ratios, (_SAMPLES, len(ratios))), axis=1)
     label = f"L0 {one.figure('l0').value:.1f} and {two.figure('l0').value:.1f}, {torch.get_num_threads()} threads"
-    found = cells(
+    comparisons = comparisons_of(
         {label: [Estimate(float(np.median(ratios)) - MOST, drawn_M - MOST)]},
         kind=f"times the baseline's time, less {MOST}",
         shown={label: {"Gated / L1": float(np.median(ratios))}},
     )
     note = "Counted in dense products the ratio is 8/6: an encoder both ways, and a second decoder that is not trained."
-    return tested("S7", told, found, [one, two], f"Median of {len(ratios)} pairs of steps on this machine. {note}")
+    return decide(
+        "S7", statement, comparisons, [one, two], f"Median of {len(ratios)} pairs of steps on this machine. {note}"
+    )
 
 
 def step_ratios(one: SAE, two: SAE, x_BD: Tensor) -> NDArray[np.float64]:
-    """Seconds of `one`'s loss and backward over those of `two`, pair by pair; the first pair warms up."""
-    found = np.empty((_STEPS + 1, 2))
+    """Give the seconds of `one`'s loss and backward over those of `two`, pair by pair; the first pair warms up."""
+    seconds = np.empty((_STEPS + 1, 2))
     for i in range(_STEPS + 1):
         for j, sae in enumerate((one, two)):
             began = time.perf_counter()
             sae.loss(sae.norm.normalise(x_BD)).loss.backward()  # type: ignore[no-untyped-call]
-            found[i, j] = time.perf_counter() - began
+            seconds[i, j] = time.perf_counter() - began
             sae.zero_grad()
-    ratios: NDArray[np.float64] = found[1:, 0] / found[1:, 1]
+    ratios: NDArray[np.float64] = seconds[1:, 0] / seconds[1:, 1]
     return ratios

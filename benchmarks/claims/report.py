@@ -9,115 +9,139 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from benchmarks.claims.bench import CE, METRICS, NMSE, Bench, Part
+from benchmarks.claims.bench import CE, METRICS, NMSE, Bench, Finding
 from benchmarks.claims.scores import Scored
 from benchmarks.claims.topk import named, shown
-from benchmarks.claims.verdict import Cell
+from benchmarks.claims.verdict import Comparison
 from data.base.files import write_atomic
 from data.base.records import Json
 from evaluate.report.markdown import dumps, number, table
 from evaluate.report.png import against_l0
 
-FORMAT = 1
+FORMAT = 2
 SWEEPS = ("topk", "batchtopk", "gated", "jumprelu", "relu")
 RULES = (
     "Every interval is of 95%, by paired bootstrap over contexts; where a claim has several seeds, their spread is"
-    " added in quadrature, and where it has one, that spread is not in it. A claim holds where every comparison's"
-    " interval lies on its side, does not hold where one lies on the other side, and is undecided otherwise."
+    " added in quadrature, and where it has one, that spread is not in it, which its verdict says. A claim holds where"
+    " every comparison's interval lies on its side. It does not hold where one lies on the other side, widened for the"
+    " number of comparisons (Bonferroni): a claim exactly at its boundary fails in at most 5%. Else it is undecided."
     " Differences of NMSE are relative, of CE increase in nats. Where two variants meet at an L0 that one of them was"
-    " not trained at, it is read off the line between its neighbours in log-log, whose error is not in the interval."
+    " not trained at, it is read off the curve through its sweep in log-log; the interval is wider by the distance to"
+    " the curve without the farthest SAE (of it reading)."
 )
 
 
-def write(bench: Bench, parts: Sequence[Part], place: Json, out: Path) -> Path:
-    """Write the report into `out`; the path of `claims.md`, which is written last."""
+def write(bench: Bench, findings: Sequence[Finding], place: Json, out: Path) -> Path:
+    """Write the report into `out` and give the path of `claims.md`, which is written last."""
     plots = draw(
         bench, out / "plots", f"{place['model']}, {place['site']}, {place['heldout_tokens']:,} held-out tokens"
     )
     saes = [_row(sae) for sae in (*bench.main, *bench.special)]
-    told = [
-        {"claim": part.claim, "statement": part.statement, "verdict": part.verdict, "notes": part.notes}
-        | {"cells": [asdict(cell) for cell in part.cells], "table": part.table, "extent": part.extent()}
-        for part in parts
-    ]
-    write_atomic(out / "claims.json", dumps({"format": FORMAT, "place": place, "parts": told, "saes": saes}))
-    write_atomic(out / "claims.md", markdown(parts, place, plots, [*bench.main, *bench.special]))
+    record = {"format": FORMAT, "place": place, "findings": [_record(one) for one in findings], "saes": saes}
+    write_atomic(out / "claims.json", dumps(record))
+    write_atomic(out / "claims.md", markdown(findings, place, plots, [*bench.main, *bench.special]))
     return out / "claims.md"
 
 
+def _record(finding: Finding) -> Json:
+    """Give a finding as claims.json has it."""
+    comparisons = [asdict(one) | {"low": one.low, "high": one.high} for one in finding.comparisons]
+    words = {"claim": finding.claim, "statement": finding.statement, "verdict": finding.verdict}
+    more = {"notes": finding.notes, "table": finding.table, "extent": finding.extent()}
+    return words | {"one_seed": finding.of_one_seed(), "comparisons": comparisons} | more
+
+
 def _row(sae: Scored) -> Json:
-    """An SAE as evaluate's own report has it, for its figures too; None for a figure that is not finite."""
+    """Give an SAE as evaluate's own report has it, for its figures too; None for a figure that is not finite."""
     metrics = {}
     for name in ("l0", "ev", "gamma", "recovered_zero", *METRICS):
         one = sae.figure(name)
         pair = one.value, float(np.std(one.drawn_M))
         metrics[name] = {what: x if np.isfinite(x) else None for what, x in zip(("value", "se"), pair, strict=True)}
-    kept = {"variant": sae.variant, "form": sae.form, "width": sae.width, "seed": sae.seed, "settings": sae.settings}
+    identity = {
+        "variant": sae.variant,
+        "form": sae.form,
+        "width": sae.width,
+        "seed": sae.seed,
+        "settings": sae.settings,
+    }
     training = {name: sae.training[name] for name in ("tokens", "batch", "dead", "dead_after")}
-    return {**kept, "folder": str(sae.folder), "training": training, "metrics": metrics, "l0": sae.firing, "pareto": []}
+    return {
+        **identity,
+        "folder": str(sae.folder),
+        "training": training,
+        "metrics": metrics,
+        "l0": sae.firing,
+        "pareto": [],
+    }
 
 
-def markdown(parts: Sequence[Part], place: Json, plots: Sequence[str], saes: Sequence[Scored]) -> str:
-    """The whole report."""
+def markdown(findings: Sequence[Finding], place: Json, plots: Sequence[str], saes: Sequence[Scored]) -> str:
+    """Write the whole report."""
     head = (
         f"# The papers' claims on {place['model']}, {place['site']}\n\n"
-        f"Width {place['d_model']:,}; {len({sae.folder for sae in saes})} SAEs, in the form that ships but where"
-        f" another is named ({len(saes)} in all), scored on"
+        f"Width {place['d_model']:,}; {len({sae.folder for sae in saes})} SAEs, in their inference form where no"
+        f" other is named ({len(saes)} in all), scored on"
         f" the same {place['heldout_tokens']:,} held-out tokens ({place['sequences']:,} contexts of"
         f" {place['context']}).\n\n{RULES}"
     )
-    rows = [[f"{p.claim}: {p.statement}", f"**{p.verdict}**", p.notes[0], *_extent(p)] for p in parts]
+    rows = [
+        [f"{one.claim}: {one.statement}", f"**{one.shown_verdict()}**", one.notes[0], *_extent(one)] for one in findings
+    ]
     summary = table(["claim", "verdict", "comparisons", "widths", "training tokens", "seeds"], rows)
     figures = "\n\n".join(f"![{Path(name).stem}](plots/{name})" for name in plots)
-    detail = "\n\n".join(_section(part) for part in parts if part.cells or part.table)
+    detail = "\n\n".join(_section(one) for one in findings if one.comparisons or one.table)
     return "\n\n".join([head, summary, figures, "## Comparisons", detail, "## SAEs", _saes_table(saes)]) + "\n"
 
 
-def _extent(part: Part) -> list[str]:
-    told = part.extent()
-    return [", ".join(f"{value:,}" for value in told[name]) for name in ("widths", "training_tokens", "seeds")]
+def _extent(finding: Finding) -> list[str]:
+    extent = finding.extent()
+    return [", ".join(f"{value:,}" for value in extent[name]) for name in ("widths", "training_tokens", "seeds")]
 
 
-def _section(part: Part) -> str:
-    lines = [f"### {part.claim}: {part.statement}", f"{part.verdict.capitalize()}. " + " ".join(part.notes)]
-    if part.cells:
-        names = list(part.cells[0].shown)
-        same = [cell for cell in part.cells if list(cell.shown) == names]
-        lines.append(_cells_table(names, same))
-        if rest := [cell for cell in part.cells if list(cell.shown) != names]:
-            lines.append(_cells_table(list(rest[0].shown), rest))
-    if part.table is not None:
-        lines.append(table(*part.table))
+def _section(finding: Finding) -> str:
+    verdict = finding.shown_verdict()
+    lines = [f"### {finding.claim}: {finding.statement}", f"{verdict.capitalize()}. " + " ".join(finding.notes)]
+    by_names: dict[tuple[str, ...], list[Comparison]] = {}  # a table for each set of figures that is shown
+    for one in finding.comparisons:
+        by_names.setdefault(tuple(one.shown), []).append(one)
+    lines += [_comparisons_table(names, comparisons) for names, comparisons in by_names.items()]
+    if finding.table is not None:
+        lines.append(table(*finding.table))
     return "\n\n".join(lines)
 
 
-def _cells_table(names: list[str], cells: Sequence[Cell]) -> str:
-    kind = {"share": "relative difference", "nats": "difference, nats"}.get(cells[0].kind, cells[0].kind)
-    rows = [[c.label, *(number(value, 4) for value in c.shown.values()), shown(c), str(c.seeds)] for c in cells]
-    return table(["", *names, kind, "seeds"], rows)
+def _comparisons_table(names: Sequence[str], comparisons: Sequence[Comparison]) -> str:
+    kind = comparisons[0].kind
+    heading = {"share": "relative difference", "nats": "difference, nats"}.get(kind, kind)
+    rows = []
+    for one in comparisons:
+        figures = [number(value, 4) for value in one.shown.values()]
+        reading = number(one.reading_error, 4) if one.reading_error else ""
+        rows.append([one.label, *figures, shown(one), reading, str(one.seeds)])
+    return table(["", *names, heading, "of it reading", "seeds"], rows)
 
 
 def _saes_table(saes: Sequence[Scored]) -> str:
-    heads = ["SAE", "F", "asked", "options", "form", "batch", "seed", "L0", "NMSE", "CE increase", "gamma", "dead"]
-    figures, rows = (("l0", 2), (NMSE, 4), (CE, 4), ("gamma", 3)), []
+    heads = ["SAE", "F", "target", "options", "form", "batch", "seed", "L0", "NMSE", "CE increase", "gamma", "dead"]
+    figures = (("l0", 2), (NMSE, 4), (CE, 4), ("gamma", 3))
+    rows = []
     for sae in sorted(saes, key=lambda sae: (sae.variant, sae.width, sae.form, sae.figure("l0").value)):
-        k, training = sae.settings["k"], sae.training
-        asked = f"k={k:g}" if k is not None else f"sparsity={sae.settings['sparsity']:g}"
+        training = sae.training
         options = ", ".join(f"{name}={value}" for name, value in sae.options.items())
-        told = [sae.variant, f"{sae.width:,}", asked, options, sae.form, str(training["batch"]), str(sae.seed)]
-        found = [number(sae.figure(name).value, digits) for name, digits in figures]
-        rows.append([*told, *found, f"{training['dead'] / sae.width:.1%}"])
+        words = [sae.variant, f"{sae.width:,}", sae.target(), options, sae.form, str(training["batch"]), str(sae.seed)]
+        values = [number(sae.figure(name).value, digits) for name, digits in figures]
+        rows.append([*words, *values, f"{training['dead'] / sae.width:.1%}"])
     return table(heads, rows)
 
 
 def draw(bench: Bench, folder: Path, where: str) -> list[str]:
-    """Write the figures; their file names."""
+    """Write the figures and give their file names."""
     folder.mkdir(parents=True, exist_ok=True)
-    options = {
-        variant: bench.pick(variant, width=bench.width)
-        for variant in ("topk", "batchtopk", "gated", "jumprelu", "relu")
-    }
-    rows = [_row(sae) for saes in options.values() for sae in saes if sae.seed == min(s.seed for s in saes)]
+    rows = []
+    for variant in SWEEPS:
+        saes = bench.pick(variant, width=bench.width)
+        rows += [_row(sae) for sae in saes if sae.seed == min(one.seed for one in saes)]
     figures: dict[str, Figure] = {}
     for metric, name in METRICS.items() if rows else ():
         figures[f"at-width-{metric}"] = against_l0(rows, metric, name, f"{where}, F={bench.width:,}")
@@ -149,16 +173,15 @@ def _by_width(bench: Bench, where: str) -> Figure:
 
 
 def _by_token(saes: Sequence[Scored], where: str) -> Figure:
-    """Histogram of BatchTopK's L0 and its mean by position; where BOS is kept in, its part of the histogram."""
+    """Histogram of BatchTopK's L0 and its mean by position; where BOS is stored, its part of the histogram."""
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2)
     for number_, sae in enumerate(saes):
         rest, first = (counts_SL.sum(0) for counts_SL in sae.counts)
         total = (rest + first).sum()
-        kept = sae.special
         shares, colour = (rest + first) / total, f"C{number_ % 10}"
         left.plot(np.arange(len(shares)), np.where(shares > 0, shares, np.nan), color=colour, label=named(sae), lw=1.2)
-        if kept:
+        if sae.special:
             left.plot(np.arange(len(first)), np.where(first > 0, first / total, np.nan), "o", color=colour, ms=4)
         by_position = [np.nan if mean is None else mean for mean in sae.firing["by_position"]]
         right.plot(np.arange(len(by_position)), by_position, color=colour, lw=0.9)

@@ -40,15 +40,15 @@ from train.sae.io import VARIANTS, WEIGHTS, load
 from train.sae.variants.batchtopk import BatchTopK
 from train.sae.variants.topk import TopK
 
-FORMAT = 1  # of a kept score
-SHIPPED, BATCH, THRESHOLD, PER_TOKEN, RESCALED = "shipped", "batch", "threshold", "per token", "rescaled"
+FORMAT = 1  # of a score's file
+INFERENCE, BATCH, THRESHOLD, PER_TOKEN, RESCALED = "inference", "batch", "threshold", "per token", "rescaled"
 
 _OF_GRID = ("d_in", "width", "k", "target_l0", "sparsity")
 
 Batches = Callable[[], Sequence[Tensor]]
 
 FORMS: dict[str, Callable[[SAE, Batches], SAE | InferenceForm]] = {
-    SHIPPED: lambda sae, batches: sae,
+    INFERENCE: lambda sae, batches: sae,
     BATCH: lambda sae, batches: BatchForm(turned(sae, BatchTopK)),
     THRESHOLD: lambda sae, batches: with_threshold(sae, batches()),
     PER_TOKEN: lambda sae, batches: turned(sae, TopK),
@@ -57,11 +57,11 @@ FORMS: dict[str, Callable[[SAE, Batches], SAE | InferenceForm]] = {
 
 
 @dataclass(frozen=True)
-class Asked:
+class Candidate:
     """A trained SAE in one of FORMS."""
 
     trained: SavedSAE
-    form: str = SHIPPED
+    form: str = INFERENCE
 
 
 class Scored:
@@ -73,7 +73,7 @@ class Scored:
 
     def __init__(
         self,
-        asked: Asked,
+        candidate: Candidate,
         columns: Columns,
         firing: Json,
         counts: NDArray[np.int32],
@@ -83,8 +83,9 @@ class Scored:
         special: bool = False,
     ) -> None:
         self.special = special
-        config = asked.trained.config
-        self.form, self.firing, self.counts, self.folder = asked.form, firing, counts, asked.trained.folder
+        config = candidate.trained.config
+        self.form, self.folder = candidate.form, candidate.trained.folder
+        self.firing, self.counts = firing, counts
         self.variant: str = config["variant"]
         self.settings: Json = {"k": config["settings"].get("target_l0"), **config["settings"]}
         self.training: Json = config["training"]
@@ -94,6 +95,11 @@ class Scored:
     def figure(self, name: str) -> Estimate:
         """One of `evaluate.metrics.statistics`."""
         return Estimate(float(self._all[name][0]), self._drawn[name])
+
+    def target(self) -> str:
+        """Give the L0 it was trained for, or its coefficient where there was none."""
+        k = self.settings["k"]
+        return f"k={k:g}" if k is not None else f"sparsity={self.settings['sparsity']:g}"
 
     @cached_property
     def options(self) -> Json:
@@ -120,7 +126,7 @@ class TokenL0:
         self.l0.append((f_NF > 0).sum(1).cpu())
 
 
-class Place:
+class ScoredSite:
     """One site of one store: its held-out text, and training rows that no optimizer saw."""
 
     def __init__(self, store: Store, site: str, settings: Mapping[str, Any]) -> None:
@@ -134,7 +140,7 @@ class Place:
 
     @cached_property
     def text(self) -> HeldoutText:
-        """The LM and the held-out contexts; opened when first needed, as kept scores need neither."""
+        """The LM and the held-out contexts; opened when first needed, as scores that exist need neither."""
         return open_text(self.store, self.settings)
 
     def batches(self, trained: SavedSAE) -> Sequence[Tensor]:
@@ -149,29 +155,30 @@ class Place:
             self._batches[key] = [decode(rows).float() for rows in loader]
         return self._batches[key]
 
-    def score(self, asked: Sequence[Asked], kept: Path) -> list[Scored]:
-        """The figures of each; those that lie in the folder `kept` are taken from there, new ones are put there."""
+    def score(self, candidates: Sequence[Candidate], folder: Path) -> list[Scored]:
+        """Score each; scores that lie in `folder` are taken from there, new ones are written there."""
         # Rows that an SAE was trained without are scored for none of the site's SAEs, as in `python -m evaluate`.
-        rule = strictest([rule_of(one.trained) for one in asked])
-        paths = [kept / f"{self._key(one, rule)}.npz" for one in asked]
+        rule = strictest([rule_of(one.trained) for one in candidates])
+        paths = [folder / f"{self._key(one, rule)}.npz" for one in candidates]
         missing = [number for number, path in enumerate(paths) if not path.is_file()]
         if missing:
-            kept.mkdir(parents=True, exist_ok=True)
-            self._measure([asked[i] for i in missing], [paths[i] for i in missing], rule)
+            folder.mkdir(parents=True, exist_ok=True)
+            self._measure([candidates[i] for i in missing], [paths[i] for i in missing], rule)
         draws = {"samples": self.settings["bootstrap"], "seed": self.settings["seed"], "special": self.special}
-        return [Scored(one, *_read(path), **draws) for one, path in zip(asked, paths, strict=True)]
+        return [Scored(one, *_read(path), **draws) for one, path in zip(candidates, paths, strict=True)]
 
-    def _key(self, asked: Asked, rule: MassiveRule | None) -> str:
-        """What a score depends on, in a few letters."""
-        weights = hashlib.sha256((asked.trained.folder / WEIGHTS).read_bytes()).hexdigest()
+    def _key(self, candidate: Candidate, rule: MassiveRule | None) -> str:
+        """Hash what a score depends on."""
+        weights = hashlib.sha256((candidate.trained.folder / WEIGHTS).read_bytes()).hexdigest()
         settings = {name: self.settings[name] for name in ("tokens", "lm_batch", "calibration_tokens")}
         place: list[Any] = [self.store.manifest.fingerprint, self.site]
         if rule is not None:
             place.append([rule.times, rule.median])
-        told = canonical([FORMAT, weights, asked.form, asked.trained.config["settings"], settings, place])
-        return hashlib.sha256(told.encode()).hexdigest()[:16]
+        form = "shipped" if candidate.form == INFERENCE else candidate.form  # the inference form's name in older scores
+        parts = canonical([FORMAT, weights, form, candidate.trained.config["settings"], settings, place])
+        return hashlib.sha256(parts.encode()).hexdigest()[:16]
 
-    def _measure(self, asked: Sequence[Asked], paths: Sequence[Path], rule: MassiveRule | None) -> None:
+    def _measure(self, candidates: Sequence[Candidate], paths: Sequence[Path], rule: MassiveRule | None) -> None:
         """Run the LM over the contexts once, each SAE spliced in by turns."""
         from tqdm import tqdm
 
@@ -181,15 +188,15 @@ class Place:
         keep = torch.from_numpy(text.packed.keep)
         score = SiteScore(
             Splice(text.model, site),
-            [self._formed(one) for one in asked],
+            [self._formed(one) for one in candidates],
             torch.from_numpy(self.store.stats(TRAIN, self.site).mean),
             getattr(torch, self.store.layout.dtype),
             (len(keep), keep.shape[1]),
         )
-        counters = [TokenL0() for _ in asked]
+        counters = [TokenL0() for _ in candidates]
         for one, counter in zip(score.scores, counters, strict=True):
             one.observers.append(counter)
-        with tqdm(total=len(keep), desc=f"{len(asked)} SAEs", unit="context", mininterval=5.0) as bar:
+        with tqdm(total=len(keep), desc=f"{len(candidates)} SAEs", unit="context", mininterval=5.0) as bar:
             for batch in text.batches():
                 score.batch(batch.ids_BT, batch.keep_BT, batch.numbers.start)
                 bar.update(len(batch.numbers))
@@ -199,9 +206,9 @@ class Place:
             firing = {name: value for name, value in one.firing.result().items() if name != "fired"} | sizes
             _write(path, score.columns(one), firing, by_sequence(torch.cat(counter.l0), keep))
 
-    def _formed(self, asked: Asked) -> SAE | InferenceForm:
-        sae = load(asked.trained.folder).eval()
-        return FORMS[asked.form](sae, partial(self.batches, asked.trained))
+    def _formed(self, candidate: Candidate) -> SAE | InferenceForm:
+        sae = load(candidate.trained.folder).eval()
+        return FORMS[candidate.form](sae, partial(self.batches, candidate.trained))
 
 
 def by_sequence(l0_N: Tensor, keep_ST: Tensor) -> NDArray[np.int32]:
@@ -214,7 +221,7 @@ def by_sequence(l0_N: Tensor, keep_ST: Tensor) -> NDArray[np.int32]:
 
 
 def _write(path: Path, columns: Columns, firing: Json, counts: NDArray[np.int32]) -> None:
-    """A whole file or none."""
+    """Write a whole file or none."""
     parts: dict[str, Any] = {**columns, "firing": np.array(json.dumps(firing)), "counts": counts}
     with atomic_file(path) as file:
         np.savez(file, **parts)

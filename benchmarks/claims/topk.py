@@ -8,9 +8,9 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.claims.bench import CE, METRICS, NMSE, Bench, Part, at_rivals_l0, compared, same, tested
-from benchmarks.claims.scores import BATCH, PER_TOKEN, SHIPPED, THRESHOLD, Scored
-from benchmarks.claims.verdict import FAILS, UNTESTED, Cell, Estimate, cells
+from benchmarks.claims.bench import CE, METRICS, NMSE, Bench, Finding, at_rivals_l0, compared, decide, of_k, same
+from benchmarks.claims.scores import BATCH, INFERENCE, PER_TOKEN, THRESHOLD, Scored
+from benchmarks.claims.verdict import FAILS, UNTESTED, Comparison, Estimate, comparisons_of
 from evaluate.metrics import Columns, resampled, totals
 from evaluate.report.markdown import number
 
@@ -21,67 +21,72 @@ NEAR = 0.25  # S3: of 1 / context, within which the low peak's share is equal to
 NAMES = ("BatchTopK", "TopK")
 
 
-def claims(bench: Bench) -> list[Part]:
+def claims(bench: Bench) -> list[Finding]:
     k = bench.k()
     if k is None:
-        return [tested("S1", "BatchTopK beats TopK", [], [])]
+        return [decide("S1", "BatchTopK beats TopK", [], [])]
     places = {(width, k) for width in bench.widths("topk")}
-    parts = [*_better(bench, "S1", f"at every width, k={k}", places)]
+    findings = [*_better(bench, "S1", f"at every width, k={k}", places)]
     places = {(bench.width, k) for k in bench.ks("topk", bench.width)}
-    parts += _better(bench, "S2", f"at width {bench.width:,}, every k", places)
-    return parts + _varying(bench) + _inference(bench) + _swapped(bench)
+    findings += _better(bench, "S2", f"at width {bench.width:,}, every k", places)
+    return findings + _varying(bench) + _inference(bench) + _swapped(bench)
 
 
-def _better(bench: Bench, claim: str, where: str, places: set[tuple[int, int]]) -> list[Part]:
-    """BatchTopK against TopK at TopK's measured L0, BatchTopK read off its sweep over k at the same width."""
-    parts = []
+def _better(bench: Bench, claim: str, where: str, places: set[tuple[int, int]]) -> list[Finding]:
+    """Compare BatchTopK with TopK at TopK's measured L0, BatchTopK read off its sweep over k at the same width."""
+    findings = []
     for metric, name in METRICS.items():
-        pairs, plain, used = {}, {}, []
+        pairs = {}
+        plain = {}
+        used: list[Scored] = []
         for width, k in sorted(places):
-            ours, theirs = bench.pick("batchtopk", width=width), bench.pick("topk", width=width, k=k)
+            ours = bench.pick("batchtopk", width=width)
+            theirs = bench.pick("topk", width=width, k=k)
             pairs[f"F={width:,} k={k}"] = at_rivals_l0(ours, theirs, metric)
-            plain[f"F={width:,} k={k}"] = same(_of(ours, k), theirs, metric)
+            plain[f"F={width:,} k={k}"] = same(of_k(ours, k), theirs, metric)
             used += [*ours, *theirs]
-        found = compared(metric, pairs, names=NAMES)
+        comparisons = compared(metric, pairs, names=NAMES)
         table = ["at equal k, whatever the L0", *NAMES, "difference"], _plain_rows(compared(metric, plain, names=NAMES))
-        told = f"BatchTopK beats TopK in {name} {where}, at equal L0"
-        parts.append(tested(claim, told, found, used, table=table if found else None))
-    return parts
+        statement = f"BatchTopK beats TopK in {name} {where}, at equal L0"
+        findings.append(decide(claim, statement, comparisons, used, table=table if comparisons else None))
+    return findings
 
 
-def _plain_rows(found: Sequence[Cell]) -> list[list[str]]:
-    return [[one.label, *(number(value, 4) for value in one.shown.values()), shown(one)] for one in found]
+def _plain_rows(comparisons: Sequence[Comparison]) -> list[list[str]]:
+    return [[one.label, *(number(value, 4) for value in one.shown.values()), shown(one)] for one in comparisons]
 
 
-def shown(cell: Cell) -> str:
-    """A difference with its interval."""
-    if cell.kind == "share":
-        return f"{cell.value:+.1%} [{cell.low:+.1%}, {cell.high:+.1%}]"
-    return f"{cell.value:+.4f} [{cell.low:+.4f}, {cell.high:+.4f}]"
+def shown(comparison: Comparison) -> str:
+    """Write a difference with its interval."""
+    digits = "+.1%" if comparison.kind == "share" else "+.4f"
+    return f"{comparison.value:{digits}} [{comparison.low:{digits}}, {comparison.high:{digits}}]"
 
 
-def _varying(bench: Bench) -> list[Part]:
+def _varying(bench: Bench) -> list[Finding]:
     saes = [*bench.pick("batchtopk", width=bench.width), *(s for s in bench.special if s.variant == "batchtopk")]
-    varying = cells({named(sae): [_unlike(sae)] for sae in saes}, kind="sd of L0 / mean L0, below", margin=0.0)
+    varying = comparisons_of({named(sae): [_unlike(sae)] for sae in saes}, kind="sd of L0 / mean L0, below", margin=0.0)
     flat = [replace(one, shown={"sd / mean": VARIES - one.value}) for one in varying]
-    told = f"BatchTopK's L0 varies by token (its standard deviation is over {VARIES:.0%} of its mean)"
-    return [tested("S3", told, flat, saes), _low_peak([s for s in bench.special if s.variant == "batchtopk"])]
+    statement = f"BatchTopK's L0 varies by token (its standard deviation is over {VARIES:.0%} of its mean)"
+    return [decide("S3", statement, flat, saes), _low_peak([s for s in bench.special if s.variant == "batchtopk"])]
 
 
 def named(sae: Scored) -> str:
-    kept = ["BOS in"] if sae.special else []
-    told = [f"{name}={value}" for name, value in sae.options.items()]
-    return " ".join([f"F={sae.width:,} k={sae.settings['k']} seed {sae.seed}", *told, *kept])
+    """Name an SAE in tables and plots."""
+    words = [f"F={sae.width:,} k={sae.settings['k']} seed {sae.seed}"]
+    words += [f"{name}={value}" for name, value in sae.options.items()]
+    if sae.special:
+        words.append("BOS in")
+    return " ".join(words)
 
 
 def _drawn(sae: Scored, **columns: NDArray[np.float64]) -> tuple[Columns, Columns]:
-    """Sums of columns over the sequences: of all of them, and of the bootstrap's draws."""
+    """Sum columns over the sequences: of all of them, and of the bootstrap's draws."""
     samples = len(sae.figure("l0").drawn_M)
     return totals(columns), resampled(columns, samples=samples, seed=0)
 
 
 def _unlike(sae: Scored) -> Estimate:
-    """VARIES less the standard deviation of L0 over its mean."""
+    """Give VARIES less the standard deviation of L0 over its mean."""
     counts_SL = sae.counts.sum(0).astype(float)
     l0 = np.arange(counts_SL.shape[1])
     both = []
@@ -94,7 +99,7 @@ def _unlike(sae: Scored) -> Estimate:
 
 
 def low_peak(histogram: NDArray[np.float64]) -> int | None:
-    """The L0 at which a low peak ends: the emptiest place between it and the main one; None where there is none.
+    """Find the L0 at which a low peak ends: the emptiest place between it and the main one; None where there is none.
 
     The main peak is the most frequent L0. A peak below it must stand at least twice as high as the emptiest place
     between the two, which is the last of the low peak.
@@ -109,74 +114,76 @@ def low_peak(histogram: NDArray[np.float64]) -> int | None:
     return None if best is None else best[1] - (0 if histogram[best[1]] else 1)
 
 
-def _low_peak(saes: Sequence[Scored]) -> Part:
+def _low_peak(saes: Sequence[Scored]) -> Finding:
     statement = f"with BOS kept in, L0 has a low peak of 1/context of the tokens (within {NEAR:.0%})"
     if not saes:
-        return Part("S3", statement, UNTESTED, notes=["No SAE was trained with the rows of special tokens."])
-    found, rows, verdicts = {}, [], []
+        return Finding("S3", statement, UNTESTED, notes=["No SAE was trained with the rows of special tokens."])
+    shares: dict[str, list[Estimate]] = {}
+    rows: list[list[str]] = []
+    without_peak = 0
     for sae in saes:
         counts_PSL = sae.counts.astype(float)
-        histogram, context = counts_PSL.sum((0, 1)), len(sae.firing["by_position"])
-        cut, first = low_peak(histogram), counts_PSL[1].sum(0)
+        histogram = counts_PSL.sum((0, 1))
+        context = len(sae.firing["by_position"])
+        cut = low_peak(histogram)
+        first = counts_PSL[1].sum(0)
         bos = f"{float(first @ np.arange(len(first)) / first.sum()):.1f}"
         row = [named(sae), f"{sae.figure('l0').value:.1f}", bos, str(int(histogram.argmax()))]
         if cut is None:
             rows.append([*row, "none", "–", "–"])
-            verdicts.append(FAILS)
+            without_peak += 1
             continue
         low_S = counts_PSL[:, :, : cut + 1].sum((0, 2))
         both = _drawn(sae, low=low_S, n=counts_PSL.sum((0, 2)))
         value, drawn = (np.abs(sums["low"] / sums["n"] * context - 1) for sums in both)
-        found[named(sae)] = [Estimate(float(value[0]), drawn)]
+        shares[named(sae)] = [Estimate(float(value[0]), drawn)]
         share, inside = low_S.sum() / histogram.sum(), first[: cut + 1].sum() / low_S.sum()
         if inside < 0.5:
-            verdicts.append(FAILS)  # a low peak, of other tokens than BOS
+            without_peak += 1  # a low peak, of other tokens than BOS
         rows.append([*row, f"L0 <= {cut}", f"{share:.2%} (1/context {1 / context:.2%})", f"{inside:.0%}"])
-    part = tested("S3", statement, cells(found, kind="share", margin=NEAR), saes)
+    finding = decide("S3", statement, comparisons_of(shares, kind="share", margin=NEAR), saes)
     heads = ["SAE", "L0", "mean L0 at BOS", "most frequent L0", "low peak", "its share", "of it BOS"]
-    verdict = FAILS if verdicts else part.verdict
-    without = [f"{len(verdicts)} of {len(saes)} SAEs have no low peak of BOS."] if verdicts else []
-    none = ["There is no low peak: L0 falls to no second mode below the main one."]
-    notes = [*without, *part.notes] if found else none
-    return replace(part, verdict=verdict, table=(heads, rows), notes=notes)
+    verdict = FAILS if without_peak else finding.verdict
+    notes = [f"{without_peak} of {len(saes)} SAEs have no low peak of BOS."] if without_peak else []
+    notes += finding.notes
+    if not shares:
+        notes = ["There is no low peak: L0 falls to no second mode below the main one."]
+    return replace(finding, verdict=verdict, table=(heads, rows), notes=notes)
 
 
-def _inference(bench: Bench) -> list[Part]:
-    """The threshold, read off its sweep at the batch form's L0, against the batch's top k, of one batch of contexts."""
-    shipped, batch = (bench.pick("batchtopk", width=bench.width, form=form) for form in (SHIPPED, BATCH))
+def _inference(bench: Bench) -> list[Finding]:
+    """Compare the threshold, read off its sweep at the batch form's L0, with the top k of one batch of contexts."""
+    inference, batch = (bench.pick("batchtopk", width=bench.width, form=form) for form in (INFERENCE, BATCH))
     ks = sorted({sae.settings["k"] for sae in batch})
-    parts = []
+    findings = []
     for metric, name in METRICS.items():
-        pairs = {f"k={k}": at_rivals_l0(shipped, [sae for sae in batch if sae.settings["k"] == k], metric) for k in ks}
-        plain = {f"k={k}": same(_of(shipped, k), _of(batch, k), metric) for k in ks}
+        pairs = {f"k={k}": at_rivals_l0(inference, of_k(batch, k), metric) for k in ks}
+        plain = {f"k={k}": same(of_k(inference, k), of_k(batch, k), metric) for k in ks}
         names = ("threshold", "batch form")
-        found = compared(metric, pairs, margin=MARGINS[metric], names=names)
+        comparisons = compared(metric, pairs, margin=MARGINS[metric], names=names)
         forgiven = "1%" if metric == NMSE else f"{MARGINS[CE]:g} nats"
-        told = f"the fixed threshold is at least as good in {name} as the batch form at inference (within {forgiven})"
-        l0 = {k: [str(round(sae.figure("l0").value, 2)) for sae in _of(shipped, k)] for k in ks}
-        rows = [
-            [*row, ", ".join(l0[k])]
-            for k, row in zip(ks, _plain_rows(compared(metric, plain, names=names)), strict=True)
-        ]
-        table = ["as they are", *names, "difference", "L0 threshold"], rows
-        parts.append(tested("S4", f"{told}, at equal L0", found, batch, table=table if found else None))
-    return parts
+        statement = (
+            f"the fixed threshold is at least as good in {name} as the batch form at inference (within {forgiven})"
+        )
+        rows = _plain_rows(compared(metric, plain, names=names))
+        for k, row in zip(ks, rows, strict=True):
+            row.append(", ".join(str(round(sae.figure("l0").value, 2)) for sae in of_k(inference, k)))
+        heads = ["as they are", *names, "difference", "L0 threshold"]
+        table = (heads, rows) if comparisons else None
+        findings.append(decide("S4", f"{statement}, at equal L0", comparisons, batch, table=table))
+    return findings
 
 
-def _of(saes: Sequence[Scored], k: int) -> list[Scored]:
-    return [sae for sae in saes if sae.settings["k"] == k]
-
-
-def _swapped(bench: Bench) -> list[Part]:
-    """Each SAE's own form against the other's, with the same weights and for the same k."""
-    parts = []
+def _swapped(bench: Bench) -> list[Finding]:
+    """Compare each SAE's own form with the other's, with the same weights and for the same k."""
+    findings = []
     for variant, called, form in (("topk", "TopK", THRESHOLD), ("batchtopk", "BatchTopK", PER_TOKEN)):
-        own, other = (bench.pick(variant, width=bench.width, form=one) for one in (SHIPPED, form))
+        own, other = (bench.pick(variant, width=bench.width, form=one) for one in (INFERENCE, form))
         ks = sorted({sae.settings["k"] for sae in other})
         for metric, name in METRICS.items():
-            pairs = {f"k={k}": same(_of(own, k), _of(other, k), metric) for k in ks}
-            found = compared(metric, pairs, names=("own form", "swapped"))
+            pairs = {f"k={k}": same(of_k(own, k), of_k(other, k), metric) for k in ks}
+            comparisons = compared(metric, pairs, names=("own form", "swapped"))
             into = "a calibrated threshold" if form == THRESHOLD else "the top k of each token"
-            told = f"{called} under the other's activation function ({into}) loses in {name}"
-            parts.append(tested("S5", told, found, other))
-    return parts
+            statement = f"{called} under the other's activation function ({into}) loses in {name}"
+            findings.append(decide("S5", statement, comparisons, other))
+    return findings

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from benchmarks.contestants.spec import LONG_SILENT, LR, PREFIXES, SELECTING, Contestant, Spec, level, mean_l0
 
-_TRAINERS: dict[str, Any] = {
+TRAINERS: dict[str, Any] = {
     "topk": TopKTrainer,
     "batchtopk": BatchTopKTrainer,
     "matryoshka": MatryoshkaBatchTopKTrainer,
@@ -43,7 +43,7 @@ def elementwise(W_DF: Tensor, grad_DF: Tensor, activation_dim: int, d_sae: int) 
 class DictionaryLearning:
     def __init__(self, spec: Spec, sample_BD: Tensor, *, repaired: bool) -> None:
         self.spec, self.at = spec, _STEADY
-        trainer = _TRAINERS[spec.variant]
+        trainer = TRAINERS[spec.variant]
         if repaired:
             home = sys.modules[trainer.__module__]
             assert hasattr(home, "remove_gradient_parallel_to_decoder_directions")

@@ -87,14 +87,14 @@ class DenseProducts:
 
 def _best(run: Callable[[], object], device: str) -> float:
     """Least seconds of five runs."""
-    found = []
+    seconds = []
     for _ in range(6):
         wait(device)
         began = time.perf_counter()
         run()
         wait(device)
-        found.append(time.perf_counter() - began)
-    return min(found[1:])
+        seconds.append(time.perf_counter() - began)
+    return min(seconds[1:])
 
 
 def wait(device: str) -> None:

@@ -84,8 +84,8 @@ class Process:
             self.log.seek(0)
             words = [line.strip() for line in self.log if line.strip()]
             raise Failed(" / ".join(words[-2:]) or f"ended with {code}")
-        found: dict[str, Any] = json.loads(answer)
-        return found
+        reply: dict[str, Any] = json.loads(answer)
+        return reply
 
     def ready(self) -> None:
         """Wait until it is made: called once, before anything is asked."""

@@ -72,9 +72,9 @@ def show(cell: Cell) -> str:
     return "\n".join(lines)
 
 
-def _verdict(what: str, found: float, goal: float, *, most: bool) -> str:
-    met = found <= goal if most else found >= goal
-    return f"{'met' if met else 'MISSED':<7}{what}: {found:.2f} (goal: at {'most' if most else 'least'} {goal:g})"
+def _verdict(what: str, reached: float, goal: float, *, most: bool) -> str:
+    met = reached <= goal if most else reached >= goal
+    return f"{'met' if met else 'MISSED':<7}{what}: {reached:.2f} (goal: at {'most' if most else 'least'} {goal:g})"
 
 
 _SPEED_UP = {
@@ -117,9 +117,9 @@ def goals(cells: Iterable[Cell]) -> list[str]:
         fastest = fastest_peer(cell, among)
         if OURS not in rows or fastest is None:
             continue
-        found = (_on_cpu if spec.device == "cpu" else _on_gpu)(cell, spec, fastest)
+        verdicts = (_on_cpu if spec.device == "cpu" else _on_gpu)(cell, spec, fastest)
         leanest = min((name for name in rows if ENTRIES[name].peer), key=lambda name: memory(cell, name))
         share = memory(cell, OURS) / memory(cell, leanest)
-        found.append(_verdict(f"of {leanest}'s memory, the leanest", share, 0.75, most=True))
-        lines += [f"{spec.variant} B={spec.batch} F={spec.width} {spec.dead:.0%} dead: {line}" for line in found]
+        verdicts.append(_verdict(f"of {leanest}'s memory, the leanest", share, 0.75, most=True))
+        lines += [f"{spec.variant} B={spec.batch} F={spec.width} {spec.dead:.0%} dead: {line}" for line in verdicts]
     return lines

@@ -13,6 +13,8 @@ from data.base.location import Location
 from data.base.records import canonical, flatten
 from data.loading.norm_filter import read_norms, sampled_chunks
 from data.store.files import SPLITS, arrays
+from data.store.manifest import TRAIN
+from data.store.massive import massive_line
 from data.store.store import ORIGIN, Store
 from data.tools.inventory import Entry, makers_of
 
@@ -95,6 +97,15 @@ def _split(store: Store, split: str) -> Iterator[str]:
         yield line
 
 
+def _massive(store: Store) -> Iterator[str]:
+    """A line for each site with massive activations, from the commit records alone."""
+    for site in store.sites(TRAIN):
+        if store.rows(TRAIN, site):
+            line = massive_line(site, store.stats(TRAIN, site))
+            if line is not None:
+                yield f"note: {line}"
+
+
 def _norms(store: Store, split: str, site: str, times: float, most: int) -> Iterator[str]:
     """Norms by position and outlier tokens of a site."""
     total = store.rows(split, site)
@@ -127,6 +138,7 @@ def report(path: Location, times: float, most: int) -> Iterator[str]:
     yield from (f"  {count} records by {maker or 'an unnamed device'}" for maker, count in makers.most_common())
     for split in SPLITS:
         yield from _split(store, split)
+    yield from _massive(store)
     for split in SPLITS:
         for site in store.sites(split):
             if store.rows(split, site):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from data.base.errors import UserError
+from data.base.files import format_bytes
 from data.base.sites import Site
 from data.store.layout import Layout
 from data.store.manifest import HELDOUT, TRAIN, Manifest
@@ -136,11 +137,11 @@ def test_what_a_crash_left_out_of_a_unit_is_made_up_for(tmp_path: Path) -> None:
         (store.path / "commits" / f"{lost}.json").unlink()
     store = Store.open(store.path)
     sites = [Site.parse("resid_post.0"), Site.parse("mlp_out.1")]
-    left = [(u.split, u.index, u.sites, u.books) for u in plan(store, store.layout, PACKED, sites)]
+    left = [(u.split, u.index, u.sites, u.index_arrays) for u in plan(store, store.layout, PACKED, sites)]
     assert left == [
+        (HELDOUT, 0, (), (ORIGIN,)),
         (TRAIN, 1, (), (TOKENS, ORIGIN)),
         (TRAIN, 2, ("mlp_out.1",), ()),
-        (HELDOUT, 0, (), (ORIGIN,)),
     ]
     harvest(store, model, "resid_post.0", "mlp_out.1")
     assert contents(store.path) == contents(whole.path)
@@ -208,6 +209,6 @@ def test_another_device_or_library_is_refused(tmp_path: Path) -> None:
 
 
 def test_sizes_are_readable() -> None:
-    assert [size(n) for n in (0, 999, 1500, 2.5e6, 3.21e9, 4e15)] == [
+    assert [format_bytes(n) for n in (0, 999, 1500, 2.5e6, 3.21e9, 4e15)] == [
         *("0 bytes", "999 bytes", "1.5 kB", "2.5 MB", "3.2 GB", "4000.0 TB")
     ]

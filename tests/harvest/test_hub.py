@@ -145,7 +145,7 @@ def test_a_download_takes_one_kind_of_weights(fake_hub: type[FakeHub], folder: P
     weights = {"safetensors": "model.safetensors", "bin": "pytorch_model.bin"}[kind]
     assert {name for name in fake_hub.served if not name.endswith(".json")} == {weights}
     fake_hub.refusal = (500, "")
-    assert lm.context_limit(cfg) == 24  # now from the cache
+    assert lm.LanguageModel.of(cfg).context_limit == 24  # now from the cache
     if kind == "safetensors":
         assert torch.equal(lm.load_model(cfg).lm_head.weight, lm.load_model({"name": str(folder)}).lm_head.weight)
 

@@ -54,11 +54,15 @@ CASES = [
     *topk_cases(),
     Case("gated", {"sparsity": 0.3}, reference.gated, {"sparsity": 0.3}),
     Case("jumprelu", {"sparsity": 0.3, "bandwidth": 0.4}, reference.jumprelu, {"sparsity": 0.3, "eps": 0.8}),
-    Case(
-        "jumprelu",
-        {"sparsity": 0.3, "bandwidth": 0.4, "target_l0": 5.0},
-        reference.jumprelu,
-        {"sparsity": 0.3, "eps": 0.8, "target": 5.0},
+    *(
+        Case(
+            "jumprelu",
+            {"sparsity": 0.3, "bandwidth": 0.4, "target_l0": target, "target_form": form},
+            reference.jumprelu,
+            {"sparsity": 0.3, "eps": 0.8, "target": target, "form": form},
+        )
+        for target in (5.0, 20.0)
+        for form in ("log", "square")
     ),
 ]
 

@@ -69,9 +69,15 @@ def build(name: str = "gpt2") -> Any:
     return model.eval().requires_grad_(False)
 
 
-def save_model(folder: Path, name: str = "gpt2") -> Path:
-    """A model of `CONFIGS` with the tokenizer beside it."""
-    build(name).save_pretrained(folder)
+def save_model(folder: Path, name: str = "gpt2", sink: float = 0.0) -> Path:
+    """A model of `CONFIGS` with the tokenizer beside it.
+
+    sink: what the first position of a context has in one dimension of a GPT-2's stream, as massive activations have.
+    """
+    model = build(name)
+    if sink:
+        model.transformer.wpe.weight[0, 5] = sink
+    model.save_pretrained(folder)
     tokenizer().save_pretrained(folder)
     return folder
 

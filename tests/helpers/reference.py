@@ -182,7 +182,15 @@ def gated(x: Array, p: Parameters, v: float, centred: bool, *, sparsity: float) 
 
 
 def jumprelu(
-    x: Array, p: Parameters, v: float, centred: bool, *, sparsity: float, eps: float, target: float | None = None
+    x: Array,
+    p: Parameters,
+    v: float,
+    centred: bool,
+    *,
+    sparsity: float,
+    eps: float,
+    target: float | None = None,
+    form: str = "log",
 ) -> Result:
     run = Pass(x, p, v, centred)
     z, theta = run.z, p["theta"]
@@ -194,6 +202,9 @@ def jumprelu(
     if target is None:
         run.loss += sparsity * l0
         slope = sparsity
+    elif form == "log" and l0 > target:
+        run.loss += sparsity * np.log(l0 / target) ** 2
+        slope = sparsity * 2 * np.log(l0 / target) / l0
     else:
         run.loss += sparsity * (l0 / target - 1) ** 2
         slope = sparsity * 2 * (l0 / target - 1) / target

@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from data.base.cli import CONF, preset_settings
 from data.base.errors import UserError
-from harvest.run import Request
+from harvest.request import HarvestRequest
 from tests.train.conftest import SITE, D
 from train.run import build, train
 from train.sae import load_config
@@ -78,7 +78,7 @@ def test_what_it_harvests_is_enough_for_what_it_trains(preset: str) -> None:
     assert harvests["tokens"] >= trains["tokens"] + trains["calibration_tokens"] + trains["batch"] + 2 * chunk
     assert not {"sae", "optimizer", "site", "batch"} & harvests.keys()
     assert not {"sites", "lm_batch"} & trains.keys()
-    Request.of(composed("harvest", preset, *HERE, f"sites=[{SITE}]", "cache=x"))
+    HarvestRequest.from_config(composed("harvest", preset, *HERE, f"sites=[{SITE}]", "cache=x"))
 
 
 @pytest.mark.parametrize("preset", PRESETS)

@@ -30,6 +30,11 @@ class SAEConfig(Settings):
         """What the sparsity aims at, in a few letters."""
         raise NotImplementedError
 
+    @property
+    def wanted_l0(self) -> int | float | None:
+        """The mean L0 that training aims at; None where there is none."""
+        return None
+
 
 class PenaltyConfig(SAEConfig):
     """Settings of a variant whose loss has a sparsity coefficient, which may aim at an L0."""
@@ -47,6 +52,10 @@ class PenaltyConfig(SAEConfig):
         if k is not None and target is not None and k != target:
             raise ValueError(f"k={k} is an older name of target_l0={target}: give one of them")
         return settings | {"target_l0": target if k is None else k}
+
+    @property
+    def wanted_l0(self) -> int | float | None:
+        return self.target_l0
 
 
 class SparsityConfig(PenaltyConfig):
@@ -106,3 +115,7 @@ class AuxKConfig(SAEConfig):
     @property
     def aim(self) -> str:
         return f"k={self.k}"
+
+    @property
+    def wanted_l0(self) -> int | float | None:
+        return self.k

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import numpy as np
 import pytest
 
-from benchmarks.claims.scores import Asked, Scored
+from benchmarks.claims.scores import Candidate, Scored
 from evaluate.inputs import SavedSAE
 from tests.helpers.tiny_lm import harvested, tiny_lm
 
@@ -51,7 +51,7 @@ def made() -> Made:
         config = {"variant": variant, "settings": settings, "training": training}
         counts = told.get("counts", np.full((2, SEQUENCES, 2), [[[0, TOKENS]], [[0, 0]]], np.int32))
         firing = {"by_position": [1.0] * TOKENS}
-        asked = Asked(SavedSAE(Path("nowhere"), config), told.get("form", "shipped"))
-        return Scored(asked, columns, firing, counts, samples=200, seed=0)
+        candidate = Candidate(SavedSAE(Path("nowhere"), config), told.get("form", "inference"))
+        return Scored(candidate, columns, firing, counts, samples=200, seed=0)
 
     return make

@@ -10,7 +10,7 @@ import torch
 
 from benchmarks.claims import gated_jumprelu as rivals
 from benchmarks.claims import scaling, topk
-from benchmarks.claims.bench import BASELINE, NMSE, Bench, Part, at_equal_l0
+from benchmarks.claims.bench import BASELINE, NMSE, Bench, Finding, at_equal_l0
 from benchmarks.claims.law import Law
 from benchmarks.claims.scores import Scored, by_sequence
 from benchmarks.claims.topk import low_peak
@@ -41,11 +41,11 @@ def grid(made: Made, better: float, **told: Any) -> list[Scored]:
     return found
 
 
-def judge(parts: list[Part]) -> dict[tuple[str, str], str]:
+def judge(parts: list[Finding]) -> dict[tuple[str, str], str]:
     return {(part.claim, part.statement): part.verdict for part in parts}
 
 
-def of(parts: list[Part], claim: str, words: str) -> Part:
+def of(parts: list[Finding], claim: str, words: str) -> Finding:
     (part,) = [part for part in parts if part.claim == claim and words in part.statement]
     return part
 
@@ -56,9 +56,9 @@ def test_batchtopk_against_topk_at_equal_l0(made: Made, better: float, verdict: 
     for claim in ("S1", "S2"):
         part = of(parts, claim, "NMSE")
         assert part.verdict == verdict
-        assert [cell.value for cell in part.cells] == pytest.approx([better - 1] * 3, abs=2e-3)
-    assert [cell.label for cell in of(parts, "S1", "NMSE").cells] == ["F=64 k=1", "F=128 k=1", "F=256 k=1"]
-    assert [cell.label for cell in of(parts, "S2", "NMSE").cells] == ["F=128 k=1", "F=128 k=2", "F=128 k=4"]
+        assert [cell.value for cell in part.comparisons] == pytest.approx([better - 1] * 3, abs=2e-3)
+    assert [cell.label for cell in of(parts, "S1", "NMSE").comparisons] == ["F=64 k=1", "F=128 k=1", "F=256 k=1"]
+    assert [cell.label for cell in of(parts, "S2", "NMSE").comparisons] == ["F=128 k=1", "F=128 k=2", "F=128 k=4"]
     assert of(parts, "S1", "NMSE").extent()["widths"] == [64, 128, 256]
 
 
@@ -153,7 +153,7 @@ def test_dead_latents_are_compared_within_the_design(made: Made, dead: tuple[int
     parts = scaling.claims(Bench(saes, [], SETTINGS))
     part = of(parts, "S8", "AuxK leaves fewer")
     assert part.verdict == verdict
-    assert part.cells[0].value == pytest.approx((dead[0] - dead[1]) / 256)
+    assert part.comparisons[0].value == pytest.approx((dead[0] - dead[1]) / 256)
 
 
 def peaked(low: int, context: int = TOKENS) -> np.ndarray[Any, Any]:
@@ -182,7 +182,7 @@ def test_l0_that_never_changes_does_not_vary(made: Made) -> None:
         sae = made("batchtopk", 128, nmse=0.1, l0=5, k=5, counts=counts)
         part = of(topk._varying(Bench([sae], [], SETTINGS)), "S3", "varies")
         assert part.verdict == verdict
-    assert part.cells[0].shown["sd / mean"] == pytest.approx(4 / 5)
+    assert part.comparisons[0].shown["sd / mean"] == pytest.approx(4 / 5)
 
 
 @pytest.mark.parametrize(

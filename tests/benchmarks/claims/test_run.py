@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 import pytest
 
 from benchmarks.claims.bench import BASELINE
-from benchmarks.claims.run import judge, wanted
+from benchmarks.claims.run import candidates, judge
 from data.base.errors import UserError
 from evaluate.inputs import SavedSAE
 from train.sae.io import save
@@ -45,11 +44,11 @@ def test_scores_are_kept_and_made_once(
     path = judge(settings)
     told = json.loads((path.parent / "claims.json").read_text())
     assert {(sae["settings"]["k"], sae["form"]) for sae in told["saes"]} == {
-        (k, form) for k in (1, 2) for form in ("shipped", "threshold")
+        (k, form) for k in (1, 2) for form in ("inference", "threshold")
     }
     assert len(told["saes"]) == 4
     by_form = {(sae["settings"]["k"], sae["form"]): sae["metrics"]["l0"]["value"] for sae in told["saes"]}
-    assert by_form[2, "shipped"] == 2
+    assert by_form[2, "inference"] == 2
     monkeypatch.setattr("benchmarks.claims.scores.open_text", None)  # nothing is left to be scored
     assert judge(settings) == path
     assert json.loads((path.parent / "claims.json").read_text()) == told
@@ -88,11 +87,8 @@ def test_forms_are_asked_of_the_plain_saes_of_the_fixed_width() -> None:
         trained("relu", 32),
         trained("topk", 32),
     ]
-    forms = [
-        (one.form, one.trained.config["variant"], one.trained is not saes[0])
-        for one in wanted(saes, {"expansion": 2, "batch": 16})
-    ]
-    more = [one for one in forms if one[0] != "shipped"]
+    forms = [(one.form, one.trained.config["variant"], one.trained is not saes[0]) for one in candidates(saes, 2, 16)]
+    more = [one for one in forms if one[0] != "inference"]
     assert [form[:2] for form in more] == [
         ("threshold", "topk"),
         ("batch", "batchtopk"),
@@ -104,42 +100,41 @@ def test_forms_are_asked_of_the_plain_saes_of_the_fixed_width() -> None:
 
 @pytest.mark.slow
 def test_the_smallest_form_of_make_claims(harvested: dict[str, Any], tmp_path: Path) -> None:
-    """The target's own commands on a tiny model: they run as they stand, and every claim meets the SAEs it is about."""
-    files = f"text=files text.paths=[{harvested['root'] / 'text' / '*.txt'}] packing.context=16 packing.heldout=0.3"
-    cache = f"cache={tmp_path / 'cache'}"
-    variables = {
-        "PY": sys.executable,
-        "LM": f"model.name={harvested['root'] / 'lm'} model.device=cpu {files} heldout_tokens=300 {cache}",
-        "SITE": "resid_post.0",
-        "ROWS": "2000",
-        "TOKENS": "1000",
-        "SPECIAL_ROWS": "1500",
-        "SPECIAL_TOKENS": "500",
-        "CALIBRATION": "256",
-        "WIDTHS": "2,4,8",
-        "WIDTH": "4",
-        "WIDEST": "8",
-        "K": "2",
-        "KS": "1,2,4",
-        "RIVAL_KS": "2,6",
-        "BATCH": "32",
-        "BATCHES": "16,64",
-        "CLAIMS": str(tmp_path / "claims"),
-        "ARGS": f"{cache} tokens=250 bootstrap=100 device=cpu",
+    """The target's command on a tiny model: every claim meets the SAEs it is about; a second run trains none."""
+    text = f"text.paths=[{harvested['root'] / 'text' / '*.txt'}]"
+    model = [f"model.name={harvested['root'] / 'lm'}", "model.device=cpu", "text=files", text]
+    model += ["packing.context=16", "packing.heldout=0.3"]
+    sizes = {"rows": 2000, "tokens": 1000, "special_rows": 1500, "special_tokens": 500, "calibration_tokens": 256}
+    sizes |= {"batch": 32, "batches": "[16,64]", "widths": "[2,4,8]", "width": 4, "widest": 8}
+    sizes |= {
+        "k": 2,
+        "ks": "[1,2,4]",
+        "rival_ks": "[2,4,6]",
+        "site": "resid_post.0",
+        "harvest": '["heldout_tokens=300"]',
     }
-    asked = [f"{name}={value}" for name, value in variables.items()]
-    alone = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}  # as if no make ran this
-    commands = subprocess.run(
-        ["make", "-n", "-o", "setup", "claims", *asked], cwd=ROOT, env=alone, capture_output=True, text=True, check=True
-    ).stdout.splitlines()
-    for command in commands:
-        done = subprocess.run(command, cwd=ROOT, shell=True, capture_output=True, text=True)
-        assert done.returncode == 0, f"{command}\n{done.stderr[-2000:]}"
-    told = json.loads((tmp_path / "claims" / "claims.json").read_text())
-    tested = {part["claim"] for part in told["parts"] if part["cells"]}
-    assert {"S1", "S2", "S3", "S4", "S5", "S7", "S8", "future work"} <= tested
-    forms = {(sae["variant"], sae["form"]) for sae in told["saes"]}
+    sizes |= {"train": '["heldout_tokens=300"]', "rates.batchtopk": 5e-3}
+    overrides = [f"study.{name}={value}" for name, value in sizes.items()]
+    overrides.append(f"study.model={json.dumps(model)}")
+    overrides += [
+        f"cache={tmp_path / 'cache'}",
+        f"out={tmp_path / 'claims'}",
+        "tokens=250",
+        "bootstrap=100",
+        "device=cpu",
+    ]
+    command = [sys.executable, "-m", "benchmarks.claims", *overrides]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    record = json.loads((tmp_path / "claims" / "claims.json").read_text())
+    compared = {one["claim"] for one in record["findings"] if one["comparisons"]}
+    assert {"S1", "S2", "S3", "S4", "S5", "S7", "S8", "future work"} <= compared
+    forms = {(sae["variant"], sae["form"]) for sae in record["saes"]}
     assert {("batchtopk", "batch"), ("batchtopk", "per token"), ("topk", "threshold"), ("relu", "rescaled")} <= forms
-    assert {sae["training"]["batch"] for sae in told["saes"]} == {16, 32, 64}
-    # grid 18, dead 3 and one of the grid's, rivals 4, baseline 2, batch 4, special 6; other forms 11
-    assert len(told["saes"]) == 48
+    assert {sae["training"]["batch"] for sae in record["saes"]} == {16, 32, 64}
+    # grid 18, dead 3 and one of the grid's, rivals 6, baseline 3, batch 4, special 6; other forms 3 + 6 + 3
+    assert len(record["saes"]) == 52
+    weights = {path: path.stat().st_mtime_ns for path in (tmp_path / "claims").rglob("sae.safetensors")}
+    again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr[-2000:]
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "claims").rglob("sae.safetensors")} == weights

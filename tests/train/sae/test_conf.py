@@ -36,7 +36,8 @@ def test_the_yaml_holds_every_setting_of_its_class(name: str) -> None:
 def test_the_optimizer_holds_plain_values_in_its_state(name: str) -> None:
     config = OmegaConf.load(CONF / "optimizer" / f"{name}.yaml")
     parameter = torch.nn.Parameter(torch.ones(3))
-    optimizer = instantiate(config.optimizer)([parameter])
+    assert config.optimizer.lr == "auto"
+    optimizer = instantiate(config.optimizer, lr=1e-3)([parameter])
     assert isinstance(optimizer, torch.optim.Adam)
     group = optimizer.state_dict()["param_groups"][0]
     assert type(group["betas"]) in (list, tuple)

@@ -53,18 +53,8 @@ class _Encode(torch.autograd.Function):
             if grad is None:
                 continue
             part_dD, part_d = _weight_gradient(grad, support, xc_BD)
-            if grad_FD is None or totals_F is None:
-                if latents_d is None:
-                    grad_FD, totals_F = part_dD, part_d
-                else:
-                    grad_FD, totals_F = torch.zeros_like(W_enc_FD), W_enc_FD.new_zeros(len(W_enc_FD))
-                    grad_FD.index_add_(0, latents_d, part_dD)
-                    totals_F.index_add_(0, latents_d, part_d)
-            elif latents_d is None:
-                grad_FD, totals_F = grad_FD + part_dD, totals_F + part_d
-            else:
-                grad_FD.index_add_(0, latents_d, part_dD)
-                totals_F.index_add_(0, latents_d, part_d)
+            grad_FD = _added(grad_FD, part_dD, latents_d, W_enc_FD)
+            totals_F = _added(totals_F, part_d, latents_d, W_enc_FD[:, 0])
             if grad_x is not None:
                 grad_x += _input_gradient(grad, support, W_enc_FD if latents_d is None else W_enc_FD[latents_d])
         if grad_FD is None or totals_F is None:
@@ -72,6 +62,15 @@ class _Encode(torch.autograd.Function):
         grad_bias = totals_F if ctx.needs_input_grad[2] else None
         grad_b_dec = -(totals_F @ W_enc_FD) if ctx.needs_input_grad[3] else None
         return grad_x, grad_FD, grad_bias, grad_b_dec, None, None, None, None
+
+
+def _added(total: Tensor | None, part: Tensor, latents_d: Tensor | None, whole: Tensor) -> Tensor:
+    """Add a selection's part to a gradient shaped as `whole`; a first part over all latents is it already."""
+    if latents_d is None:
+        return part if total is None else total + part
+    if total is None:
+        total = torch.zeros_like(whole, memory_format=torch.contiguous_format)
+    return total.index_add_(0, latents_d, part)
 
 
 def _weight_gradient(grad: Tensor, support: Support | None, xc_BD: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -14,20 +14,27 @@ from data.base.config import Flag, Real
 from train.sae.base import PLAIN, SAE, StepOutput, TrainContext
 from train.sae.config import PenaltyConfig
 from train.sae.sparse.codes import Codes
-from train.sae.sparse.rules import Above, Selection
+from train.sae.sparse.rules import Above, Selection, TopOfBatch
 
-_WEIGHT, _WEIGHT_OF_TARGET = 0.001, 0.3  # of E[L0] and of (E[L0] / target_l0 - 1)^2, where `sparsity` is None
+_WEIGHT = 0.001  # of E[L0], where `sparsity` is None
+_WEIGHT_OF_TARGET = {"log": 3.0, "square": 0.3}  # likewise of each target form
+_THRESHOLD = 0.001  # the first, where `initial_threshold` is None
+_START = 2  # times target_l0: the mean L0 that target_form=log begins at
+_START_ROWS = 1024  # tokens it is measured on
 
 
 class JumpReLUConfig(PenaltyConfig):
     """Settings of JumpReLU."""
 
     sparsity: Real = Field(ge=0)
-    """Coefficient of the mean L0, or of the target form's square; null: 0.001, with `target_l0` 0.3."""
+    """Coefficient of the mean L0, or of the target form's square; null: 0.001, with `target_l0` 3 (square: 0.3)."""
+    target_form: Literal["log", "square"] = "log"
+    """What is squared with `target_l0`: the logarithm of L0 / target_l0, or L0 / target_l0 - 1 (the paper's)."""
     bandwidth: Real = Field(0.001, gt=0)
     """Width of the kernel for E||x'||^2 = 1 (the paper's); multiplied by sqrt(E||x'||^2) inside."""
-    initial_threshold: Real = Field(0.001, gt=0)
-    """Where each threshold starts, in the same units."""
+    initial_threshold: Real | None = Field(None, gt=0)
+    """Where each threshold starts, in the same units; null: 0.001 (the paper's), and where `target_form` log aims at a
+    `target_l0` the one that gives twice that L0."""
     apply_b_dec_to_input: Flag = False
     """Whether the encoder reads x' - b_dec: not in the paper."""
 
@@ -37,7 +44,8 @@ class JumpReLUConfig(PenaltyConfig):
         if not isinstance(given, dict) or given.get("sparsity") is not None:
             return given
         aims = given.get("target_l0") is not None or given.get("k") is not None
-        return given | {"sparsity": _WEIGHT_OF_TARGET if aims else _WEIGHT}
+        of_target = _WEIGHT_OF_TARGET.get(str(given.get("target_form", "log")), _WEIGHT)
+        return given | {"sparsity": of_target if aims else _WEIGHT}
 
     @model_validator(mode="after")
     def _reachable(self) -> JumpReLUConfig:
@@ -93,10 +101,14 @@ class _MeanL0(torch.autograd.Function):
 class JumpReLU(SAE):
     """f = z 1[z > theta]; loss = NMSE + sparsity * E[L0]. Rajamanoharan et al. 2407.14435.
 
-    With `target_l0` the penalty is sparsity * (E[L0] / target_l0 - 1)^2, the paper's target form. Pseudo-derivatives
-    with K(u) = 1[|u| < 1/2], u = (z - theta) / eps, z before the jump: df/dtheta = -(theta / eps) K(u),
-    d1[z > theta]/dtheta = -(1 / eps) K(u). `bandwidth` eps and `initial_threshold` are given for E||x'||^2 = 1, as in
-    the paper, and multiplied here by sqrt(E||x'||^2). theta itself is the parameter, kept positive.
+    With `target_l0` the penalty is sparsity * t(r)^2, r = E[L0] / target_l0. `target_form=square`: t(r) = r - 1, the
+    paper's. `log`: t(r) = log r above 1 and r - 1 below, alike near 1. The square's gradient at the paper's start,
+    where r is 30, stays in Adam's second moment for the rest of a short run and leaves theta hardly any step. It rests
+    where 2 sparsity log r is the NMSE's slope in log L0, some 0.05 to 0.1: about 1% above the target.
+
+    Pseudo-derivatives with K(u) = 1[|u| < 1/2], u = (z - theta) / eps, z before the jump: df/dtheta = -(theta / eps)
+    K(u), d1[z > theta]/dtheta = -(1 / eps) K(u). `bandwidth` eps and `initial_threshold` are given for E||x'||^2 = 1,
+    as in the paper, and multiplied here by sqrt(E||x'||^2). theta itself is the parameter, kept positive.
     """
 
     name = "jumprelu"
@@ -107,7 +119,8 @@ class JumpReLU(SAE):
         self.theta = nn.Parameter(torch.full((self.width,), self._first_theta()))
 
     def _first_theta(self) -> float:
-        return float(self.config.initial_threshold * self.mean_sq.sqrt())
+        share = self.config.initial_threshold
+        return float((_THRESHOLD if share is None else share) * self.mean_sq.sqrt())
 
     @property
     def eps(self) -> Float[Tensor, ""]:
@@ -123,17 +136,15 @@ class JumpReLU(SAE):
         f_BF: Tensor = _Jump.apply(z_BF, self.theta, self.eps)  # type: ignore[no-untyped-call]
         xn_hat_BD = f_BF @ self.W_dec + self.b_dec
         l0: Tensor = _MeanL0.apply(z_BF, self.theta, self.eps, len(xn_BD))  # type: ignore[no-untyped-call]
-        target = self.config.target_l0
-        penalty = l0 if target is None else (l0 / target - 1) ** 2
         nmse = (xn_hat_BD - xn_BD).square().sum(1).mean() / self.variance
-        return nmse + context.sparsity_scale * self.config.sparsity * penalty
+        return nmse + context.sparsity_scale * self.config.sparsity * self._penalty(l0)
 
     def encode_sparse(self, xn_BD: Float[Tensor, "B D"]) -> tuple[Codes, Tensor]:
         (codes,) = self.select(xn_BD, self.bias_F, [Selection(Above(self.theta.detach()))])
         return codes, torch.where(codes.values > codes.at(self.theta), codes.values, 0.0)
 
     def loss(self, xn_BD: Float[Tensor, "B D"], context: TrainContext = PLAIN) -> StepOutput:
-        tokens, eps, target = len(xn_BD), self.eps, self.config.target_l0
+        tokens, eps = len(xn_BD), self.eps
         # Half of eps reaches theta, the rest is for rounding.
         (codes,) = self.select(xn_BD, self.bias_F, [Selection(Above(self.theta.detach() - eps))])
         theta = codes.at(self.theta)
@@ -141,10 +152,18 @@ class JumpReLU(SAE):
         xn_hat_BD = self.decode_sparse(codes, f)
         nmse = self.nmse(xn_hat_BD, xn_BD)
         l0: Tensor = _MeanL0.apply(codes.values, theta, eps, tokens)  # type: ignore[no-untyped-call]
-        penalty = l0 if target is None else (l0 / target - 1).square()
-        sparsity = context.sparsity_scale * self.config.sparsity * penalty
+        sparsity = context.sparsity_scale * self.config.sparsity * self._penalty(l0)
         metrics = {"nmse": nmse.detach(), "l0": l0.detach(), "sparsity": sparsity.detach()}
         return StepOutput(nmse + sparsity, metrics, codes.of(f), xn_hat_BD.detach())
+
+    def _penalty(self, l0: Float[Tensor, ""]) -> Float[Tensor, ""]:
+        """Compute what `sparsity` multiplies: the mean L0, or the squared distance from its target."""
+        if self.config.target_l0 is None:
+            return l0
+        ratio = l0 / self.config.target_l0
+        if self.config.target_form == "square":
+            return (ratio - 1).square()
+        return torch.where(ratio > 1, ratio.clamp_min(1).log(), ratio - 1).square()
 
     @torch.no_grad()
     def after_step(self, step: StepOutput) -> None:
@@ -152,3 +171,11 @@ class JumpReLU(SAE):
 
     def start_variant(self, xn_ND: Float[Tensor, "N D"]) -> None:
         self.theta.fill_(self._first_theta())
+        config = self.config
+        if config.target_l0 is None or config.target_form == "square" or config.initial_threshold is not None:
+            return
+        rows = xn_ND[:_START_ROWS]
+        count = max(1, round(_START * config.target_l0 * len(rows)))
+        (codes,) = self.select(rows, self.bias_F, [Selection(TopOfBatch(count))])
+        if len(codes.values):
+            self.theta.fill_(codes.values.min())

@@ -11,14 +11,14 @@ from torch import Tensor
 from train.sae.base import SAE, StepOutput, TrainContext
 from train.sae.config import SparsityConfig
 
-_RATE = 0.02  # of the coefficient's logarithm a step, at an L0 e times too large or more
+_RATE = 0.05  # of the coefficient's logarithm a step, at an L0 e times too large or more
 
 
 class L1SAE(SAE):
     """A loss with `sparsity` * `sparsity_factor` * an L1.
 
     With `target_l0` the coefficient starts at `sparsity` and follows the mean L0 of the training batches: once it is
-    warmed up, each step multiplies the factor by exp(0.02 * log(L0 / target_l0)), the logarithm held within +-1, so
+    warmed up, each step multiplies the factor by exp(0.05 * log(L0 / target_l0)), the logarithm held within +-1, so
     that L0 settles about the target. Not in the papers; it spares a search where variants are compared at equal L0.
     Without `target_l0` the factor stays 1.
     """

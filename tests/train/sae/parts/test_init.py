@@ -60,8 +60,9 @@ def test_an_initialised_sae_is_in_scale(form: str, norm: str) -> None:
     first = xn[:1024]
     made = f_of(sae.loss(first)) @ sae.W_dec
     lengths = made.square().sum() / (first - sae.b_dec).square().sum()
-    # A quantile leaves the smallest out by which it is measured.
-    loose = {"jumprelu": 0.02, "batchtopk quantile": 1e-3, "matryoshka quantile": 1e-3, "jumprelu target": 0.02}
+    # A quantile leaves the smallest out by which it is measured. A target's thresholds rise after the scale is set, so
+    # it starts smaller, by what the latents beyond 2k would add.
+    loose = {"jumprelu": 0.02, "batchtopk quantile": 1e-3, "matryoshka quantile": 1e-3, "jumprelu target": 0.5}
     assert lengths.item() == pytest.approx(1, rel=loose.get(form, 1e-4))
 
 

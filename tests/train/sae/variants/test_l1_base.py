@@ -24,11 +24,11 @@ def step_at(sae: SAE, l0: float, sparsity_scale: float = 1.0) -> StepOutput:
 def test_the_factor_moves_by_the_logarithm_of_the_ratio(form: str) -> None:
     sae = make(form)
     sae.after_step(step_at(sae, 15.0))
-    assert float(sae.sparsity_factor) == pytest.approx(math.exp(0.02 * math.log(1.5)))
+    assert float(sae.sparsity_factor) == pytest.approx(math.exp(0.05 * math.log(1.5)))
     sae.after_step(step_at(sae, 10 / 1.5))
     assert float(sae.sparsity_factor) == pytest.approx(1.0)
     sae.after_step(step_at(sae, 0.0))
-    assert float(sae.sparsity_factor) == pytest.approx(math.exp(-0.02))
+    assert float(sae.sparsity_factor) == pytest.approx(math.exp(-0.05))
 
 
 def test_it_waits_for_the_warm_up() -> None:

@@ -1,0 +1,56 @@
+"""What a harvest says when it ends: what the store holds, which sites need care, how to train on it."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator, Sequence
+
+from data.base.sites import Site
+from data.store.files import extent
+from data.store.manifest import HELDOUT, TRAIN
+from data.store.massive import TIMES_MEDIAN, has_massive_rows, massive_line
+from data.store.store import Store
+
+# Training's own defaults (conf/train.yaml), which need not be given where the store has that much.
+_TRAIN_TOKENS, _CALIBRATION, _HELDOUT, _BATCH = 1_000_000, 65_536, 50_000, 1024
+_ORDINARY = 0.9  # of the rows are surely left where massive ones, at most a few a context, are left out
+
+
+def summary(store: Store) -> str:
+    """What a store holds, in a line."""
+    return "; ".join(
+        f"{split}: " + ", ".join(f"{site} {rows:,}" for site, rows in sites.items())
+        for split, sites in extent(store).items()
+        if sites
+    )
+
+
+def advice(store: Store, sites: Sequence[Site]) -> Iterator[str]:
+    """A line for each site that has massive activations, then the command that trains on the store."""
+    for site in map(str, sites):
+        if store.rows(TRAIN, site):
+            line = massive_line(site, store.stats(TRAIN, site))
+            if line is not None:
+                yield f"note: {line}"
+    yield f"train on it: {train_command(store, str(sites[0]))}"
+
+
+def train_command(store: Store, site: str) -> str:
+    """The command for a training on a site, as long as its rows allow."""
+    path = str(store.path)
+    if any(letter in path for letter in " =,'\"{}[]()\\"):
+        path = "'" + path.replace("\\", "\\\\").replace("'", "\\'") + "'"  # as Hydra reads a quoted value
+    parts = [f"store={path}", f"site={site}"]
+    rows, heldout = store.rows(TRAIN, site), store.rows(HELDOUT, site)
+    if rows and has_massive_rows(store.stats(TRAIN, site)):
+        parts.append(f"outliers={TIMES_MEDIAN:g}")
+        rows, heldout = (int(n * _ORDINARY) for n in (rows, heldout))
+    calibration = min(_CALIBRATION, rows // 10)
+    # A chunk is not divided between training and calibration, and the last batch has to be whole.
+    spare = rows - calibration - 2 * store.layout.chunk_rows
+    batch = _BATCH if spare >= 16 * _BATCH else max(1, spare // 16)
+    tokens = min(_TRAIN_TOKENS, max(1, spare - batch) // batch * batch)
+    given = {"tokens": (tokens, _TRAIN_TOKENS), "batch": (batch, _BATCH)}
+    given |= {"calibration_tokens": (calibration, _CALIBRATION), "heldout_tokens": (min(heldout, _HELDOUT), _HELDOUT)}
+    parts += [f"{name}={value}" for name, (value, default) in given.items() if value != default]
+    return f".venv/bin/python -m train {' '.join(shlex.quote(part) for part in parts)}"

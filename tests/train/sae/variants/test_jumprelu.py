@@ -1,0 +1,65 @@
+"""python -m pytest tests/train/sae/variants/test_jumprelu.py: an L0 that is asked for."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from data.base.errors import UserError
+from tests.helpers.toy import D, F, activations, make, train
+from train.sae import SAE, VARIANTS
+
+K = 3.0
+
+
+def targeted(**settings: object) -> SAE:
+    sae = VARIANTS["jumprelu"](D, F, target_l0=K, **settings)
+    sae.initialise(activations(2048))
+    return sae
+
+
+def mean_l0(sae: SAE) -> float:
+    with torch.no_grad():
+        return float((sae.encode(activations(4096, seed=7)) > 0).sum(1).double().mean())
+
+
+def test_it_starts_at_twice_the_target() -> None:
+    assert mean_l0(targeted()) == pytest.approx(2 * K, rel=0.1)
+
+
+def test_a_given_threshold_and_the_paper_s_form_start_where_the_paper_does() -> None:
+    for sae in (targeted(target_form="square"), targeted(initial_threshold=0.001), make("jumprelu")):
+        assert torch.equal(sae.theta.detach(), torch.full((F,), 0.001 * float(sae.mean_sq.sqrt())))
+
+
+@pytest.mark.parametrize(
+    ("target", "ratio", "penalty"),
+    [
+        ("log", 2.5, 3 * math.log(2.5) ** 2),
+        ("log", 0.5, 3 * 0.25),
+        ("square", 2.5, 0.3 * 1.5**2),
+        ("square", 0.5, 0.3 * 0.25),
+    ],
+)
+def test_the_penalty_of_an_l0(target: str, ratio: float, penalty: float) -> None:
+    sae, xn = make("jumprelu"), activations(64)
+    l0 = float(sae.loss(sae.norm.normalise(xn)).metrics["l0"])
+    aimed = VARIANTS["jumprelu"](D, F, target_l0=l0 / ratio, target_form=target)
+    aimed.load_state_dict(sae.state_dict())
+    assert float(aimed.loss(aimed.norm.normalise(xn)).metrics["sparsity"]) == pytest.approx(penalty, rel=1e-5)
+
+
+def test_it_ends_near_the_target() -> None:
+    """In 300 steps at a constant rate; the paper's form, from a dense start, is not there by then."""
+    sae, paper = targeted(), targeted(target_form="square", initial_threshold=0.001)
+    for one in (sae, paper):
+        train(one, 300, batch=256)
+    assert mean_l0(sae) == pytest.approx(K, rel=0.05)
+    assert mean_l0(paper) > 1.08 * K
+
+
+def test_an_unknown_target_is_refused() -> None:
+    with pytest.raises(UserError, match="target_form=cube is not allowed"):
+        targeted(target_form="cube")
