@@ -26,8 +26,8 @@ from torch import Tensor
 from data.base.errors import UserError
 from data.base.location import parse_location
 from data.store.store import Store
+from evaluate.inputs import HeldoutText, SavedSAE, find_saes, group_by_store, open_text
 from evaluate.metrics import statistics, totals
-from evaluate.run import SavedSAE, Text, find_saes, group_by_store, open_text
 from evaluate.score import SiteScore
 from evaluate.splice import Splice
 from harvest.hooks import Site, run_to
@@ -107,7 +107,9 @@ def same_function(saes: Sequence[SavedSAE], x_ND: Tensor, python: Path, room: Pa
 
 
 @torch.no_grad()
-def ours(store: Store, site: str, saes: Sequence[SAE], text: Text, keep_BT: Tensor, ids_BT: Tensor) -> list[Scores]:
+def ours(
+    store: Store, site: str, saes: Sequence[SAE], text: HeldoutText, keep_BT: Tensor, ids_BT: Tensor
+) -> list[Scores]:
     """Our own figures on these contexts."""
     mean_D = torch.from_numpy(store.stats("train", site).mean)
     dtype = getattr(torch, store.layout.dtype)
@@ -208,7 +210,7 @@ def compare(
     store: Store,
     site: str,
     saes: Sequence[SavedSAE],
-    text: Text,
+    text: HeldoutText,
     contexts: tuple[Tensor, Tensor],
     x_ND: Tensor,
     python: Path,

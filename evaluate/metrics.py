@@ -1,15 +1,17 @@
 """What is measured of an SAE: sums in float64 that stream over batches, ratios taken once at the end.
 
 Letters: B contexts of a batch, T tokens of a context, N kept tokens of the batch, P predicted tokens of the batch,
-S sequences of the whole set, D model width, F latents, V vocabulary.
-Every quantity is first a sum for each sequence (a "column" [S]), so that the ratios of pooled sums and their bootstrap
-over sequences come from one table. Memory grows with S by a few numbers a sequence, never with tokens.
+S contexts of the whole set, D model width, F latents, V vocabulary.
+Every quantity is first summed for each context and each document ("columns"). The totals over contexts give the ratios
+of pooled sums; the documents are what their bootstrap draws, for tokens of one document are alike. Memory grows by a
+few numbers a context and a document, never with tokens.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -17,29 +19,48 @@ from jaxtyping import Bool, Float, Int64
 from numpy.typing import NDArray
 from torch import Tensor
 
+from train.sae.metrics import double
+
 Columns = dict[str, NDArray[np.float64]]
+By = Literal["context", "document"]  # what a column has an entry for
 
 TOKEN_EPS = 1e-5  # beside the standard deviation of a token's entries, as `input_norm: token` has it
 LOGITS_AT_ONCE = 1 << 24  # entries of the KL's float32 terms held at a time: 64 MB
 
 
-def double(x: Tensor) -> Tensor:
-    """`x` in float64, on the CPU where the device (Apple's) has none."""
-    return x.cpu().double() if x.device.type == "mps" else x.double()
+class GroupedSums:
+    """Sums in float64 of quantities that tokens have, for each context and, apart, for each document."""
+
+    def __init__(self, names: Sequence[str], n_contexts: int, n_documents: int) -> None:
+        self.of_contexts = {name: torch.zeros(n_contexts, dtype=torch.float64) for name in names}
+        self.of_documents = {name: torch.zeros(n_documents, dtype=torch.float64) for name in names}
+
+    def add(self, name: str, value_N: Tensor, context_N: Tensor, document_N: Tensor) -> None:
+        """Add the values of N tokens."""
+        value_N = value_N.cpu().double()
+        self.of_contexts[name].index_add_(0, context_N.cpu(), value_N)
+        self.of_documents[name].index_add_(0, document_N.cpu(), value_N)
+
+    def table(self, by: By) -> Columns:
+        """Give the sums as columns, which are copies."""
+        sums = self.of_contexts if by == "context" else self.of_documents
+        return {name: column.numpy().copy() for name, column in sums.items()}
+
+    def merged(self, other: GroupedSums) -> GroupedSums:
+        """Give the sums over the tokens of both."""
+        names = list(self.of_contexts)
+        both = GroupedSums(names, 0, 0)
+        both.of_contexts = {name: self.of_contexts[name] + other.of_contexts[name] for name in names}
+        both.of_documents = {name: self.of_documents[name] + other.of_documents[name] for name in names}
+        return both
 
 
 class Reconstruction:
-    """Squared errors, cosine and gamma of a reconstruction, summed in float64 for each sequence.
+    """Squared errors, cosine and gamma of a reconstruction, summed in float64 for each context and each document.
 
     NMSE = sum ||x - x_hat||^2 / sum ||x - mean x||^2, the mean over the whole set. `centre_D` only shifts the sums, so
     that a large constant part of x loses no digits; any value gives the same result.
     """
-
-    def __init__(self, centre_D: Float[Tensor, " D"], sequences: int) -> None:
-        self.centre_D = centre_D
-        self.columns = {name: torch.zeros(sequences, dtype=torch.float64) for name in self.NAMES}
-        self.sum_D = torch.zeros(len(centre_D), dtype=torch.float64)
-        self.sum_token_D = torch.zeros(len(centre_D), dtype=torch.float64)
 
     NAMES = (
         "tokens",
@@ -54,16 +75,24 @@ class Reconstruction:
         "dot_c",
     )
 
+    def __init__(self, centre_D: Float[Tensor, " D"], n_contexts: int, n_documents: int | None = None) -> None:
+        self.centre_D = centre_D
+        self.sums = GroupedSums(self.NAMES, n_contexts, n_contexts if n_documents is None else n_documents)
+        self.sum_D = torch.zeros(len(centre_D), dtype=torch.float64)
+        self.sum_token_D = torch.zeros(len(centre_D), dtype=torch.float64)
+
     def update(
         self,
         x_ND: Float[Tensor, "N D"],
         x_hat_ND: Float[Tensor, "N D"],
         empty_ND: Float[Tensor, "N D"],
-        sequence_N: Int64[Tensor, " N"],
+        context_N: Int64[Tensor, " N"],
+        document_N: Int64[Tensor, " N"] | None = None,
     ) -> None:
         """Add a batch in model units.
 
-        `empty_ND` is what the decoder gives with no latent active (b_dec), `sequence_N` in [0, S) the token's context.
+        `empty_ND` is what the decoder gives with no latent active (b_dec). `context_N` in [0, S) is each token's
+        context, `document_N` its document; without it each context is a document.
         """
         x, x_hat, empty = double(x_ND), double(x_hat_ND), double(empty_ND)
         moved = x - double(self.centre_D).to(x.device)
@@ -89,31 +118,43 @@ class Reconstruction:
             (x_hat_c * x_c).sum(1),
         )
         for name, value_N in zip(self.NAMES, values, strict=True):
-            self.columns[name].index_add_(0, sequence_N.cpu(), value_N.cpu())
+            self.sums.add(name, value_N, context_N, context_N if document_N is None else document_N)
 
-    def table(self) -> Columns:
-        """The columns; deviations are about the mean of the whole set, each sequence bearing its share by tokens."""
-        columns = {name: value.numpy().copy() for name, value in self.columns.items()}
+    def table(self, by: By = "context") -> Columns:
+        """The columns; deviations are about the mean of the whole set, each group bearing its share by tokens."""
+        columns = self.sums.table(by)
         tokens = columns["tokens"]
-        total = tokens.sum()
+        total = self.sums.of_contexts["tokens"].numpy().sum()
         for name, sum_D in (("deviation", self.sum_D), ("deviation_token", self.sum_token_D)):
             columns[name] -= tokens * float((sum_D / total).square().sum())
         columns["error_btk"] = columns["error_token"] / len(self.centre_D)
         return columns
 
+    def merged(self, other: Reconstruction) -> Reconstruction:
+        """The sums over the tokens of both, which have one centre."""
+        both = Reconstruction(self.centre_D, 0)
+        both.sums = self.sums.merged(other.sums)
+        both.sum_D = self.sum_D + other.sum_D
+        both.sum_token_D = self.sum_token_D + other.sum_token_D
+        return both
+
 
 class Firing:
     """How many latents fire on a token (L0), where in the context, and how often each fires; whole numbers, exact."""
 
-    def __init__(self, width: int, context: int, sequences: int) -> None:
+    def __init__(self, width: int, context: int, n_contexts: int, n_documents: int | None = None) -> None:
         self.histogram = torch.zeros(width + 1, dtype=torch.int64)
         self.fired_F = torch.zeros(width, dtype=torch.int64)
         self.by_position_T = torch.zeros(context, dtype=torch.int64)
         self.tokens_T = torch.zeros(context, dtype=torch.int64)
-        self.l0 = torch.zeros(sequences, dtype=torch.float64)
+        self.sums = GroupedSums(("l0",), n_contexts, n_contexts if n_documents is None else n_documents)
 
     def update(
-        self, f_NF: Float[Tensor, "N F"], sequence_N: Int64[Tensor, " N"], position_N: Int64[Tensor, " N"]
+        self,
+        f_NF: Float[Tensor, "N F"],
+        context_N: Int64[Tensor, " N"],
+        position_N: Int64[Tensor, " N"],
+        document_N: Int64[Tensor, " N"] | None = None,
     ) -> None:
         """Add a batch of activations; a latent fires where its activation is above 0."""
         fires_NF = f_NF > 0
@@ -123,7 +164,7 @@ class Firing:
         self.histogram += torch.bincount(l0_N, minlength=len(self.histogram))
         self.by_position_T.index_add_(0, position_N, l0_N)
         self.tokens_T.index_add_(0, position_N, torch.ones_like(l0_N))
-        self.l0.index_add_(0, sequence_N.cpu(), l0_N.double())
+        self.sums.add("l0", l0_N, context_N, context_N if document_N is None else document_N)
 
     def std(self) -> float:
         """The standard deviation of L0 over the tokens of the set."""
@@ -166,10 +207,14 @@ class Predictions:
         cls, logits_BTV: Float[Tensor, "B T V"], ids_BT: Int64[Tensor, "B T"], scored: Bool[Tensor, "B T-1"]
     ) -> Predictions:
         """Cross-entropy in nats of each scored token, from logits of any float type, in float32 at least."""
-        logits_PV = logits_BTV[:, :-1][scored]
+        return cls.of_rows(logits_BTV[:, :-1][scored], ids_BT[:, 1:][scored])
+
+    @classmethod
+    def of_rows(cls, logits_PV: Float[Tensor, "P V"], next_P: Int64[Tensor, " P"]) -> Predictions:
+        """The same of the logits at the scored positions and the token that follows each."""
         logits_PV = logits_PV if logits_PV.dtype == torch.float64 else logits_PV.float()
         logp_PV = logits_PV.log_softmax(-1)
-        return cls(logp_PV, -logp_PV.gather(1, ids_BT[:, 1:][scored][:, None])[:, 0])
+        return cls(logp_PV, -logp_PV.gather(1, next_P[:, None])[:, 0])
 
     def kl_to(self, other: Predictions) -> Float[Tensor, " P"]:
         """KL(self || other) in nats at each position."""
@@ -212,26 +257,43 @@ def statistics(sums: Columns) -> Columns:
 
 
 def resampled(columns: Columns, *, samples: int, seed: int) -> Columns:
-    """Sums of each column over `samples` draws of S sequences with replacement; the same draws for all columns (paired)
-    and, with the same S and seed, for all SAEs."""
+    """Sums of each column over `samples` draws of its groups (documents, or contexts) with replacement.
+
+    The draws are the same for all columns (paired) and, with as many groups and the same seed, for all SAEs.
+    """
     names = list(columns)
     table = np.stack([columns[name] for name in names], axis=1)
     rng = np.random.default_rng(seed)
-    sequences = len(table)
+    groups = len(table)
     sums = np.empty((samples, len(names)))
     for i in range(samples):
-        sums[i] = np.bincount(rng.integers(sequences, size=sequences), minlength=sequences) @ table
+        sums[i] = np.bincount(rng.integers(groups, size=groups), minlength=groups) @ table
     return {name: sums[:, i] for i, name in enumerate(names)}
 
 
-def pooled(columns: Columns, *, samples: int, seed: int) -> dict[str, dict[str, float | None]]:
-    """Every statistic of the whole set with its standard error by the paired bootstrap over sequences.
+def without_empty(documents: Columns) -> Columns:
+    """The columns without the documents of which no token is scored: there is nothing to draw in them."""
+    scored = (documents["tokens"] > 0) | (documents["predicted"] > 0)
+    return {name: column[scored] for name, column in documents.items()}
 
-    None stands for a value that is not finite, and for the error of fewer than two sequences or samples.
+
+@dataclass(frozen=True)
+class SetSums:
+    """The sums of one SAE over contexts, whose totals give the values, and over documents, which the errors draw."""
+
+    contexts: Columns
+    documents: Columns
+
+
+def pooled(columns: SetSums, *, samples: int, seed: int) -> dict[str, dict[str, float | None]]:
+    """Every statistic of the whole set with its standard error by the paired bootstrap over documents.
+
+    None stands for a value that is not finite, and for the error of fewer than two documents or samples.
     """
-    values = statistics(totals(columns))
-    drawn = statistics(resampled(columns, samples=samples, seed=seed))
-    several = min(samples, len(columns["tokens"])) > 1
+    values = statistics(totals(columns.contexts))
+    documents = without_empty(columns.documents)
+    drawn = statistics(resampled(documents, samples=samples, seed=seed))
+    several = min(samples, len(documents["tokens"])) > 1
     result: dict[str, dict[str, float | None]] = {}
     for name, (value,) in values.items():
         known = several and bool(np.isfinite(drawn[name]).all())
@@ -242,19 +304,23 @@ def pooled(columns: Columns, *, samples: int, seed: int) -> dict[str, dict[str, 
     return result
 
 
-def deltas(columns: Columns, baseline: Columns, *, samples: int, seed: int) -> dict[str, dict[str, float | None]]:
+def deltas(columns: SetSums, baseline: SetSums, *, samples: int, seed: int) -> dict[str, dict[str, float | None]]:
     """Every statistic minus the baseline's, with its standard error and 95% percentile interval by the paired bootstrap
-    (each sample draws the same sequences for both). None stands for what is not finite.
+    (each sample draws the same documents for both). None stands for what is not finite.
 
-    `columns` and `baseline` must be of the same sequences in the same order.
+    Raises AssertionError unless both are of the same documents in the same order.
     """
-    assert np.array_equal(columns["tokens"], baseline["tokens"])
-    one, other = (statistics(totals(each)) for each in (columns, baseline))
-    drawn, drawn_other = (statistics(resampled(each, samples=samples, seed=seed)) for each in (columns, baseline))
+    own, others = without_empty(columns.documents), without_empty(baseline.documents)
+    assert np.array_equal(own["tokens"], others["tokens"])
+    value_own, value_other = statistics(totals(columns.contexts)), statistics(totals(baseline.contexts))
+    drawn_own = statistics(resampled(own, samples=samples, seed=seed))
+    drawn_other = statistics(resampled(others, samples=samples, seed=seed))
+    several = min(samples, len(own["tokens"])) > 1
     result: dict[str, dict[str, float | None]] = {}
-    for name in one:
-        value, draws = float(one[name][0] - other[name][0]), drawn[name] - drawn_other[name]
-        known = min(samples, len(columns["tokens"])) > 1 and bool(np.isfinite(draws).all())
+    for name in value_own:
+        value = float(value_own[name][0] - value_other[name][0])
+        draws = drawn_own[name] - drawn_other[name]
+        known = several and bool(np.isfinite(draws).all())
         low, high = np.percentile(draws, [2.5, 97.5]) if known else (None, None)
         result[name] = {
             "value": value if np.isfinite(value) else None,

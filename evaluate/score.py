@@ -7,130 +7,223 @@ S contexts of the set, D model width, F latents.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
+from jaxtyping import Float, Int64
 from torch import Tensor
 
-from evaluate.metrics import Columns, Firing, Predictions, Reconstruction, pooled, scored_positions
+from evaluate.documents import Documents
+from evaluate.forms import SHIPPED, InferenceForm, as_form, form_of
+from evaluate.massive import is_massive
+from evaluate.metrics import (
+    Columns,
+    Firing,
+    GroupedSums,
+    Reconstruction,
+    SetSums,
+    pooled,
+    scored_positions,
+    without_empty,
+)
 from evaluate.splice import Splice
 from train.sae.base import SAE
-from train.sae.variants.batchtopk import BatchTopKBase
 
-ACTIVATIONS_AT_ONCE = 1 << 25  # entries of the [rows, F] activations held at a time: 128 MB in float32
-SHIPPED, BATCH = "shipped", "batch"  # the forms an SAE can be scored in
-FORMS = (SHIPPED, BATCH)
+ACTIVATIONS_AT_ONCE = 1 << 25  # entries of the [rows, F] activations in memory at a time: 128 MB in float32
+# Of `metrics.statistics`, those that are of the rows alone and so differ between ordinary and all rows.
+OF_ROWS = ("nmse", "ev", "nmse_token", "nmse_btk", "l0", "cosine", "gamma", "gamma_c")
 
 
-def column(sequences: int) -> Tensor:
-    return torch.zeros(sequences, dtype=torch.float64)
+@dataclass(frozen=True)
+class TokenPlaces:
+    """Where N tokens are: the number of the context, the document, and the position in the context (on the CPU)."""
+
+    context_N: Int64[Tensor, " N"]
+    document_N: Int64[Tensor, " N"]
+    position_N: Int64[Tensor, " N"]
+
+    def __getitem__(self, rows: Tensor | slice) -> TokenPlaces:
+        return TokenPlaces(self.context_N[rows], self.document_N[rows], self.position_N[rows])
+
+
+class TokenObserver(Protocol):
+    """Something that is shown the activations of every token that an SAE is scored on."""
+
+    def update(self, f_NF: Float[Tensor, "N F"], places: TokenPlaces) -> None:
+        """Take in the activations of N tokens."""
+
+
+class RowSums:
+    """Sums over a set of rows: their reconstruction and how the latents fire on them."""
+
+    def __init__(self, width: int, mean_D: Tensor, shape: tuple[int, int], n_documents: int) -> None:
+        n_contexts, context = shape
+        self.reconstruction = Reconstruction(mean_D, n_contexts, n_documents)
+        self.firing = Firing(width, context, n_contexts, n_documents)
+
+    def update(self, x_ND: Tensor, x_hat_ND: Tensor, empty_ND: Tensor, f_NF: Tensor, places: TokenPlaces) -> None:
+        """Add rows."""
+        self.reconstruction.update(x_ND, x_hat_ND, empty_ND, places.context_N, places.document_N)
+        self.firing.update(f_NF, places.context_N, places.position_N, places.document_N)
 
 
 class SAEScore:
-    """The sums of one SAE.
+    """The sums of one SAE in one form: of the ordinary rows, of the massive ones, and the losses of the splice.
 
-    form: `shipped`, or `batch`: BatchTopK and Matryoshka then take the k * N largest z of each batch of N kept tokens,
-    as in training; of the other variants the two are one.
+    observers: shown the activations of every token, in the order in which the tokens are read.
     """
 
-    def __init__(self, sae: SAE, mean_D: Tensor, shape: tuple[int, int], form: str = SHIPPED) -> None:
-        assert form in FORMS
-        sequences, context = shape
-        self.sae = sae
-        self.form = form if isinstance(sae, BatchTopKBase) else SHIPPED
-        self.reconstruction = Reconstruction(mean_D, sequences)
-        self.firing = Firing(sae.width, context, sequences)
-        self.spliced, self.kl = column(sequences), column(sequences)
+    def __init__(
+        self, form: InferenceForm, mean_D: Tensor, shape: tuple[int, int], n_documents: int | None = None
+    ) -> None:
+        n_contexts = shape[0]
+        n_documents = n_contexts if n_documents is None else n_documents
+        self.form, self.sae = form, form.sae
+        self.ordinary = RowSums(self.sae.width, mean_D, shape, n_documents)
+        self.massive = RowSums(self.sae.width, mean_D, shape, n_documents)
+        self.losses = GroupedSums(("spliced", "kl"), n_contexts, n_documents)
+        self.observers: list[TokenObserver] = []
+
+    @property
+    def reconstruction(self) -> Reconstruction:
+        """The sums over the ordinary rows."""
+        return self.ordinary.reconstruction
+
+    @property
+    def firing(self) -> Firing:
+        """The firing on the ordinary rows."""
+        return self.ordinary.firing
 
     @torch.inference_mode()
-    def reconstruct(self, x_ND: Tensor, sequence_N: Tensor, position_N: Tensor) -> Tensor:
+    def reconstruct(self, x_ND: Tensor, places: TokenPlaces, massive_N: Tensor | None = None) -> Tensor:
         """x_hat [N, D] in model units; adds what is to be counted of it."""
         assert x_ND.shape[1] == self.sae.d_in
         self.sae.to(x_ND.device)
-        whole = self.form == BATCH or getattr(self.sae, "of_batch", False)
-        rows = max(1, len(x_ND) if whole else ACTIVATIONS_AT_ONCE // self.sae.width)
+        rows = len(x_ND) if self.form.needs_whole_batch else ACTIVATIONS_AT_ONCE // self.sae.width
+        rows = max(1, rows)
         parts = []
-        for x, sequence, position in zip(*(torch.split(t, rows) for t in (x_ND, sequence_N, position_N)), strict=True):
-            f, x_hat = self._run(x)
-            empty = self.sae.norm.denormalise(self.sae.b_dec.expand_as(x), x)
-            self.reconstruction.update(x, x_hat, empty, sequence)
-            self.firing.update(f, sequence, position)
+        for first in range(0, len(x_ND), rows):
+            part = slice(first, first + rows)
+            x = x_ND[part]
+            f, x_hat = self.form.run(x)
+            self._count(x, f, x_hat, places[part], None if massive_N is None else massive_N[part])
             parts.append(x_hat)
-        return torch.cat(parts)
+        return torch.cat(parts) if parts else x_ND
 
-    def _run(self, x_ND: Tensor) -> tuple[Tensor, Tensor]:
-        """f [N, F] and x_hat [N, D]."""
-        if self.form == SHIPPED:
-            return self.sae.encode_decode(x_ND)
-        assert isinstance(self.sae, BatchTopKBase)
-        codes, f = self.sae.active_batch(self.sae.norm.normalise(x_ND))
-        return codes.dense(f), self.sae.norm.denormalise(self.sae.decode_sparse(codes, f), x_ND)
+    def _count(self, x: Tensor, f: Tensor, x_hat: Tensor, places: TokenPlaces, massive: Tensor | None) -> None:
+        empty = self.sae.norm.denormalise(self.sae.b_dec.expand_as(x), x)
+        if massive is None:
+            self.ordinary.update(x, x_hat, empty, f, places)
+        else:
+            for chosen, sums in ((~massive, self.ordinary), (massive, self.massive)):
+                sums.update(x[chosen], x_hat[chosen], empty[chosen], f[chosen], places[chosen.cpu()])
+        for observer in self.observers:
+            observer.update(f, places)
 
-    def predicted(self, clean: Predictions, spliced: Predictions, sequence_P: Tensor) -> None:
-        """Add the losses of a batch."""
-        self.spliced.index_add_(0, sequence_P, spliced.ce_P.double().cpu())
-        self.kl.index_add_(0, sequence_P, clean.kl_to(spliced).double().cpu())
+    def add_losses(self, ce_P: Tensor, kl_P: Tensor, context_P: Tensor, document_P: Tensor) -> None:
+        """Add the losses of a batch spliced with what `reconstruct` gave."""
+        self.losses.add("spliced", ce_P, context_P, document_P)
+        self.losses.add("kl", kl_P, context_P, document_P)
 
 
 class SiteScore:
     """The sums of one site, filled batch by batch.
 
     mean_D: the training mean, the constant of the mean ablation. storage: the store's dtype, whose rounding is a line
-    of its own. shape: (S, T). form: of the SAEs (SAEScore).
+    of its own. shape: (S, T). form: the name of the form of those `saes` that are not a form already. documents: which
+    document each token is of, else each context is one. massive_limit: the largest norm of an ordinary row.
     """
 
     def __init__(
         self,
         splice: Splice,
-        saes: Sequence[SAE],
+        saes: Sequence[SAE | InferenceForm],
         mean_D: Tensor,
         storage: torch.dtype,
         shape: tuple[int, int],
         form: str = SHIPPED,
+        *,
+        documents: Documents | None = None,
+        massive_limit: float | None = None,
     ) -> None:
         self.splice, self.mean_D, self.storage = splice, mean_D, storage
-        self.scores = [SAEScore(sae, mean_D, shape, form) for sae in saes]
+        self.documents = documents or Documents.one_a_context(*shape)
+        self.massive_limit = massive_limit
+        forms = [form_of(sae, form) if isinstance(sae, SAE) else as_form(sae) for sae in saes]
+        self.scores = [SAEScore(one, mean_D, shape, self.documents.count) for one in forms]
         self.rounding = Reconstruction(mean_D, shape[0])
-        self.shared = {name: column(shape[0]) for name in ("predicted", "clean", "zero", "mean")}
+        self.shared = GroupedSums(("predicted", "clean", "zero", "mean"), shape[0], self.documents.count)
+        self.massive_rows = 0
 
     def batch(self, ids_BT: Tensor, keep_BT: Tensor, first: int) -> None:
         """Add a batch, whose contexts are number `first` and those after it."""
-        at = torch.arange(first, first + len(ids_BT))[:, None].expand(keep_BT.shape)
+        contexts = range(first, first + len(ids_BT))
         keep, scored = keep_BT.cpu(), scored_positions(keep_BT.cpu())
-        sequence_N, sequence_P = at[keep], at[:, 1:][scored]
-        position_N = torch.arange(keep.shape[1]).expand(keep.shape)[keep]
+        context_BT = torch.arange(contexts.start, contexts.stop)[:, None].expand(keep.shape)
+        document_BT = torch.from_numpy(self.documents.numbers(contexts))
+        position_BT = torch.arange(keep.shape[1]).expand(keep.shape)
+        places = TokenPlaces(context_BT[keep], document_BT[keep], position_BT[keep])
+        context_P, document_P = context_BT[:, 1:][scored], document_BT[:, 1:][scored]
 
-        clean, x_ND = self.splice.clean(ids_BT, keep_BT)
-        self._add("predicted", torch.ones_like(clean.ce_P), sequence_P)
-        self._add("clean", clean.ce_P, sequence_P)
-        for name, rows_ND in (("zero", torch.zeros_like(x_ND)), ("mean", self.mean_D.float().expand(x_ND.shape))):
-            self._add(name, self.splice.instead(ids_BT, keep_BT, rows_ND).ce_P, sequence_P)
+        clean = self.splice.clean(ids_BT, keep_BT)
+        self.shared.add("predicted", torch.ones_like(clean.ce_P), context_P, document_P)
+        self.shared.add("clean", clean.ce_P, context_P, document_P)
+        ablations = {"zero": torch.zeros_like(clean.x_ND), "mean": self.mean_D.float().expand(clean.x_ND.shape)}
+        for name, rows_ND in ablations.items():
+            self.shared.add(name, self.splice.ablated(clean, rows_ND), context_P, document_P)
 
-        x_ND = x_ND.float()  # the SAEs' own dtype
-        self.rounding.update(x_ND, x_ND.to(self.storage).float(), torch.zeros_like(x_ND), sequence_N)
+        x_ND = clean.x_ND.float()  # the SAEs' own dtype
+        massive_N = is_massive(x_ND, self.massive_limit)
+        self._round(x_ND, places, massive_N)
         for score in self.scores:
-            x_hat_ND = score.reconstruct(x_ND, sequence_N, position_N)
-            score.predicted(clean, self.splice.instead(ids_BT, keep_BT, x_hat_ND), sequence_P)
+            x_hat_ND = score.reconstruct(x_ND, places, massive_N)
+            score.add_losses(*self.splice.spliced(clean, x_hat_ND), context_P, document_P)
 
-    def _add(self, name: str, value_P: Tensor, sequence_P: Tensor) -> None:
-        self.shared[name].index_add_(0, sequence_P, value_P.double().cpu())
+    def _round(self, x_ND: Tensor, places: TokenPlaces, massive_N: Tensor | None) -> None:
+        context_N = places.context_N
+        if massive_N is not None:
+            self.massive_rows += int(massive_N.sum())
+            x_ND, context_N = x_ND[~massive_N], context_N[~massive_N.cpu()]
+        self.rounding.update(x_ND, x_ND.to(self.storage).float(), torch.zeros_like(x_ND), context_N)
 
     def storage_nmse(self) -> float:
-        """NMSE of rounding to the store's dtype, with no SAE."""
+        """NMSE of rounding ordinary rows to the store's dtype, with no SAE."""
         table = self.rounding.table()
         return float(table["error"].sum() / table["deviation"].sum())
 
     def columns(self, score: SAEScore) -> Columns:
-        """The per-context sums of one SAE, those of the site included."""
-        own = {"l0": score.firing.l0, "spliced": score.spliced, "kl": score.kl}
-        return score.reconstruction.table() | {name: sums.numpy() for name, sums in (self.shared | own).items()}
+        """The per-context sums of one SAE over the ordinary rows, those of the site included."""
+        return self.sums(score).contexts
+
+    def sums(self, score: SAEScore, *, all_rows: bool = False) -> SetSums:
+        """The sums of one SAE by context and by document, over the ordinary rows or over all of them."""
+        reconstruction, l0 = score.ordinary.reconstruction, score.ordinary.firing.sums
+        if all_rows:
+            reconstruction = reconstruction.merged(score.massive.reconstruction)
+            l0 = l0.merged(score.massive.firing.sums)
+        groups = (self.shared, score.losses, l0)
+        contexts, documents = reconstruction.table("context"), reconstruction.table("document")
+        for group in groups:
+            contexts |= group.table("context")
+            documents |= group.table("document")
+        return SetSums(contexts, documents)
+
+    def n_documents(self) -> int:
+        """How many documents have a token that is scored."""
+        return len(without_empty(self.sums(self.scores[0], all_rows=True).documents)["tokens"])
 
     def result(self, *, samples: int, seed: int) -> list[dict[str, Any]]:
-        """For each SAE: statistics with bootstrap errors, its firing, the share of storage rounding in its error."""
-        rows = []
+        """For each SAE: statistics with bootstrap errors, its firing, the share of storage rounding in its error; and,
+        where massive rows were scored, the statistics over all rows."""
+        results = []
         for score in self.scores:
-            metrics = pooled(self.columns(score), samples=samples, seed=seed)
+            metrics = pooled(self.sums(score), samples=samples, seed=seed)
             nmse = metrics["nmse"]["value"]
             share = self.storage_nmse() / nmse if nmse else None
-            rows.append({"form": score.form, "metrics": metrics, "l0": score.firing.result(), "storage_share": share})
-        return rows
+            row = {"form": score.form.name, "metrics": metrics, "l0": score.firing.result(), "storage_share": share}
+            if self.massive_rows:
+                every = pooled(self.sums(score, all_rows=True), samples=samples, seed=seed)
+                row["all_rows"] = {name: every[name] for name in OF_ROWS}
+            results.append(row)
+        return results

@@ -1,16 +1,41 @@
 """What the LM predicts when the site's tensor is another: the runs behind every cross-entropy.
 
-Letters: B contexts of a batch, T tokens of a context, N kept tokens of the batch, D width of the site, V vocabulary.
+Letters: B contexts of a batch, T tokens of a context, N kept tokens of the batch, P predicted tokens of the batch,
+D width of the site, V vocabulary.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
+from data.base.sites import Site
+from evaluate.lm_parts import LayersBelow, Unembedding
 from evaluate.metrics import Predictions, scored_positions
-from harvest.hooks import Site, capture, replace
+from harvest.hooks import capture, replace
+
+LOGITS_WHOLE = 1 << 26  # entries of a batch's logits that are made at once: 256 MB in float32
+LOGITS_IN_PARTS = 1 << 24  # entries made at a time where a batch has more
+
+
+@dataclass(frozen=True)
+class CleanRun:
+    """A batch that the untouched LM has read.
+
+    x_ND: the kept rows of the site in the LM's own dtype. hidden: of the untouched LM, as `Unembedding` gives it.
+    predictions: those of the batch, where its logits are made at once.
+    """
+
+    ids_BT: Int64[Tensor, "B T"]
+    keep_BT: Bool[Tensor, "B T"]
+    x_ND: Float[Tensor, "N D"]
+    hidden: Float[Tensor, "B T _"]
+    ce_P: Float[Tensor, " P"]
+    predictions: Predictions | None
 
 
 class Splice:
@@ -19,32 +44,90 @@ class Splice:
 
     def __init__(self, model: nn.Module, site: Site) -> None:
         self.model, self.site = model, site
+        self.below, self.head = LayersBelow(model, site), Unembedding(model)
+        self._proved = False
 
     @torch.inference_mode()
-    def clean(
-        self, ids_BT: Int64[Tensor, "B T"], keep_BT: Bool[Tensor, "B T"]
-    ) -> tuple[Predictions, Float[Tensor, "N D"]]:
-        """The predictions of the untouched LM, and the kept rows of the site in the LM's own dtype."""
-        with capture(self.model, [self.site], stop=False) as seen:
-            predictions = self._predict(ids_BT, keep_BT)
+    def clean(self, ids_BT: Int64[Tensor, "B T"], keep_BT: Bool[Tensor, "B T"]) -> CleanRun:
+        """Run the untouched LM on a batch."""
+        if not self._proved:
+            self._prove(ids_BT)
+        with self.below.remember(), capture(self.model, [self.site], stop=False) as seen:
+            hidden = self.head.hidden(ids_BT)
         x_BTD = seen[str(self.site)]
-        return predictions, x_BTD[keep_BT.to(x_BTD.device)]
+        parts = list(self._predictions(hidden, ids_BT, keep_BT))
+        ce_P = torch.cat([part.ce_P for part in parts])
+        return CleanRun(
+            ids_BT, keep_BT, x_BTD[keep_BT.to(x_BTD.device)], hidden, ce_P, parts[0] if len(parts) == 1 else None
+        )
 
     @torch.inference_mode()
-    def instead(
-        self, ids_BT: Int64[Tensor, "B T"], keep_BT: Bool[Tensor, "B T"], rows_ND: Float[Tensor, "N D"]
-    ) -> Predictions:
-        """The predictions with `rows_ND`, cast to the LM's dtype, in place of the kept rows."""
+    def spliced(
+        self, clean: CleanRun, rows_ND: Float[Tensor, "N D"]
+    ) -> tuple[Float[Tensor, " P"], Float[Tensor, " P"]]:
+        """Give CE and KL(clean || spliced) in nats with `rows_ND`, cast to the LM's dtype, in place of the kept rows.
 
+        `clean` must be the last batch that was run clean: the layers below the site are not run again.
+        """
+        hidden = self._hidden(clean, rows_ND)
+        ce, kl = [], []
+        for before, after in zip(self._clean_predictions(clean), self._after(hidden, clean), strict=True):
+            ce.append(after.ce_P)
+            kl.append(before.kl_to(after))
+        return torch.cat(ce), torch.cat(kl)
+
+    @torch.inference_mode()
+    def ablated(self, clean: CleanRun, rows_ND: Float[Tensor, "N D"]) -> Float[Tensor, " P"]:
+        """Give the CE of `spliced` alone."""
+        hidden = self._hidden(clean, rows_ND)
+        return torch.cat([after.ce_P for after in self._after(hidden, clean)])
+
+    def _hidden(self, clean: CleanRun, rows_ND: Tensor) -> Tensor:
         def put(x_BTD: Tensor) -> Tensor:
             changed_BTD = x_BTD.clone()
-            changed_BTD[keep_BT.to(x_BTD.device)] = rows_ND.to(x_BTD.device, x_BTD.dtype)
+            changed_BTD[clean.keep_BT.to(x_BTD.device)] = rows_ND.to(x_BTD.device, x_BTD.dtype)
             return changed_BTD
 
-        with replace(self.model, self.site, put):
-            return self._predict(ids_BT, keep_BT)
+        with self.below.skip(), replace(self.model, self.site, put):
+            return self.head.hidden(clean.ids_BT)
 
-    def _predict(self, ids_BT: Tensor, keep_BT: Tensor) -> Predictions:
-        logits_BTV = self.model(input_ids=ids_BT, use_cache=False).logits
-        at = logits_BTV.device  # of the last layer, where the LM is spread over several devices
-        return Predictions.of(logits_BTV, ids_BT.to(at), scored_positions(keep_BT.to(at)))
+    def _after(self, hidden: Tensor, clean: CleanRun) -> Iterator[Predictions]:
+        return self._predictions(hidden, clean.ids_BT, clean.keep_BT)
+
+    def _clean_predictions(self, clean: CleanRun) -> Iterator[Predictions]:
+        if clean.predictions is not None:
+            return iter([clean.predictions])
+        return self._predictions(clean.hidden, clean.ids_BT, clean.keep_BT)
+
+    def _predictions(self, hidden: Tensor, ids_BT: Tensor, keep_BT: Tensor) -> Iterator[Predictions]:
+        """Predict the scored tokens, in one piece where that fits and else some rows at a time."""
+        at = hidden.device  # of the last layer, where the LM is spread over several devices
+        ids_BT, scored = ids_BT.to(at), scored_positions(keep_BT.to(at))
+        n_vocabulary = self._vocabulary(hidden)
+        if self.head.whole or hidden.shape[0] * hidden.shape[1] * n_vocabulary <= LOGITS_WHOLE:
+            yield Predictions.of(self.head.logits(hidden), ids_BT, scored)
+            return
+        hidden_PD, next_P = hidden[:, :-1][scored], ids_BT[:, 1:][scored]
+        rows = max(1, LOGITS_IN_PARTS // n_vocabulary)
+        for first in range(0, len(next_P), rows):
+            part = slice(first, first + rows)
+            yield Predictions.of_rows(self.head.logits(hidden_PD[None, part])[0], next_P[part])
+
+    def _vocabulary(self, hidden: Tensor) -> int:
+        if self.head.whole:
+            return hidden.shape[-1]
+        return int(self.head.logits(hidden[:1, :1]).shape[-1])
+
+    def _prove(self, ids_BT: Tensor) -> None:
+        """Check on the first batch that what is to be left out changes no bit; what does is run whole from then on."""
+        self.head.prove(ids_BT)
+        with self.below.remember():
+            expected = self.head.hidden(ids_BT)
+        try:
+            with self.below.skip():
+                equal = torch.equal(self.head.hidden(ids_BT), expected)
+        except (RuntimeError, TypeError, AttributeError, KeyError, ValueError, IndexError):
+            equal = False  # a block that takes or gives something else than its input's like
+        if not equal:
+            self.below.blocks = []
+        self._proved = True

@@ -31,15 +31,6 @@ def turned(sae: SAE, variant: type[Variant]) -> Variant:
     return other.eval()
 
 
-class BatchForm(BatchTopK):
-    """f = relu of the k * B largest z of the batch that is read, as in training."""
-
-    of_batch = True  # so a score reads batches whole
-
-    def encode_sparse(self, xn_BD: Float[Tensor, "B D"]) -> tuple[Codes, Tensor]:
-        return self.active_batch(xn_BD)
-
-
 def with_threshold(sae: SAE, batches: Sequence[Tensor]) -> BatchTopK:
     """The SAE's weights under a BatchTopK's threshold, calibrated for its k on training batches (model units)."""
     other = turned(sae, BatchTopK)

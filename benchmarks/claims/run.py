@@ -14,7 +14,7 @@ from data.base.config import Real, Settings, Text, Whole
 from data.base.errors import UserError
 from data.base.location import parse_location
 from data.base.records import Json, canonical
-from evaluate.run import SavedSAE, find_saes, group_by_store
+from evaluate.inputs import SavedSAE, find_saes, group_by_store
 
 if TYPE_CHECKING:
     from benchmarks.claims.scores import Candidate, ScoredSite

@@ -11,14 +11,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from benchmarks.claims.forms import BatchForm, rescaled, turned, with_threshold
+from benchmarks.claims.forms import rescaled, turned, with_threshold
 from benchmarks.claims.verdict import Estimate
 from data.base.files import atomic_file
 from data.base.records import Json, canonical
@@ -28,13 +28,16 @@ from data.loading.order import split_calibration
 from data.loading.reader import open_reader
 from data.store.manifest import TRAIN
 from data.store.store import Store
+from evaluate.forms import BatchForm, InferenceForm
+from evaluate.inputs import HeldoutText, SavedSAE, open_text
+from evaluate.massive import MassiveRule, rule_of, strictest, without_massive
 from evaluate.metrics import Columns, resampled, statistics, totals
-from evaluate.run import SavedSAE, Text, open_text
-from evaluate.score import SiteScore
+from evaluate.score import SiteScore, TokenPlaces
 from evaluate.splice import Splice
 from train.sae.base import SAE
 from train.sae.config import RETIRED
 from train.sae.io import VARIANTS, WEIGHTS, load
+from train.sae.variants.batchtopk import BatchTopK
 from train.sae.variants.topk import TopK
 
 FORMAT = 1  # of a score's file
@@ -44,9 +47,9 @@ _OF_GRID = ("d_in", "width", "k", "target_l0", "sparsity")
 
 Batches = Callable[[], Sequence[Tensor]]
 
-FORMS: dict[str, Callable[[SAE, Batches], SAE]] = {
+FORMS: dict[str, Callable[[SAE, Batches], SAE | InferenceForm]] = {
     INFERENCE: lambda sae, batches: sae,
-    BATCH: lambda sae, batches: turned(sae, BatchForm),
+    BATCH: lambda sae, batches: BatchForm(turned(sae, BatchTopK)),
     THRESHOLD: lambda sae, batches: with_threshold(sae, batches()),
     PER_TOKEN: lambda sae, batches: turned(sae, TopK),
     RESCALED: lambda sae, batches: rescaled(sae, batches()),
@@ -112,20 +115,15 @@ def options(config: Json) -> Json:
     return {name: value for name, value in given.items() if value != defaults.get(name)}
 
 
-class _Counting:
-    """An SAE that records the L0 of each token it reads."""
+class TokenL0:
+    """Notes the L0 of each token that an SAE is scored on."""
 
-    def __init__(self, sae: SAE) -> None:
-        self.sae = sae
+    def __init__(self) -> None:
         self.l0: list[Tensor] = []
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.sae, name)
-
-    def encode_decode(self, x_ND: Tensor) -> tuple[Tensor, Tensor]:
-        f_NF, x_hat_ND = self.sae.encode_decode(x_ND)
+    def update(self, f_NF: Tensor, places: TokenPlaces) -> None:
+        """Take in the activations of N tokens."""
         self.l0.append((f_NF > 0).sum(1).cpu())
-        return f_NF, x_hat_ND
 
 
 class ScoredSite:
@@ -141,7 +139,7 @@ class ScoredSite:
         return bool(self.store.manifest.settings["packing"]["keep_special"])
 
     @cached_property
-    def text(self) -> Text:
+    def text(self) -> HeldoutText:
         """The LM and the held-out contexts; opened when first needed, as scores that exist need neither."""
         return open_text(self.store, self.settings)
 
@@ -159,49 +157,56 @@ class ScoredSite:
 
     def score(self, candidates: Sequence[Candidate], folder: Path) -> list[Scored]:
         """Score each; scores that lie in `folder` are taken from there, new ones are written there."""
-        paths = [folder / f"{self._key(one)}.npz" for one in candidates]
+        # Rows that an SAE was trained without are scored for none of the site's SAEs, as in `python -m evaluate`.
+        rule = strictest([rule_of(one.trained) for one in candidates])
+        paths = [folder / f"{self._key(one, rule)}.npz" for one in candidates]
         missing = [number for number, path in enumerate(paths) if not path.is_file()]
         if missing:
             folder.mkdir(parents=True, exist_ok=True)
-            self._measure([candidates[i] for i in missing], [paths[i] for i in missing])
+            self._measure([candidates[i] for i in missing], [paths[i] for i in missing], rule)
         draws = {"samples": self.settings["bootstrap"], "seed": self.settings["seed"], "special": self.special}
         return [Scored(one, *_read(path), **draws) for one, path in zip(candidates, paths, strict=True)]
 
-    def _key(self, candidate: Candidate) -> str:
+    def _key(self, candidate: Candidate, rule: MassiveRule | None) -> str:
         """Hash what a score depends on."""
         weights = hashlib.sha256((candidate.trained.folder / WEIGHTS).read_bytes()).hexdigest()
         settings = {name: self.settings[name] for name in ("tokens", "lm_batch", "calibration_tokens")}
-        place = [self.store.manifest.fingerprint, self.site]
+        place: list[Any] = [self.store.manifest.fingerprint, self.site]
+        if rule is not None:
+            place.append([rule.times, rule.median])
         form = "shipped" if candidate.form == INFERENCE else candidate.form  # the inference form's name in older scores
         parts = canonical([FORMAT, weights, form, candidate.trained.config["settings"], settings, place])
         return hashlib.sha256(parts.encode()).hexdigest()[:16]
 
-    def _measure(self, candidates: Sequence[Candidate], paths: Sequence[Path]) -> None:
+    def _measure(self, candidates: Sequence[Candidate], paths: Sequence[Path], rule: MassiveRule | None) -> None:
         """Run the LM over the contexts once, each SAE spliced in by turns."""
         from tqdm import tqdm
 
-        packed, model = self.text.packed, self.text.model
-        saes = [_Counting(self._formed(one)) for one in candidates]
-        contexts, keep = torch.from_numpy(packed.contexts).long(), torch.from_numpy(packed.keep)
+        site, text = Site.parse(self.site), self.text
+        if rule is not None:
+            text, _ = without_massive(text, site, rule)
+        keep = torch.from_numpy(text.packed.keep)
         score = SiteScore(
-            Splice(model, Site.parse(self.site)),
-            cast(Sequence[SAE], saes),
+            Splice(text.model, site),
+            [self._formed(one) for one in candidates],
             torch.from_numpy(self.store.stats(TRAIN, self.site).mean),
             getattr(torch, self.store.layout.dtype),
-            (len(contexts), contexts.shape[1]),
+            (len(keep), keep.shape[1]),
         )
-        size = self.settings["lm_batch"] or self.store.manifest.identity["lm_batch"]
-        device = next(model.parameters()).device
-        for first in tqdm(range(0, len(contexts), size), desc=f"{len(candidates)} SAEs", unit="batch", mininterval=5.0):
-            ids_BT, keep_BT = contexts[first : first + size].to(device), keep[first : first + size].to(device)
-            score.batch(ids_BT, keep_BT, first)
+        counters = [TokenL0() for _ in candidates]
+        for one, counter in zip(score.scores, counters, strict=True):
+            one.observers.append(counter)
+        with tqdm(total=len(keep), desc=f"{len(candidates)} SAEs", unit="context", mininterval=5.0) as bar:
+            for batch in text.batches():
+                score.batch(batch.ids_BT, batch.keep_BT, batch.numbers.start)
+                bar.update(len(batch.numbers))
         sizes = {"heldout_tokens": int(keep.sum()), "sequences": len(keep), "context": keep.shape[1]}
-        sizes["d_model"] = saes[0].sae.d_in
-        for one, sae, path in zip(score.scores, saes, paths, strict=True):
+        sizes["d_model"] = len(score.mean_D)
+        for one, counter, path in zip(score.scores, counters, paths, strict=True):
             firing = {name: value for name, value in one.firing.result().items() if name != "fired"} | sizes
-            _write(path, score.columns(one), firing, by_sequence(torch.cat(sae.l0), keep))
+            _write(path, score.columns(one), firing, by_sequence(torch.cat(counter.l0), keep))
 
-    def _formed(self, candidate: Candidate) -> SAE:
+    def _formed(self, candidate: Candidate) -> SAE | InferenceForm:
         sae = load(candidate.trained.folder).eval()
         return FORMS[candidate.form](sae, partial(self.batches, candidate.trained))
 

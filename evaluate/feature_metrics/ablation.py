@@ -32,31 +32,31 @@ def sparsity(d_ATV: Float[Tensor, "A T V"]) -> Float[Tensor, " A"]:
     return d.abs().sum(1).square() / d.square().sum(1) / d.shape[1]
 
 
-def places(held: FeatureText, contexts: int, seed: int) -> list[tuple[int, int]]:
+def places(text: FeatureText, contexts: int, seed: int) -> list[tuple[int, int]]:
     """(context, position) of seeded random kept tokens of the second half, one a context, with AFTER more to come."""
-    length = held.packed.contexts.shape[1]
+    length = text.packed.contexts.shape[1]
     if length <= AFTER:
         raise UserError(
-            f"gao's ablation looks {AFTER} tokens ahead and contexts have {length}: leave ablation out of gao"
+            f"the ablation looks {AFTER} tokens ahead and contexts have {length}: leave it out of feature_metrics"
         )
-    rng, half = np.random.default_rng([seed, 7]), held.half(True)
-    found = []
+    rng, half = np.random.default_rng([seed, 7]), text.half(True)
+    chosen = []
     for context in rng.permutation(np.arange(half.start, half.stop)).tolist():
-        kept = np.flatnonzero(held.packed.keep[context, : length - AFTER])
-        if len(kept):
-            found.append((context, int(rng.choice(kept))))
-        if len(found) == contexts:
+        scored = np.flatnonzero(text.packed.keep[context, : length - AFTER])
+        if len(scored):
+            chosen.append((context, int(rng.choice(scored))))
+        if len(chosen) == contexts:
             break
-    return sorted(found)
+    return sorted(chosen)
 
 
 @torch.inference_mode()
-def ablate(held: FeatureText, basis: Basis, place: tuple[int, int], count: int, rng: np.random.Generator) -> Tensor:
+def ablate(text: FeatureText, basis: Basis, place: tuple[int, int], count: int, rng: np.random.Generator) -> Tensor:
     """The figures of at most `count` units active at a place, [A], in one forward with the clean one beside them."""
     context, position = place
-    reader = held.reader
-    device = next(reader.model.parameters()).device
-    ids_1T = torch.from_numpy(held.packed.contexts[context : context + 1, : position + AFTER + 1]).to(
+    reader = text.reader
+    device = text.heldout.device
+    ids_1T = torch.from_numpy(text.packed.contexts[context : context + 1, : position + AFTER + 1]).to(
         device, torch.int64
     )
     row_1X = reader.read(ids_1T)[basis.of_neurons][:, position]
@@ -79,17 +79,30 @@ def ablate(held: FeatureText, basis: Basis, place: tuple[int, int], count: int, 
 
 
 def downstream(
-    held: FeatureText, basis: Basis, *, contexts: int, count: int, bootstrap: int, seed: int, told: Callable[[int], Any]
+    text: FeatureText,
+    basis: Basis,
+    *,
+    contexts: int,
+    count: int,
+    bootstrap: int,
+    seed: int,
+    on_progress: Callable[[int], Any],
 ) -> dict[str, Any]:
-    """Mean sparsity over ablations, with an interval over contexts; how many there were and how many moved nothing."""
+    """Mean sparsity over ablations, with an interval over documents; how many there were and how many moved nothing."""
     rng = np.random.default_rng([seed, 11])
-    items, ablations, still = [], 0, 0
-    for place in places(held, contexts, seed):
-        figures = ablate(held, basis, place, count, rng)
+    documents = text.heldout.documents
+    by_document: dict[int, list[float]] = {}  # sum of the figures and their number
+    ablations, without_effect = 0, 0
+    for context, position in places(text, contexts, seed):
+        figures = ablate(text, basis, (context, position), count, rng)
         moved = figures[figures.isfinite()]
-        ablations, still = ablations + len(figures), still + len(figures) - len(moved)
+        ablations += len(figures)
+        without_effect += len(figures) - len(moved)
         if len(moved):
-            items.append([float(moved.sum()), float(len(moved))])
-        told(1)
-    figure = interval(np.array(items).reshape(-1, 2), lambda drawn: float(drawn[0] / drawn[1]), bootstrap, seed)
-    return {"fraction": figure, "ablations": ablations, "without_effect": still}
+            number = int(documents.numbers(range(context, context + 1))[0, position])
+            total, n_figures = by_document.get(number, [0.0, 0.0])
+            by_document[number] = [total + float(moved.sum()), n_figures + float(len(moved))]
+        on_progress(1)
+    items = np.array(list(by_document.values())).reshape(-1, 2)
+    figure = interval(items, lambda drawn: float(drawn[0] / drawn[1]), bootstrap, seed)
+    return {"fraction": figure, "ablations": ablations, "without_effect": without_effect}

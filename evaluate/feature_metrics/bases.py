@@ -1,4 +1,4 @@
-"""What the feature metrics are taken of: an SAE's latents, and the baselines they must beat.
+"""What the feature metrics are taken of: an SAE's latents, and the baselines they must on_forward.
 
 A unit of a basis reads one number on each token (`values`), is active where that is large enough (`active`) and adds
 something to the site's tensor (`part`). Letters: N tokens, D width of the site, H MLP neurons, F units.
@@ -18,7 +18,6 @@ from harvest.hooks import capture, locate, run_to
 from train.sae.base import SAE
 
 UNITS_AT_ONCE = 256
-BASELINES = ("channels", "neurons", "random", "pca")
 
 
 class Basis(ABC):
@@ -45,7 +44,7 @@ class Basis(ABC):
 
 
 class SAEBasis(Basis):
-    """An SAE's latents: pre-activations (Gated: pi), activations and decoder rows, in the form that ships."""
+    """An SAE's latents: pre-activations (Gated: pi), activations and decoder rows, in the inference form."""
 
     def __init__(self, name: str, sae: SAE) -> None:
         super().__init__(name, sae.width)
@@ -151,18 +150,18 @@ class Reader:
     @torch.inference_mode()
     def read(self, ids_BT: Int64[Tensor, "B T"]) -> dict[bool, Tensor]:
         """[B, T, X] each, by one forward as far as the site."""
-        found: dict[bool, Tensor] = {}
+        reads: dict[bool, Tensor] = {}
         with ExitStack() as stack:
             seen = stack.enter_context(capture(self.model, [self.site]))
             if self.neurons is not None:
 
                 def keep(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-                    found[True] = args[0]
+                    reads[True] = args[0]
 
                 stack.callback(self.neurons.linear.register_forward_pre_hook(keep).remove)
             self.model(input_ids=ids_BT, use_cache=False)
-            found[False] = seen[str(self.site)]
-        return {name: x.reshape(*ids_BT.shape, -1).float() for name, x in found.items()}
+            reads[False] = seen[str(self.site)]
+        return {name: x.reshape(*ids_BT.shape, -1).float() for name, x in reads.items()}
 
     @torch.inference_mode()
     def whole(self, ids_BT: Int64[Tensor, "B T"]) -> Tensor:

@@ -81,7 +81,7 @@ def _descend(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """w, b, objective and gradient at the optima; columns that have arrived are left out of later steps."""
     now = _point(u_MC, yu_C, y_mean, w_C, b_C)
-    found = torch.stack([w_C, b_C, now.objective, now.gradient])
+    fitted = torch.stack([w_C, b_C, now.objective, now.gradient])
     share_C, live_c = torch.ones_like(w_C), torch.arange(len(w_C), device=w_C.device)
     for _ in range(STEPS):
         new_w, new_b = w_C + share_C * now.step_w, b_C + share_C * now.step_b
@@ -90,13 +90,13 @@ def _descend(
         w_C, b_C = torch.where(better, new_w, w_C), torch.where(better, new_b, b_C)
         now = _Point(*(torch.where(better, a, b) for a, b in zip(new, now, strict=True)))
         share_C = torch.where(better, 1.0, share_C / 2)
-        found[:, live_c] = torch.stack([w_C, b_C, now.objective, now.gradient])
-        told = now.decrease > torch.finfo(now.objective.dtype).eps * now.objective
-        open_c = ((now.gradient > tolerance) & told & (share_C > HALVINGS)).nonzero().squeeze(1)
+        fitted[:, live_c] = torch.stack([w_C, b_C, now.objective, now.gradient])
+        is_above_rounding = now.decrease > torch.finfo(now.objective.dtype).eps * now.objective
+        open_c = ((now.gradient > tolerance) & is_above_rounding & (share_C > HALVINGS)).nonzero().squeeze(1)
         if not len(open_c):
             break
         if len(open_c) <= 0.7 * len(live_c):
             u_MC, yu_C, live_c = u_MC[:, open_c], yu_C[open_c], live_c[open_c]
             w_C, b_C, share_C = w_C[open_c], b_C[open_c], share_C[open_c]
             now = _Point(*(part[open_c] for part in now))
-    return found[0], found[1], found[2], found[3]
+    return fitted[0], fitted[1], fitted[2], fitted[3]

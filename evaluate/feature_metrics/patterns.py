@@ -31,7 +31,7 @@ TOKENS_AT_ONCE = 1 << 13  # of cut-out texts in a forward
 
 Pattern = tuple[int, ...]
 Activation = Callable[[Tensor, Tensor], Tensor]  # of units [n] at the last token of ids [n, m]: [n]
-Told = Callable[[int], Any]
+OnProgress = Callable[[int], Any]
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,9 @@ class Examples:
     ids_nL: Tensor  # [n, LONGEST], ANY where the context begins later
 
 
-def examples(held: FeatureText, basis: Basis, units_U: Tensor, count: int, seed: int, told: Told) -> Examples:
+def examples(
+    text: FeatureText, basis: Basis, units_U: Tensor, count: int, seed: int, on_progress: OnProgress
+) -> Examples:
     """At most `count` tokens of the first half for each unit, drawn at random from those where it fires.
 
     Every firing token gets a random rank; the lowest of each unit stay. Memory does not grow with the text.
@@ -52,15 +54,16 @@ def examples(held: FeatureText, basis: Basis, units_U: Tensor, count: int, seed:
     rank = torch.full((len(units_U), count), torch.inf)
     f = torch.zeros(len(units_U), count)
     ids = torch.full((len(units_U), count, LONGEST), ANY)
-    for some, ids_BT, keep_BT in held.batches(held.half(False)):
-        f_NU = _active(held, basis, ids_BT, keep_BT)[:, units_U.to(ids_BT.device)].cpu()
+    for batch in text.batches(text.half(False)):
+        ids_BT, keep_BT = batch.ids_BT, batch.keep_BT
+        f_NU = _active(text, basis, ids_BT, keep_BT)[:, units_U.to(ids_BT.device)].cpu()
         ends_NL = _endings(ids_BT.cpu())[keep_BT.cpu()]
         ranks_UN = torch.where(f_NU.t() > 0, torch.rand(f_NU.t().shape, generator=rng), torch.inf)
         low_Uk = ranks_UN.topk(min(count, ranks_UN.shape[1]), dim=1, largest=False)
         rank, order = torch.cat([rank, low_Uk.values], 1).topk(count, dim=1, largest=False)
         f = torch.cat([f, f_NU.t().gather(1, low_Uk.indices)], 1).gather(1, order)
         ids = torch.cat([ids, ends_NL[low_Uk.indices]], 1).gather(1, order[:, :, None].expand(-1, -1, LONGEST))
-        told(len(some))
+        on_progress(len(batch.numbers))
     unit, number = rank.isfinite().nonzero(as_tuple=True)
     return Examples(unit, f[unit, number], ids[unit, number])
 
@@ -71,63 +74,76 @@ def _endings(ids_BT: Int64[Tensor, "B T"]) -> Int64[Tensor, "B T longest"]:
     return torch.cat([before, ids_BT], 1).unfold(1, LONGEST, 1)
 
 
-def _active(held: FeatureText, basis: Basis, ids_BT: Tensor, keep_BT: Tensor) -> Tensor:
-    return basis.active(held.reader.read(ids_BT)[basis.of_neurons][keep_BT])
+def _active(text: FeatureText, basis: Basis, ids_BT: Tensor, keep_BT: Tensor) -> Tensor:
+    return basis.active(text.reader.read(ids_BT)[basis.of_neurons][keep_BT])
 
 
-def activation_at_end(held: FeatureText, basis: Basis, units_U: Tensor, beat: Callable[[], Any]) -> Activation:
-    """Reads cut-out texts, behind a BOS where the packing has one; `beat` is called after each forward."""
-    device = next(held.reader.model.parameters()).device
+def activation_at_end(text: FeatureText, basis: Basis, units_U: Tensor, on_forward: Callable[[], Any]) -> Activation:
+    """Reads cut-out texts, behind a BOS where the packing has one; `on_forward` is called after each forward."""
+    device = text.heldout.device
 
     def at_end(unit_n: Tensor, ids_nm: Tensor) -> Tensor:
         if not len(unit_n):
             return torch.zeros(0)
-        if held.bos is not None:
-            ids_nm = torch.cat([torch.full((len(ids_nm), 1), held.bos), ids_nm], 1)
+        if text.bos is not None:
+            ids_nm = torch.cat([torch.full((len(ids_nm), 1), text.bos), ids_nm], 1)
         parts, rows = [], max(1, TOKENS_AT_ONCE // ids_nm.shape[1])
         for unit, ids in zip(torch.split(unit_n, rows), torch.split(ids_nm, rows), strict=True):
-            x_nX = held.reader.read(ids.to(device))[basis.of_neurons][:, -1]
+            x_nX = text.reader.read(ids.to(device))[basis.of_neurons][:, -1]
             parts.append(basis.active(x_nX).cpu().gather(1, units_U[unit][:, None])[:, 0])
-            beat()
+            on_forward()
         return torch.cat(parts)
 
     return at_end
 
 
-def shortest(found: Examples, at_end: Activation) -> Tensor:
+def shortest(sampled: Examples, at_end: Activation) -> Tensor:
     """How many tokens each example needs to fire at half strength, [n]; 0 where all there are do not do."""
-    length_n = torch.zeros(len(found.f_n), dtype=torch.int64)
+    length_n = torch.zeros(len(sampled.f_n), dtype=torch.int64)
     for length in range(1, LONGEST + 1):
-        left = ((length_n == 0) & (found.ids_nL[:, -length] != ANY)).nonzero().squeeze(1)
-        f = at_end(found.unit_n[left], found.ids_nL[left, -length:])
-        length_n[left[f >= HALF * found.f_n[left]]] = length
+        left = ((length_n == 0) & (sampled.ids_nL[:, -length] != ANY)).nonzero().squeeze(1)
+        f = at_end(sampled.unit_n[left], sampled.ids_nL[left, -length:])
+        length_n[left[f >= HALF * sampled.f_n[left]]] = length
     return length_n
 
 
-def patterns(found: Examples, at_end: Activation, others: Tensor, seed: int) -> list[set[Pattern]]:
-    """The patterns of each sampled unit (as many as `found` knows), ANY for a token that does not matter.
+def patterns(sampled: Examples, at_end: Activation, others: Tensor, seed: int) -> list[set[Pattern]]:
+    """The patterns of each sampled unit (as many as `sampled` knows), ANY for a token that does not matter.
 
     others: ids of the text to draw substitutes from. A pattern begins with a token that matters; one in which none
     does is dropped, for it would foretell the unit everywhere.
     """
     rng = torch.Generator().manual_seed(seed)
-    length_n = shortest(found, at_end)
-    ids_nL = found.ids_nL.clone()
+    length_n = shortest(sampled, at_end)
+    ids_nL = sampled.ids_nL.clone()
     for place in range(1, LONGEST + 1):
         for length in range(place, LONGEST + 1):
             some = (length_n == length).nonzero().squeeze(1)
             if not len(some):
                 continue
-            cut = found.ids_nL[some, -length:].repeat(SUBSTITUTES, 1)
-            cut[:, -place] = others[torch.randint(len(others), (len(cut),), generator=rng)]
-            f = at_end(found.unit_n[some].repeat(SUBSTITUTES), cut).view(SUBSTITUTES, -1).mean(0)
-            ids_nL[some[f >= HALF * found.f_n[some]], -place] = ANY
-    units: list[set[Pattern]] = [set() for _ in range(int(found.unit_n.max()) + 1 if len(found.unit_n) else 0)]
-    for unit, length, ids in zip(found.unit_n.tolist(), length_n.tolist(), ids_nL.tolist(), strict=True):
+            cut = sampled.ids_nL[some, -length:].repeat(SUBSTITUTES, 1)
+            cut[:, -place] = substitutes(others, cut[:, -place], rng)
+            f = at_end(sampled.unit_n[some].repeat(SUBSTITUTES), cut).view(SUBSTITUTES, -1).mean(0)
+            ids_nL[some[f >= HALF * sampled.f_n[some]], -place] = ANY
+    units: list[set[Pattern]] = [set() for _ in range(int(sampled.unit_n.max()) + 1 if len(sampled.unit_n) else 0)]
+    for unit, length, ids in zip(sampled.unit_n.tolist(), length_n.tolist(), ids_nL.tolist(), strict=True):
         mattering = [at for at in range(LONGEST - length, LONGEST) if ids[at] != ANY]
         if mattering:
             units[unit].add(tuple(ids[mattering[0] :]))
     return units
+
+
+def substitutes(others: Int64[Tensor, " M"], ids_n: Int64[Tensor, " n"], rng: torch.Generator) -> Int64[Tensor, " n"]:
+    """Draw a token of `others` for each token, never that token itself: a draw that is, is made again.
+
+    Where `others` has no other token, the token stands for itself.
+    """
+    drawn_n = others[torch.randint(len(others), (len(ids_n),), generator=rng)]
+    if bool((others == others[0]).all()):
+        return drawn_n
+    while len(same := (drawn_n == ids_n).nonzero().squeeze(1)):
+        drawn_n[same] = others[torch.randint(len(others), (len(same),), generator=rng)]
+    return drawn_n
 
 
 def foretold(ids_BT: Int64[Tensor, "B T"], known: set[Pattern]) -> Bool[Tensor, "B T"]:
@@ -145,44 +161,47 @@ def foretold(ids_BT: Int64[Tensor, "B T"], known: set[Pattern]) -> Bool[Tensor, 
     return hit_BT
 
 
-def score(held: FeatureText, basis: Basis, units_U: Tensor, known: list[set[Pattern]], told: Told) -> Tensor:
+def score(
+    text: FeatureText, basis: Basis, units_U: Tensor, known: list[set[Pattern]], on_progress: OnProgress
+) -> Tensor:
     """Sums over the second half for each unit, [U, 5]: foretold and firing, foretold, firing, activation foretold,
     activation."""
     sums = torch.zeros(len(units_U), 5, dtype=torch.float64)
-    for some, ids_BT, keep_BT in held.batches(held.half(True)):
-        f_NU = _active(held, basis, ids_BT, keep_BT)[:, units_U.to(ids_BT.device)]
+    for batch in text.batches(text.half(True)):
+        ids_BT, keep_BT = batch.ids_BT, batch.keep_BT
+        f_NU = _active(text, basis, ids_BT, keep_BT)[:, units_U.to(ids_BT.device)]
         for unit, own in enumerate(known):
             hit_N, f_N = foretold(ids_BT, own)[keep_BT], f_NU[:, unit].double()
             fires_N = f_N > 0
             counted = (hit_N & fires_N).sum(), hit_N.sum(), fires_N.sum(), f_N[hit_N].sum(), f_N.sum()
             sums[unit] += torch.stack([c.double() for c in counted]).cpu()
-        told(len(some))
+        on_progress(len(batch.numbers))
     return sums
 
 
 def explain(
-    held: FeatureText,
+    text: FeatureText,
     basis: Basis,
     *,
     units: int,
     count: int,
     bootstrap: int,
     seed: int,
-    told: Told,
-    beat: Callable[[], Any],
+    on_progress: OnProgress,
+    on_forward: Callable[[], Any],
 ) -> dict[str, Any]:
     """Precision, recall and F1 of the patterns, means over the sampled units that fire in both halves, with intervals
     over units; each unit's sums and patterns."""
     rng = np.random.default_rng(seed)
     chosen = np.sort(rng.choice(basis.width, min(units, basis.width), replace=False))
     units_U = torch.from_numpy(chosen).long()
-    found = examples(held, basis, units_U, count, seed, told)
-    others = torch.from_numpy(held.packed.contexts[draw(held.packed.keep, held.half(False), OTHERS, seed)]).long()
-    at_end = activation_at_end(held, basis, units_U, beat)
-    known = patterns(found, at_end, others, seed)
+    sampled = examples(text, basis, units_U, count, seed, on_progress)
+    others = torch.from_numpy(text.packed.contexts[draw(text.packed.keep, text.half(False), OTHERS, seed)]).long()
+    at_end = activation_at_end(text, basis, units_U, on_forward)
+    known = patterns(sampled, at_end, others, seed)
     known += [set() for _ in range(len(units_U) - len(known))]
-    sums = score(held, basis, units_U, known, told).numpy()
-    tested = [i for i in range(len(chosen)) if sums[i, 2] > 0 and bool((found.unit_n == i).any())]
+    sums = score(text, basis, units_U, known, on_progress).numpy()
+    tested = [i for i in range(len(chosen)) if sums[i, 2] > 0 and bool((sampled.unit_n == i).any())]
     table = np.array([_figures(sums[i]) for i in tested]).reshape(-1, 4)
     result: dict[str, Any] = {"units": len(chosen), "tested": len(tested)}
     for at, name in enumerate(("precision", "recall", "recall_activation", "f1")):
@@ -197,6 +216,7 @@ def explain(
 
 def _figures(sums: np.ndarray[Any, Any]) -> tuple[float, float, float, float]:
     """Precision (0 where nothing is foretold), recall, share of the activation foretold, F1."""
-    both, told, fires, told_f, all_f = sums
-    precision, recall = both / told if told else 0.0, both / fires
-    return precision, recall, told_f / all_f, 2 * both / (told + fires)
+    both, n_foretold, n_firing, f_foretold, f_all = sums
+    precision = both / n_foretold if n_foretold else 0.0
+    recall = both / n_firing
+    return precision, recall, f_foretold / f_all, 2 * both / (n_foretold + n_firing)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from data.base.errors import UserError
-from evaluate.feature_metrics import logistic as newton
+from evaluate.feature_metrics import logistic
 from evaluate.feature_metrics.bases import Basis
 from evaluate.feature_metrics.sample import FeatureText, Sample
 from evaluate.feature_metrics.tasks import UNKNOWN, Answers, Task, TokenTexts, answers
@@ -35,31 +35,34 @@ class Questions:
     left_out: list[str]
 
 
-def ask(held: FeatureText, tasks: Sequence[Task], samples: tuple[Sample, Sample]) -> Questions:
+def ask(text: FeatureText, tasks: Sequence[Task], samples: tuple[Sample, Sample]) -> Questions:
     """UserError where no task is left."""
-    texts = TokenTexts(held.tokenizer)
-    found = [_answers(held, tasks, texts, sample) for sample in samples]
-    counts = [np.stack([(y == 1).sum(1), (y == 0).sum(1)]).min(0) for y in found]
+    texts = TokenTexts(text.tokenizer)
+    halves = [_answers(text, tasks, texts, sample) for sample in samples]
+    counts = [np.stack([(y == 1).sum(1), (y == 0).sum(1)]).min(0) for y in halves]
     fit = np.minimum(*counts) >= LEAST
     if not fit.any():
         raise UserError(f"no task has {LEAST} tokens that answer yes and {LEAST} no in each half: score more tokens")
     names = [task.name for task in tasks]
-    kept = [name for name, good in zip(names, fit, strict=True) if good]
-    return Questions(kept, found[0][fit], found[1][fit], [name for name in names if name not in kept])
+    answerable = [name for name, good in zip(names, fit, strict=True) if good]
+    return Questions(answerable, halves[0][fit], halves[1][fit], [name for name in names if name not in answerable])
 
 
-def _answers(held: FeatureText, tasks: Sequence[Task], texts: TokenTexts, sample: Sample) -> Answers:
-    found = np.empty((len(tasks), len(sample.sequence_M)), np.int8)
+def _answers(text: FeatureText, tasks: Sequence[Task], texts: TokenTexts, sample: Sample) -> Answers:
+    answers_KM = np.empty((len(tasks), len(sample.sequence_M)), np.int8)
     for sequence in np.unique(sample.sequence_M):
         low, high = np.searchsorted(sample.sequence_M, [sequence, sequence + 1])
-        found[:, low:high] = answers(tasks, texts, held.packed, int(sequence))[:, sample.position_M[low:high]]
-    return found
+        answers_KM[:, low:high] = answers(tasks, texts, text.packed, int(sequence))[:, sample.position_M[low:high]]
+    return answers_KM
 
 
 def choose(
-    basis: Basis, x_MX: Tensor, answers_KM: Answers, told: Callable[[int], Any]
+    basis: Basis, x_MX: Tensor, answers_KM: Answers, on_progress: Callable[[int], Any]
 ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """For each task the unit with the lowest loss, [K], and that loss; `told` hears the units x tasks fitted."""
+    """For each task the unit with the lowest loss, [K], and that loss.
+
+    `on_progress` is called with the number of units x tasks that were fitted.
+    """
     tasks = len(answers_KM)
     best, unit = np.full(tasks, np.inf), np.zeros(tasks, np.int64)
     rows = [torch.from_numpy(np.flatnonzero(y != UNKNOWN)).to(x_MX.device) for y in answers_KM]
@@ -68,11 +71,11 @@ def choose(
         for task, y_M in enumerate(answers_KM):
             whole = len(rows[task]) == len(y_M)
             y = torch.from_numpy(y_M).to(z_MC)[rows[task]]
-            loss_C = newton.fit(z_MC if whole else z_MC[rows[task]], y).loss_C
+            loss_C = logistic.fit(z_MC if whole else z_MC[rows[task]], y).loss_C
             at = int(loss_C.argmin())
             if float(loss_C[at]) < best[task]:
                 best[task], unit[task] = float(loss_C[at]), first + at
-        told(z_MC.shape[1] * tasks)
+        on_progress(z_MC.shape[1] * tasks)
     return unit, best
 
 
@@ -85,12 +88,12 @@ def refit(
         (basis.values(x, slice(unit, unit + 1)).cpu()[known].double(), torch.from_numpy(label[known]).double())
         for x, label, known in ((x, label, label != UNKNOWN) for x, label in zip(halves, labels, strict=True))
     )
-    fit = newton.fit(z, y)
+    fit = logistic.fit(z, y)
     rate = torch.logit(y.mean())
     result = np.full((2, len(labels[1])), np.nan)
     known = labels[1] != UNKNOWN
-    result[0, known] = newton.cross_entropy(fit.weight_C * z2 + fit.bias_C, y2)[:, 0].numpy()
-    result[1, known] = newton.cross_entropy(rate.expand(len(y2), 1), y2)[:, 0].numpy()
+    result[0, known] = logistic.cross_entropy(fit.weight_C * z2 + fit.bias_C, y2)[:, 0].numpy()
+    result[1, known] = logistic.cross_entropy(rate.expand(len(y2), 1), y2)[:, 0].numpy()
     return float(fit.loss_C), result[0], result[1]
 
 
@@ -101,15 +104,16 @@ def probe(
     *,
     bootstrap: int,
     seed: int,
-    told: Callable[[int], Any],
+    on_progress: Callable[[int], Any],
 ) -> dict[str, Any]:
     """The mean loss over the tasks in nats, that of the base rates, and each task's unit and losses."""
     halves = tuple(sample.reads[basis.of_neurons] for sample in samples)
     assert len(halves) == 2
-    units, _ = choose(basis, halves[0], questions.chosen, told)
-    sequences = samples[1].sequence_M
+    units, _ = choose(basis, halves[0], questions.chosen, on_progress)
+    document_M = samples[1].document_M
+    documents = np.unique(document_M)
     tasks: dict[str, Any] = {}
-    sums = []  # [K, 2, sequences]: loss and tokens of each sequence
+    sums = []  # [K, 2, documents]: loss and tokens of each document
     for name, unit, *labels in zip(questions.names, units, questions.chosen, questions.scored, strict=True):
         first, loss_M, base_M = refit(basis, int(unit), halves, (labels[0], labels[1]))
         known = ~np.isnan(loss_M)
@@ -120,8 +124,8 @@ def probe(
             "loss_base_rate": float(base_M[known].mean()),
             "positive": float((labels[1][known] == 1).mean()),
         }
-        at = sequences[known] - sequences[0]
-        size = int(sequences[-1] - sequences[0]) + 1
+        at = np.searchsorted(documents, document_M[known])
+        size = len(documents)
         sums.append([np.bincount(at, loss_M[known], size), np.bincount(at, minlength=size)])
     table = np.array(sums)
     loss = interval(table.transpose(2, 0, 1), lambda drawn: float((drawn[:, 0] / drawn[:, 1]).mean()), bootstrap, seed)

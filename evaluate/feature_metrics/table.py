@@ -54,7 +54,7 @@ def section(gao: Json, table: Callable[[list[str], list[list[str]]], str]) -> li
     if gao["left_out"]:
         words.append(f"- Tasks with too few tokens of one answer, left out: {', '.join(gao['left_out'])}.")
     return [
-        "### Feature metrics (Gao et al. 2406.04093)\n\nIn brackets 95% intervals (bootstrap over contexts; over units"
+        "### Feature metrics (Gao et al. 2406.04093)\n\nIn brackets 95% intervals (bootstrap over documents; over units"
         " for the patterns).",
         table(["basis", "units", *columns], cells),
         "\n".join(words),

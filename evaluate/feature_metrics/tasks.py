@@ -1,7 +1,7 @@
 """Binary questions about a token, answered from the text alone; the list is a YAML file.
 
 A task has a name and one of
-- `token`, `next`, `previous`: a regular expression found in the text of the token, of the one after or before it;
+- `token`, `next`, `previous`: a regular expression, looked for in the text of the token, or the one after or before it;
 - `span`: a regular expression over the text of the context, one of whose matches covers a part of the token;
 - `position`, `document`: [first, end) among the context's positions, or among the tokens since the document began;
 - `labels`: a JSON-lines file of {"document": name, "label": true or false}, for all tokens of the documents named.
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data.base.errors import UserError
+from evaluate.documents import Documents
 from harvest.packing import PackedTokens
 
 Answers = NDArray[np.int8]  # 1, 0, or UNKNOWN
@@ -39,20 +41,23 @@ class Task:
 
 
 def load_tasks(path: Path) -> list[Task]:
-    """The tasks of a YAML file; UserError for what cannot be one."""
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-    from yaml import YAMLError  # type: ignore[import-untyped]
+    """Read the tasks of a YAML file, which may hold plain values only; UserError for what cannot be one."""
+    import yaml  # type: ignore[import-untyped]
 
     try:
-        entries = OmegaConf.to_container(OmegaConf.load(path))
-    except (OSError, YAMLError, OmegaConfBaseException) as error:
-        told = str(error).splitlines()[0]
-        raise UserError(f"gao_with.tasks={path} cannot be read ({told}): name a YAML file of tasks") from None
+        entries = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"feature_metrics_with.tasks={path} cannot be read ({reason}): name a YAML file of tasks"
+        ) from None
     if not isinstance(entries, list) or not entries:
-        raise UserError(f"gao_with.tasks={path} is no list of tasks: each is a name and one of {', '.join(KINDS)}")
+        raise UserError(
+            f"feature_metrics_with.tasks={path} is no list of tasks: each is a name and one of {', '.join(KINDS)}"
+        )
     tasks = [_task(path, entry) for entry in entries]
-    twice = {task.name for task in tasks if [other.name for other in tasks].count(task.name) > 1}
+    names = [task.name for task in tasks]
+    twice = {name for name in names if names.count(name) > 1}
     if twice:
         raise UserError(f"{path} has several tasks named {min(twice)!r}: give each a name of its own")
     return tasks
@@ -63,17 +68,22 @@ def _task(path: Path, entry: Any) -> Task:
     if len(kinds) != 1 or set(entry) != {"name", kinds[0]} or not isinstance(entry["name"], str):
         raise UserError(f"{path} has the task {entry!r}: write a name and one of {', '.join(KINDS)}")
     (kind,) = kinds
-    name, asked = entry["name"], entry[kind]
+    name, question = entry["name"], entry[kind]
     if kind in ("position", "document"):
-        if not (isinstance(asked, list) and len(asked) == 2 and all(isinstance(n, int) for n in asked)):
-            raise UserError(f"task {name!r} of {path} has {kind}={asked}: write [first, end) as two whole numbers")
-        return Task(name, kind, (asked[0], asked[1]))
+        is_range = isinstance(question, list) and len(question) == 2 and all(type(end) is int for end in question)
+        if not is_range:
+            raise UserError(f"task {name!r} of {path} has {kind}={question}: write [first, end) as two whole numbers")
+        return Task(name, kind, (question[0], question[1]))
+    if not isinstance(question, str):
+        raise UserError(f"task {name!r} of {path} has {kind}={question}: write a text in quotes")
     if kind == "labels":
-        return Task(name, kind, _labels(path.parent / str(asked)))
+        return Task(name, kind, _labels(path.parent / question))
     try:
-        return Task(name, kind, re.compile(str(asked), re.MULTILINE))
-    except re.error as error:
-        raise UserError(f"task {name!r} of {path} has no regular expression ({error}): mend {asked!r}") from None
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # what Python will read otherwise some day, such as [[
+            return Task(name, kind, re.compile(question, re.MULTILINE))
+    except (re.error, OverflowError, RecursionError, Warning) as error:
+        raise UserError(f"task {name!r} of {path} has no regular expression ({error}): fix {question!r}") from None
 
 
 def _labels(path: Path) -> dict[str, bool]:
@@ -113,12 +123,12 @@ def _spans(pattern: re.Pattern[str], texts: Sequence[str]) -> Answers:
     for match in pattern.finditer("".join(texts)):
         covered[match.start() : match.end()] = 1
     running = np.concatenate([[0], np.cumsum(covered)])
-    found: Answers = (running[ends] > running[ends - [len(text) for text in texts]]).astype(np.int8)
-    return found
+    answers: Answers = (running[ends] > running[ends - [len(text) for text in texts]]).astype(np.int8)
+    return answers
 
 
-def _shifted(found: Callable[[str], Any], texts: Sequence[str], by: int) -> Answers:
-    own = np.array([bool(found(text)) for text in texts], np.int8)
+def _shifted(matches: Callable[[str], Any], texts: Sequence[str], by: int) -> Answers:
+    own = np.array([bool(matches(text)) for text in texts], np.int8)
     answers = np.full(len(texts), UNKNOWN, np.int8)
     if by > 0:
         answers[:-by] = own[by:]
@@ -134,11 +144,12 @@ def answers(tasks: Sequence[Task], texts: TokenTexts, packed: PackedTokens, sequ
     ids = packed.contexts[sequence]
     words, context = [texts[int(token)] for token in ids], len(ids)
     position = np.arange(context)
-    at = sequence * packed.stride + np.maximum(position - (context - packed.stride), 0)
-    document = np.searchsorted(packed.starts, at, side="right") - 1
+    documents = Documents.of(packed)
+    at = documents.positions(range(sequence, sequence + 1))[0]
+    document = documents.numbers(range(sequence, sequence + 1))[0]
     since = at - packed.starts[document] if len(packed.starts) else at
-    found = np.empty((len(tasks), context), np.int8)
-    for row, task in zip(found, tasks, strict=True):
+    rows = np.empty((len(tasks), context), np.int8)
+    for row, task in zip(rows, tasks, strict=True):
         if task.kind in NEIGHBOURS:
             row[:] = _shifted(task.asks.search, words, NEIGHBOURS[task.kind])
         elif task.kind == "span":
@@ -149,4 +160,4 @@ def answers(tasks: Sequence[Task], texts: TokenTexts, packed: PackedTokens, sequ
         else:
             counted = position if task.kind == "position" else since
             row[:] = (counted >= task.asks[0]) & (counted < task.asks[1])
-    return found
+    return rows

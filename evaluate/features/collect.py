@@ -135,26 +135,26 @@ class Collector:
         f_FN = f_NF.detach().t().contiguous().float().cpu().numpy()
         assert f_FN.shape == (self.width, keep.sum())
         self.tokens += f_FN.shape[1]
-        found = Firings.of(f_FN)
-        self._count(found)
+        firings = Firings.of(f_FN)
+        self._count(firings)
         sequence_N, position_N = np.nonzero(keep)
         row_BT = np.where(keep, np.cumsum(keep).reshape(keep.shape) - 1, -1)
-        peaks = self._peaks(found, sequence_N)
-        tokens_n = (first + sequence_N[found.row_n]) * keep.shape[1] + position_N[found.row_n]
-        drawn = priority(tokens_n, found.latent_n, self.width, self.seed)
-        every = np.arange(len(found.latent_n))
+        peaks = self._peaks(firings, sequence_N)
+        tokens_n = (first + sequence_N[firings.row_n]) * keep.shape[1] + position_N[firings.row_n]
+        drawn = priority(tokens_n, firings.latent_n, self.width, self.seed)
+        every = np.arange(len(firings.latent_n))
         for shelf, among, key in (
-            (self.top, peaks, found.value_n[peaks].astype(np.float64)),
+            (self.top, peaks, firings.value_n[peaks].astype(np.float64)),
             (self.sample, every, drawn),
         ):
-            chosen = shelf.candidates(found.latent_n[among], key)
+            chosen = shelf.candidates(firings.latent_n[among], key)
             index = among[chosen]
-            latent, row = found.latent_n[index], found.row_n[index]
+            latent, row = firings.latent_n[index], firings.row_n[index]
             windows = self._windows(f_FN, row_BT, latent, sequence_N[row], position_N[row])
-            shelf.put(latent, key[chosen], first + sequence_N[row], position_N[row], found.value_n[index], windows)
+            shelf.put(latent, key[chosen], first + sequence_N[row], position_N[row], firings.value_n[index], windows)
 
-    def _count(self, found: Firings) -> None:
-        latent, value = found.latent_n, found.value_n
+    def _count(self, firings: Firings) -> None:
+        latent, value = firings.latent_n, firings.value_n
         self.fired_F += np.bincount(latent, minlength=self.width)
         self.total_F += np.bincount(latent, weights=value.astype(np.float64), minlength=self.width)
         np.maximum.at(self.largest_F, latent, value)
@@ -171,17 +171,17 @@ class Collector:
         bins = np.floor(np.ldexp(value.astype(np.float64), int(np.log2(BINS)) - exponent_F[latent])).astype(np.int64)
         self._histogram_FH += np.bincount(latent * BINS + bins, minlength=self.width * BINS).reshape(-1, BINS)
 
-    def _peaks(self, found: Firings, sequence_N: NDArray[np.int64]) -> NDArray[np.int64]:
+    def _peaks(self, firings: Firings, sequence_N: NDArray[np.int64]) -> NDArray[np.int64]:
         """Of each latent in each context the first of its largest firings; counts the contexts."""
-        if not len(found.latent_n):
+        if not len(firings.latent_n):
             return np.zeros(0, np.int64)
-        group = found.latent_n * (int(sequence_N[-1]) + 1) + sequence_N[found.row_n]
+        group = firings.latent_n * (int(sequence_N[-1]) + 1) + sequence_N[firings.row_n]
         starts = np.flatnonzero(np.diff(group, prepend=-1))
         sizes = np.diff(starts, append=len(group))
-        is_peak = found.value_n == np.repeat(np.maximum.reduceat(found.value_n, starts), sizes)
+        is_peak = firings.value_n == np.repeat(np.maximum.reduceat(firings.value_n, starts), sizes)
         peaks: NDArray[np.int64] = np.flatnonzero(is_peak)
         peaks = peaks[np.flatnonzero(np.diff(group[peaks], prepend=-1))]
-        self.contexts_F += np.bincount(found.latent_n[peaks], minlength=self.width)
+        self.contexts_F += np.bincount(firings.latent_n[peaks], minlength=self.width)
         return peaks
 
     def _windows(

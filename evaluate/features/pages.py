@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from data.base.files import write_atomic
 from evaluate.features.collect import Collector, Shelf
-from evaluate.report.render import asset, digest, render, replace, safe_json
+from evaluate.report.render import asset, digest, render, safe_json
 from harvest.packing import PackedTokens
 
 Json = dict[str, Any]
@@ -59,7 +60,7 @@ class Words:
 class Latents:
     """All that the pages tell of F latents; ends are (ids [F, K], values [F, K]), None where there are none."""
 
-    found: Collector
+    collector: Collector
     packed: PackedTokens
     words: Words
     near: tuple[NDArray[np.int64], NDArray[np.float32]]
@@ -89,11 +90,11 @@ class Pieces:
 
     def __init__(self, latents: Latents) -> None:
         self.latents = latents
-        self.interest_F = latents.found.interest_F()
+        self.interest_F = latents.collector.interest_F()
 
     def context(self, shelf: Shelf, latent: int, place: int, tokens: Strings, documents: dict[str, int]) -> Json:
         """One example: token numbers, the place of its token among them, and (place, activation) where it fires."""
-        packed, offsets = self.latents.packed, self.latents.found.offsets_W
+        packed, offsets = self.latents.packed, self.latents.collector.offsets_W
         sequence, position = int(shelf.sequence_FK[latent, place]), int(shelf.position_FK[latent, place])
         inside = (position + offsets >= 0) & (position + offsets < packed.contexts.shape[1])
         window = shelf.window_FKW[latent, place][inside]
@@ -110,7 +111,7 @@ class Pieces:
 
     def groups(self, latent: int, tokens: Strings, documents: dict[str, int]) -> list[Json]:
         """The top contexts, then examples around each quantile of the sample that are not among the top ones."""
-        top, sample = self.latents.found.top, self.latents.found.sample
+        top, sample = self.latents.collector.top, self.latents.collector.sample
         shown = [place for place in range(top.places) if top.sequence_FK[latent, place] >= 0]
         groups: list[Json] = [{"c": [self.context(top, latent, place, tokens, documents) for place in shown]}]
         seen = {(top.sequence_FK[latent, place], top.position_FK[latent, place]) for place in shown}
@@ -127,44 +128,44 @@ class Pieces:
 
     def latent(self, latent: int, tokens: Strings, documents: dict[str, int]) -> Json:
         """All of one latent but what the summary has."""
-        counts, bin_width = self.latents.found.histogram(latent)
+        counts, bin_width = self.latents.collector.histogram(latent)
         ids, cosines = self.latents.near
-        found: Json = {
+        piece: Json = {
             "h": counts,
             "w": bin_width,
             "n": [[int(i), round(float(c), 3)] for i, c in zip(ids[latent], cosines[latent], strict=True)],
-            "g": self.groups(latent, tokens, documents) if self.latents.found.fired_F[latent] else [],
+            "g": self.groups(latent, tokens, documents) if self.latents.collector.fired_F[latent] else [],
         }
         for name, ends in (("r", self.latents.raised), ("l", self.latents.lowered)):
             if ends is not None:
                 pairs = zip(ends[0][latent], ends[1][latent], strict=True)
-                found[name] = [[tokens.number(int(token)), short(float(value))] for token, value in pairs]
-        return found
+                piece[name] = [[tokens.number(int(token)), short(float(value))] for token, value in pairs]
+        return piece
 
     def piece(self, first: int) -> Json:
         """The latents from `first` on, with the strings they need."""
         tokens, documents = Strings(self.latents.words.text), dict[str, int]()
-        every = range(first, min(first + LATENTS_A_PIECE, self.latents.found.width))
+        every = range(first, min(first + LATENTS_A_PIECE, self.latents.collector.width))
         latents = [self.latent(latent, tokens, documents) for latent in every]
         return {"latents": latents, "tokens": tokens.texts, "documents": list(documents)}
 
     def peak_tokens(self, latent: int) -> list[int]:
         """The tokens at the peaks of the top contexts, the most frequent first."""
-        top, contexts = self.latents.found.top, self.latents.packed.contexts
+        top, contexts = self.latents.collector.top, self.latents.packed.contexts
         places = [place for place in range(top.places) if top.sequence_FK[latent, place] >= 0]
         at = (top.sequence_FK[latent, places], top.position_FK[latent, places])
         return [token for token, _ in Counter(contexts[at].tolist()).most_common(LABELS)]
 
     def summary(self) -> Json:
         """What lists, search and sort need of every latent."""
-        found, tokens = self.latents.found, Strings(self.latents.words.text)
+        collector, tokens = self.latents.collector, Strings(self.latents.words.text)
         raised = self.latents.raised
-        every = range(found.width)
+        every = range(collector.width)
         return {
-            "fired": found.fired_F.tolist(),
-            "contexts": found.contexts_F.tolist(),
-            "mean": [short(v) for v in found.total_F / np.maximum(found.fired_F, 1)],
-            "max": [short(float(v)) for v in found.largest_F],
+            "fired": collector.fired_F.tolist(),
+            "contexts": collector.contexts_F.tolist(),
+            "mean": [short(v) for v in collector.total_F / np.maximum(collector.fired_F, 1)],
+            "max": [short(float(v)) for v in collector.largest_F],
             "interest": [short(float(v)) for v in self.interest_F],
             "peaks": [tokens.numbers(self.peak_tokens(latent)) for latent in every],
             "raised": None if raised is None else [tokens.numbers(raised[0][i, :LABELS].tolist()) for i in every],
@@ -173,24 +174,27 @@ class Pieces:
 
 
 def write(latents: Latents, about: Json, out: Path, bar: Callable[[int], Any]) -> Path:
-    """Write the pages into `out`, `index.html` last; its path. `bar` hears of latents; `about` is told at the top."""
+    """Write the pages into `out`, `index.html` last; its path. `about` stands at the top.
+
+    `bar` is called with how many latents were written.
+    """
     out.mkdir(parents=True, exist_ok=True)
     pieces = Pieces(latents)
-    width = latents.found.width
+    width = latents.collector.width
     for number, first in enumerate(range(0, width, LATENTS_A_PIECE)):
         piece = pieces.piece(first)
-        replace(out / piece_name(number), f"thresher.piece({number},{safe_json(piece)});\n")
+        write_atomic(out / piece_name(number), f"thresher.piece({number},{safe_json(piece)});\n")
         bar(len(piece["latents"]))
-    replace(out / "index.js", f"thresher.index({safe_json(pieces.summary())});\n")
+    write_atomic(out / "index.js", f"thresher.index({safe_json(pieces.summary())});\n")
     for stale in _beyond(out, -(-width // LATENTS_A_PIECE)):
         stale.unlink()
-    page = {"about": about, "width": width, "tokens": latents.found.tokens, "a_piece": LATENTS_A_PIECE}
+    page = {"about": about, "width": width, "tokens": latents.collector.tokens, "a_piece": LATENTS_A_PIECE}
     script = asset("features.js")
     html = render(
         "features.html", page=page, about=about, style=asset("base.css") + asset("features.css"), script=script,
         script_digest=digest(script),
     )  # fmt: skip
-    replace(out / "index.html", html)
+    write_atomic(out / "index.html", html)
     return out / "index.html"
 
 

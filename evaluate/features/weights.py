@@ -72,33 +72,39 @@ Ends = tuple[Int64[Tensor, "F K"], Float[Tensor, "F K"]]
 
 
 def ends(
-    lens: Lens, W_dec_FD: Float[Tensor, "F D"], vocabulary: int, kept: int, bar: Callable[[int], Any]
+    lens: Lens, W_dec_FD: Float[Tensor, "F D"], vocabulary: int, count: int, bar: Callable[[int], Any]
 ) -> list[Ends]:
-    """The `kept` tokens that each row raises and lowers most, strongest first, and logits; `bar` hears of rows."""
-    kept = min(kept, vocabulary)
+    """The `count` tokens that each row raises and lowers most, strongest first, and logits.
+
+    `bar` is called with how many rows were done.
+    """
+    count = min(count, vocabulary)
     raised: list[Ends] = []
     lowered: list[Ends] = []
     for rows_RD in torch.split(W_dec_FD, max(1, ENTRIES_AT_ONCE // vocabulary)):
         logits_RV = lens.logits(rows_RD)[:, :vocabulary]
-        for found, largest in ((raised, True), (lowered, False)):
-            values, tokens = logits_RV.topk(kept, largest=largest)
-            found.append((tokens.cpu(), values.cpu()))
+        for ends, largest in ((raised, True), (lowered, False)):
+            values, tokens = logits_RV.topk(count, largest=largest)
+            ends.append((tokens.cpu(), values.cpu()))
         bar(len(rows_RD))
-    return [(torch.cat([t for t, _ in found]), torch.cat([v for _, v in found])) for found in (raised, lowered)]
+    return [(torch.cat([t for t, _ in ends]), torch.cat([v for _, v in ends])) for ends in (raised, lowered)]
 
 
 @torch.inference_mode()
-def neighbours(W_dec_FD: Float[Tensor, "F D"], kept: int, bar: Callable[[int], Any]) -> Ends:
-    """The `kept` rows with the largest cosine to each row, itself left out, nearest first; `bar` hears of rows."""
+def neighbours(W_dec_FD: Float[Tensor, "F D"], count: int, bar: Callable[[int], Any]) -> Ends:
+    """The `count` rows with the largest cosine to each row, itself left out, nearest first.
+
+    `bar` is called with how many rows were done.
+    """
     unit_FD = nn.functional.normalize(W_dec_FD.float())
     width = len(unit_FD)
-    found = []
+    nearest = []
     for first in range(0, width, max(1, ENTRIES_AT_ONCE // width)):
         rows_RD = unit_FD[first : first + max(1, ENTRIES_AT_ONCE // width)]
         cosine_RF = rows_RD @ unit_FD.t()
         own = torch.arange(len(rows_RD), device=cosine_RF.device)
         cosine_RF[own, first + own] = -torch.inf
-        values, latents = cosine_RF.topk(min(kept, width - 1))
-        found.append((latents.cpu(), values.cpu()))
+        values, latents = cosine_RF.topk(min(count, width - 1))
+        nearest.append((latents.cpu(), values.cpu()))
         bar(len(rows_RD))
-    return torch.cat([latents for latents, _ in found]), torch.cat([values for _, values in found])
+    return torch.cat([latents for latents, _ in nearest]), torch.cat([values for _, values in nearest])

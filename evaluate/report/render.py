@@ -12,8 +12,6 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from data.base.files import write_atomic
-
 TEMPLATES = Path(__file__).resolve().parent / "templates"
 _UNSAFE = str.maketrans({char: f"\\u{ord(char):04x}" for char in "<>&"})
 
@@ -26,15 +24,15 @@ def safe_json(value: Any) -> str:
 @cache
 def environment() -> Environment:
     """The templates beside this module; a name that is not given is an error."""
-    found = Environment(
+    templates = Environment(
         loader=FileSystemLoader(TEMPLATES),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    found.filters["json"] = lambda value: Markup(safe_json(value))
-    return found
+    templates.filters["json"] = lambda value: Markup(safe_json(value))
+    return templates
 
 
 def asset(name: str) -> Markup:
@@ -50,8 +48,3 @@ def digest(script: str) -> str:
 def render(template: str, **values: Any) -> str:
     """A filled template."""
     return environment().get_template(template).render(**values)
-
-
-def replace(path: Path, text: str) -> None:
-    """Write a whole file or none."""
-    write_atomic(path, text)

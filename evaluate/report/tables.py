@@ -6,18 +6,18 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from evaluate.report.columns import BY_KEY, OF_SITE, SHIPPED, SPLICE, sae_name, sparsity_setting
+
 Json = dict[str, Any]
 
-# Metrics of the first table, and how headings are written; what is not named here keeps its own name.
-FIRST = ("l0", "nmse", "ce_spliced", "ce_increase", "recovered_zero", "recovered_mean", "kl")
-HEADINGS = {
-    **{"l0": "L0", "nmse": "NMSE", "nmse_token": "NMSE token", "nmse_btk": "NMSE btk", "ev": "EV"},
-    **{"ce_spliced": "CE", "ce_clean": "CE clean", "ce_zero": "CE zero", "ce_mean": "CE mean", "kl": "KL"},
-    **{"ce_increase": "CE increase"},
+FIRST = tuple(column.key for column in SPLICE)  # the metrics of the first table
+SITE = tuple(column.key for column in OF_SITE)
+HEADINGS = {column.key: column.heading for column in BY_KEY.values()} | {"asked": "asked"}
+TITLES = {
+    "delta": "Differences from the baseline, with their intervals",
+    "gao": "Feature metrics (Gao et al.)",
+    "all_rows": "Over all rows, the massive ones among them",
 }
-SITE = ("ce_clean", "ce_zero", "ce_mean")  # the same for all SAEs of a site
-SHIPPED = "shipped"
-TITLES = {"delta": "Differences from the baseline, with their intervals", "gao": "Feature metrics (Gao et al.)"}
 # Of an SAE's row: what tables and figures already show.
 SHOWN = {"number", "variant", "metrics", "l0", "settings", "training", "storage_share"}
 
@@ -80,12 +80,6 @@ def cell(value: Any) -> Cell:
     return Cell(f"{value:,}" if isinstance(value, int) else figure(value), key=float(value))
 
 
-def sae_name(row: Json) -> str:
-    """An SAE of the report by its number, and its form where that is not the one that ships."""
-    form = row.get("form", SHIPPED)
-    return f"{row['number']} {row['variant']}" + ("" if form == SHIPPED else f" ({form} form)")
-
-
 def rows_table(title: str, rows: Sequence[Json], parts: Sequence[Json]) -> Table | None:
     """A line an SAE of what `parts` hold of each, columns in the order met; None where there are none."""
     names = list(dict.fromkeys(name for part in parts for name, value in part.items() if is_plain(value)))
@@ -98,12 +92,6 @@ def rows_table(title: str, rows: Sequence[Json], parts: Sequence[Json]) -> Table
     return Table(title, ["SAE", *map(heading, names)], lines)
 
 
-def asked(settings: Json) -> str:
-    """How sparse an SAE was asked to be."""
-    known = ((name, settings.get(name)) for name in ("k", "target_l0", "sparsity"))
-    return ", ".join(f"{name}={value:g}" for name, value in known if value is not None)
-
-
 def ordered(part: Any, first: Sequence[str], without: Sequence[str] = ()) -> Json:
     """Of a dict the names in `first`, or where that is empty all but those in `without`; nothing of what is no dict."""
     if not isinstance(part, dict):
@@ -112,7 +100,7 @@ def ordered(part: Any, first: Sequence[str], without: Sequence[str] = ()) -> Jso
 
 
 def sae_tables(rows: Sequence[Json]) -> list[Table]:
-    """All that is told of the SAEs of a site."""
+    """Give the tables of the SAEs of a site."""
     metrics = [row["metrics"] for row in rows]
     first = [ordered(part, FIRST) for part in metrics]
     detail = [
@@ -122,7 +110,7 @@ def sae_tables(rows: Sequence[Json]) -> list[Table]:
         for row in rows
     ]
     sizes = [
-        {"asked": asked(row["settings"])}
+        {"asked": sparsity_setting(row["settings"])}
         | {
             name: value
             for name, value in row.items()

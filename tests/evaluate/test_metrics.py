@@ -15,6 +15,7 @@ from evaluate.metrics import (
     Firing,
     Predictions,
     Reconstruction,
+    SetSums,
     pooled,
     resampled,
     scored_positions,
@@ -128,7 +129,7 @@ def test_the_mean_as_reconstruction_has_nmse_one_and_half_of_x_shrinks() -> None
 
 
 def test_firing_worked_by_hand() -> None:
-    firing = Firing(width=3, context=2, sequences=2)
+    firing = Firing(width=3, context=2, n_contexts=2)
     f = torch.tensor([[1.0, 0.0, 0.0], [0.5, 2.0, 0.0], [0.0, 0.0, 0.0]])
     firing.update(f[:2], torch.tensor([0, 0]), torch.tensor([0, 1]))
     firing.update(f[2:], torch.tensor([1]), torch.tensor([1]))
@@ -137,11 +138,11 @@ def test_firing_worked_by_hand() -> None:
     assert got["fired"] == [2, 1, 0] and got["silent"] == 1
     assert got["by_position"] == [1.0, 1.0]
     assert got["std"] == pytest.approx(np.std([1, 2, 0]))
-    assert firing.l0.tolist() == [3, 0]
+    assert firing.sums.of_contexts["l0"].tolist() == [3, 0]
 
 
 def test_a_position_without_tokens_has_no_l0() -> None:
-    firing = Firing(width=2, context=3, sequences=1)
+    firing = Firing(width=2, context=3, n_contexts=1)
     firing.update(torch.ones(2, 2), torch.tensor([0, 0]), torch.tensor([1, 2]))
     assert firing.result()["by_position"] == [None, 2.0, 2.0]
 
@@ -206,7 +207,7 @@ def test_bootstrap_error_of_a_mean_is_the_analytic_one() -> None:
     columns = values_table()
     sequences = 400
     columns = {name: np.ones(sequences) for name in columns} | {"kl": rng.exponential(size=sequences)}
-    got = pooled(columns, samples=4000, seed=1)["kl"]
+    got = pooled(SetSums(columns, columns), samples=4000, seed=1)["kl"]
     analytic = columns["kl"].std(ddof=0) / np.sqrt(sequences)
     assert got["value"] == pytest.approx(columns["kl"].mean())
     assert got["se"] == pytest.approx(analytic, rel=0.05)  # the error of a standard error from 4,000 samples is 1.1%
@@ -218,7 +219,7 @@ def test_bootstrap_error_of_a_ratio_is_the_analytic_one() -> None:
     columns = {name: np.ones(sequences) for name in values_table()}
     columns["deviation"] = rng.gamma(9.0, size=sequences)
     columns["error"] = 0.3 * columns["deviation"] + rng.normal(0, 0.4, size=sequences)
-    got = pooled(columns, samples=4000, seed=2)["nmse"]
+    got = pooled(SetSums(columns, columns), samples=4000, seed=2)["nmse"]
     ratio = columns["error"].sum() / columns["deviation"].sum()
     residual = columns["error"] - ratio * columns["deviation"]  # the delta method
     assert got["value"] == pytest.approx(ratio)
@@ -230,7 +231,7 @@ def test_bootstrap_is_paired() -> None:
     rng = np.random.default_rng(2)
     columns = {name: np.full(50, 10.0) for name in values_table()} | {"clean": rng.normal(30, 5, size=50)}
     columns["spliced"] = columns["clean"] + 2.0
-    got = pooled(columns, samples=200, seed=0)
+    got = pooled(SetSums(columns, columns), samples=200, seed=0)
     assert got["ce_increase"]["value"] == pytest.approx(0.2)
     assert got["ce_increase"]["se"] == pytest.approx(0, abs=1e-12)
     assert (got["ce_spliced"]["se"] or 0) > 0.05
@@ -246,6 +247,6 @@ def test_bootstrap_draws_depend_on_the_seed_alone() -> None:
 
 def test_one_sequence_has_no_error_and_infinite_values_are_none() -> None:
     columns = {name: np.array([1.0]) for name in values_table()}  # zero = clean: nothing to recover
-    got = pooled(columns, samples=10, seed=0)
+    got = pooled(SetSums(columns, columns), samples=10, seed=0)
     assert got["ce_clean"] == {"value": 1.0, "se": None}
     assert got["recovered_zero"] == {"value": None, "se": None}

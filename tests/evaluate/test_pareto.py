@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from evaluate.metrics import deltas, statistics, totals
-from evaluate.pareto import compare, front
+from evaluate.metrics import SetSums, deltas, statistics, totals
+from evaluate.pareto import best_at_equal_l0, compare, excess_at_equal_l0, front
 
 NAMES = [
     *("tokens", "predicted", "error", "deviation", "error_token", "deviation_token", "error_btk", "l0", "cosine"),
@@ -36,18 +36,51 @@ def test_what_is_off_the_front_is_beaten_by_a_point_on_it(points: list[tuple[int
         assert any(a <= x and b <= y for a, b in on)
 
 
+def test_best_at_equal_l0_is_not_the_densest_of_a_sweep() -> None:
+    """NMSE = 0.4 / sqrt(L0) for all, but one SAE has three quarters of that at its own L0."""
+    l0 = [4.0, 8.0, 16.0, 32.0, 64.0]
+    nmse = [0.4 / value**0.5 for value in l0]
+    nmse[1] *= 0.75
+    rows = [{"metrics": {"l0": {"value": x}, "nmse": {"value": y}}} for x, y in zip(l0, nmse, strict=True)]
+    assert min(rows, key=lambda row: row["metrics"]["nmse"]["value"]) is rows[4]
+    assert best_at_equal_l0([rows]) is rows[1]
+    # A second site's best must lie further below its own line to be chosen, whatever its NMSE.
+    others = [{"metrics": {"l0": {"value": x}, "nmse": {"value": y / 100}}} for x, y in zip(l0, nmse, strict=True)]
+    others[1]["metrics"]["nmse"]["value"] *= 0.9
+    assert best_at_equal_l0([rows, others]) is others[1]
+
+
+def test_at_one_l0_the_lowest_nmse_is_best_and_of_equals_the_sparsest() -> None:
+    points = [(32.0, 0.2), (32.5, 0.1), (31.9, 0.3)]
+    rows = [{"metrics": {"l0": {"value": x}, "nmse": {"value": y}}} for x, y in points]
+    assert best_at_equal_l0([rows]) is rows[1]
+    two = [{"metrics": {"l0": {"value": x}, "nmse": {"value": y}}} for x, y in ((64.0, 0.1), (8.0, 0.3))]
+    assert best_at_equal_l0([two]) is two[1]  # a line through two points has nothing above or below
+    unknown = [{"metrics": {"l0": {"value": 0.0}, "nmse": {"value": None}}}]
+    assert best_at_equal_l0([unknown]) is unknown[0]
+    assert best_at_equal_l0([[*unknown, rows[0]]]) is rows[0]
+
+
+@given(st.lists(st.tuples(st.floats(1, 100), st.floats(0.01, 1)), min_size=1, max_size=8))
+def test_excess_is_about_0_and_does_not_depend_on_units(points: list[tuple[float, float]]) -> None:
+    excess = excess_at_equal_l0(points)
+    assert sum(excess) == pytest.approx(0, abs=1e-9)
+    scaled = excess_at_equal_l0([(l0, nmse * 7) for l0, nmse in points])
+    assert scaled == pytest.approx(excess, abs=1e-9)
+
+
 def test_deltas_are_paired() -> None:
     """A constant addition to every sequence has no error, however much the sequences differ."""
     base = some(50, 0)
     more = base | {"kl": base["kl"] + 0.25 * base["predicted"]}
-    got = deltas(more, base, samples=200, seed=3)
+    got = deltas(SetSums(more, more), SetSums(base, base), samples=200, seed=3)
     assert got["kl"]["value"] == pytest.approx(0.25) and got["kl"]["se"] == pytest.approx(0, abs=1e-12)
     assert got["kl"]["low"] == pytest.approx(0.25) and got["nmse"] == {"value": 0, "se": 0, "low": 0, "high": 0}
 
 
 def test_deltas_equal_the_bootstrap_by_its_definition() -> None:
     one, base = some(20, 1), some(20, 2)
-    got = deltas(one, base, samples=300, seed=5)["nmse"]
+    got = deltas(SetSums(one, one), SetSums(base, base), samples=300, seed=5)["nmse"]
     rng = np.random.default_rng(5)
     draws = []
     for _ in range(300):

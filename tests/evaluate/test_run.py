@@ -18,7 +18,9 @@ from data.base.errors import UserError
 from data.loading.reader import open_reader
 from data.store.manifest import Manifest
 from data.store.store import Store
-from evaluate.run import evaluate, find_saes, pinned
+from evaluate.inputs import find_saes, pinned
+from evaluate.run import evaluate
+from tests.helpers.settings import stage_config
 from train.sae.base import SAE
 from train.sae.io import save
 from train.sae.variants.relu import ReLU
@@ -44,21 +46,8 @@ def saved(harvested: dict[str, Any], tmp_path: Path) -> Callable[..., Path]:
 
 @pytest.fixture
 def config(harvested: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
-    return {
-        "saes": str(tmp_path / "saes"),
-        "cache": harvested["config"]["cache"],
-        "tokens": 250,
-        "lm_batch": None,
-        "bootstrap": 50,
-        "seed": 0,
-        "form": "shipped",
-        "baseline": None,
-        "gao": None,
-        "features": None,
-        "device": "cpu",
-        "device_map": None,
-        "out": str(tmp_path / "out"),
-    }
+    own = {"tokens": 250, "bootstrap": 50, "device": "cpu", "out": str(tmp_path / "out")}
+    return stage_config("evaluate", saes=str(tmp_path / "saes"), cache=harvested["config"]["cache"], **own)
 
 
 def results(config: dict[str, Any]) -> dict[str, Any]:
@@ -187,9 +176,10 @@ def test_feature_metrics_of_an_sae_and_the_baselines(
         assert set(row["probe"]["tasks"]) == {"low"} and row["patterns"]["units"] == 6 and "ablation" not in row
         assert 0 < row["probe"]["tasks"]["low"]["loss_chosen"] <= row["probe"]["loss_base_rate"] * 1.1
     assert site["gao"]["left_out"] == ["none"]
-    told = capsys.readouterr().out
+    printed = capsys.readouterr().out
     for metric in ("sample", "probe", "patterns"):
-        assert any(line.startswith(f"gao {metric}: ") and line.endswith(" min") for line in told.splitlines()), metric
+        start = f"feature metrics, {metric}: "
+        assert any(line.startswith(start) and line.endswith(" min") for line in printed.splitlines()), metric
     text = (Path(config["out"]) / "report.md").read_text()
     assert "### Feature metrics" in text and "Tasks with too few tokens of one answer, left out: none." in text
 
@@ -201,19 +191,19 @@ def test_a_folder_with_brackets_is_found(saved: Callable[..., Path], rough_sae: 
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "sentence"),
     [
         ({"saes": "nowhere"}, "saes=nowhere holds no trained SAE"),
         ({"saes": []}, "saes is empty"),
-        ({"tokens": 0}, "tokens=0 must be a whole number"),
+        ({"tokens": 0}, "tokens=0 is not allowed: it should be greater than or equal to 1"),
         ({"tokens": 100_000}, r"tokens=100,000 .* holds"),
-        ({"bootstrap": 1}, "bootstrap=1 must be a whole number, 2 or more"),
+        ({"bootstrap": 1}, "bootstrap=1 is not allowed"),
         ({"lm_batch": 0}, "lm_batch=0"),
         ({"cache": "elsewhere"}, "no store in elsewhere has the fingerprint"),
-        ({"gao": "probes", "gao_with": {}}, "gao=probes is unknown"),
-        ({"gao": "all", "gao_with": {}, "form": "batch"}, "gao measures the form that ships"),
-        ({"gao": "all", "gao_with": {"baselines": ["ica"]}}, "gao_with.baselines=ica is unknown"),
-        ({"form": "training"}, "form=training is unknown"),
+        ({"gao": "probes"}, "feature_metrics.0=probes is not allowed"),
+        ({"gao": "all", "form": "batch"}, "feature_metrics are measured in the inference form"),
+        ({"gao": "all", "gao_with": {"baselines": ["ica"]}}, "feature_metrics_with.baselines.0=ica is not allowed"),
+        ({"form": "training"}, "form=training is not allowed"),
         ({"baseline": "gone"}, "baseline=gone is none of the SAEs"),
         ({"device": "cuda:77"}, "device=cuda:77"),
     ],
@@ -223,10 +213,10 @@ def test_a_mistake_is_told_in_a_sentence(
     config: dict[str, Any],
     rough_sae: Callable[[int], ReLU],
     change: dict[str, Any],
-    told: str,
+    sentence: str,
 ) -> None:
     saved("rough", rough_sae(16))
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=sentence):
         evaluate(config | change)
     assert not Path(config["out"]).exists()
 
@@ -280,7 +270,8 @@ def test_the_command_ends_with_the_report(
     saved: Callable[..., Path], config: dict[str, Any], rough_sae: Callable[[int], ReLU]
 ) -> None:
     saved("rough", rough_sae(16))
-    overrides = [f"{name}={value}" for name, value in config.items() if value is not None]
+    names = ("saes", "cache", "tokens", "bootstrap", "device", "out")
+    overrides = [f"{name}={config[name]}" for name in names]
     command = [sys.executable, "-m", "evaluate", *overrides, f"hydra.run.dir={config['out']}"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr

@@ -85,19 +85,17 @@ def write_tokenizer(folder: Path, texts: list[str]) -> None:
     ).save_pretrained(folder)
 
 
-@pytest.fixture(scope="session")
-def harvested(tmp_path_factory: pytest.TempPathFactory, tiny_lm: Any) -> dict[str, Any]:
-    """The configuration of a harvest that has run, and its store: {"config", "store", "root"}."""
+def harvest_of(model: Any, root: Path, **packing: Any) -> dict[str, Any]:
+    """The configuration of a harvest of the model that has run in `root`, and its store."""
     from harvest.run import harvest
 
-    root = tmp_path_factory.mktemp("harvested")
     g = torch.Generator().manual_seed(1)
     words = [f"w{i}" for i in range(80)]
     texts = [" ".join(words[i] for i in torch.randint(80, (60,), generator=g)) for _ in range(60)]
+    (root / "text").mkdir()
     for number, text in enumerate(texts):
-        (root / "text").mkdir(exist_ok=True)
         (root / "text" / f"{number}.txt").write_text(text)
-    tiny_lm.save_pretrained(root / "lm")
+    model.save_pretrained(root / "lm")
     write_tokenizer(root / "lm", texts)
     config = {
         "model": {
@@ -116,6 +114,7 @@ def harvested(tmp_path_factory: pytest.TempPathFactory, tiny_lm: Any) -> dict[st
             "keep_special": False,
             "shuffle": 0,
             "heldout": 0.3,
+            **packing,
         },
         "sites": [SITE, "mlp_out.1"],
         "tokens": 1200,
@@ -127,3 +126,9 @@ def harvested(tmp_path_factory: pytest.TempPathFactory, tiny_lm: Any) -> dict[st
         "allow_mixed_devices": False,
     }
     return {"config": config, "store": harvest(config), "root": root}
+
+
+@pytest.fixture(scope="session")
+def harvested(tmp_path_factory: pytest.TempPathFactory, tiny_lm: Any) -> dict[str, Any]:
+    """The configuration of a harvest that has run, and its store: {"config", "store", "root"}."""
+    return harvest_of(tiny_lm, tmp_path_factory.mktemp("harvested"))

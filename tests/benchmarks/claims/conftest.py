@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from benchmarks.claims.scores import Candidate, Scored
-from evaluate.run import SavedSAE
+from evaluate.inputs import SavedSAE
 from tests.helpers.tiny_lm import harvested, tiny_lm
 
 __all__ = ["harvested", "tiny_lm"]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks.claims.forms import BatchForm, rescaled, turned, with_threshold
+from benchmarks.claims.forms import rescaled, turned, with_threshold
+from evaluate.forms import BatchForm
 from train.sae.base import SAE
 from train.sae.variants.batchtopk import BatchTopK
 from train.sae.variants.relu import ReLU
@@ -30,7 +31,7 @@ def test_the_batch_form_keeps_the_largest_of_all_it_reads() -> None:
     x = rows(1)
     z = sae.pre_activation(sae.norm.normalise(x))
     least = z.flatten().topk(K * len(x)).values.min()
-    f, x_hat = turned(sae, BatchForm).encode_decode(x)
+    f, x_hat = BatchForm(turned(sae, BatchTopK)).run(x)
     assert torch.equal(f, torch.where(z >= least, z, 0.0).relu())
     torch.testing.assert_close(x_hat, sae.norm.denormalise(f @ sae.W_dec + sae.b_dec, x))
 

@@ -13,7 +13,7 @@ import pytest
 from benchmarks.claims.bench import BASELINE
 from benchmarks.claims.run import candidates, judge
 from data.base.errors import UserError
-from evaluate.run import SavedSAE
+from evaluate.inputs import SavedSAE
 from train.sae.io import save
 from train.sae.variants.topk import TopK
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -13,10 +14,20 @@ from data.base.errors import UserError
 from data.base.sites import Site
 from evaluate.feature_metrics.ablation import AFTER, ablate, downstream, places, sparsity
 from evaluate.feature_metrics.bases import Basis, Directions, Reader, SAEBasis, neurons_before
-from evaluate.feature_metrics.patterns import ANY, LONGEST, activation_at_end, examples, explain, foretold, patterns
+from evaluate.feature_metrics.patterns import (
+    ANY,
+    LONGEST,
+    activation_at_end,
+    examples,
+    explain,
+    foretold,
+    patterns,
+    substitutes,
+)
 from evaluate.feature_metrics.probe import ask, interval, probe
 from evaluate.feature_metrics.sample import FeatureText, draw, take
 from evaluate.feature_metrics.tasks import Task
+from evaluate.inputs import HeldoutText
 from harvest.packing import PackedTokens
 from train.sae.variants.batchtopk import BatchTopK
 from train.sae.variants.gated import Gated
@@ -35,7 +46,9 @@ def held(tiny_lm: Any) -> FeatureText:
     ids = np.random.default_rng(0).integers(1, 12, (24, 31)).astype(np.int32)
     ids[:, 0] = 0
     reader = Reader(tiny_lm, SITE, neurons_before(tiny_lm, SITE, torch.from_numpy(ids[:1]).long()))
-    return FeatureText(PackedTokens(ids, ids > 0, np.zeros(1, np.int64), ["a"], stride=30), Words(), reader, 5, 0)
+    starts = np.arange(0, 24 * 30, 45)  # documents of one and a half contexts
+    packed = PackedTokens(ids, ids > 0, starts, [str(start) for start in starts], stride=30)
+    return FeatureText(HeldoutText(tiny_lm, packed, Words(), 5), reader, 0)
 
 
 class Words:
@@ -76,20 +89,24 @@ class Ids:
 
 @pytest.fixture
 def spelt(held: FeatureText) -> FeatureText:
-    return FeatureText(held.packed, held.tokenizer, Ids(held.reader.model), 5, 0)  # type: ignore[arg-type]
+    return FeatureText(held.heldout, Ids(held.reader.model), 0)  # type: ignore[arg-type]
 
 
-def test_patterns_find_what_the_latents_look_for(spelt: FeatureText, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        "evaluate.feature_metrics.patterns.SUBSTITUTES", 9
-    )  # of 11 words, few are the one they stand in for
+def test_patterns_find_what_the_latents_look_for(spelt: FeatureText) -> None:
     units = torch.arange(3)
     found = examples(spelt, After(), units, 6, 0, quiet)
     assert set(found.f_n[found.unit_n == 0].tolist()) == {1.0} and set(found.f_n[found.unit_n == 1].tolist()) == {2.0}
     at_end = activation_at_end(spelt, After(), units, quiet)
     others = torch.tensor([6, 7, 8])
     assert patterns(found, at_end, others, 0)[:2] == [{(3,)}, {(4, ANY, 5)}]
-    kwargs: dict[str, Any] = {"units": 3, "count": 6, "bootstrap": 20, "seed": 0, "told": quiet, "beat": quiet}
+    kwargs: dict[str, Any] = {
+        "units": 3,
+        "count": 6,
+        "bootstrap": 20,
+        "seed": 0,
+        "on_progress": quiet,
+        "on_forward": quiet,
+    }
     got = explain(spelt, After(), **kwargs)
     assert got["units"] == 3 and got["tested"] == 2
     assert [got[name]["value"] for name in ("precision", "recall", "recall_activation", "f1")] == [1, 1, 1, 1]
@@ -109,6 +126,17 @@ def _windows(row: np.ndarray[Any, Any]) -> list[list[int]]:
     return [row[at : at + LONGEST].tolist() for at in range(len(row) - LONGEST + 1)]
 
 
+def test_no_token_stands_in_for_itself() -> None:
+    """At a token share of a half every second draw would be the token itself."""
+    others = torch.tensor([3, 3, 4, 5])
+    ids = torch.tensor([3] * 400 + [5] * 400 + [9] * 400)
+    drawn = substitutes(others, ids, torch.Generator().manual_seed(0))
+    assert not (drawn == ids).any()
+    assert set(drawn[:400].tolist()) == {4, 5} and set(drawn[800:].tolist()) == {3, 4, 5}
+    assert abs((drawn[400:800] == 3).float().mean() - 2 / 3) < 0.1  # the shares of the others stay as they are
+    assert substitutes(torch.tensor([7, 7]), torch.tensor([7, 2]), torch.Generator()).tolist() == [7, 7]
+
+
 def test_foretold_worked_by_hand() -> None:
     ids = torch.tensor([[1, 2, 1, 3], [2, 2, 2, 1]])
     assert foretold(ids, {(1, ANY, 1)}).tolist() == [[0, 0, 1, 0], [0, 0, 0, 0]]
@@ -119,7 +147,14 @@ def test_foretold_worked_by_hand() -> None:
 def test_precision_and_recall_of_an_incomplete_pattern(spelt: FeatureText, monkeypatch: pytest.MonkeyPatch) -> None:
     """Patterns (3) and (6) for a latent that fires on 3 and on 5: by counts over the second half."""
     monkeypatch.setattr("evaluate.feature_metrics.patterns.patterns", lambda *_: [{(3,), (6,)}, set(), set()])
-    kwargs: dict[str, Any] = {"units": 3, "count": 6, "bootstrap": 20, "seed": 0, "told": quiet, "beat": quiet}
+    kwargs: dict[str, Any] = {
+        "units": 3,
+        "count": 6,
+        "bootstrap": 20,
+        "seed": 0,
+        "on_progress": quiet,
+        "on_forward": quiet,
+    }
     (first, second) = explain(spelt, After(), **kwargs)["of_units"]
     half = spelt.packed.contexts[12:]
     threes, sixes = int((half == 3).sum()), int((half == 6).sum())
@@ -213,13 +248,13 @@ def test_places_leave_room_and_short_contexts_are_refused(held: FeatureText) -> 
     found = places(held, 8, 0)
     assert len(found) == 8 and len({context for context, _ in found}) == 8
     assert all(context >= 12 and 1 <= position < 31 - AFTER for context, position in found)
-    counts: dict[str, Any] = {"contexts": 3, "count": 2, "bootstrap": 20, "seed": 0, "told": quiet}
+    counts: dict[str, Any] = {"contexts": 3, "count": 2, "bootstrap": 20, "seed": 0, "on_progress": quiet}
     with torch.no_grad():
         got = downstream(held, SAEBasis("it", saes()[0]), **counts)
     assert got["ablations"] == 6 and 0 < got["fraction"]["low"] <= got["fraction"]["value"] < 1
     packed = PackedTokens(held.packed.contexts[:, :16], held.packed.keep[:, :16])
     with pytest.raises(UserError, match="looks 16 tokens ahead and contexts have 16"):
-        places(FeatureText(packed, None, held.reader, 5, 0), 8, 0)
+        places(FeatureText(dataclasses.replace(held.heldout, packed=packed), held.reader, 0), 8, 0)
 
 
 def test_the_sample_is_of_kept_tokens_without_repetition(held: FeatureText) -> None:
@@ -241,7 +276,7 @@ def test_probes_choose_on_one_half_and_score_on_the_other(spelt: FeatureText) ->
     questions = ask(spelt, tasks, samples)  # type: ignore[arg-type]
     assert questions.names == ["is c"] and questions.left_out == ["never"]
     counted: list[int] = []
-    got = probe(After(), samples, questions, bootstrap=20, seed=0, told=counted.append)  # type: ignore[arg-type]
+    got = probe(After(), samples, questions, bootstrap=20, seed=0, on_progress=counted.append)  # type: ignore[arg-type]
     task = got["tasks"]["is c"]  # token 3 is "c", and unit 0 fires just there
     assert task["unit"] == 0 and task["loss"] < 1e-3 and counted == [3]
     rate = float((spelt.packed.contexts[samples[0].sequence_M, samples[0].position_M] == 3).mean())

@@ -9,14 +9,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from omegaconf import OmegaConf
 
-from data.base.cli import CONF
 from data.base.errors import UserError
 from data.loading.reader import open_reader
-from evaluate.features import run
-from evaluate.features.run import make
+from evaluate.features.make import make, one_sae
 from evaluate.run import evaluate
+from tests.helpers.settings import stage_config
 from train.sae.io import save
 from train.sae.variants.relu import ReLU
 
@@ -26,10 +24,8 @@ def config(harvested: dict[str, Any], rough_sae: Callable[[int], ReLU], tmp_path
     manifest = harvested["store"].manifest
     record = {"site": "resid_post.0", "fingerprint": manifest.fingerprint, "store": manifest.folder}
     save(rough_sae(16), tmp_path / "saes" / "rough", record)
-    own = {"cache": harvested["config"]["cache"], "device": "cpu", "tokens": 250, "folder": tmp_path / "saes" / "rough"}
-    defaults = OmegaConf.to_container(OmegaConf.load(CONF / "features.yaml"))
-    assert isinstance(defaults, dict)
-    return {**{str(name): value for name, value in defaults.items()}, **own, "out": str(tmp_path / "out")}
+    own = {"device": "cpu", "tokens": 250, "folder": str(tmp_path / "saes" / "rough"), "out": str(tmp_path / "out")}
+    return stage_config("features", cache=harvested["config"]["cache"], **own)
 
 
 def index_of(path: Path) -> dict[str, Any]:
@@ -80,33 +76,31 @@ def test_a_site_that_is_no_part_of_the_stream_has_no_logits(
 
 
 def test_an_evaluation_puts_them_beside_its_report(config: dict[str, Any], tmp_path: Path) -> None:
-    asked = OmegaConf.to_container(OmegaConf.load(CONF / "evaluate.yaml"))
-    assert isinstance(asked, dict)
-    own = {**asked, "saes": str(config["folder"]), "tokens": 250, "bootstrap": 10, "features": "rough"}
-    report = evaluate({str(k): v for k, v in own.items()} | {k: config[k] for k in ("cache", "device", "out")})
+    own = stage_config("evaluate", saes=config["folder"], tokens=250, bootstrap=10, features="rough")
+    report = evaluate(own | {name: config[name] for name in ("cache", "device", "out")})
     page = report.parent / "features" / "index.html"
     found = json.loads((report.parent / "report.json").read_text())["sites"][0]["saes"][0]
     assert index_of(page)["fired"] == found["l0"]["fired"]
     assert 'href="features/index.html"' in (report.parent / "report.html").read_text()
     with pytest.raises(UserError, match="features=other is none of the SAEs"):
-        evaluate({**own, "features": "other", "cache": config["cache"], "device": "cpu", "out": tmp_path / "none"})
+        evaluate({**own, "features": "other", "cache": config["cache"], "device": "cpu", "out": str(tmp_path / "none")})
     assert not (tmp_path / "none").exists()
 
 
 @pytest.mark.parametrize(
-    "wrong, told",
+    "wrong, sentence",
     [
         ({"folder": None}, "folder is empty"),
         ({"folder": "nowhere"}, "nowhere holds no trained SAE"),
         ({"tokens": 10**9}, "tokens=1,000,000,000 cannot be scored"),
-        ({"top": 0}, "top=0 must be a whole number, 1 or more"),
+        ({"top": 0}, "top=0 is not allowed: it should be greater than or equal to 1"),
         ({"quantiles": [0.5, 0.9]}, "must be falling numbers"),
-        ({"quantiles": "half"}, "must be falling numbers"),
+        ({"quantiles": "half"}, "quantiles=half is not allowed"),
         ({"lm_batch": 0}, "lm_batch=0"),
     ],
 )
-def test_what_a_user_can_get_wrong(config: dict[str, Any], wrong: dict[str, Any], told: str) -> None:
-    with pytest.raises(UserError, match=told):
+def test_what_a_user_can_get_wrong(config: dict[str, Any], wrong: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(UserError, match=sentence):
         make(config | wrong)
     assert not Path(config["out"]).exists()
 
@@ -115,4 +109,4 @@ def test_one_of_several_must_be_named(config: dict[str, Any], rough_sae: Callabl
     folder = Path(config["folder"])
     save(rough_sae(16), folder.parent / "second", json.loads((folder / "config.json").read_text()))
     with pytest.raises(UserError, match="holds 2 SAEs: name the folder of one, such as"):
-        run.one_sae(folder.parent)
+        one_sae(str(folder.parent))

@@ -10,15 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from omegaconf import OmegaConf
 
-from data.base.cli import CONF
 from evaluate.features import pages
 from evaluate.report.page import write
 from evaluate.run import evaluate
 from harvest.run import harvest
-from tests.evaluate.features.test_pages import HOSTILE, a_page, called
-from tests.evaluate.report.test_markdown import a_report, a_row
+from tests.helpers.pages import HOSTILE, a_page, called
+from tests.helpers.reports import a_report, a_row
+from tests.helpers.settings import stage_config
 from tests.helpers.tiny_lm import write_tokenizer
 from train.sae.io import save
 from train.sae.variants.relu import ReLU
@@ -135,11 +134,10 @@ def harvested_hostile(
     store = harvest(config)
     record = {"site": "resid_post.0", "fingerprint": store.manifest.fingerprint, "store": store.manifest.folder}
     save(rough_sae(16), tmp_path / "saes" / "<b>rough", record)
-    asked = OmegaConf.to_container(OmegaConf.load(CONF / "evaluate.yaml"))
-    assert isinstance(asked, dict)
+    defaults = stage_config("evaluate")
     own = {"saes": str(tmp_path / "saes"), "cache": config["cache"], "out": str(tmp_path / "out"), "device": "cpu"}
     monkeypatch.setattr(pages, "LATENTS_A_PIECE", 20)
-    return evaluate({**asked, **own, "tokens": 250, "bootstrap": 10, "features": "best"})
+    return evaluate({**defaults, **own, "tokens": 250, "bootstrap": 10, "features": "best"})
 
 
 def test_hostile_documents_from_the_harvest_to_the_pages(browser: Browser, harvested_hostile: Path) -> None:
@@ -318,7 +316,12 @@ def report(harvested: dict[str, Any], tmp_path: Path) -> Callable[..., Path]:
         rows[1]["folder"] = HOSTILE[1]
         manifest = harvested["store"].manifest
         config = {"cache": harvested["config"]["cache"], "out": str(tmp_path), "saes": HOSTILE[2]}
-        return write(a_report(rows, fingerprint=manifest.fingerprint), config, features or {})
+        return write(
+            a_report(rows, fingerprint=manifest.fingerprint),
+            config,
+            {manifest.fingerprint: manifest.identity},
+            features or {},
+        )
 
     return make
 

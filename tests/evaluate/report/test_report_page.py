@@ -11,14 +11,12 @@ from typing import Any
 
 import pytest
 
-from data.base.errors import UserError
-from evaluate.report import figures
-from evaluate.report.page import check, chosen, finish, write
+from evaluate.report import figures, series
+from evaluate.report.page import write
 from evaluate.report.tables import cell, figure, sae_tables, site_tables
-from tests.evaluate.features.test_pages import HOSTILE
-from tests.evaluate.report.test_markdown import a_report, a_row
+from tests.helpers.pages import HOSTILE
+from tests.helpers.reports import VARIANTS, a_report, a_row
 
-VARIANTS = ("batchtopk", "gated", "jumprelu", "matryoshka", "relu", "topk")
 LOG = "step,train/nmse,train/l0,train/lr,final/nmse\n50,0.5,32,0.001,\n100,0.25,31,0.0005,\n100,,,,0.2\n"
 
 
@@ -81,7 +79,8 @@ def written(harvested: dict[str, Any], tmp_path: Path) -> Written:
         manifest = harvested["store"].manifest
         report = a_report(rows, fingerprint=manifest.fingerprint, store=manifest.folder, **site)
         config = {"cache": harvested["config"]["cache"], "out": str(tmp_path), "saes": HOSTILE[2], "features": None}
-        return Page(write(report, config, features or {}).read_text(encoding="utf-8"))
+        identities = {manifest.fingerprint: manifest.identity}
+        return Page(write(report, config, identities, features or {}).read_text(encoding="utf-8"))
 
     return make
 
@@ -124,20 +123,25 @@ def test_figures_hold_the_reports_numbers(written: Written, rows: list[dict[str,
         shares = dict(zip(trace["x"], trace["customdata"], strict=True))
         assert trace["y"] == [max(share, 0.0005) for share in trace["customdata"]]
         counts = row["l0"]["histogram"]
-        assert shares == pytest.approx({x: counts[int(x)] / 1000 for x in shares})
+        assert shares == pytest.approx({x: sum(counts[int(x) : int(x) + 1]) / 1000 for x in shares})
         assert sum(shares.values()) >= 0.999
     assert len(curves) == 3  # no column `dead` was logged
     assert curves[0]["data"][0]["x"] == [50, 100] and curves[0]["data"][0]["y"] == [0.5, 0.25]
 
 
 def test_the_front_is_of_the_saes_that_no_other_beats() -> None:
-    front = figures.frontier([4, 2, 3, 5, 5], [0.2, 0.5, 0.6, 0.2, 0.1])
-    assert list(zip(front.x, front.y, strict=True)) == [(2, 0.5), (4, 0.2), (5, 0.1)]
+    rows = [a_row(i, "topk", l0, nmse) for i, (l0, nmse) in enumerate([(4, 0.2), (2, 0.5), (3, 0.6), (5, 0.1)], 1)]
+    rows[2]["pareto"] = ["ce_increase"]
+    assert series.against_l0(rows, "nmse").front == [(2, 0.5), (4, 0.2), (5, 0.1)]
+    page = figures.against_l0(rows, "nmse", "NMSE")
+    assert page is not None
+    drawn = {trace["name"]: trace for trace in page["data"]}["Pareto front"]
+    assert list(zip(drawn["x"], drawn["y"], strict=True)) == [(2, 0.5), (4, 0.2), (5, 0.1)]
 
 
 def test_wide_bins_of_the_l0_histogram_keep_every_token() -> None:
     row = a_row(1, "relu", 300.0, 0.1)
-    (trace,) = figures.l0_histogram([row])["data"]
+    (trace,) = figures.l0_figure([row])["data"]
     step = trace["x"][1] - trace["x"][0]
     assert step > 1 and len(trace["x"]) <= 60
     assert sum(trace["customdata"]) * step == pytest.approx(1, abs=0.002)
@@ -199,37 +203,6 @@ def test_nothing_outside_is_asked_for(written: Written, rows: list[dict[str, Any
     assert page.links == ["features/index.html"]
     policy = re.search(r'Content-Security-Policy" content="([^"]+)"', (tmp_path / "report.html").read_text())
     assert policy and policy[1].startswith("default-src 'none';") and "http" not in policy[1]
-
-
-def test_features_are_of_the_sae_that_was_asked_for(rows: list[dict[str, Any]]) -> None:
-    rows[3]["metrics"]["ce_increase"]["value"] = -1.0
-    rows[1]["metrics"]["ce_increase"]["value"] = None
-    report = a_report(rows)
-    assert chosen(report, "best") == rows[3]["folder"]
-    assert chosen(report, "gated") == rows[1]["folder"]
-    folders = [Path(row["folder"]) for row in rows]
-    for known in (None, "best", "topk"):
-        check({"features": known}, folders)
-    with pytest.raises(UserError, match="features=other is none of the SAEs: choose best, null or one of batchtopk, "):
-        check({"features": "other"}, folders)
-
-
-def test_finish_links_the_pages_it_made(
-    rows: list[dict[str, Any]], harvested: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked: list[str] = []
-
-    def make_for(config: dict[str, Any], folder: str) -> Path:
-        asked.append(folder)
-        return tmp_path / "features" / "index.html"
-
-    monkeypatch.setattr("evaluate.features.run.make_for", make_for)
-    report = a_report(rows, fingerprint=harvested["store"].manifest.fingerprint)
-    config = {"cache": harvested["config"]["cache"], "out": str(tmp_path), "features": "topk"}
-    page = Page(finish(report, config).read_text())
-    assert asked == [rows[5]["folder"]] and page.links == ["features/index.html"]
-    assert "Browse the latents of 6 topk" in page.text
-    assert Page(finish(report, config | {"features": None}).read_text()).links == []
 
 
 def test_cells_keep_their_digits() -> None:

@@ -1,4 +1,4 @@
-"""The feature metrics of one site: what they will cost, told first, then each for all bases, with its progress."""
+"""The feature metrics of one site: what they will cost is said first, then each for all bases, with its progress."""
 
 from __future__ import annotations
 
@@ -13,11 +13,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data.base.cli import CONF
-from data.base.errors import UserError
-from data.base.settings import whole
-from evaluate.feature_metrics import logistic as newton
+from evaluate.config import EvaluateSettings
+from evaluate.feature_metrics import logistic
 from evaluate.feature_metrics.ablation import AFTER, downstream
-from evaluate.feature_metrics.bases import BASELINES, Basis, Directions, Neurons, SAEBasis
+from evaluate.feature_metrics.bases import Basis, Directions, Neurons, SAEBasis
 from evaluate.feature_metrics.patterns import LONGEST, SUBSTITUTES, explain
 from evaluate.feature_metrics.probe import BLOCK, ask, probe
 from evaluate.feature_metrics.sample import FeatureText, Sample, take
@@ -25,13 +24,12 @@ from evaluate.feature_metrics.tasks import Task, load_tasks
 from train.sae.base import SAE
 from train.sae.parts.init import directions
 
-METRICS = ("probe", "patterns", "ablation")
 COUNTS = ("probe_tokens", "units", "examples", "places", "ablations")
 
 
 @dataclass(frozen=True)
 class FeatureMetricsConfig:
-    """The settings of `gao` and `gao_with`, checked."""
+    """Which feature metrics to measure, and how; the tasks are read."""
 
     metrics: tuple[str, ...]
     tasks: list[Task]
@@ -44,29 +42,28 @@ class FeatureMetricsConfig:
     bootstrap: int
     seed: int
 
-
-def asked(config: Mapping[str, Any]) -> FeatureMetricsConfig | None:
-    """None where `gao` is null; UserError for what the settings cannot be."""
-    if config["gao"] is None:
-        return None
-    named = config["gao"]
-    metrics = METRICS if named == "all" else tuple([named] if isinstance(named, str) else named)
-    if strange := [name for name in metrics if name not in METRICS]:
-        raise UserError(f"gao={strange[0]} is unknown: choose all or some of {', '.join(METRICS)}")
-    if config["form"] != "shipped":
-        raise UserError(f"gao measures the form that ships: leave it out with form={config['form']}")
-    own = config["gao_with"]
-    if strange := [name for name in own["baselines"] if name not in BASELINES]:
-        raise UserError(f"gao_with.baselines={strange[0]} is unknown: choose some of {', '.join(BASELINES)}")
-    counts = {name: whole({f"gao_with.{name}": own[name]}, f"gao_with.{name}", 1) for name in COUNTS}
-    tasks = load_tasks(Path(own["tasks"]) if own["tasks"] else CONF / "probes.yaml") if "probe" in metrics else []
-    shared = {name: config[name] for name in ("bootstrap", "seed")}
-    return FeatureMetricsConfig(metrics, tasks, tuple(own["baselines"]), **counts, **shared)
+    @classmethod
+    def of(cls, settings: EvaluateSettings) -> FeatureMetricsConfig | None:
+        """Read the tasks that the settings name; None where no feature metric is to be measured."""
+        if not settings.feature_metrics:
+            return None
+        own = settings.feature_metrics_with
+        tasks = []
+        if "probe" in settings.feature_metrics:
+            tasks = load_tasks(CONF / "probes.yaml" if own.tasks is None else Path(own.tasks))
+        return cls(
+            metrics=tuple(settings.feature_metrics),
+            tasks=tasks,
+            baselines=tuple(own.baselines),
+            **{name: getattr(own, name) for name in COUNTS},
+            bootstrap=settings.bootstrap,
+            seed=settings.seed,
+        )
 
 
 def bases_of(
     saes: Mapping[str, SAE],
-    wanted: Sequence[str],
+    baselines: Sequence[str],
     sample: Sample,
     mean_D: Tensor,
     density: float,
@@ -76,22 +73,22 @@ def bases_of(
     """The SAEs by name, then the baselines; neurons are left out where the site has none."""
     x_MD = sample.reads[False]
     mean_D, width = mean_D.to(x_MD), x_MD.shape[1]
-    found: list[Basis] = [SAEBasis(name, sae.to(x_MD.device).eval()) for name, sae in saes.items()]
-    if "channels" in wanted:
+    bases: list[Basis] = [SAEBasis(name, sae.to(x_MD.device).eval()) for name, sae in saes.items()]
+    if "channels" in baselines:
         eye = torch.eye(width, device=x_MD.device)
-        found.append(Directions("residual channels", None, mean_D, eye, x_MD, density))
-    if "neurons" in wanted and neurons is not None:
+        bases.append(Directions("residual channels", None, mean_D, eye, x_MD, density))
+    if "neurons" in baselines and neurons is not None:
         h_MH, out_HD = sample.reads[True], neurons.out_HD
         centre_H = torch.zeros_like(h_MH[0])
-        found.append(Directions("MLP neurons", None, centre_H, out_HD, h_MH, density, of_neurons=True))
-    if "random" in wanted:
+        bases.append(Directions("MLP neurons", None, centre_H, out_HD, h_MH, density, of_neurons=True))
+    if "random" in baselines:
         rows_FD = directions(max(sae.width for sae in saes.values()), width, seed).to(x_MD)
-        found.append(Directions("random directions", rows_FD, mean_D, rows_FD, x_MD, density))
-    if "pca" in wanted:
+        bases.append(Directions("random directions", rows_FD, mean_D, rows_FD, x_MD, density))
+    if "pca" in baselines:
         moved = (x_MD - mean_D).double().cpu()
         rows_DD = torch.linalg.eigh(moved.t() @ moved).eigenvectors.t().flip(0).to(x_MD).contiguous()
-        found.append(Directions("PCA", rows_DD, mean_D, rows_DD, x_MD, density))
-    return found
+        bases.append(Directions("PCA", rows_DD, mean_D, rows_DD, x_MD, density))
+    return bases
 
 
 def seconds(act: Callable[[], object]) -> float:
@@ -100,95 +97,97 @@ def seconds(act: Callable[[], object]) -> float:
     return time.perf_counter() - began
 
 
-def tell(metric: str, work: str, cost: float) -> None:
-    print(f"gao {metric}: {work}; about {cost / 60:.1f} min", flush=True)
+def announce(metric: str, work: str, cost: float) -> None:
+    print(f"feature metrics, {metric}: {work}; about {cost / 60:.1f} min", flush=True)
 
 
 def bar(metric: str, total: int, unit: str) -> Any:
-    return tqdm(total=total, unit=unit, unit_scale=True, desc=f"gao {metric}", mininterval=1.0)
+    return tqdm(total=total, unit=unit, unit_scale=True, desc=f"feature metrics, {metric}", mininterval=1.0)
 
 
 class FeatureMetricsRun:
     """The run over one site; `read_s` and `whole_s` are seconds a token of the LM as far as the site and to its end."""
 
-    def __init__(self, held: FeatureText, settings: FeatureMetricsConfig) -> None:
-        self.held, self.settings = held, settings
-        self.sequences, self.context = held.packed.contexts.shape
-        held.half(True)  # says at once where there are too few contexts
-        _, ids_BT, _ = next(held.batches(range(min(2, self.sequences))))
-        held.reader.read(ids_BT)
-        self.read_s = seconds(lambda: held.reader.read(ids_BT)) / ids_BT.numel()
-        self.whole_s = seconds(lambda: held.reader.whole(ids_BT)) / ids_BT.numel()
+    def __init__(self, text: FeatureText, settings: FeatureMetricsConfig) -> None:
+        self.text, self.settings = text, settings
+        self.sequences, self.context = text.packed.contexts.shape
+        text.half(True)  # says at once where there are too few contexts
+        ids_BT = next(text.batches(range(min(2, self.sequences)))).ids_BT
+        text.reader.read(ids_BT)
+        self.read_s = seconds(lambda: text.reader.read(ids_BT)) / ids_BT.numel()
+        self.whole_s = seconds(lambda: text.reader.whole(ids_BT)) / ids_BT.numel()
 
     def samples(self) -> tuple[Sample, Sample]:
         """A sample of each half, for probes and for the baselines' thresholds."""
-        tokens = self.held.packed.contexts.size
-        tell("sample", f"{tokens:,} tokens through the LM as far as the site", self.read_s * tokens)
+        tokens = self.text.packed.contexts.size
+        announce("sample", f"{tokens:,} tokens through the LM as far as the site", self.read_s * tokens)
         with bar("sample", self.sequences, "contexts") as progress:
             first, second = (
-                take(self.held, self.held.half(half), self.settings.probe_tokens, self.settings.seed, progress.update)
+                take(self.text, self.text.half(half), self.settings.probe_tokens, self.settings.seed, progress.update)
                 for half in (False, True)
             )
         return first, second
 
     def probes(self, bases: Sequence[Basis], samples: tuple[Sample, Sample]) -> tuple[list[Any], list[str]]:
-        questions = ask(self.held, self.settings.tasks, samples)
+        questions = ask(self.text, self.settings.tasks, samples)
         fits = sum(basis.width for basis in bases) * len(questions.names)
         z_MC = bases[0].values(samples[0].reads[bases[0].of_neurons], slice(0, BLOCK))
         y = torch.from_numpy(questions.chosen[0]).to(z_MC).clamp_min(0)
-        each = seconds(lambda: newton.fit(z_MC, y)) / z_MC.shape[1]
+        each = seconds(lambda: logistic.fit(z_MC, y)) / z_MC.shape[1]
         work = f"{len(questions.names)} tasks x {fits // len(questions.names):,} units of {len(bases)} bases"
         tokens = " + ".join(f"{len(sample.sequence_M):,}" for sample in samples)
-        tell("probe", f"{work} on {tokens} tokens, no forward pass", each * fits)
+        announce("probe", f"{work} on {tokens} tokens, no forward pass", each * fits)
         shared = {"bootstrap": self.settings.bootstrap, "seed": self.settings.seed}
         with bar("probe", fits, "fits") as progress:
-            found = [probe(basis, samples, questions, **shared, told=progress.update) for basis in bases]
-        return found, questions.left_out
+            results = [probe(basis, samples, questions, **shared, on_progress=progress.update) for basis in bases]
+        return results, questions.left_out
 
     def patterns(self, bases: Sequence[Basis]) -> list[Any]:
         own = self.settings
         lengths = range(1, LONGEST + 1)
         tried = sum(length + 1 for length in lengths) + SUBSTITUTES * LONGEST * (LONGEST + 1)
-        cut, read = own.units * own.examples * tried * len(bases), self.held.packed.contexts.size * len(bases)
+        cut, read = own.units * own.examples * tried * len(bases), self.text.packed.contexts.size * len(bases)
         work = (
             f"{own.units} units of {len(bases)} bases, {read:,} tokens of contexts and at most {cut:,} of cut-out texts"
         )
-        tell("patterns", f"{work} through the LM as far as the site, at most", self.read_s * (cut + read))
-        found = []
+        announce("patterns", f"{work} through the LM as far as the site, at most", self.read_s * (cut + read))
+        results = []
         with bar("patterns", self.sequences * len(bases), "contexts") as progress:
             for basis in bases:
                 progress.set_postfix_str(basis.name)
                 counts = {"units": own.units, "count": own.examples, "bootstrap": own.bootstrap, "seed": own.seed}
-                found.append(explain(self.held, basis, **counts, told=progress.update, beat=progress.refresh))
-        return found
+                results.append(
+                    explain(self.text, basis, **counts, on_progress=progress.update, on_forward=progress.refresh)
+                )
+        return results
 
     def ablations(self, bases: Sequence[Basis]) -> list[Any]:
         own = self.settings
         places = min(own.places, self.sequences - self.sequences // 2)
         tokens = places * (own.ablations + 1) * (self.context + AFTER) // 2 * len(bases)
         work = f"{places * len(bases):,} forward passes of {1 + own.ablations} contexts, about {tokens:,} tokens"
-        tell("ablation", work, self.whole_s * tokens)
+        announce("ablation", work, self.whole_s * tokens)
         counts = {"contexts": own.places, "count": own.ablations, "bootstrap": own.bootstrap, "seed": own.seed}
         with bar("ablation", places * len(bases), "places") as progress:
-            return [downstream(self.held, basis, **counts, told=progress.update) for basis in bases]
+            return [downstream(self.text, basis, **counts, on_progress=progress.update) for basis in bases]
 
 
 @torch.no_grad()
 def measure(
-    held: FeatureText, saes: Mapping[str, SAE], mean_D: Tensor, density: float, settings: FeatureMetricsConfig
+    text: FeatureText, saes: Mapping[str, SAE], mean_D: Tensor, density: float, settings: FeatureMetricsConfig
 ) -> dict[str, Any]:
     """The site's part of the report: {"settings", "left_out", "bases": one entry a basis}.
 
     saes: by the name they have in the report. density: the share of tokens on which a baseline's unit is to be active.
     """
-    site = FeatureMetricsRun(held, settings)
+    site = FeatureMetricsRun(text, settings)
     samples = site.samples()
-    bases = bases_of(saes, settings.baselines, samples[0], mean_D, density, held.reader.neurons, settings.seed)
+    bases = bases_of(saes, settings.baselines, samples[0], mean_D, density, text.reader.neurons, settings.seed)
     rows: list[dict[str, Any]] = [{"name": basis.name, "width": basis.width} for basis in bases]
     left_out: list[str] = []
     if "probe" in settings.metrics:
-        found, left_out = site.probes(bases, samples)
-        rows = [{**row, "probe": one} for row, one in zip(rows, found, strict=True)]
+        results, left_out = site.probes(bases, samples)
+        rows = [{**row, "probe": one} for row, one in zip(rows, results, strict=True)]
     if "patterns" in settings.metrics:
         rows = [{**row, "patterns": one} for row, one in zip(rows, site.patterns(bases), strict=True)]
     if "ablation" in settings.metrics:

@@ -1,0 +1,181 @@
+"""The settings of `python -m evaluate` and `python -m evaluate.features`: types, ranges, defaults and meanings."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from data.base.config import Real, Settings, Text, Whole
+
+METRICS = ("probe", "patterns", "ablation")
+OLDER_NAMES = {"gao": "feature_metrics", "gao_with": "feature_metrics_with"}
+
+
+def _as_list(value: Any) -> Any:
+    """One name stands for a list of one, and none for an empty list."""
+    if value is None:
+        return []
+    return [value] if isinstance(value, str) else value
+
+
+Names = Annotated[list[Text], BeforeValidator(_as_list)]
+"""A text, or a list of texts."""
+Baseline = Literal["channels", "neurons", "random", "pca"]
+BASELINES: tuple[Baseline, ...] = ("channels", "neurons", "random", "pca")
+
+
+def _all_metrics(value: Any) -> Any:
+    return list(METRICS) if value == "all" else _as_list(value)
+
+
+class OwnText(Settings):
+    """Held-out text of the user's own, scored instead of the store's."""
+
+    paths: Names = Field(default_factory=list)
+    """Files or globs: .txt is one document, .jsonl and .parquet have one a row; empty: the store's held-out text."""
+    field: Text = "text"
+    """The column of .jsonl and .parquet files that holds the text."""
+
+
+class HeldoutSettings(Settings):
+    """The settings that evaluate and features share."""
+
+    cache: Text
+    """The folder of the stores that the SAEs were trained from; each SAE's is found by its fingerprint."""
+    text: OwnText = OwnText()
+    """Held-out text of one's own in place of the store's."""
+    tokens: Whole = Field(50_000, ge=1)
+    """Held-out tokens to read, special ones not counted; whole contexts, so a few more."""
+    lm_batch: Annotated[Whole, Field(ge=1)] | None = None
+    """Contexts the language model reads at a time; null: as the harvest did."""
+    seed: Whole = Field(0, ge=0)
+    """The seed of everything drawn at random."""
+    device: Text = "auto"
+    """The device of the language model and the SAEs: auto, cpu, cuda, cuda:1, mps."""
+    device_map: Any = None
+    """How the model is spread over devices (accelerate's `device_map`), or null."""
+    out: Text
+    """The folder that the results are written into."""
+
+    @model_validator(mode="after")
+    def _plain_device_map(self) -> Self:
+        by_module = isinstance(self.device_map, dict) and all(
+            isinstance(name, str) and isinstance(device, str | int) and not isinstance(device, bool)
+            for name, device in self.device_map.items()
+        )
+        if not (self.device_map is None or by_module or (isinstance(self.device_map, str) and self.device_map)):
+            raise ValueError(
+                f"device_map={self.device_map} is not allowed: give null, a name such as auto, or a device by module"
+            )
+        return self
+
+
+class FeatureMetricsSettings(Settings):
+    """How the feature metrics of Gao et al. (2406.04093) are measured."""
+
+    tasks: Text | None = None
+    """A YAML file of binary tasks for the probes; null: conf/probes.yaml, which says how one is written."""
+    probe_tokens: Whole = Field(8192, ge=1)
+    """Tokens of each half of the contexts that probes are fitted and scored on."""
+    units: Whole = Field(64, ge=1)
+    """Latents of each basis that patterns are built for."""
+    examples: Whole = Field(8, ge=1)
+    """Firing tokens that each latent's patterns are built from."""
+    places: Whole = Field(64, ge=1)
+    """Tokens at which latents are ablated, one a context."""
+    ablations: Whole = Field(8, ge=1)
+    """Active latents ablated at each of these tokens."""
+    baselines: Annotated[list[Baseline], BeforeValidator(_as_list)] = Field(default_factory=lambda: list(BASELINES))
+    """What the SAEs are compared with."""
+
+
+class EvaluateSettings(HeldoutSettings):
+    """The settings of conf/evaluate.yaml."""
+
+    saes: Names
+    """Folders or globs; every SAE in or below them is scored."""
+    bootstrap: Whole = Field(1000, ge=2)
+    """Samples of documents behind each standard error."""
+    form: Literal["shipped", "batch"] = "shipped"
+    """shipped: every SAE's inference form; batch: BatchTopK and Matryoshka by the k largest of each batch."""
+    baseline: Text | None = None
+    """The folder of one of the SAEs, or its last part: the report gives each one's difference from it."""
+    feature_metrics: Annotated[list[Literal["probe", "patterns", "ablation"]], BeforeValidator(_all_metrics)] = Field(
+        default_factory=list
+    )
+    """Which feature metrics are measured: all, or some of probe, patterns, ablation; null: none."""
+    feature_metrics_with: FeatureMetricsSettings = Field(default_factory=lambda: FeatureMetricsSettings.of({}))
+    """How the feature metrics are measured."""
+    features: Text | None = None
+    """The SAE whose feature pages are made beside the report: its folder's name, or best (evaluate/pareto.py)."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _take_older_names(cls, given: Any) -> Any:
+        """Read `gao` and `gao_with` where the settings use the older names."""
+        return with_newer_names(given) if isinstance(given, Mapping) else given
+
+    @model_validator(mode="after")
+    def _metrics_are_of_the_inference_form(self) -> Self:
+        if self.feature_metrics and self.form != "shipped":
+            raise ValueError(
+                f"feature_metrics are measured in the inference form: leave them out with form={self.form}"
+            )
+        return self
+
+
+class FeaturesSettings(HeldoutSettings):
+    """The settings of conf/features.yaml."""
+
+    folder: Text | None = None
+    """The folder of one trained SAE."""
+    top: Whole = Field(8, ge=1)
+    """Contexts shown with a latent's largest activations."""
+    sample: Whole = Field(48, ge=1)
+    """Firings of each latent drawn at random, of which some are shown at the quantiles."""
+    quantiles: list[Annotated[Real, Field(ge=0, le=1)]] = Field(default_factory=lambda: [0.9, 0.75, 0.5, 0.25])
+    """Quantiles of the drawn firings that examples are shown at, falling."""
+    at_a_quantile: Whole = Field(2, ge=1)
+    """Examples at each quantile."""
+    before: Whole = Field(20, ge=0)
+    """Tokens shown before an example's token."""
+    after: Whole = Field(10, ge=0)
+    """Tokens shown after an example's token."""
+    logits: Whole = Field(10, ge=1)
+    """Tokens whose logits a latent raises most, and lowers most."""
+    neighbours: Whole = Field(8, ge=1)
+    """Latents shown whose decoder rows are nearest."""
+
+    @model_validator(mode="after")
+    def _falling_quantiles(self) -> Self:
+        if sorted(set(self.quantiles), reverse=True) != self.quantiles:
+            raise ValueError(
+                f"quantiles={self.quantiles} must be falling numbers from 1 to 0, as in [0.9,0.75,0.5,0.25]"
+            )
+        return self
+
+
+def with_newer_names(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings with `gao` and `gao_with` moved to `feature_metrics` and `feature_metrics_with`.
+
+    Of the older names null means "not given", for conf/evaluate.yaml has both. Raises ValueError where the two
+    disagree.
+    """
+    settings = dict(given)
+    older = settings.pop("gao", None)
+    if older is not None:
+        newer = settings.get("feature_metrics")
+        if newer not in (None, [], older):
+            raise ValueError(f"gao={older} is the older name of feature_metrics={newer}: give one of the two")
+        settings["feature_metrics"] = older
+    older_group = settings.pop("gao_with", None)
+    if isinstance(older_group, Mapping):
+        chosen = {str(name): value for name, value in older_group.items() if value is not None}
+        newer_group = settings.get("feature_metrics_with", {})
+        if chosen and isinstance(newer_group, Mapping):
+            settings["feature_metrics_with"] = {**newer_group, **chosen}
+    elif older_group is not None:
+        settings["feature_metrics_with"] = older_group
+    return settings

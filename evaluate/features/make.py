@@ -1,0 +1,140 @@
+"""The feature pages of one SAE: its LM and held-out text, one pass over it, then the pages."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from data.base.errors import UserError
+from data.base.location import parse_location
+from data.base.sites import Site
+from evaluate.config import FeaturesSettings, HeldoutSettings
+from evaluate.inputs import HeldoutText, SavedSAE, find_saes, group_by_store, open_text
+from evaluate.massive import ScoredText
+from train.sae.io import load
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+    from evaluate.features.collect import Collector
+    from evaluate.features.pages import Latents
+    from train.sae.base import SAE
+
+SHARED = tuple(name for name in HeldoutSettings.model_fields if name not in ("out", "seed"))
+
+
+def one_sae(folder: str | None) -> SavedSAE:
+    """Find the SAE that is named; UserError where there is none, or several."""
+    if not folder:
+        raise UserError("folder is empty: name that of one trained SAE, as in folder=outputs/demo/saes/sae-batchtopk")
+    saes = find_saes(folder)
+    if len(saes) > 1:
+        raise UserError(f"folder={folder} holds {len(saes)} SAEs: name the folder of one, such as {saes[0].folder}")
+    return saes[0]
+
+
+def collect(sae: SAE, text: HeldoutText, site: Site, settings: FeaturesSettings) -> Collector:
+    """Read the held-out contexts once, as far as the site, and gather what each latent fires on."""
+    import torch
+    from tqdm import tqdm
+
+    from evaluate.features.collect import Collector
+    from evaluate.score import ACTIVATIONS_AT_ONCE
+    from harvest.hooks import run_to
+
+    collector = Collector(
+        sae.width,
+        top=settings.top,
+        sample=settings.sample,
+        before=settings.before,
+        after=settings.after,
+        seed=settings.seed,
+    )
+    # Contexts whose [rows, F] activations are in memory at a time.
+    at_once = max(1, ACTIVATIONS_AT_ONCE // (sae.width * text.packed.contexts.shape[1]))
+    total = int(text.packed.keep.sum())
+    with tqdm(total=total, unit="tok", unit_scale=True, desc=f"features at {site}", mininterval=1.0) as bar:
+        for batch in text.batches():
+            x_BTD = run_to(text.model, [site], batch.ids_BT)[str(site)]
+            for first in range(0, len(batch.numbers), at_once):
+                keep_BT = batch.keep_BT[first : first + at_once]
+                x_ND = x_BTD[first : first + at_once][keep_BT.to(x_BTD.device)].float()
+                with torch.inference_mode():
+                    f_NF = sae.to(x_ND.device).encode(x_ND)
+                collector.update(f_NF, keep_BT.cpu(), batch.numbers.start + first)
+                bar.update(len(x_ND))
+    return collector
+
+
+def describe(sae: SAE, text: HeldoutText, site: Site, collector: Collector, settings: FeaturesSettings) -> Latents:
+    """Put what was collected together with what the weights say."""
+    from tqdm import tqdm
+
+    from evaluate.features import weights
+    from evaluate.features.pages import Latents, Words
+
+    W_dec_FD = sae.W_dec.detach()
+    vocabulary = min(len(text.tokenizer), text.model.config.get_text_config().vocab_size)
+    # A module's own output need not be added to the residual stream, so only the named points have a direct path.
+    lens = None if site.path is not None else weights.find_lens(text.model, sae.d_in)
+    raised, lowered = None, None
+    with tqdm(total=sae.width * (2 if lens else 1), unit="row", desc="decoder rows", mininterval=1.0) as bar:
+        near = as_arrays(weights.neighbours(W_dec_FD, settings.neighbours, bar.update))
+        if lens:
+            raised, lowered = map(as_arrays, weights.ends(lens, W_dec_FD, vocabulary, settings.logits, bar.update))
+    words = Words(text.tokenizer)
+    quantiles = tuple(settings.quantiles)
+    return Latents(collector, text.packed, words, near, raised, lowered, quantiles, settings.at_a_quantile)
+
+
+def as_arrays(ends: tuple[Tensor, Tensor]) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Ids and values as arrays."""
+    return ends[0].numpy(), ends[1].numpy()
+
+
+def make(config: Mapping[str, Any]) -> Path:
+    """Write the pages that a resolved configuration names (evaluate/config.py); the path of `index.html`."""
+    return make_pages(FeaturesSettings.of(config))
+
+
+def make_pages(settings: FeaturesSettings) -> Path:
+    """Write the pages of one SAE; the path of `index.html`."""
+    trained = one_sae(settings.folder)
+    ((store, by_site),) = group_by_store([trained], parse_location(settings.cache))
+    (site,) = map(Site.parse, by_site)
+    sae = load(trained.folder).eval()
+    scored = ScoredText.of(open_text(store, settings.model_dump()), site, [trained])
+    from tqdm import tqdm
+
+    from evaluate.features import pages
+
+    collector = collect(sae, scored.text, site, settings)
+    latents = describe(sae, scored.text, site, collector, settings)
+    about = {
+        "variant": trained.config["variant"],
+        "width": sae.width,
+        "site": str(site),
+        "model": store.manifest.name,
+        "store": store.path.name,
+        "fingerprint": store.manifest.fingerprint,
+        "folder": str(trained.folder),
+        "tokens": collector.tokens,
+        "special": bool(store.manifest.settings["packing"]["keep_special"]),
+        "massive": scored.left_out,
+        "contexts": len(scored.text.packed.contexts),
+        "silent": int((collector.fired_F == 0).sum()),
+        "sample": settings.sample,
+        "seed": settings.seed,
+        "logits": latents.raised is not None,
+        "settings": {"settings": trained.config["settings"], "training": trained.config.get("training", {})},
+    }
+    with tqdm(total=sae.width, unit="page", desc="pages", mininterval=1.0) as bar:
+        return pages.write(latents, about, Path(settings.out), bar.update)
+
+
+def make_for(evaluation: HeldoutSettings, folder: str) -> Path:
+    """Write the pages of one SAE beside a report, from the same held-out text; all else as its defaults have it."""
+    shared = {name: getattr(evaluation, name) for name in SHARED}
+    return make_pages(FeaturesSettings(**shared, folder=folder, out=str(Path(evaluation.out) / "features")))

@@ -1,0 +1,147 @@
+"""Massive rows (attention sinks and the like): which they are, and what an evaluation does with them.
+
+A row is massive where its norm is above `times` times the median norm of its site (methods: 10 times unless set). An
+SAE that was trained without such rows says so in its config.json; they are then treated like special tokens, neither
+fed nor replaced nor scored, for all SAEs of the site alike. Where no SAE has such a rule massive rows are scored, and
+the report gives reconstruction over the ordinary rows first and over all rows beside it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from data.base.errors import UserError
+from data.base.records import Json
+from data.base.sites import Site
+from evaluate.inputs import HeldoutText, SavedSAE
+from harvest.hooks import run_to
+
+TIMES = 10.0  # the median norm, above which a row is massive unless an SAE's own rule says otherwise
+MEDIAN_TOKENS = 8192  # held-out tokens at least that a site's median norm is taken over, where there are so many
+
+
+@dataclass(frozen=True)
+class MassiveRule:
+    """Rows with a norm above `times` times `median`, the median norm of a site, are massive."""
+
+    times: float
+    median: float
+
+    @property
+    def limit(self) -> float:
+        """The largest norm of an ordinary row."""
+        return self.times * self.median
+
+    def __str__(self) -> str:
+        return f"norm above {self.times:g} times the median {self.median:.4g}"
+
+
+def rule_of(sae: SavedSAE) -> MassiveRule | None:
+    """The rule an SAE was trained by, None where it was trained on all rows; UserError where the record is damaged."""
+    outliers = sae.config.get("training", {}).get("outliers")
+    if outliers is None:
+        return None
+    try:
+        rule = MassiveRule(float(outliers["times"]), float(outliers["median"]))
+    except (KeyError, TypeError, ValueError):
+        raise UserError(
+            f"{sae.folder} has a record of outliers that cannot be read ({outliers}): train it again"
+        ) from None
+    if not 0 < rule.limit < float("inf"):
+        raise UserError(f"{sae.folder} has a record of outliers that cannot be ({outliers}): train it again")
+    return rule
+
+
+def strictest(rules: Sequence[MassiveRule | None]) -> MassiveRule | None:
+    """The rule that leaves out most, by which all SAEs of a site are scored; None where none has one."""
+    known = [rule for rule in rules if rule is not None]
+    return min(known, key=lambda rule: rule.limit) if known else None
+
+
+def disagreement(rules: Sequence[MassiveRule | None]) -> str | None:
+    """A sentence where the SAEs of a site were trained by different rules; None where they agree."""
+    names = sorted({"no row" if rule is None else f"rows with a {rule}" for rule in rules})
+    if len(names) < 2:
+        return None
+    return (
+        f"The SAEs of this site were trained without different rows ({'; '.join(names)}):"
+        f" all are scored without rows with a {strictest(rules)}."
+    )
+
+
+def norms_of(text: HeldoutText, site: Site, contexts: range) -> Float[np.ndarray, "n T"]:
+    """||x|| at the site of every token of the contexts, by one forward as far as the site."""
+    parts = []
+    for batch in text.batches(contexts):
+        x_BTD = run_to(text.model, [site], batch.ids_BT)[str(site)]
+        parts.append(x_BTD.float().norm(dim=-1).cpu().numpy())
+    return np.concatenate(parts)
+
+
+def site_median_norm(text: HeldoutText, site: Site) -> float:
+    """The median ||x|| at the site over the first contexts that hold MEDIAN_TOKENS scored tokens."""
+    running = np.cumsum(text.packed.keep.sum(1))
+    contexts = min(int(np.searchsorted(running, MEDIAN_TOKENS)) + 1, len(running))
+    norms_ST = norms_of(text, site, range(contexts))
+    return float(np.median(norms_ST[text.packed.keep[:contexts]]))
+
+
+def without_massive(text: HeldoutText, site: Site, rule: MassiveRule) -> tuple[HeldoutText, int]:
+    """The text with its massive rows marked as not to be scored, like special tokens, and how many those are."""
+    contexts = range(len(text.packed.contexts))
+    massive_ST = norms_of(text, site, contexts) > rule.limit
+    left_out = int((massive_ST & text.packed.keep).sum())
+    if left_out == text.packed.keep.sum():
+        raise UserError(f"every row of {site} has a {rule}, so nothing is left to score: train the SAEs again")
+    packed = dataclasses.replace(text.packed, keep=text.packed.keep & ~massive_ST)
+    return dataclasses.replace(text, packed=packed), left_out
+
+
+@dataclass(frozen=True)
+class ScoredText:
+    """The text of a site as all its SAEs are scored on it.
+
+    rule: what is massive there; by it `left_out` rows were taken out where `from_saes`, and rows are told apart in the
+    report where not. note: a sentence where the SAEs' own rules differ.
+    """
+
+    text: HeldoutText
+    rule: MassiveRule
+    from_saes: bool
+    left_out: int
+    note: str | None
+
+    @classmethod
+    def of(cls, text: HeldoutText, site: Site, saes: Sequence[SavedSAE]) -> ScoredText:
+        """Apply the SAEs' own rule to the text; where they have none, find what is massive at the site."""
+        rules = [rule_of(sae) for sae in saes]
+        rule = strictest(rules)
+        if rule is None:
+            return cls(text, MassiveRule(TIMES, site_median_norm(text, site)), False, 0, None)
+        scored, left_out = without_massive(text, site, rule)
+        return cls(scored, rule, True, left_out, disagreement(rules))
+
+    def result(self, massive_rows: int) -> Json:
+        """What report.json says of the rule; `massive_rows` were scored."""
+        return {
+            "times": self.rule.times,
+            "median": self.rule.median,
+            "rows": massive_rows,
+            "left_out": self.left_out,
+            "by": "the SAEs' own rule" if self.from_saes else "the report's rule",
+            "note": self.note,
+        }
+
+
+def is_massive(x_ND: Float[Tensor, "N D"], limit: float | None) -> Bool[Tensor, " N"] | None:
+    """Which rows are massive; None where none is, or nothing is known of the site."""
+    if limit is None:
+        return None
+    massive_N = x_ND.float().norm(dim=1) > limit
+    return massive_N if bool(massive_N.any()) else None
