@@ -19,7 +19,7 @@ from jaxtyping import Bool, Float, Int64
 from numpy.typing import NDArray
 from torch import Tensor
 
-from train.sae.metrics import double
+from train.sae.metrics import to_float64
 
 Columns = dict[str, NDArray[np.float64]]
 By = Literal["context", "document"]  # what a column has an entry for
@@ -94,7 +94,7 @@ class Reconstruction:
         `empty_ND` is what the decoder gives with no latent active (b_dec). `context_N` in [0, S) is each token's
         context, `document_N` its document; without it each context is a document.
         """
-        x, x_hat, empty = double(x_ND), double(x_hat_ND), double(empty_ND)
+        x, x_hat, empty = to_float64(x_ND), to_float64(x_hat_ND), double(empty_ND)
         moved = x - double(self.centre_D).to(x.device)
         error_N = (x - x_hat).square().sum(1)
         # Both go to the token-normalised space by x's own mean and scale, so an error there is divided by the scale.

@@ -15,7 +15,7 @@ from torch import Tensor
 from train.sae.base import SAE
 
 
-def _float64(x: Tensor) -> Tensor:
+def to_float64(x: Tensor) -> Tensor:
     """Convert to float64, on the CPU where the device has none (Apple's)."""
     return x.to("cpu" if x.device.type == "mps" else x.device).double()
 
@@ -30,7 +30,7 @@ class ReconstructionSums:
     NAMES = ("tokens", "error", "deviation")
 
     def __init__(self, centre_D: Float[Tensor, " D"], groups: int = 1) -> None:
-        self.centre_D = _float64(centre_D)
+        self.centre_D = to_float64(centre_D)
         device = self.centre_D.device
         self.columns = {name: torch.zeros(groups, dtype=torch.float64, device=device) for name in self.NAMES}
         self.sum_D = torch.zeros_like(self.centre_D)
@@ -39,7 +39,7 @@ class ReconstructionSums:
         self, x_ND: Float[Tensor, "N D"], x_hat_ND: Float[Tensor, "N D"], group_N: Int64[Tensor, " N"] | None = None
     ) -> Float64[Tensor, " N"]:
         """Add a batch in model units and give each token's squared error; `group_N` None is one group."""
-        x, x_hat = _float64(x_ND), _float64(x_hat_ND)
+        x, x_hat = to_float64(x_ND), to_float64(x_hat_ND)
         moved = x - self.centre_D.to(x.device)
         error_N = (x - x_hat).square().sum(1)
         self.sum_D += moved.sum(0).to(self.sum_D.device)
