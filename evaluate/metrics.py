@@ -94,8 +94,8 @@ class Reconstruction:
         `empty_ND` is what the decoder gives with no latent active (b_dec). `context_N` in [0, S) is each token's
         context, `document_N` its document; without it each context is a document.
         """
-        x, x_hat, empty = to_float64(x_ND), to_float64(x_hat_ND), double(empty_ND)
-        moved = x - double(self.centre_D).to(x.device)
+        x, x_hat, empty = to_float64(x_ND), to_float64(x_hat_ND), to_float64(empty_ND)
+        moved = x - to_float64(self.centre_D).to(x.device)
         error_N = (x - x_hat).square().sum(1)
         # Both go to the token-normalised space by x's own mean and scale, so an error there is divided by the scale.
         scale_N = x.std(1) + TOKEN_EPS
