@@ -209,8 +209,8 @@ class TrainSettings(Settings):
     """Tokens of silence that make a latent dead; null: the smaller of 10M and a tenth of the run."""
     matmul: Annotated[Literal["float32", "tf32", "bf16"] | None, OF_STREAM] = None
     """The encoder's product; bf16 rounds its factors only; null: tf32 on a GPU, else float32."""
-    outliers: Annotated[Real | None, OF_STREAM] = Field(None, ge=1)
-    """Leave out rows whose norm is above so many times the median, everywhere; reads the store once."""
+    outliers: Annotated[Literal["auto"] | Annotated[Real, Field(ge=1)] | None, OF_STREAM] = AUTO
+    """Leave out rows whose norm is above so many times the median; auto: 10 where the store has massive rows."""
     calibration_tokens: Annotated[Whole, OF_STREAM] = Field(65_536, ge=0)
     """Training rows set aside for thresholds; for all variants, so that all see the same batches."""
     heldout_tokens: Annotated[Whole, OF_STREAM] = Field(50_000, ge=0)

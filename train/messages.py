@@ -44,6 +44,11 @@ def opening(runs: Sequence[TrainRun]) -> str:
         for run in runs:
             verb = f"going on from step {run.step:,}" if run.step else "training"
             lines.append(f"  {run.name}  {label(run.sae)}: width {run.sae.width}, {verb}")
+    if plan.outliers:
+        left_out = ", ".join(f"{count:,} of {split}" for split, count in plan.outliers.left_out.items())
+        lines.append(
+            f"rows above {plan.outliers.times:g} times the median norm are left out ({left_out}): outliers=null keeps them"
+        )
     if plan.world > 1:
         # Exact selection over ranks is another algorithm; until it is there, nobody should take one for the other.
         lines.append(

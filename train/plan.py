@@ -22,7 +22,8 @@ from data.loading.reader import Reader, open_reader
 from data.store import store as stores
 from data.store.find import find, open_store, pick
 from data.store.manifest import HELDOUT, TRAIN, store_settings
-from train.config import Group, TrainSettings, of_scope
+from data.store.massive import TIMES_MEDIAN, has_massive_rows
+from train.config import AUTO, Group, TrainSettings, of_scope
 
 if TYPE_CHECKING:
     from train.sae import SAE
@@ -134,12 +135,11 @@ def _first_chunks(reader: Reader, rows: int) -> NDArray[np.int64]:
 
 
 def _filtered_readers(
-    readers: dict[str, Reader], settings: TrainSettings, chunks: int, decode: DecodeRows
+    readers: dict[str, Reader], settings: TrainSettings, times: float, chunks: int, decode: DecodeRows
 ) -> tuple[dict[str, Reader], Outliers]:
-    """The readers without the outliers that `outliers` names; reads every row once."""
-    assert settings.outliers is not None
+    """The readers without the rows above `times` the median norm; reads every row once."""
     median = median_norm(readers[TRAIN], chunks, decode)
-    limit = settings.outliers * median
+    limit = times * median
     filtered: dict[str, Reader] = {}
     left_out: dict[str, int] = {}
     for split, reader in readers.items():
@@ -147,7 +147,16 @@ def _filtered_readers(
         remaining = NormFilteredReader(reader, count, limit, decode, threads=settings.loader.threads)
         filtered[split] = remaining
         left_out[split] = remaining.left_out.rows
-    return filtered, Outliers(settings.outliers, median, left_out)
+    return filtered, Outliers(times, median, left_out)
+
+
+def _outlier_times(settings: TrainSettings, store: stores.Store, site: str) -> float | None:
+    """The limit of `outliers`: with auto 10 where the commit records show massive rows, so that these few rows are not
+    what the variance, the normalisation and the latents are spent on; None where every row is read.
+    """
+    if settings.outliers != AUTO:
+        return settings.outliers
+    return TIMES_MEDIAN if has_massive_rows(store.stats(TRAIN, site)) else None
 
 
 def make_plan(
@@ -164,8 +173,9 @@ def make_plan(
     readers = _readers(settings, overrides, store, site)
     stored_chunks = len(readers[TRAIN].sizes[:stored_chunks])
     outliers = None
-    if settings.outliers is not None:
-        readers, outliers = _filtered_readers(readers, settings, stored_chunks, store.rows_of(site).values)
+    times = _outlier_times(settings, store, site)
+    if times is not None:
+        readers, outliers = _filtered_readers(readers, settings, times, stored_chunks, store.rows_of(site).values)
     sizes = readers[TRAIN].sizes[:stored_chunks]
     steps = settings.tokens // (settings.batch * settings.world)
     if steps < 1:
@@ -179,7 +189,7 @@ def make_plan(
         heldout = _first_chunks(readers[HELDOUT], settings.heldout_tokens)
         remaining = int(readers[HELDOUT].sizes.sum())
         if outliers and remaining < settings.heldout_tokens:
-            need = f"heldout_tokens={settings.heldout_tokens} with outliers={settings.outliers:g}"
+            need = f"heldout_tokens={settings.heldout_tokens} with outliers={outliers.times:g}"
             why = f"{need} needs more than the {remaining} held-out tokens that are left"
             raise _too_few(settings, overrides, store, why)
     return DataPlan(

@@ -152,6 +152,8 @@ def prepare(job: TrainRequest, plans: dict[str, DataPlan] | None = None) -> Trai
     if shared not in plans:
         plans[shared] = make_plan(settings, job.overrides, job.sweep is not None, stored)
     plan = plans[shared]
+    # From here on the run has numbers for what was `auto`, so that it goes on with them whatever the store grows into.
+    settings = settings.model_copy(update={"outliers": plan.outliers.times if plan.outliers else None})
     settings = with_rate(settings, plan.d_in, plan.steps)
     step = step_to_resume(folder, settings, plan)
     if step is None:

@@ -60,7 +60,8 @@ class Settings(BaseModel):
 
 def _sentence(cls: type[BaseModel], error: ValidationError, at: str) -> str:
     """One sentence for the first thing that is wrong."""
-    first = error.errors(include_url=False)[0]
+    errors = error.errors(include_url=False)
+    first = errors[0]
     path = _path(cls, [str(part) for part in first["loc"]])
     name = ".".join([at, *path] if at else path)
     if first["type"] == "extra_forbidden":
@@ -74,6 +75,9 @@ def _sentence(cls: type[BaseModel], error: ValidationError, at: str) -> str:
         said = "a group of settings"
     if first["type"] in ("int_type", "int_from_float"):
         said = "a whole number"
+    # A setting that takes one of several kinds, such as a word or a number, has an error for each of them.
+    of_kinds = [each for each in errors[1:] if _path(cls, [str(part) for part in each["loc"]]) == path]
+    said = " or ".join([said, *(each["msg"].removeprefix("Input should be ") for each in of_kinds)])
     return f"{name}={_shown(first['input'])} is not allowed: it should be {said}"
 
 

@@ -47,12 +47,22 @@ def activations(rows: int, seed: int) -> np.ndarray:
     return (codes @ directions + 3.0 + 0.05 * rng.normal(size=(rows, D))).astype(np.float32)
 
 
-def make_store(cache: Path, settings: Settings, name: str = "tiny", dtype: str = "bfloat16", **encoded: Any) -> Store:
+def make_store(
+    cache: Path,
+    settings: Settings,
+    name: str = "tiny",
+    dtype: str = "bfloat16",
+    sink_every: int | None = None,
+    **encoded: Any,
+) -> Store:
+    """Write the store; with `sink_every` one row in so many is a massive activation of its first dimension."""
     layout = Layout(dtype, context=16, chunk_rows=64, chunks_per_unit=8, mixing_seed=0, **encoded)
     identity = {"format": 1, "layout": layout.json, "model": {"name": name}}
     store = Store.create_or_open(cache, Manifest(identity, store_settings(settings), name, D))
     for seed, (split, rows) in enumerate(ROWS.items()):
         x = activations(rows, seed + 1)
+        if sink_every is not None:
+            x[::sink_every, 0] = 4000.0  # the median norm is near 15
         store.require(split, SITE, D, rows, FeatureScale.of(x))
         for unit in range(rows // layout.unit_rows):
             part = x[unit * layout.unit_rows : (unit + 1) * layout.unit_rows]

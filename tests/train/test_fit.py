@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from data.base.errors import UserError
 from data.loading.loader import ActivationLoader
 from data.loading.reader import open_reader
 from data.store.manifest import HELDOUT, TRAIN
-from tests.helpers.runs import plan_of
+from tests.helpers.runs import make_store, plan_of
 from train import datamodule, lit
 from train.resume import LAST
 from train.run import train
@@ -195,6 +196,32 @@ def test_outliers_are_left_out_of_training_statistics_threshold_and_validation(
     assert float(sae.norm.scale) == pytest.approx(scale, rel=1e-4)
     spread = float((kept - kept.mean(0)).square().sum(1).mean())
     assert float(sae.variance) == pytest.approx(scale**2 * spread, rel=1e-4)
+
+
+def test_massive_rows_are_left_out_unless_they_are_asked_for(
+    short: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = short("sae=topk", f"cache={tmp_path / 'cache'}")
+    make_store(tmp_path / "cache", settings, sink_every=64)
+    assert settings["outliers"] == "auto"
+    train(settings)
+    training = load_config(tmp_path / "run")["training"]
+    assert (training["outliers"]["times"], training["outliers"]["left_out"]) == (10.0, {"train": 64, "heldout": 16})
+    assert "rows above 10 times the median norm are left out (64 of train, 16 of heldout)" in capsys.readouterr().out
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["settings"]["outliers"] == 10.0
+    # With the sinks the variance is theirs, and what reconstructs them alone reads as a nearly perfect SAE.
+    train({**settings, "outliers": None, "out": str(tmp_path / "all")})
+    everything = load_config(tmp_path / "all")["training"]
+    assert everything["outliers"] is None
+    ordinary, of_all = load(tmp_path / "run"), load(tmp_path / "all")
+    norms = [float(sae.variance) / float(sae.norm.scale) ** 2 for sae in (ordinary, of_all)]
+    assert norms[1] > 100 * norms[0]
+
+
+def test_nothing_is_left_out_of_a_store_without_massive_rows(short: Any, tmp_path: Path) -> None:
+    train(short("sae=topk"))
+    assert load_config(tmp_path / "run")["training"]["outliers"] is None
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["settings"]["outliers"] is None
 
 
 def test_free_memory_is_a_plausible_number() -> None:

@@ -57,7 +57,7 @@ def test_all_variants_get_the_same_chunks(short: Any) -> None:
         (["seed=null"], r"seed=null is not allowed: it should be a whole number"),
         (["loader.pool_chunks=1.5"], r"loader\.pool_chunks=1\.5 is not allowed: it should be a whole number"),
         (["loader.preload=disk"], r"loader\.preload=disk is not allowed: it should be 'ram' or 'device'"),
-        (["outliers=0.5"], r"outliers=0\.5 is not allowed: it should be greater than or equal to 1"),
+        (["outliers=0.5"], r"outliers=0\.5 is not allowed: it should be 'auto' or greater than or equal to 1"),
         (
             ["outliers=1.3", "heldout_tokens=1024"],
             r"heldout_tokens=1024 with outliers=1\.3 needs more than the \d+ held-out",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import pytest
 from pydantic import Field
@@ -23,6 +23,8 @@ class Example(Settings):
     """How many."""
     lr: Real = Field(1e-3, gt=0)
     """Rate."""
+    limit: Literal["auto"] | Annotated[Real, Field(ge=1)] | None = "auto"
+    """A word or a number."""
     resume: Flag = False
     """Go on."""
     site: Text = "resid_post.3"
@@ -49,6 +51,8 @@ def test_large_counts_may_be_written_as_floats() -> None:
         ({"lr": float("inf")}, "lr=inf"),
         ({"lr": float("nan")}, "lr=nan"),
         ({"lr": 0}, "lr=0"),
+        ({"limit": 0.5}, "limit=0.5 is not allowed: it should be 'auto' or greater than or equal to 1"),
+        ({"limit": "often"}, "limit=often is not allowed: it should be 'auto' or a valid number"),
         ({"resume": "no"}, "resume=no"),
         ({"resume": 1}, "resume=1"),
         ({"site": 3}, "site=3"),
