@@ -57,7 +57,7 @@ CASES = {
     "dictionary_learning gated": Case("gated", {"sparsity": SPARSITY}),
     "dictionary_learning jumprelu": Case(
         "jumprelu",
-        {"sparsity": 1.0, "k": 3.0, "bandwidth": BANDWIDTH, "apply_b_dec_to_input": False},
+        {"sparsity": 1.0, "k": 3.0, "target_form": "square", "bandwidth": BANDWIDTH, "apply_b_dec_to_input": False},
         "takes L0's step after the jump, so that half of the kernel gives theta no gradient",
     ),
     "sae-lens relu": Case("relu", {"sparsity": SPARSITY, "apply_b_dec_to_input": True}),

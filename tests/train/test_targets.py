@@ -32,4 +32,4 @@ def test_it_says_what_to_do(variant: str, trained: float, given: dict[str, Any],
 
 def test_a_run_ends_with_it(short: Any, capsys: pytest.CaptureFixture[str]) -> None:
     train(short("sae=relu", "sae.k=2", "sparsity_warmup=1"))  # too short a run to get there
-    assert "relu: asked for an L0 of 2, got" in capsys.readouterr().out
+    assert "relu: asked for an L0 of 2, got" in capsys.readouterr().err
