@@ -31,7 +31,7 @@ $(PEERS)/ready: benchmarks/peers.txt
 
 demo: setup ## harvest, train six variants in one pass, evaluate; leaves outputs/demo/report.html, report.md and feature pages
 	$(PY) -m harvest
-	$(PY) -m train -m sae=relu,topk,batchtopk,matryoshka,gated,jumprelu hydra.sweep.dir=outputs/demo/saes
+	$(PY) -m train -m sae=relu,topk,batchtopk,matryoshka,gated,jumprelu sae.k=32 hydra.sweep.dir=outputs/demo/saes
 	$(PY) -m evaluate saes=outputs/demo/saes out=outputs/demo features=best
 
 harvest: setup ## language model -> cached activations

@@ -47,7 +47,8 @@ def opening(runs: Sequence[TrainRun]) -> str:
     if plan.outliers:
         left_out = ", ".join(f"{count:,} of {split}" for split, count in plan.outliers.left_out.items())
         lines.append(
-            f"rows above {plan.outliers.times:g} times the median norm are left out ({left_out}): outliers=null keeps them"
+            f"rows above {plan.outliers.times:g} times the median norm are left out ({left_out}): "
+            "outliers=null keeps them"
         )
     if plan.world > 1:
         # Exact selection over ranks is another algorithm; until it is there, nobody should take one for the other.

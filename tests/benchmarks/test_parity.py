@@ -49,7 +49,8 @@ def by_hand(name: str, **changed: Any) -> Result:
         return reference.gated(x, p, v, centred, sparsity=SPARSITY)
     if case.variant == "jumprelu":
         s = case.settings
-        return reference.jumprelu(x, p, v, centred, sparsity=s["sparsity"], eps=BANDWIDTH, target=s.get("k"))
+        target, form = s.get("k"), s.get("target_form", "log")
+        return reference.jumprelu(x, p, v, centred, sparsity=s["sparsity"], eps=BANDWIDTH, target=target, form=form)
     options: dict[str, Any] = {
         "k": K,
         "dead": DEAD,
