@@ -1,10 +1,10 @@
 """The learning rate of a run that names none (`optimizer.lr=auto`): one rule, measured on four sites.
 
 lr = c (64 / D)^(1/2) (1000 / steps)^(1/3), c of the variant. Adam moves each of a latent's D weights by about lr a
-step, so its direction by lr sqrt(D). The power of the steps was measured from 228 to 976 of them and is a choice
-beyond: at the papers' lengths it gives 5e-4 for BatchTopK (D = 768; theirs is 3e-4), 4e-4 for Gated (2560; 3e-4) and
-1.2e-4 for JumpReLU (3584; 7e-5). The batch does not enter: it was 1,024 tokens wherever this was measured. The evidence
-and its commands are in benchmarks/RESULTS.md; `python -m benchmarks.rates` searches a site.
+step, so its direction by lr sqrt(D). c and both powers are fitted to the sites they are compared on, one seed each. The
+steps were 228 to 976, for BatchTopK up to 3,648; at the papers' lengths it gives 5e-4 for BatchTopK (D = 768;
+theirs is 3e-4), 4e-4 for Gated (2560; 3e-4) and 1.2e-4 for JumpReLU (3584; 7e-5). The batch does not enter: it was
+1,024 tokens wherever this was measured. `python -m benchmarks.rates` searches a site.
 """
 
 from __future__ import annotations
