@@ -14,6 +14,10 @@ from jaxtyping import install_import_hook
 import data  # noqa: F401  (sets how threads wait, before torch is imported)
 from tests.helpers.s3 import Server, serving
 
+# Triton reads this once, when it is first imported, which may be long before the tests of its kernels run.
+if not Path("/dev/nvidiactl").exists():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 # The modules whose signatures state shapes; the rest import heavy libraries lazily and keep their types for mypy.
 SHAPED = [
     "data.store.stats",
