@@ -67,9 +67,9 @@ def command(*arguments: str) -> None:
 
 def train_ours(options: argparse.Namespace, lm: Sequence[str]) -> None:
     """Harvest, and train our SAEs of all variants and seeds."""
-    shared = [*lm, f"cache={options.out / 'cache'}"]
+    shared = [*lm, f"packing.context={options.context}", f"cache={options.out / 'cache'}"]
     rows = options.tokens + CALIBRATION + 65_536
-    command("-m", "harvest", *shared, f"sites=[{options.site}]", f"tokens={rows}", "heldout_tokens=60_000")
+    command("-m", "harvest", *shared, f"sites=[{options.site}]", f"tokens={rows}", f"heldout_tokens={options.heldout}")
     train = ["-m", "train", "-m", *shared, f"site={options.site}", f"tokens={options.tokens}", "heldout_tokens=0"]
     train += [f"sae={','.join(options.variants)}", f"sae.k={options.k}", f"sae.expansion={options.expansion}"]
     train += [f"seed={','.join(map(str, options.seeds))}", f"hydra.sweep.dir={options.out / OURS}"]
@@ -211,6 +211,7 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--site", default="resid_post.2")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--libraries", nargs="+", choices=LIBRARIES, default=list(LIBRARIES))
+    parser.add_argument("--context", type=int, default=256, help="tokens of a context")
     parser.add_argument("--tokens", type=int, default=400_000)
     parser.add_argument("--heldout", type=int, default=25_000, help="tokens to score")
     parser.add_argument("--k", type=int, default=8)

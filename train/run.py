@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -26,6 +25,7 @@ from train.resume import first_rank, only_writer, resumed, step_to_resume, store
 if TYPE_CHECKING:
     from train.sae import SAE
 
+MOST_LATENTS = 10**9
 _OFF_UNIT = 0.01  # rows of W_dec: dictionary_learning leaves its own off by about its learning rate
 
 
@@ -143,6 +143,8 @@ def prepare(job: TrainRequest, plans: dict[str, DataPlan] | None = None) -> Trai
     `plans` keeps the plans made, which jobs share that differ in nothing but the SAE and its optimizer.
     """
     plans = {} if plans is None else plans
+    if any(item.lstrip("+").startswith("lr_asked=") for item in job.overrides):
+        raise UserError("lr_asked is what a run records and no setting: give optimizer.lr")
     given = resumed(job.settings, job.overrides) if job.settings.get("resume") else job.settings
     settings = TrainSettings.of(given)
     check_installed(settings.logger.name)
@@ -218,7 +220,7 @@ def build(settings: Mapping[str, Any], d_in: int, overrides: Sequence[str] = ())
             "sae.width and sae.expansion are both null: give one of them, the latents or latents/site width"
         )
     name, value = ("sae.width", width) if width is not None else ("sae.expansion", expansion)
-    number({name: value}, name, 0, math.inf)
+    number({name: value}, name, 0, MOST_LATENTS)
     if width is None and (width := expansion * d_in) != int(width):
         raise UserError(f"sae.expansion={expansion} times the width {d_in} is not a whole number of latents")
     config = variant.Config.of({"width": whole({"sae.width": width}, "sae.width", 1), **arguments}, "sae")

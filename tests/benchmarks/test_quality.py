@@ -57,8 +57,9 @@ def test_a_row_a_library_with_means_and_intervals() -> None:
 @pytest.mark.skipif(not PEERS_PYTHON.exists(), reason="needs make peers")
 def test_peers_train_on_the_same_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     save_model(tmp_path / "lm")
-    write_stories(tmp_path / "stories.jsonl")
+    write_stories(tmp_path / "stories.jsonl", range(6000))
     sizes = ["--tokens", "4096", "--heldout", "500", "--k", "4", "--batch", "256", "--seeds", "0", "--rates", "1e-2"]
+    sizes += ["--context", "32"]
     where = ["--model", str(tmp_path / "lm"), "--text", str(tmp_path / "stories.jsonl"), "--site", "resid_post.0"]
     main([*where, *sizes, "--variants", "topk", "batchtopk", "--out", str(tmp_path / "out")])
     table = capsys.readouterr().out

@@ -45,6 +45,8 @@ def kind_of(annotation: Any) -> str:
     if get_origin(annotation) is Literal:
         return "choice"
     names = str(annotation)
+    if "Literal" in names and "float" in names:  # a word or a number
+        return "number"
     for word, kind in (("Literal", "choice"), ("bool", "flag"), ("int", "whole"), ("float", "number"), ("str", "text")):
         if word in names:
             return kind
