@@ -67,7 +67,7 @@ types: setup
 	$(PY) -m mypy
 
 test-slow: setup ## the slower proofs
-	$(PY) -m pytest -q -m slow
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -m slow -n auto --dist loadfile
 
 clean: ## remove what the runs left in outputs/ (asks first)
 	@printf "remove outputs/ with its caches and SAEs? [y/N] "; read answer; [ "$$answer" = y ] && rm -r outputs

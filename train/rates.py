@@ -51,5 +51,8 @@ def with_rate(settings: TrainSettings, d_in: int, steps: int) -> TrainSettings:
         raise UserError(
             f"optimizer.lr=auto is measured for Adam, and optimizer.name={optimizer.name}: give optimizer.lr a number"
         )
-    rate = learning_rate(settings.sae["variant"], d_in, steps)
+    variant = settings.sae.get("variant")
+    if not isinstance(variant, str) or variant not in AT_64:
+        raise UserError(f"sae.variant={variant} is not a variant of this project: choose sae={'|'.join(AT_64)}")
+    rate = learning_rate(variant, d_in, steps)
     return settings.model_copy(update={"optimizer": optimizer.model_copy(update={"lr": rate}), "lr_asked": asked})

@@ -47,7 +47,7 @@ def kind_of(annotation: Any) -> str:
     names = str(annotation)
     if "Literal" in names and "float" in names:  # a word or a number
         return "number"
-    for word, kind in (("Literal", "choice"), ("bool", "flag"), ("int", "whole"), ("float", "number"), ("str", "text")):
+    for word, kind in (("bool", "flag"), ("Literal", "choice"), ("int", "whole"), ("float", "number"), ("str", "text")):
         if word in names:
             return kind
     return "group"
