@@ -19,9 +19,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from data.base.config import Settings, Text
 from data.base.errors import UserError
+from data.base.records import Json
 from harvest import hub
 from harvest.model_class import model_class
-from harvest.model_files import Json, check_folder, check_gguf, has_tokenizer, read_config, weight_files
+from harvest.model_files import check_folder, check_gguf, has_tokenizer, read_config, weight_files
 from harvest.tokenizer import TokenIds
 from harvest.tokenizer import tokenizer_hash as tokenizer_hash  # for stages that know a model by this module
 

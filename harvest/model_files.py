@@ -18,11 +18,10 @@ import json
 import re
 import zipfile
 from pathlib import Path
-from typing import Any
 
 from data.base.errors import UserError
+from data.base.records import Json
 
-Json = dict[str, Any]
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 ADAPTER = "adapter_config.json"
 TOKENIZER = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")

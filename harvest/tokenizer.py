@@ -7,7 +7,7 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from data.base.errors import UserError
-from harvest.model_files import Json
+from data.base.records import Json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
-Json = dict[str, Any]
+from data.base.records import Json
 
 DEFINITIONS = {
     "probe loss": "mean over {tasks} binary tasks of the cross-entropy (nats) of the best unit's 1-d logistic probe on"

@@ -15,11 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data.base.files import write_atomic
+from data.base.records import Json
 from evaluate.features.collect import Collector, Shelf
 from evaluate.report.render import asset, digest, render, safe_json
 from harvest.packing import PackedTokens
-
-Json = dict[str, Any]
 
 LATENTS_A_PIECE = 128
 LABELS = 4  # tokens that name a latent in lists, of those it fires on and of those it raises

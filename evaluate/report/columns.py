@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-Json = dict[str, Any]
+from data.base.records import Json
 
 FORMAT = 1  # of report.json
 SHIPPED, BATCH = "shipped", "batch"  # the forms of an SAE in report.json

@@ -10,12 +10,11 @@ from typing import Any
 import numpy as np
 import plotly.graph_objects as go
 
+from data.base.records import Json
 from evaluate.report import series
 from evaluate.report.columns import sae_name, sparsity_setting
 from evaluate.report.series import OTHER, STYLES, families, is_wide
 from evaluate.report.tables import figure
-
-Json = dict[str, Any]
 
 SYMBOLS = {"o": "circle", "s": "square", "^": "triangle-up", "D": "diamond", "v": "triangle-down", "P": "cross"}
 CURVES = {"nmse": "NMSE of the batch", "l0": "L0 of the batch", "dead": "dead latents", "lr": "learning rate"}

@@ -6,9 +6,9 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from data.base.files import write_atomic
+from data.base.records import Json
 from evaluate.feature_metrics.table import section
 from evaluate.report.columns import (
     ALL_ROWS,
@@ -26,8 +26,6 @@ from evaluate.report.columns import (
     massive_rows,
     sae_name,
 )
-
-Json = dict[str, Any]
 
 
 def write(report: Json, out: Path) -> Path:

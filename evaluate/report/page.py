@@ -10,11 +10,10 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from data.base.files import write_atomic
+from data.base.records import Json
 from evaluate.report.columns import DEFINITIONS, OF_SITE, few_documents, massive_rows, sae_name
 from evaluate.report.render import asset, digest, render
 from evaluate.report.tables import Table, cell, heading, is_plain, sae_tables, site_tables
-
-Json = dict[str, Any]
 
 # Of a site: what the page says in its own words.
 IN_WORDS = {

@@ -6,9 +6,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from data.base.records import Json
 from evaluate.report.columns import BY_KEY, OF_SITE, SHIPPED, SPLICE, sae_name, sparsity_setting
-
-Json = dict[str, Any]
 
 FIRST = tuple(column.key for column in SPLICE)  # the metrics of the first table
 SITE = tuple(column.key for column in OF_SITE)

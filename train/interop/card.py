@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from data.base.errors import UserError
-from train.interop.foreign import Json, Origin
+from data.base.records import Json
+from train.interop.foreign import Origin
 from train.sae.base import SAE
 
 _NAMES = {

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from data.base.errors import UserError
+from data.base.records import Json
 from train.interop.fold import subtracting, unit_rows
 from train.interop.foreign import (
     OURS,
     Foreign,
-    Json,
     Origin,
     construct,
     fill,

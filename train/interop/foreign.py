@@ -15,11 +15,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from data.base.errors import UserError
+from data.base.records import Json
 from data.base.sites import Site
 from train.sae.base import SAE
 from train.sae.io import VARIANTS, inference_settings
 
-Json = dict[str, Any]
 OURS = "thresher"  # the key under which a format's settings carry ours
 _LAYER = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
 

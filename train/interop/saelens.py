@@ -14,11 +14,11 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from data.base.errors import UserError
+from data.base.records import Json
 from train.interop.fold import unit_rows
 from train.interop.foreign import (
     OURS,
     Foreign,
-    Json,
     Origin,
     construct,
     fill,

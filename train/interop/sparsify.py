@@ -10,11 +10,11 @@ from pathlib import Path
 from safetensors.torch import save as to_bytes
 
 from data.base.errors import UserError
+from data.base.records import Json
 from train.interop.fold import subtracting
 from train.interop.foreign import (
     OURS,
     Foreign,
-    Json,
     Origin,
     construct,
     fill,
