@@ -11,12 +11,14 @@ import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from data.base.files import fsync, naming, open_plain, whole_file, write_atomic, write_atomic_shared
 from data.base.lock import alone
 from data.storage.base import LEASES_FOLDER
 from data.storage.leases import UnitLeases
+
+TRIES = 100  # to make something in a folder that others may remove when it is empty
 
 
 def _tag(data: bytes, status: os.stat_result) -> str:
@@ -147,9 +149,8 @@ class LocalStorage:
 
     def _make(self, path: Path, data: bytes) -> str | None:
         """Create a file; None where there is one, made on a file system whose locks do not reach it."""
-        path.parent.mkdir(exist_ok=True)
         try:
-            file = path.open("xb", buffering=0)
+            file = self._open_new(path)
         except FileExistsError:
             return None
         with file:
@@ -169,8 +170,25 @@ class LocalStorage:
                 path.unlink()
                 self._remove_if_empty(path.parent)
 
+    @staticmethod
+    def _open_new(path: Path) -> BinaryIO:
+        """Open a file that is not there, in a folder that may be removed, when it is empty, by another process."""
+        for _ in range(TRIES):
+            with contextlib.suppress(FileExistsError):  # which mkdir also says of one that is removed meanwhile
+                path.parent.mkdir(exist_ok=True)
+            with contextlib.suppress(FileNotFoundError):
+                return path.open("xb", buffering=0)
+        return path.open("xb", buffering=0)
+
     def make_stage(self, stage: Path) -> None:
-        stage.mkdir(parents=True)
+        # Whoever ends a write removes an empty claims/, which may come between the making of the two folders.
+        for _ in range(TRIES):
+            with contextlib.suppress(FileExistsError):  # which mkdir also says of one that is removed meanwhile
+                stage.parent.mkdir(parents=True, exist_ok=True)
+            with contextlib.suppress(FileNotFoundError):
+                stage.mkdir()
+                return
+        stage.mkdir()
 
     def discard(self, stage: Path) -> None:
         shutil.rmtree(stage, ignore_errors=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 from data.base.errors import UserError
 from data.base.location import Url, parse_location
 from data.storage.base import Storage
+from data.storage.local import LocalStorage
 from data.storage.open import open_storage
 
 RECORD = "commits/train/000003.a.b.json"
@@ -138,3 +140,19 @@ def test_of_many_that_settle_at_once_one_stands_whole(place: Storage) -> None:
     assert stands == [place.read(RECORD)] * 4
     assert [place.read(key) for key in KEYS] == [json.loads(stands[0]).encode() * 100] * 2
     assert not place.leases.any() and len(place.sizes()) == 5
+
+
+def test_stages_can_be_made_while_others_remove_the_folder_they_lie_in(tmp_path: Path) -> None:
+    """Whoever discards the last stage removes claims/ too: no other may fail for it."""
+    storage = LocalStorage(tmp_path)
+
+    def often(name: str) -> int:
+        for number in range(400):
+            stage = tmp_path / "claims" / f"train.000000.{name}.{number}"
+            storage.make_stage(stage)
+            storage.discard(stage)
+        return 400
+
+    with ThreadPoolExecutor(4) as threads:
+        assert list(threads.map(often, "abcd")) == [400] * 4
+    assert not (tmp_path / "claims").exists()
