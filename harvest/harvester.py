@@ -37,13 +37,13 @@ FLOAT16_LIMIT = 6e4  # float16 ends at 65,504; so near to it, other tokens are l
 
 
 def widths_of(model: nn.Module, sites: Sequence[Site], packed: PackedTokens) -> dict[str, int]:
-    """The width of each site, by a forward of one context; UserError where the model has no such site."""
+    """Measure the width of each site, by a forward of one context; UserError where the model has no such site."""
     seen = run_to(model, sites, _ids(packed.contexts[:1], model))
     return {name: x_BTD.shape[-1] for name, x_BTD in seen.items()}
 
 
 def made_by(model: nn.Module) -> Json:
-    """The device and the libraries that the last bits of an activation depend on."""
+    """Return the device and the libraries that the last bits of an activation depend on."""
     kinds = {p.device for p in model.parameters()}
     return {
         "device": ", ".join(sorted({_device_name(device) for device in kinds})),
@@ -157,7 +157,7 @@ class Harvester:
             self.written += sum(chunk.bytes for chunk in commit.chunks)
 
     def _index_arrays(self, unit: Unit) -> dict[str, Rows]:
-        """Token id [N] and (sequence, position) [N, 2] of each row, in the order of the text."""
+        """Make the token id [N] and (sequence, position) [N, 2] of each row, in the order of the text."""
         text = self.packed[unit.split]
         keep = text.keep[unit.contexts]
         sequence, position = np.nonzero(keep)
@@ -181,7 +181,7 @@ class Harvester:
                 self.store.require(split, name, width, capacity, scales.get(name))
 
     def _needs_scale(self, site: str) -> bool:
-        """Whether the site's rows are int8 and no array of it says yet by which scale."""
+        """Return whether the site's rows are int8 and no array of it says yet by which scale."""
         rows = self.store.rows_of(site)
         return rows.is_int8 and rows.standard is None
 
@@ -206,7 +206,7 @@ class Harvester:
                 bar.update(len(keep_N))
 
     def _refuse_unstorable(self, unit: Unit, buffer: ActivationBuffer) -> None:
-        """UserError names site, text and token of the first value that is not finite, or too large for float16."""
+        """Raise UserError with site, text and token of the first value that is not finite, or too large for float16."""
         limit = FLOAT16_LIMIT if self.dtype is torch.float16 else torch.finfo(self.dtype).max
         site = next((site for site in unit.sites if not buffer.max_abs(site) <= limit), None)  # NaN compares false
         if site is None:
@@ -226,5 +226,5 @@ class Harvester:
 
 
 def _ids(contexts: NDArray[np.int32], model: nn.Module) -> Tensor:
-    """[B, T] int64 on the device of the model's first parameter, the embedding's."""
+    """Convert to [B, T] int64 on the device of the model's first parameter, the embedding's."""
     return send(torch.from_numpy(contexts), next(model.parameters()).device).long()

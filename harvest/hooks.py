@@ -24,10 +24,10 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from data.base.errors import UserError
-from data.base.sites import KINDS, Site, choices
+from data.base.sites import SITE_KINDS, Site, choices
 from harvest.families import Edit, Place, find_place, model_type
 
-__all__ = ["KINDS", "HookPoint", "Site", "capture", "locate", "replace", "run_to"]
+__all__ = ["SITE_KINDS", "HookPoint", "Site", "capture", "locate", "replace", "run_to"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,7 +128,7 @@ class HookPoint:
         return self.module.register_forward_hook(hook)
 
     def _rows(self, x: Tensor, n_sequences: int, n_tokens: int) -> Float[Tensor, "B T D"]:
-        """The tensor as [B, T, D], whether the module flattens its tokens, splits its heads, or neither."""
+        """Return the tensor as [B, T, D], whether the module flattens its tokens, splits its heads, or neither."""
         split = x.shape[:2] == (n_sequences, n_tokens)
         if not x.is_floating_point() or not (split or (x.ndim == 2 and x.shape[0] == n_sequences * n_tokens)):
             raise UserError(
@@ -184,7 +184,7 @@ def capture(model: nn.Module, sites: Sequence[Site], *, stop: bool = True) -> It
 
 
 def run_to(model: nn.Module, sites: Sequence[Site], input_ids: Integer[Tensor, "B T"]) -> dict[str, Tensor]:
-    """One forward without gradients, ended after the last site wanted: {str(site): [B, T, D]}."""
+    """Run one forward without gradients, ended after the last site wanted: {str(site): [B, T, D]}."""
     with torch.no_grad(), capture(model, sites) as seen:
         model(input_ids=input_ids, use_cache=False)
     return dict(seen)
@@ -251,7 +251,8 @@ def _probe(model: nn.Module, places: Mapping[Site, Place], edits: Mapping[Site, 
 
 
 def _example_tokens(model: nn.Module) -> Integer[Tensor, "1 T"]:
-    """Eight token ids that the embedding has, repeated where it has fewer; none that stands for an image or a sound."""
+    """Return eight token ids that the embedding has, repeated where it has fewer;
+    none that stands for an image or a sound."""
     embedding = model.get_input_embeddings()  # type: ignore[operator]
     n_tokens = int(embedding.weight.shape[0])
     config = getattr(model, "config", None)

@@ -28,7 +28,7 @@ _FEW_DOCUMENTS = 50  # below which a split is likely to be empty by chance
 
 
 def _fraction(value: Any) -> int | float:
-    """As given: 0 and 0.0 are two spellings in a store's identity."""
+    """Keep a fraction as given: 0 and 0.0 are two spellings in a store's identity."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
         raise UserError(f"packing.heldout={value} must be a fraction, 0 or more and below 1")
     return value
@@ -68,21 +68,23 @@ class PackedTokens:
     lost: StreamLost | None = None
 
     def document(self, sequence: int, position: int) -> str:
-        """The name of the document that token `position` of context `sequence` belongs to."""
+        """Return the name of the document that token `position` of context `sequence` belongs to."""
         within = position - (self.contexts.shape[1] - self.stride)
         at = int(np.searchsorted(self.starts, sequence * self.stride + max(within, 0), side="right")) - 1
         return self.names[at] if len(self.names) else "unknown"
 
 
 def special_ids(tokenizer: Any) -> list[int]:
-    """Ids of the tokens that stand for no text: BOS, EOS, padding and their like, the unknown token not counted."""
+    """Find the ids of tokens that stand for no text:
+    BOS, EOS, padding and their like, the unknown token not counted."""
     ids = set(tokenizer.all_special_ids)
     marks = {tokenizer.bos_token_id, tokenizer.eos_token_id}
     return sorted((ids - {tokenizer.unk_token_id}) | (marks & ids) | set(added_special_ids(tokenizer)))
 
 
 def added_special_ids(tokenizer: Any) -> list[int]:
-    """Ids of tokens added with `special=true` that the tokenizer does not count among its own special tokens."""
+    """Find the ids of tokens added with `special=true` that the tokenizer does not count among its own special
+    tokens."""
     added = getattr(tokenizer, "added_tokens_decoder", {})
     special = {index for index, token in added.items() if token.special}
     return sorted(special - set(tokenizer.all_special_ids))
@@ -96,8 +98,9 @@ def check_tokenizer(tokenizer: Any, packing: Packing) -> None:
         raise UserError("packing.separator=true, but this tokenizer has no EOS token: set packing.separator=false")
 
 
-def ordered(source: TextSource, packing: Packing, split: str) -> Iterator[tuple[str, str]]:
-    """(name, text) of each unique document of a split, as they are packed; a shuffle keeps them in temporary files."""
+def texts_in_order(source: TextSource, packing: Packing, split: str) -> Iterator[tuple[str, str]]:
+    """Put in order (name, text) of each unique document of a split, as they are packed;
+    a shuffle keeps them in temporary files."""
     mine = (doc for doc in unique(source.documents()) if split_of(doc.key, packing.heldout) == split)
     if packing.shuffle is None:
         return ((doc.name, doc.text) for doc in mine)
@@ -105,7 +108,7 @@ def ordered(source: TextSource, packing: Packing, split: str) -> Iterator[tuple[
 
 
 def _shuffled(documents: Iterable[Document], seed: int) -> Iterator[tuple[str, str]]:
-    """By sha256(seed, key), compared as bytes."""
+    """Yield the texts by sha256(seed, key), compared as bytes."""
     names, texts, ranks = DiskStrings(), DiskStrings(), DiskArray()
     for doc in documents:
         names.append(doc.name)
@@ -119,7 +122,7 @@ def _shuffled(documents: Iterable[Document], seed: int) -> Iterator[tuple[str, s
 def encoded(
     documents: Iterable[tuple[str, str]], tokenizer: Any, packing: Packing, vocabulary: int | None = None
 ) -> Iterator[tuple[str, NDArray[np.int32]]]:
-    """(name, tokens) of each document, with the BOS and EOS tokens that stand at its ends.
+    """Yield (name, tokens) of each document, with the BOS and EOS tokens that stand at its ends.
 
     A document that came as token ids keeps them, and gets no second BOS. vocabulary: rows of the model's embedding,
     beyond which a token is refused (UserError).
@@ -161,7 +164,7 @@ class _Cutter:
         self.starts, self.names = DiskArray(), DiskStrings()
 
     def blocks(self, documents: Iterable[tuple[str, NDArray[np.int32]]]) -> Iterator[NDArray[np.int32]]:
-        """[n, T] whole contexts, n of 1 or more."""
+        """Yield whole contexts [n, T], n of 1 or more."""
         waiting: list[NDArray[np.int32]] = []
         for name, tokens in documents:
             self.starts.write(np.array([self.length], np.int64))
@@ -187,7 +190,7 @@ def pack(
     multiple: int = 1,
     vocabulary: int | None = None,
 ) -> PackedTokens:
-    """The first contexts of a split that hold at least `rows` kept rows.
+    """Pack the first contexts of a split that hold at least `rows` kept rows.
 
     Their number is rounded up to a `multiple` where the text goes on that far, and is all there is where it does not.
     Of a stream that is lost on the way it is a multiple too, and `lost` says why there are no more. vocabulary: rows of
@@ -200,7 +203,7 @@ def pack(
     contexts, keeps = DiskArray(), DiskArray()
     count, n_kept, goal, lost = 0, 0, None, None
     try:
-        for block in cutter.blocks(encoded(ordered(source, packing, split), tokenizer, packing, vocabulary)):
+        for block in cutter.blocks(encoded(texts_in_order(source, packing, split), tokenizer, packing, vocabulary)):
             keep = np.ones_like(block, np.bool_) if packing.keep_special else ~np.isin(block, special)
             running = n_kept + np.cumsum(keep.sum(1))
             if goal is None and running[-1] >= rows:

@@ -60,7 +60,8 @@ class LastCheckpoint(Callback):
         self.saved_at = time.monotonic()
 
     def _agreed(self, trainer: Trainer, step: int) -> tuple[bool, bool]:
-        """Whether to stop, and whether a checkpoint is due by time; alike on every rank, so asked at the same step."""
+        """Decide whether to stop, and whether a checkpoint is due by time;
+        alike on every rank, so asked at the same step."""
         stop = self.signals.received is not None
         due = self.seconds is not None and time.monotonic() - self.saved_at >= self.seconds
         if trainer.world_size == 1:
@@ -73,7 +74,7 @@ class LastCheckpoint(Callback):
 
 
 def figures(logged: dict[str, float]) -> str:
-    """The figures of a step that progress shows."""
+    """Return the figures of a step that progress shows."""
     return "".join(f"  {name} {logged[name]:.4g}" for name in ("nmse", "l0", "dead") if name in logged)
 
 
@@ -117,7 +118,7 @@ class Progress(Callback):
         self.stream.flush()
 
     def line(self, step: int, total: int, seconds: float, logged: dict[str, float]) -> str:
-        """`step` of `total`, `seconds` since this process began; `logged` are a step's figures."""
+        """Write the line of `step` of `total`, `seconds` since this process began; `logged` are a step's figures."""
         rate = (step - self.began_step) / max(seconds, 1e-9)
         left = "" if step == total else f"  ETA {clock((total - step) / max(rate, 1e-9))}"
         tokens = f"{step * self.tokens_a_step:,}/{total * self.tokens_a_step:,} tokens"

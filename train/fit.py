@@ -37,7 +37,7 @@ from train.signals import Signals
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the words of others that say nothing about this run."""
+    """Silence the words of others that say nothing about this run."""
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)  # notes on devices and tips
     with warnings.catch_warnings():
         # Lightning 2.6 still makes torch's old LeafSpec (utilities/_pytree.py).
@@ -116,7 +116,8 @@ def _bytes_read(plan: DataPlan) -> int:
 
 
 def _members(runs: Sequence[TrainRun], data: ActivationData) -> tuple[list[SAETrainer], dict[str, str], State | None]:
-    """The SAEs at their first step or at their checkpoint, why others could not begin, and the loader's state."""
+    """Make the SAEs at their first step or at their checkpoint;
+    return also why others could not begin and the loader's state."""
     plan = runs[0].plan
     fresh = [run for run in runs if not run.step and not run.settings.start]
     sample_ND = data.sample(SAMPLES) if fresh else None
@@ -142,7 +143,7 @@ def _members(runs: Sequence[TrainRun], data: ActivationData) -> tuple[list[SAETr
 
 
 def _member(run: TrainRun) -> SAETrainer:
-    """The run's SAE with what trains it, at step 0."""
+    """Make the run's SAE with what trains it, at step 0."""
     settings, plan = run.settings, run.plan
     rate = 1.0
     if settings.lr_at_width is not None:
@@ -193,7 +194,8 @@ def _trainer(settings: TrainSettings, plan: DataPlan, *callbacks: Callback) -> T
 
 
 def _matmul(setting: str | None, device: torch.device) -> str:
-    """The encoder's product as set, or the device's own; on a GPU all others are in tf32 unless it is float32."""
+    """Choose the encoder's product: as set, or the device's own;
+    on a GPU all others are in tf32 unless it is float32."""
     on_gpu = device.type == "cuda"
     default = "tf32" if on_gpu else "float32"
     matmul = setting or default
@@ -204,7 +206,7 @@ def _matmul(setting: str | None, device: torch.device) -> str:
 
 
 def _loggers(run: TrainRun, shared: bool) -> list[Logger]:
-    """metrics.csv, cut where the run goes on, and what `logger` asks for beside it."""
+    """Make the loggers: metrics.csv, cut where the run goes on, and what `logger` asks for beside it."""
     rows = CsvLogger(run.folder)
     rows.cut(run.step)
     loggers: list[Logger] = [rows]
@@ -261,7 +263,8 @@ def _save(run: TrainRun, member: SAETrainer, record: dict[str, Any]) -> None:
 
 
 def _training(run: TrainRun, member: SAETrainer) -> dict[str, Any]:
-    """What config.json records: what the run saw, how it ended, the inference form's figures on held-out tokens."""
+    """Collect what config.json records: what the run saw, how it ended,
+    the inference form's figures on held-out tokens."""
     settings, plan = run.settings, run.plan
     return {
         "tokens": plan.tokens,

@@ -22,7 +22,7 @@ class OwnReduction(DDPStrategy):
     """Ranks that average the gradients of each SAE themselves: DDP's wrapper expects one backward a batch."""
 
     def configure_ddp(self) -> None:
-        """The module stays unwrapped."""
+        """Leave the module unwrapped."""
 
 
 class Passes:
@@ -54,7 +54,7 @@ class Passes:
                     return
 
     def state(self, step: int) -> State:
-        """The loader's state after the batch of step `step`, however many have been asked for since."""
+        """Return the loader's state after the batch of step `step`, however many have been asked for since."""
         return {**self.loader.state_dict(), **self._place(step)}
 
     def _place(self, step: int) -> dict[str, int]:
@@ -88,22 +88,22 @@ class MultiSAEModule(LightningModule):
 
     @property
     def total(self) -> int:
-        """Steps of the whole run."""
+        """Return the steps of the whole run."""
         return self.stream.stop
 
     @cached_property
     def held_out_rows(self) -> Iterable[Tensor] | None:
-        """Batches of held-out rows, as often as they are iterated; None where the run has none."""
+        """Return batches of held-out rows, as often as they are iterated; None where the run has none."""
         return self.make_rows and self.make_rows()
 
     @property
     def running(self) -> list[SAETrainer]:
-        """The members that have not failed."""
+        """Return the members that have not failed."""
         return [member for member in self.members if member.failure is None]
 
     @property
     def in_step(self) -> list[SAETrainer]:
-        """Those of them that have done as many steps as the stream."""
+        """Return those of them that have done as many steps as the stream."""
         return [member for member in self.running if member.step == self.step]
 
     def configure_optimizers(self) -> Any:

@@ -47,18 +47,18 @@ class RunRecord(Settings):
 
 
 def numbers(settings: TrainSettings, plan: DataPlan) -> Group:
-    """What determines the numbers of a run, the store's identity with it."""
+    """Return what determines the numbers of a run, the store's identity with it."""
     own = of_scope(settings, "sae", "stream")
     return {**own, "store": plan.store.manifest.fingerprint, "world": plan.world}
 
 
 def fingerprint(settings: TrainSettings, plan: DataPlan) -> str:
-    """A short hash of the numbers of a run, which its checkpoint carries."""
+    """Compute a short hash of the numbers of a run, which its checkpoint carries."""
     return hashlib.sha256(canonical(_comparable(numbers(settings, plan))).encode()).hexdigest()[:16]
 
 
 def _comparable(value: Any) -> Any:
-    """Nested mappings less what is null (the default of a setting that is newer than the run), 1.0 as 1."""
+    """Strip nested mappings of what is null (the default of a setting that is newer than the run), 1.0 as 1."""
     if isinstance(value, Mapping):
         return {name: _comparable(part) for name, part in value.items() if part is not None}
     if isinstance(value, list):
@@ -93,7 +93,7 @@ def read_run(folder: Path) -> RunRecord:
 
 
 def stored_chunks(folder: Path) -> int | None:
-    """How much of the store the run in `folder` began with; None where it left nothing to go on from."""
+    """Read how much of the store the run in `folder` began with; None where it left nothing to go on from."""
     from train.sae.io import CONFIG
 
     left_something = (folder / LAST).is_file() or (folder / CONFIG).is_file()
@@ -104,7 +104,8 @@ def stored_chunks(folder: Path) -> int | None:
 
 
 def resumed(given: Mapping[str, Any], overrides: Sequence[str]) -> Group:
-    """The settings of the run that `resume` names; only what changes no number may be given anew, and the places."""
+    """Read the settings of the run that `resume` names;
+    only what changes no number may be given anew, and the places."""
     folder = Path(str(given["resume"]))
     if not (folder / RUN).is_file():
         raise UserError(f"resume={folder} is not the folder of a training run (it has no {RUN}): give one that has")
@@ -132,7 +133,7 @@ def resumed(given: Mapping[str, Any], overrides: Sequence[str]) -> Group:
 
 
 def step_to_resume(folder: Path, settings: TrainSettings, plan: DataPlan) -> int | None:
-    """The step from which the run in `folder` goes on, 0 for a new one, None where it is done.
+    """Find the step from which the run in `folder` goes on, 0 for a new one, None where it is done.
 
     UserError names the fields in which another run stands there.
     """
@@ -159,7 +160,7 @@ def step_to_resume(folder: Path, settings: TrainSettings, plan: DataPlan) -> int
 
 
 def checkpoint_seal(state: Mapping[str, Any]) -> str:
-    """A hash over what must agree in a checkpoint: its run, its step and the place in the data."""
+    """Compute a hash over what must agree in a checkpoint: its run, its step and the place in the data."""
     return hashlib.sha256(canonical([state["run"], state["step"], state["loader"]]).encode()).hexdigest()[:16]
 
 
@@ -195,7 +196,7 @@ def read_checkpoint(folder: Path, settings: TrainSettings, plan: DataPlan, mappe
 
 
 def first_rank() -> bool:
-    """Whether this process is the one of its ranks that writes; by what torchrun, Slurm or Lightning set."""
+    """Return whether this process is the one of its ranks that writes; by what torchrun, Slurm or Lightning set."""
     for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK"):
         if name in os.environ:
             return os.environ[name] == "0"

@@ -39,12 +39,12 @@ class TrainRequest:
 
     @property
     def folder(self) -> Path:
-        """Where it trains, before anything is checked."""
+        """Return where it trains, before anything is checked."""
         return Path(str(self.settings.get("resume") or self.settings.get("out")))
 
 
 def main(config: DictConfig) -> None:
-    """The Hydra job."""
+    """Train the Hydra job."""
     train_all([request_of(config)])
 
 
@@ -93,7 +93,8 @@ def train_all(jobs: Sequence[TrainRequest]) -> None:
 
 
 def _prepared(jobs: Sequence[TrainRequest], failed: dict[str, str]) -> dict[Path, TrainRun]:
-    """The runs of the jobs that pass every check, by folder; why the others do not goes into `failed`, by name."""
+    """Prepare the runs of the jobs that pass every check, by folder;
+    why the others do not goes into `failed`, by name."""
     runs: dict[Path, TrainRun] = {}
     plans: dict[str, DataPlan] = {}
     for job, name in zip(jobs, _names(jobs), strict=True):
@@ -112,7 +113,7 @@ def _prepared(jobs: Sequence[TrainRequest], failed: dict[str, str]) -> dict[Path
 
 
 def _names(jobs: Sequence[TrainRequest]) -> list[str]:
-    """What tells the jobs apart: the overrides that not all of them have, else their folders."""
+    """Name what tells the jobs apart: the overrides that not all of them have, else their folders."""
     shared = set.intersection(*(set(job.overrides) for job in jobs))
     own = [" ".join(item for item in job.overrides if item not in shared) for job in jobs]
     if len(set(own)) == len(jobs) > 1:
@@ -122,14 +123,14 @@ def _names(jobs: Sequence[TrainRequest]) -> list[str]:
 
 
 def _apart(groups: Sequence[Sequence[TrainRun]]) -> str:
-    """The settings in which the groups' streams differ."""
+    """Name the settings in which the groups' streams differ."""
     streams = [group[0].stream() for group in groups]
     names = [name for name in streams[0] if any(stream[name] != streams[0][name] for stream in streams)]
     return ", ".join(names) or "the step they stand at"
 
 
 def _summary(failed: Mapping[str, str], count: int) -> str:
-    """One sentence for all that failed of `count`."""
+    """Write one sentence for all that failed of `count`."""
     reasons = list(failed.values())
     if len(set(reasons)) == 1 and len(failed) == count:
         return reasons[0] if count == 1 else f"all {count} SAEs failed: {reasons[0]}"
@@ -138,7 +139,8 @@ def _summary(failed: Mapping[str, str], count: int) -> str:
 
 
 def prepare(job: TrainRequest, plans: dict[str, DataPlan] | None = None) -> TrainRun | None:
-    """Every check of a job that can be made before it trains; None where its folder holds the SAE already.
+    """Make every check of a job that can be made before it trains;
+    return its run, or None where its folder holds the SAE already.
 
     `plans` keeps the plans made, which jobs share that differ in nothing but the SAE and its optimizer.
     """
@@ -199,7 +201,8 @@ def start(sae: SAE, folder: Path) -> None:
 
 
 def build(settings: Mapping[str, Any], d_in: int, overrides: Sequence[str] = ()) -> SAE:
-    """The variant that the group `sae` describes, for activations of width `d_in`; `width` goes before `expansion`."""
+    """Build the variant that the group `sae` describes, for activations of width `d_in`;
+    `width` goes before `expansion`."""
     from train.sae import VARIANTS
 
     arguments = by_name(settings, "sae", "variant", VARIANT_ALIASES)

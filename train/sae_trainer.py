@@ -29,7 +29,7 @@ State = dict[str, Any]
 
 
 def random_state(device: torch.device) -> dict[str, Tensor]:
-    """The state of torch's generators that a step on `device` may draw from."""
+    """Return the state of torch's generators that a step on `device` may draw from."""
     cuda = {"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {}
     return {"cpu": torch.get_rng_state(), **cuda}
 
@@ -100,7 +100,8 @@ class SAETrainer(nn.Module):
     # The step
 
     def training_step(self, x_BD: Tensor) -> None:
-        """One step on a batch in model units; raises UserError where a loss was not finite, at a step that is logged.
+        """Take one step on a batch in model units; raise UserError where a loss was not finite,
+        at a step that is logged.
 
         On a GPU nothing waits for the device but the steps that are logged.
         """
@@ -149,7 +150,7 @@ class SAETrainer(nn.Module):
                 parameter.grad.div_(self.world)
 
     def _figures(self, step: StepOutput) -> dict[str, float]:
-        """What is logged of the step just done; reads values from the device."""
+        """Collect what is logged of the step just done; reads values from the device."""
         values = {"loss": float(step.loss.detach())}
         values |= {name: float(value) for name, value in step.figures.items()}
         values["dead"] = self.dead_count()
@@ -157,11 +158,11 @@ class SAETrainer(nn.Module):
         return values
 
     def dead_count(self) -> int:
-        """Latents dead now."""
+        """Return how many latents are dead now."""
         return int(self.dead.mask(self.dead_after).sum())
 
     def check_finite(self) -> None:
-        """Raises UserError naming the first step whose loss was not finite, on every rank alike."""
+        """Raise UserError naming the first step whose loss was not finite, on every rank alike."""
         if self.world > 1:
             dist.all_reduce(self.bad_step, dist.ReduceOp.MAX)
         if (step := int(self.bad_step)) >= 0:
@@ -179,7 +180,8 @@ class SAETrainer(nn.Module):
             logger.log_metrics({f"{prefix}/{name}": value for name, value in values.items()}, self.step)
 
     def swapped_in(self) -> AbstractContextManager[None]:
-        """While it lasts the SAE has the weights that are saved, where their threshold is known before the end."""
+        """Give the SAE for the `with` block the weights that are saved,
+        where their threshold is known before the end."""
         if self.average is None or self.sae.needs_calibration:
             return nullcontext()
         return self.average.swapped_in(self.sae)
@@ -216,7 +218,7 @@ class SAETrainer(nn.Module):
         self.rng = random_state(torch.device("cpu"))
 
     def state(self) -> State:
-        """All that the next step depends on, beside the batch."""
+        """Return all that the next step depends on, beside the batch."""
         mean = {} if self.average is None else {"average": self.average.state_dict()}
         return mean | {
             "run": self.fingerprint,
@@ -255,7 +257,7 @@ class SAETrainer(nn.Module):
         self._moments = state["optimizer"]
 
     def begin(self, device: torch.device) -> None:
-        """To be called once the parameters are on `device`."""
+        """Make the optimizer; to be called once the parameters are on `device`."""
         if self._moments is not None:
             self.optimizer.load_state_dict(self._moments)
             self._moments = None

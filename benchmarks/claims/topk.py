@@ -12,7 +12,7 @@ from benchmarks.claims.bench import CE, METRICS, NMSE, Bench, Finding, at_rivals
 from benchmarks.claims.scores import BATCH, INFERENCE, PER_TOKEN, THRESHOLD, Scored
 from benchmarks.claims.verdict import FAILS, UNTESTED, Comparison, Estimate, comparisons_of
 from evaluate.metrics import Columns, resampled, totals
-from evaluate.report.markdown import number
+from evaluate.report.markdown import format_number
 
 MARGINS = {NMSE: 0.01, CE: 0.002}  # S4: what "at least as good" forgives, of NMSE 1%, of CE in nats
 VARIES = 0.25  # S3: the standard deviation of L0 over its mean from which on it "varies by token"
@@ -53,7 +53,7 @@ def _better(bench: Bench, claim: str, where: str, places: set[tuple[int, int]]) 
 
 
 def _plain_rows(comparisons: Sequence[Comparison]) -> list[list[str]]:
-    return [[one.label, *(number(value, 4) for value in one.shown.values()), shown(one)] for one in comparisons]
+    return [[one.label, *(format_number(value, 4) for value in one.shown.values()), shown(one)] for one in comparisons]
 
 
 def shown(comparison: Comparison) -> str:

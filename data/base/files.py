@@ -91,13 +91,14 @@ def write_atomic_shared(path: Path, data: bytes) -> None:
 
 
 def expand_globs(pattern: str) -> list[str]:
-    """The paths that a name or a pattern such as `runs/**/topk-*` stands for, sorted; none where nothing matches."""
+    """Return the paths that a name or a pattern such as `runs/**/topk-*` stands for, sorted;
+    none where nothing matches."""
     # A name may hold brackets, so one that exists is never read as a pattern.
     return [pattern] if Path(pattern).exists() else sorted(glob.glob(pattern, recursive=True))
 
 
 def format_bytes(count: float) -> str:
-    """A number of bytes for people: `1.3 GB`."""
+    """Return a number of bytes for people: `1.3 GB`."""
     for unit in ("bytes", "kB", "MB", "GB"):
         if count < 1000:
             return f"{count:,.0f} bytes" if unit == "bytes" else f"{count:.1f} {unit}"

@@ -9,7 +9,8 @@ from data.base.errors import UserError
 
 
 def whole(settings: Mapping[str, Any], name: str, least: int) -> int:
-    """A setting that counts something, `least` or more; 2e6 is a whole number too. UserError names what is not."""
+    """Return a setting that counts something, `least` or more; 2e6 is a whole number too.
+    UserError names what is not."""
     value = settings[name]
     # The comparison of a NaN or an infinity with itself comes before int(), which refuses both.
     if isinstance(value, bool) or not isinstance(value, int | float) or value - value != 0 or value != int(value):
@@ -20,7 +21,7 @@ def whole(settings: Mapping[str, Any], name: str, least: int) -> int:
 
 
 def number(settings: Mapping[str, Any], name: str, least: float, most: float) -> float:
-    """A setting that is a number from `least` to `most`; UserError names what is not."""
+    """Return a setting that is a number from `least` to `most`; UserError names what is not."""
     value = settings[name]
     if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value <= most:
         raise UserError(f"{name}={value} must be a number from {least:g} to {most:g}")

@@ -32,7 +32,7 @@ def forget() -> None:
 
 
 def crc32c(parts: Iterable[NDArray[Any]]) -> str:
-    """The crc32c of arrays' bytes, one after another, as commit records write it."""
+    """Return the crc32c of arrays' bytes, one after another, as commit records write it."""
     import google_crc32c
 
     crc = 0
@@ -80,7 +80,7 @@ class ChunkChecks:
             yield part
 
     def refuse_length(self, record: Chunk, unit: int, length: int) -> None:
-        """UserError where a file has another length than was committed."""
+        """Raise UserError where a file has another length than was committed."""
         if length != record.bytes:
             raise self.wrong(record, unit, f"has {length} bytes where {record.bytes} were committed")
 

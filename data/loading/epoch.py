@@ -23,7 +23,7 @@ _AHEAD = 2  # batches drawn before they are asked for
 
 
 def bits(x: Tensor) -> NDArray[Any]:
-    """A tensor's memory as numpy, bfloat16 as uint16."""
+    """Return a tensor's memory as numpy, bfloat16 as uint16."""
     if x.dtype == torch.bfloat16:
         return x.view(torch.int16).numpy().view(np.uint16)
     array: NDArray[Any] = x.numpy()
@@ -51,7 +51,7 @@ class EpochSlice:
         return pool_runs(pool, **self.place, shuffle=self.shuffle)
 
     def sizes(self, first: int, last: int) -> list[int]:
-        """Rows of each batch that begins in rows [first, last) of the epoch."""
+        """Return the rows of each batch that begins in rows [first, last) of the epoch."""
         begins = range(-(-first // self.batch) * self.batch, last, self.batch)
         return [min(self.batch, self.stop - begin) for begin in begins]
 
@@ -70,7 +70,7 @@ class CopyPlan:
 
 
 def copy_plans(part: EpochSlice, pool: Pool) -> list[CopyPlan]:
-    """Those of each chunk of a pool, none over the border of a batch, in the order of the chunk's rows."""
+    """Return the plans of each chunk of a pool, none over the border of a batch, in the order of the chunk's rows."""
     end = pool.begin + pool.rows
     first, last = max(pool.begin, part.at), min(end, part.stop)
     borders = np.arange(-(-first // part.batch) * part.batch, last, part.batch)
@@ -95,7 +95,8 @@ def _fetch(part: EpochSlice, target: CopyPlan, batches: list[NDArray[Any]], firs
 
 
 def stream_to_cpu(part: EpochSlice) -> Iterator[Tensor]:
-    """Batches in memory of their own, each chunk read straight into them; the next pool is read while one is used."""
+    """Yield batches in memory of their own, each chunk read straight into them;
+    the next pool is read while one is used."""
     last: list[Tensor] = []  # the batch that begins in one pool and goes on in the next, if any
     reads: list[Future[None]] = []
 
@@ -127,7 +128,7 @@ def stream_to_cpu(part: EpochSlice) -> Iterator[Tensor]:
 
 
 def _drawn(part: EpochSlice, pools: Iterator[tuple[Tensor, Tensor]]) -> Iterator[Tensor]:
-    """Batches gathered from pools: held rows, and which of them to take one after another."""
+    """Yield batches gathered from pools: held rows, and which of them to take one after another."""
     sizes = iter(part.sizes(part.at, part.stop))
     out, filled = None, 0
     for held, wanted in pools:
@@ -142,14 +143,15 @@ def _drawn(part: EpochSlice, pools: Iterator[tuple[Tensor, Tensor]]) -> Iterator
 
 
 def _wanted(part: EpochSlice, pool: Pool, begins: Ints, device: torch.device) -> Int64[Tensor, " N"]:
-    """Which rows of an array to take for a pool, where its i-th chunk's row 0 is, or would be, row `begins[i]`."""
+    """Return which rows of an array to take for a pool, where its i-th chunk's row 0 is,
+    or would be, row `begins[i]`."""
     indices = part.runs(pool).indices(begins)
     first, last = max(part.at - pool.begin, 0), part.stop - pool.begin
     return torch.from_numpy(indices[first:last]).to(device)
 
 
 def load_all(reader: Reader, chunks: Ints, device: torch.device, threads: int) -> Real[Tensor, "_ D"]:
-    """All rows of the chunks one after another on a device."""
+    """Return all rows of the chunks one after another on a device."""
     sizes = reader.sizes[chunks]
     held = torch.empty(int(sizes.sum()), reader.width, dtype=reader.torch_dtype, device=device)
 
@@ -166,19 +168,20 @@ def load_all(reader: Reader, chunks: Ints, device: torch.device, threads: int) -
 
 
 def from_resident(part: EpochSlice, held: Real[Tensor, "_ D"]) -> Iterator[Tensor]:
-    """Batches from the rows that `load_all` gives for the part's chunks."""
+    """Return batches from the rows that `load_all` gives for the part's chunks."""
     sizes = part.reader.sizes[part.chunks]
     begins = np.cumsum(sizes) - sizes
     return _drawn(part, ((held, _wanted(part, pool, begins[pool.chunks], held.device)) for pool in part.pools))
 
 
 def stream_to_device(part: EpochSlice, device: torch.device) -> Iterator[Tensor]:
-    """Batches on a device: each pool goes over in one copy, from pinned memory for CUDA, and is put in order there."""
+    """Return batches on a device: each pool goes over in one copy, from pinned memory for CUDA,
+    and is put in order there."""
     return _drawn(part, _sent(part, device))
 
 
 def _sent(part: EpochSlice, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
-    """The pools on the device, the next one read and sent while one is used."""
+    """Yield the pools on the device, the next one read and sent while one is used."""
     stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
     shape = (max(pool.rows for pool in part.pools), part.reader.width)
     staging = torch.empty(shape, dtype=part.reader.torch_dtype, pin_memory=stream is not None)
@@ -204,7 +207,7 @@ def _sent(part: EpochSlice, device: torch.device) -> Iterator[tuple[Tensor, Tens
 
 
 def prefetch(batches: Iterator[Tensor]) -> Iterator[Tensor]:
-    """The same batches, the next ones made in a thread; its errors are raised here, in their place."""
+    """Yield the same batches, the next ones made in a thread; its errors are raised here, in their place."""
     with ThreadPoolExecutor(1) as maker:
         waiting: deque[Future[Tensor | None]] = deque(maker.submit(next, batches, None) for _ in range(_AHEAD))
         try:

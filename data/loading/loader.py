@@ -73,7 +73,7 @@ class ActivationLoader:
         self._held: Tensor | None = None
 
     def __len__(self) -> int:
-        """Batches of an epoch, the same on every rank."""
+        """Return batches of an epoch, the same on every rank."""
         return self._length
 
     def __iter__(self) -> Iterator[Real[Tensor, "B W"]]:
@@ -91,7 +91,7 @@ class ActivationLoader:
             began = time.perf_counter()
 
     def sample(self, n: int) -> Real[Tensor, "N W"]:
-        """The first `n` rows (or all there are) of the current epoch's order, without moving on."""
+        """Return the first `n` rows (or all there are) of the current epoch's order, without moving on."""
         taken, rows = [], 0
         for batch in self._batches(self.epoch, 0):
             taken.append(batch[: n - rows])
@@ -101,7 +101,7 @@ class ActivationLoader:
         return torch.cat(taken)
 
     def _order(self) -> dict[str, int | bool | str]:
-        """What the order of rows depends on, beside epoch and rank."""
+        """Return what the order of rows depends on, beside epoch and rank."""
         digest = hashlib.sha256(self.chunks.astype("<i8").tobytes() + self.sizes.astype("<i8").tobytes())
         fixed = ("seed", "world", "pool_chunks", "batch", "shuffle", "rows")
         return {name: getattr(self, name) for name in fixed} | {"chunks": digest.hexdigest()[:16], "run": RUN_ROWS}
@@ -120,7 +120,7 @@ class ActivationLoader:
         self._goes_on = self.delivered < len(self)
 
     def _batches(self, epoch: int, at: int) -> Iterator[Tensor]:
-        """The batches of an epoch from its row `at` on."""
+        """Return the batches of an epoch from its row `at` on."""
         if at >= self._stop:
             return iter(())
         place = {"seed": self.seed, "epoch": epoch, "rank": self.rank}

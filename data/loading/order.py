@@ -53,7 +53,7 @@ class Runs:
     rows: Ints
 
     def cut(self, at: Ints) -> Runs:
-        """The same rows in the same order, with a new run at each row of the pool's order that `at` names."""
+        """Return the same rows in the same order, with a new run at each row of the pool's order that `at` names."""
         ends = np.cumsum(self.rows)
         begins = ends - self.rows
         points = np.union1d(begins, at)
@@ -61,7 +61,8 @@ class Runs:
         return Runs(self.chunks[of], self.starts[of] + points - begins[of], np.diff(points, append=ends[-1:]))
 
     def indices(self, begins: Ints) -> Ints:
-        """Where each row lies in an array in which the chunk at place i of the pool begins at row `begins[i]`."""
+        """Return where each row lies in an array in which the chunk at place i of the pool begins at row
+        `begins[i]`."""
         ends = np.cumsum(self.rows)
         offsets = begins[self.chunks] + self.starts - (ends - self.rows)
         return np.repeat(offsets, self.rows) + np.arange(int(ends[-1]))
@@ -85,7 +86,7 @@ def split_calibration(sizes: Ints, rows: int, seed: int) -> tuple[Ints, Ints]:
 def pools(
     sizes: Ints, *, seed: int, epoch: int, rank: int, world: int, pool_chunks: int, shuffle: bool = True
 ) -> list[Pool]:
-    """The pools of one rank in one epoch.
+    """Return the pools of one rank in one epoch.
 
     Each rank has rows [N*rank//world, N*(rank+1)//world) of the chunk order, so a chunk at a border is shared by rows.
     """
@@ -104,7 +105,7 @@ def pools(
 
 
 def pool_runs(pool: Pool, *, seed: int, epoch: int, rank: int, shuffle: bool = True) -> Runs:
-    """The order of a pool's rows.
+    """Make the order of a pool's rows.
 
     Each chunk is cut at a random offset and then every RUN_ROWS rows. Its n runs, in a random order, have one random
     place each in the n-ths of the pool, and the runs of all chunks are sorted by place.
@@ -129,7 +130,7 @@ def pool_runs(pool: Pool, *, seed: int, epoch: int, rank: int, shuffle: bool = T
 
 
 def batches_per_epoch(rows: int, *, batch: int, world: int, drop_last: bool = True) -> int:
-    """Batches of every rank: as many as the rank with the fewest of the `rows` rows has."""
+    """Return batches of every rank: as many as the rank with the fewest of the `rows` rows has."""
     least = rows // world
     return least // batch if drop_last else -(-least // batch)
 
@@ -146,7 +147,7 @@ def check_order(sizes: Ints, *, seed: int, epoch: int, world: int, pool_chunks: 
 
 
 def mixing_span(unit_rows: int, pool_chunks_units: int, total: int) -> float:
-    """The uniform shuffle buffer, in rows, that mixes as well: 1 / (1/(H*K) + 1/N).
+    """Return the uniform shuffle buffer, in rows, that mixes as well: 1 / (1/(H*K) + 1/N).
 
     H rows of a unit, K units in a pool, N rows in all.
     """

@@ -33,7 +33,8 @@ class Reader(Protocol):
 
     @property
     def width(self) -> int:
-        """Numbers in a row as it is stored: rows are read so, and `Store.decoder` makes activations of them."""
+        """Return how many numbers a row has as it is stored:
+        rows are read so, and `Store.decoder` makes activations of them."""
         ...
 
     @property
@@ -41,12 +42,12 @@ class Reader(Protocol):
 
     @property
     def sizes(self) -> Ints:
-        """Valid rows of each chunk."""
+        """Return the valid rows of each chunk."""
         ...
 
     @property
     def dtype(self) -> np.dtype[Any]:
-        """In memory; uint16 are the bits of bfloat16."""
+        """Return the dtype of rows in memory; uint16 are the bits of bfloat16."""
         ...
 
     @property
@@ -54,7 +55,7 @@ class Reader(Protocol):
 
     @property
     def bytes_read(self) -> int:
-        """Bytes of rows that it has read so far, in all threads."""
+        """Return the bytes of rows that it has read so far, in all threads."""
         ...
 
     def read(self, chunk: int, out: NDArray[Any], start: int = 0) -> None:
@@ -100,18 +101,18 @@ class _CommittedReader:
             self.bytes_read += sum(part.nbytes for part in rows)
 
     def _part(self, chunk: int, out: NDArray[Any], start: int) -> NDArray[Any]:
-        """The rows of `out` that a read fills."""
+        """Return the rows of `out` that a read fills."""
         assert out.dtype == self.dtype and out.shape[1:] == self.row_shape, (out.dtype, out.shape)
         assert 0 <= start <= self.sizes[chunk], (chunk, start)
         return out[: int(self.sizes[chunk]) - start]
 
     def _offset(self, chunk: int, start: int) -> int:
-        """The byte of its file at which a chunk's row `start` begins, where no codec is used."""
+        """Return the byte of its file at which a chunk's row `start` begins, where no codec is used."""
         row = self.within[chunk] * self.store.layout.chunk_rows + start
         return row * self.width * self.dtype.itemsize
 
     def _must_compare(self, chunk: int, offset: int, nbytes: int) -> bool:
-        """Whether the bytes of a read are to be compared: it is the first of its file, and takes all of it.
+        """Return whether the bytes of a read are to be compared: it is the first of its file, and takes all of it.
 
         The first read of a part has its file read, whole, for the check.
         """
@@ -241,7 +242,7 @@ def scatter(reader: Reader, chunk: int, outs: Sequence[NDArray[Any]], start: int
 
 
 def open_reader(store: Store, split: str, site: str) -> Reader:
-    """The fastest reader that can read this site; a UserError where the store does not have it."""
+    """Open the fastest reader that can read this site; a UserError where the store does not have it."""
     metadata, layout = store.metadata(split, site), store.layout
     as_written = store.rows_of(site).format(tuple(metadata["shape"][1:])).metadata()
     plain = layout.codec is None and metadata["codecs"] == as_written["codecs"]

@@ -41,7 +41,7 @@ _held: set[str] = set()
 
 
 def this_host() -> str:
-    """This host and, on Linux, this boot and container: within them a process number says who."""
+    """Return this host and, on Linux, this boot and container: within them a process number says who."""
     with contextlib.suppress(OSError):
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{socket.gethostname()} {boot} {os.readlink('/proc/self/ns/pid')}"
@@ -49,7 +49,8 @@ def this_host() -> str:
 
 
 def _is_zombie(pid: int) -> bool:
-    """Whether a process ended and its parent has not asked how, which in a container may be for ever (Linux only)."""
+    """Return whether a process ended and its parent has not asked how,
+    which in a container may be for ever (Linux only)."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
     except OSError:
@@ -57,7 +58,7 @@ def _is_zombie(pid: int) -> bool:
 
 
 def is_gone(owner: Json) -> bool:
-    """Whether the process of a lease is known to be gone; on another host that is never known."""
+    """Return whether the process of a lease is known to be gone; on another host that is never known."""
     if owner["host"] != this_host():
         return False
     if owner["pid"] == os.getpid():
@@ -72,7 +73,7 @@ def is_gone(owner: Json) -> bool:
 
 
 def read_owner(data: bytes) -> Json | None:
-    """What a lease says of its owner; None for what no owner wrote, or had not written when it died."""
+    """Read what a lease says of its owner; None for what no owner wrote, or had not written when it died."""
     try:
         owner = json.loads(data)
     except ValueError:
@@ -85,7 +86,7 @@ def read_owner(data: bytes) -> Json | None:
 
 @contextlib.contextmanager
 def owning(names: Sequence[str], made_by: Json) -> Iterator[Json]:
-    """What a lease of this process says of its owner, who lives as long as the `with` block."""
+    """Yield what a lease of this process says of its owner, who lives as long as the `with` block."""
     token = uuid.uuid4().hex
     _held.add(token)
     try:
@@ -120,7 +121,7 @@ class UnitLeases:
                     self._storage.delete_if(key, still)
 
     def stage(self, split: str, unit: int, site: str) -> Location:
-        """A new folder or prefix for the chunk files of one write."""
+        """Make a new folder or prefix for the chunk files of one write."""
         stage = self.folder / f"{split}.{unit:06d}.{site}.{uuid.uuid4().hex}"
         self._storage.make_stage(stage)
         return stage
@@ -130,13 +131,13 @@ class UnitLeases:
         self._storage.discard(stage)
 
     def owners(self) -> list[Json]:
-        """What the leases say of their owners."""
+        """Return what the leases say of their owners."""
         files = [self._look(f"{LEASES_FOLDER}/{name}") for name in self._entries() if _LEASE.fullmatch(name)]
         owners = [read_owner(file[0]) for file in files if file is not None]
         return [owner for owner in owners if owner is not None]
 
     def any(self) -> bool:
-        """Whether anything is leased or staged, or left of either."""
+        """Return whether anything is leased or staged, or left of either."""
         return bool(self._entries())
 
     def sweep(self, is_committed: Callable[[str, int, str], bool]) -> None:
@@ -181,7 +182,7 @@ class UnitLeases:
             return None
 
     def _is_free(self, key: str, data: bytes, tag: str) -> bool:
-        """Whether the owner of a lease is dead."""
+        """Return whether the owner of a lease is dead."""
         now = time.monotonic()
         if self._seen.get(key, ("", 0.0))[0] != tag:
             self._seen[key] = (tag, now)
@@ -202,7 +203,7 @@ class UnitLeases:
         return tag
 
     def _still(self, key: str, owner: Json) -> str | None:
-        """The version of a lease that is this owner's, whatever an answer that was lost would have said."""
+        """Return the version of a lease that is this owner's, whatever an answer that was lost would have said."""
         file = self._look(key)
         there = read_owner(file[0]) if file else None
         return file[1] if file and there and there["token"] == owner["token"] else None

@@ -22,7 +22,8 @@ TRIES = 100  # to make something in a folder that others may remove when it is e
 
 
 def _tag(data: bytes, status: os.stat_result) -> str:
-    """Changes with the content and with the time of change, which processes of an older version set as heartbeat."""
+    """Make a tag that changes with the content and with the time of change,
+    which processes of an older version set as heartbeat."""
     return f"{status.st_mtime_ns}.{hashlib.sha256(data).hexdigest()[:16]}"
 
 

@@ -45,7 +45,7 @@ _OWN_CREDENTIALS = "http://169.254.169.254"  # where obstore looks for a machine
 
 @cache
 def _opened(scheme: str, bucket: str) -> Any:
-    """obstore's store of a whole bucket; one a process, so that memory:// keeps what was put there."""
+    """Open obstore's store of a whole bucket; one a process, so that memory:// keeps what was put there."""
     try:
         from obstore.store import MemoryStore, S3Store
     except ImportError:
@@ -63,7 +63,7 @@ def _uploaders() -> ThreadPoolExecutor:
 
 
 def to_user_error(url: Url, error: Exception) -> UserError:
-    """One sentence for what a request failed of."""
+    """Return one sentence for what a request failed of."""
     text, bucket = str(error), f"{url.scheme}://{url.bucket}"
     at = re.sub(r"//[^/]*@", "//", os.environ.get("AWS_ENDPOINT_URL", "AWS"))
     code = found[1] if (found := re.search(r"<Code>(\w+)</Code>", text)) else type(error).__name__
@@ -124,7 +124,7 @@ class ObjectStorage:
         return self.look(key)[0]
 
     def look(self, key: str) -> tuple[bytes, str]:
-        """(content, what changes with it)."""
+        """Read (content, what changes with it)."""
         import obstore
 
         with _asking(self.path / key):
@@ -198,7 +198,7 @@ class ObjectStorage:
         return time.time() - max((meta["last_modified"].timestamp() for meta in self.below("").values()), default=0.0)
 
     def below(self, folder: str) -> dict[str, Any]:
-        """{path below the folder: what obstore says of it} of every object in it."""
+        """Return {path below the folder: what obstore says of it} of every object in it."""
         import obstore
 
         prefix = self._key(folder)
@@ -242,7 +242,7 @@ class ObjectStorage:
         return sorted({key.partition("/")[0] for key in self.below(folder)})
 
     def make_stage(self, stage: Url) -> None:
-        """A prefix is there as soon as an object has it."""
+        """Do nothing: a prefix is there as soon as an object has it."""
 
     def discard_entries(self, names: Collection[str]) -> None:
         if names:
@@ -258,7 +258,7 @@ class ObjectStorage:
                 return self.read(key)
 
     def create(self, key: str, data: bytes) -> None:
-        """Also makes sure that the store minds conditions, on which all else hangs."""
+        """Write a new file; also make sure that the store minds conditions, on which all else hangs."""
         self.put_if_absent(key, data)
         if self.put(key, data, new=True) is not None:
             raise UserError(
@@ -284,7 +284,7 @@ class ObjectStorage:
         uploads.append(_uploaders().submit(self.put, self._below(stage / name), b"".join(pieces)))
 
     def _below(self, url: Url) -> str:
-        """The key of a URL below this place."""
+        """Return the key of a URL below this place."""
         assert not self.path.key or url.key.startswith(self.path.key + "/")
         return url.key[len(self.path.key) + 1 if self.path.key else 0 :]
 

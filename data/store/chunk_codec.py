@@ -39,11 +39,11 @@ class ChunkCodec:
 
     @property
     def chunk_bytes(self) -> int:
-        """Of a chunk without its codec."""
+        """Return the bytes of a chunk without its codec."""
         return self.layout.chunk_rows * self.row_bytes
 
     def file_bytes(self, rows: int) -> int | None:
-        """The length of a file of so many valid rows; None where only a compressor knows it."""
+        """Return the length of a file of so many valid rows; None where only a compressor knows it."""
         if self.layout.codec is not None:
             return None
         chunks = len(self.layout.chunks(rows)) * self.chunk_bytes
@@ -51,7 +51,7 @@ class ChunkCodec:
         return chunks + index
 
     def metadata(self) -> Json:
-        """`chunk_grid` and `codecs` of the array's zarr.json."""
+        """Return `chunk_grid` and `codecs` of the array's zarr.json."""
         codecs: list[Json] = [{"name": "bytes"}]
         if self.dtype.itemsize > 1:
             codecs[0]["configuration"] = {"endian": "little"}
@@ -66,14 +66,14 @@ class ChunkCodec:
 
     @property
     def compressor(self) -> Json | None:
-        """The codec as zarr names it."""
+        """Return the compressor as zarr names it."""
         if self.layout.codec is None:
             return None
         settings = _ZSTD if self.layout.codec == "zstd" else {"typesize": self.dtype.itemsize} | _BLOSC
         return {"name": self.layout.codec, "configuration": settings}
 
     def encode(self, chunks: Iterable[NDArray[Any]]) -> Iterator[bytes]:
-        """The bytes of a file, one piece after another. chunks: the valid rows of each chunk."""
+        """Yield the bytes of a file, one piece after another. chunks: the valid rows of each chunk."""
         index, at = np.full((self.layout.chunks_per_unit, 2), _ABSENT, "<u8"), 0
         for number, rows in enumerate(chunks):
             data = rows.astype(self.dtype.newbyteorder("<"), copy=False).tobytes()
@@ -85,7 +85,7 @@ class ChunkCodec:
             yield _sealed(index)
 
     def decode(self, content: bytes, valid: Iterable[int]) -> Iterator[NDArray[Any]]:
-        """The valid rows of each chunk of a file; a ValueError where its bytes are not what `encode` gives."""
+        """Yield the valid rows of each chunk of a file; a ValueError where its bytes are not what `encode` gives."""
         parts = self._parts(content) if self.layout.shards else [memoryview(content)]
         for part, n in zip(parts, valid, strict=True):
             data = self._expand(part)
@@ -94,7 +94,7 @@ class ChunkCodec:
             yield np.frombuffer(data, self.dtype.newbyteorder("<")).reshape(-1, *self.row_shape)[:n]
 
     def _parts(self, content: bytes) -> list[memoryview]:
-        """The chunks that are in a shard, which must lie in it from its beginning on without a gap."""
+        """Cut out the chunks that are in a shard, which must lie in it from its beginning on without a gap."""
         end = len(content) - _INDEX_ENTRY_BYTES * self.layout.chunks_per_unit - _CRC_BYTES
         index = np.frombuffer(content[max(end, 0) : -_CRC_BYTES], "<u8").reshape(-1, 2)
         if end < 0 or _sealed(index) != content[end:]:
@@ -133,7 +133,7 @@ class ChunkCodec:
 
 
 def _sealed(index: NDArray[np.uint64]) -> bytes:
-    """The bytes of a shard's index and their crc32c."""
+    """Return the bytes of a shard's index and their crc32c."""
     import google_crc32c
 
     data = index.tobytes()

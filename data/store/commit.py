@@ -85,21 +85,21 @@ RECORD = re.compile(r"(\d{6,})\.(\w[\w.-]*)\.json")  # the name of a record: uni
 
 
 def record_key(split: str, unit: int, site: str) -> str:
-    """The path of a commit record below its store."""
+    """Return the path of a commit record below its store."""
     return f"commits/{split}/{unit:06d}.{site}.json"
 
 
 def unit_of(key: str) -> int:
-    """The unit that a commit record's path names."""
+    """Return the unit that a commit record's path names."""
     return int(key.rpartition("/")[2].partition(".")[0])
 
 
 def chunk_key(split: str, site: str, number: int, row_shape: tuple[int, ...]) -> str:
-    """The path, below the store, of the number-th chunk file of an array."""
+    """Return the path, below the store, of the number-th chunk file of an array."""
     return f"{split}/{site}/c.{number}" + ".0" * len(row_shape)
 
 
 def remake(store: Location, split: str, unit: int, site: str) -> str:
-    """The one remedy for a damaged unit of a site, as the end of a sentence."""
+    """Return the one remedy for a damaged unit of a site, as the end of a sentence."""
     record = store / record_key(split, unit, site)
     return f"delete {record} and run the same harvest again, which makes unit {unit} of {split}/{site} anew"

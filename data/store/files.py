@@ -17,7 +17,7 @@ SPLITS = (TRAIN, HELDOUT)
 
 
 def is_store(path: Location) -> bool:
-    """Whether a folder is a store or what is left of one; one that cannot be looked into may be."""
+    """Return whether a folder is a store or what is left of one; one that cannot be looked into may be."""
     storage = open_storage(path)
     try:
         return storage.size("manifest.json") is not None or "commits" in storage.folders()
@@ -26,7 +26,8 @@ def is_store(path: Location) -> bool:
 
 
 def stores_below(path: Location) -> list[Location]:
-    """The folder itself, if it is a store, else all stores below it, by path; a UserError where it does not exist."""
+    """Return the folder itself, if it is a store, else all stores below it, by path;
+    a UserError where it does not exist."""
     if isinstance(path, Path) and not path.is_dir():
         raise UserError(f"{path} is no folder: name a store, or a folder that holds some")
     if is_store(path):
@@ -36,7 +37,7 @@ def stores_below(path: Location) -> list[Location]:
 
 
 def leftovers(names: Collection[str], keys: Collection[str]) -> list[str]:
-    """Those of a store's files that are no part of it; `keys` are the chunk files its records name."""
+    """Return those of a store's files that are no part of it; `keys` are the chunk files its records name."""
 
     def belongs(name: str) -> bool:
         *folders, file = name.split("/")
@@ -50,13 +51,13 @@ def leftovers(names: Collection[str], keys: Collection[str]) -> list[str]:
 
 
 def arrays(store: Store, split: str) -> list[str]:
-    """Every array of a split that has a commit record, tokens and origin among them."""
+    """Return every array of a split that has a commit record, tokens and origin among them."""
     records = (RECORD.fullmatch(name) for name in store.storage.list_files(f"commits/{split}"))
     return sorted({record[2] for record in records if record})
 
 
 def chunk_keys(store: Store) -> set[str]:
-    """The chunk files that the commit records name; a UserError names a damaged record."""
+    """Return the chunk files that the commit records name; a UserError names a damaged record."""
     return {
         chunk.key
         for split in SPLITS
@@ -67,5 +68,5 @@ def chunk_keys(store: Store) -> set[str]:
 
 
 def extent(store: Store) -> Json:
-    """{split: {site: committed rows}}, as complete.json says it when all that was asked for is there."""
+    """Return {split: {site: committed rows}}, as complete.json says it when all that was asked for is there."""
     return {split: {site: store.rows(split, site) for site in store.sites(split)} for split in SPLITS}

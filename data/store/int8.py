@@ -40,7 +40,8 @@ class FeatureScale:
 
     @classmethod
     def of(cls, x: Float[np.ndarray, "N D"]) -> FeatureScale:
-        """From the pilot's rows, those not finite left out: they are refused where they are to be stored.
+        """Measure the scale on the pilot's rows, those not finite left out:
+        they are refused where they are to be stored.
 
         In numpy, whose sums do not depend on a number of threads.
         """
@@ -52,7 +53,8 @@ class FeatureScale:
         return cls(wide.mean(0).astype(np.float32), np.maximum(std, floor).astype(np.float32))
 
     def attributes(self, site: str) -> Json:
-        """What the arrays' attributes say under `encoding`; float32 and JSON's shortest decimals map one to one."""
+        """Return what the arrays' attributes say under `encoding`;
+        float32 and JSON's shortest decimals map one to one."""
         numbers = {"mean": self.mean.tolist(), "std": self.std.tolist()}
         return {"name": "int8", "site": site, "formula": _FORMULA, **numbers}
 
@@ -62,7 +64,7 @@ class FeatureScale:
 
 
 def encode_int8(x_ND: Float[Tensor, "N D"], standard: FeatureScale) -> Int8[Tensor, "N S"]:
-    """int8 rows on the device of `x_ND`; a value that is not finite decodes to one that is not."""
+    """Encode rows as int8 on the device of `x_ND`; a value that is not finite decodes to one that is not."""
     assert sys.byteorder == "little", "int8 rows are written on little-endian machines"
     mean_D, std_D = (torch.from_numpy(part).to(x_ND.device) for part in (standard.mean, standard.std))
     z_ND = (x_ND.float() - mean_D) / std_D

@@ -80,24 +80,26 @@ class Layout:
 
     @property
     def json(self) -> Json:
-        """Without what has its default, so that a store made before a field was thought of keeps its identity."""
+        """Return the fields but those at their default,
+        so that a store made before a field was thought of keeps its identity."""
         return {f.name: value for f in fields(self) if (value := getattr(self, f.name)) is not f.default}
 
     def row_bytes(self, width: int) -> int:
-        """Bytes of a stored row of activations, before any codec."""
+        """Return the bytes of a stored row of activations, before any codec."""
         return width + SCALE_BYTES if self.encoding == "int8" else width * ITEMSIZE[self.dtype]
 
     def chunks(self, rows: int) -> list[int]:
-        """The valid rows of each chunk that `rows` rows from the beginning of one fill."""
+        """Return the valid rows of each chunk that `rows` rows from the beginning of one fill."""
         return [min(self.chunk_rows, rows - at) for at in range(0, rows, self.chunk_rows)]
 
     def files(self, rows: int) -> list[int]:
-        """The valid rows of each file of a unit of `rows` rows."""
+        """Return the valid rows of each file of a unit of `rows` rows."""
         return [min(self.file_rows, rows - at) for at in range(0, rows, self.file_rows)]
 
 
 def _unit_target(rows: int, held_bytes: int, row_bytes: int) -> int:
-    """The largest unit that leaves 32 in `rows`, holds at most 1 GB over all sites and has at most 128 chunks."""
+    """Choose the largest unit that leaves 32 in `rows`,
+    holds at most 1 GB over all sites and has at most 128 chunks."""
     held = _HELD_BYTES // held_bytes
     return min(rows // _UNITS_MIN, held, _CHUNKS_PER_UNIT[-1] * max(1, _CHUNK_BYTES // row_bytes))
 

@@ -52,7 +52,7 @@ class Manifest:
 
     @classmethod
     def from_json(cls, data: bytes, path: object) -> Manifest:
-        """From a manifest's content; a UserError naming the file where it is damaged or of a newer format."""
+        """Read a manifest's content; a UserError naming the file where it is damaged or of a newer format."""
         remedy = "restore it from a copy, or delete the folder and harvest again"
         obj = unseal(data, path, remedy)
         if obj.pop("format", 0) > STORE_FORMAT:
@@ -69,7 +69,7 @@ class Manifest:
 
 
 def _plain(value: Any) -> Any:
-    """Nested mappings and sequences (Hydra's included) as plain JSON, without `_target_`."""
+    """Convert nested mappings and sequences (Hydra's included) as plain JSON, without `_target_`."""
     if isinstance(value, Mapping):
         return {str(k): _plain(v) for k, v in value.items() if k != "_target_"}
     if isinstance(value, Sequence) and not isinstance(value, str | bytes):
@@ -78,7 +78,7 @@ def _plain(value: Any) -> Any:
 
 
 def normalised(settings: Json, defaults: Mapping[str, object] | None = None) -> dict[str, object]:
-    """Settings as they are compared: {dotted name: value} without what is null, empty or at its default."""
+    """Return the settings as they are compared: {dotted name: value} without what is null, empty or at its default."""
     known = DEFAULTS if defaults is None else defaults
     fields = flatten(settings)
     return {
@@ -89,7 +89,8 @@ def normalised(settings: Json, defaults: Mapping[str, object] | None = None) -> 
 
 
 def store_settings(cfg: Mapping[str, Any]) -> Json:
-    """The model, text and packing of a resolved configuration, less what does not name numbers (device, `_target_`)."""
+    """Return the model, text and packing of a resolved configuration,
+    less what does not name numbers (device, `_target_`)."""
     settings: Json = {group: _plain(cfg[group]) for group in ("model", "text", "packing")}
     for name in ("device", "device_map"):
         settings["model"].pop(name, None)

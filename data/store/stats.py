@@ -25,7 +25,7 @@ class Stats:
     @classmethod
     @np.errstate(invalid="ignore")  # sums over NaN and infinities: the caller looks at max_abs
     def of(cls, x: Float[np.ndarray, "N D"]) -> Stats:
-        """The statistics of rows `x`."""
+        """Compute the statistics of rows `x`."""
         total, sum_sq, norms, max_abs = np.zeros(x.shape[1]), 0.0, 0.0, 0.0
         wide = np.empty((min(len(x), _BLOCK), x.shape[1]))
         for start in range(0, len(x), _BLOCK):
@@ -41,7 +41,7 @@ class Stats:
 
     @classmethod
     def merge(cls, parts: Iterable[Stats]) -> Stats:
-        """The statistics of all rows of `parts` (at least one) together."""
+        """Merge `parts` (at least one) to the statistics of all their rows."""
         parts = list(parts)
         assert parts, "nothing to merge"
         rows = sum(part.rows for part in parts)
@@ -59,10 +59,10 @@ class Stats:
 
     @property
     def mean_sq_norm(self) -> float:
-        """E ||x||^2."""
+        """Return E ||x||^2."""
         return self.sum_sq / max(self.rows, 1)
 
     @property
     def variance(self) -> float:
-        """E ||x - E x||^2."""
+        """Return E ||x - E x||^2."""
         return max(self.mean_sq_norm - float(self.mean @ self.mean), 0.0)

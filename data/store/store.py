@@ -46,7 +46,7 @@ _SITE = re.compile(r"\w[\w.-]*")
 
 
 def read_manifest(path: Location) -> Manifest:
-    """The manifest in a folder, whatever the folder's name; a UserError where there is none or it is damaged."""
+    """Read the manifest in a folder, whatever the folder's name; a UserError where there is none or it is damaged."""
     try:
         return Manifest.from_json(open_storage(path).read("manifest.json"), path / "manifest.json")
     except (FileNotFoundError, NotADirectoryError):
@@ -102,7 +102,7 @@ class Store:
         return self.path / split / site
 
     def metadata(self, split: str, site: str) -> Json:
-        """The array's zarr.json; a UserError where the store has no such site."""
+        """Read the array's zarr.json; a UserError where the store has no such site."""
         key = f"{split}/{site}/zarr.json"
         try:
             return self._parsed(key, self.storage.read(key))
@@ -126,11 +126,11 @@ class Store:
         )
 
     def row_shape(self, split: str, site: str) -> tuple[int, ...]:
-        """Of rows as they are stored."""
+        """Return the shape of rows as they are stored."""
         return tuple(self.metadata(split, site)["shape"][1:])
 
     def rows_of(self, site: str) -> RowFormat:
-        """The forms that the rows of a site or book have, in either split."""
+        """Return the forms that the rows of a site or book have, in either split."""
         rows = self._rows.get(site) or RowFormat(self.layout, site, {})
         if rows.is_int8 and not rows.attributes:
             for split in (TRAIN, HELDOUT):
@@ -141,7 +141,7 @@ class Store:
         return rows
 
     def decoder(self, split: str, site: str) -> RowDecoder:
-        """A new module that turns stored rows [B, W] into activations [B, `decoder.width`], on any device."""
+        """Return a new module that turns stored rows [B, W] into activations [B, `decoder.width`], on any device."""
         rows = self.rows_of(site)
         return rows.decoder(rows.width(self.row_shape(split, site)))
 
@@ -173,7 +173,7 @@ class Store:
         self.storage.update(key, grown)
 
     def _records(self, split: str) -> list[tuple[int, str, str]]:
-        """(unit, site, key) of every commit of a split, by unit."""
+        """Return (unit, site, key) of every commit of a split, by unit."""
         names = (RECORD.fullmatch(name) for name in self.storage.list_files(f"commits/{split}"))
         records = sorted((int(match[1]), match[2]) for match in names if match)
         return [(unit, site, record_key(split, unit, site)) for unit, site in records]
@@ -182,7 +182,7 @@ class Store:
         return self.storage.size(record_key(split, unit, site)) is not None
 
     def committed(self, split: str, site: str) -> dict[int, Commit]:
-        """The commits of a site by unit, in order; a UserError names a damaged record."""
+        """Read the commits of a site by unit, in order; a UserError names a damaged record."""
         records = [(unit, key) for unit, name, key in self._records(split) if name == site]
         unread = [key for _, key in records if key not in self._commits]
         if unread:
@@ -206,7 +206,7 @@ class Store:
             self._commits[key] = commit
 
     def refuse_missing_records(self, split: str, site: str) -> None:
-        """UserError where complete.json counts rows of a site whose commit records are not there."""
+        """Raise UserError where complete.json counts rows of a site whose commit records are not there."""
         complete = self.complete or {}  # before the records: what is committed meanwhile is not in it
         sites = complete.get(split)
         counted = sites.get(site, 0) if isinstance(sites, dict) else 0
@@ -220,7 +220,7 @@ class Store:
             )
 
     def permutation(self, split: str, unit: int, n: int) -> Ints:
-        """The seeded order of a unit's `n` rows, the same for all its sites, tokens and origin."""
+        """Return the seeded order of a unit's `n` rows, the same for all its sites, tokens and origin."""
         return seeded_permutation(n, "mixing", self.layout.mixing_seed, split, unit)
 
     def write(
@@ -300,15 +300,15 @@ class Store:
         return size, f"{crc:08x}"
 
     def rows(self, split: str, site: str) -> int:
-        """Committed rows."""
+        """Return the committed rows."""
         return sum(commit.rows for commit in self.committed(split, site).values())
 
     def sites(self, split: str) -> list[str]:
-        """Activation sites with something committed, without tokens and origin."""
+        """Return the activation sites with something committed, without tokens and origin."""
         return sorted({site for _, site, _ in self._records(split)} - INDEX_ARRAYS.keys())
 
     def stats(self, split: str, site: str) -> Stats:
-        """Statistics over all committed rows; a UserError where there are none."""
+        """Return the statistics over all committed rows; a UserError where there are none."""
         self.refuse_missing_records(split, site)
         parts = [commit.stats for commit in self.committed(split, site).values() if commit.rows]
         if not parts:
@@ -321,7 +321,7 @@ class Store:
 
     @property
     def complete(self) -> Json | None:
-        """The extent last marked complete, or None."""
+        """Return the extent last marked complete, or None."""
         try:
             data = self.storage.read("complete.json")
         except FileNotFoundError:

@@ -21,14 +21,14 @@ _NAN = 0x7FC0
 
 
 def to_float32(bits: NDArray[np.uint16]) -> NDArray[np.float32]:
-    """The exact values of bfloat16 bit patterns."""
+    """Convert bfloat16 bit patterns to their exact values."""
     wide = bits.astype(np.uint32)
     wide <<= 16
     return wide.view(np.float32)
 
 
 def from_float32(x: NDArray[np.float32]) -> NDArray[np.uint16]:
-    """Bit patterns of the nearest bfloat16, ties to even; NaN becomes the quiet NaN."""
+    """Convert to bit patterns of the nearest bfloat16, ties to even; NaN becomes the quiet NaN."""
     wide = np.ascontiguousarray(x).view(np.uint32)
     rounded = (wide + (0x7FFF + ((wide >> 16) & 1)).astype(np.uint32)) >> 16
     return np.where(np.isnan(x), np.uint16(_NAN), rounded.astype(np.uint16))

@@ -28,7 +28,7 @@ class Fit(NamedTuple):
 
 
 def cross_entropy(eta: Float[Tensor, "M C"], y_M: Float[Tensor, " M"]) -> Float[Tensor, "M C"]:
-    """-log p(y) of each token in nats, p(1) = sigmoid(eta)."""
+    """Compute -log p(y) of each token in nats, p(1) = sigmoid(eta)."""
     return functional.softplus(eta, threshold=50) - y_M[:, None] * eta
 
 
@@ -56,8 +56,8 @@ def _point(u_MC: Tensor, yu_C: Tensor, y_mean: float, w_C: Tensor, b_C: Tensor) 
     return _Point(objective, torch.maximum(g_w.abs(), g_b.abs()), -(g_w * step_w + g_b * step_b) / 2, step_w, step_b)
 
 
-def fit(z_MC: Float[Tensor, "M C"], y_M: Float[Tensor, " M"], tolerance: float | None = None) -> Fit:
-    """The optimum for each column of z, in z's dtype; y in {0, 1}, both present.
+def fit_logistic(z_MC: Float[Tensor, "M C"], y_M: Float[Tensor, " M"], tolerance: float | None = None) -> Fit:
+    """Find the optimum for each column of z, in z's dtype; y in {0, 1}, both present.
 
     Newton's steps, halved while they do not lower the objective, until the gradient is below `tolerance` (1e-5 in
     float32, 1e-12 in float64) or the dtype cannot tell what a step gains. RIDGE lies on the standardised weight.
@@ -79,7 +79,7 @@ def fit(z_MC: Float[Tensor, "M C"], y_M: Float[Tensor, " M"], tolerance: float |
 def _descend(
     u_MC: Tensor, yu_C: Tensor, y_mean: float, w_C: Tensor, b_C: Tensor, tolerance: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """w, b, objective and gradient at the optima; columns that have arrived are left out of later steps."""
+    """Find w, b, objective and gradient at the optima; columns that have arrived are left out of later steps."""
     now = _point(u_MC, yu_C, y_mean, w_C, b_C)
     fitted = torch.stack([w_C, b_C, now.objective, now.gradient])
     share_C, live_c = torch.ones_like(w_C), torch.arange(len(w_C), device=w_C.device)

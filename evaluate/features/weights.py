@@ -41,7 +41,8 @@ class Lens:
 
 @torch.inference_mode()
 def find_lens(model: Any, d_in: int) -> Lens | None:
-    """The lens of a causal LM, its norm found as the module whose output the unembedding reads in a short forward.
+    """Find the lens of a causal LM, its norm found as the module whose output the unembedding reads in a short
+    forward.
 
     None where the model has none that takes vectors of `d_in` entries.
     """
@@ -74,7 +75,7 @@ Ends = tuple[Int64[Tensor, "F K"], Float[Tensor, "F K"]]
 def ends(
     lens: Lens, W_dec_FD: Float[Tensor, "F D"], vocabulary: int, count: int, bar: Callable[[int], Any]
 ) -> list[Ends]:
-    """The `count` tokens that each row raises and lowers most, strongest first, and logits.
+    """Find the `count` tokens that each row raises and lowers most, strongest first, and logits.
 
     `bar` is called with how many rows were done.
     """
@@ -92,7 +93,7 @@ def ends(
 
 @torch.inference_mode()
 def neighbours(W_dec_FD: Float[Tensor, "F D"], count: int, bar: Callable[[int], Any]) -> Ends:
-    """The `count` rows with the largest cosine to each row, itself left out, nearest first.
+    """Find the `count` rows with the largest cosine to each row, itself left out, nearest first.
 
     `bar` is called with how many rows were done.
     """

@@ -25,13 +25,14 @@ def rebuilt(sae: SAE, state: dict[str, Tensor], **settings: Any) -> SAE:
 
 
 def unit_rows(W_dec_FD: Tensor) -> bool:
-    """Whether all rows are unit, to rounding."""
+    """Return whether all rows are unit, to rounding."""
     return bool(((torch.linalg.vector_norm(W_dec_FD, dim=1) - 1).abs() < _UNIT).all())
 
 
 @torch.no_grad()
 def folded(sae: SAE) -> SAE:
-    """The same x_hat of model-unit x with `dataset` folded in (`token` cannot be) and, for April's ReLU, unit rows.
+    """Keep the x_hat of model-unit x with `dataset` folded in (`token` cannot be) and,
+    for April's ReLU, unit rows.
 
     z, f, b_dec, the latents' biases, theta, T are divided by s; W_enc, W_dec and r_mag stay as they are. April's norms
     go from the rows of W_dec to W_enc and b_enc, and with them to f.
@@ -57,7 +58,8 @@ def folded(sae: SAE) -> SAE:
 
 @torch.no_grad()
 def subtracting(sae: SAE, wanted: bool) -> SAE:
-    """The same function with or without b_dec subtracted at the encoder: what it adds to h goes into the biases."""
+    """Keep the function, with or without b_dec subtracted at the encoder:
+    what it adds to h goes into the biases."""
     if sae.apply_b_dec_to_input == wanted:
         return sae
     state = {name: tensor.clone() for name, tensor in sae.state_dict().items()}

@@ -40,7 +40,7 @@ class TrainContext:
 
     @property
     def warmed_up(self) -> bool:
-        """Whether the coefficient's warm-up is over."""
+        """Return whether the coefficient's warm-up is over."""
         return self.sparsity_scale >= _WARM
 
 
@@ -69,17 +69,17 @@ class StepOutput:
 
     @property
     def tokens(self) -> int:
-        """Tokens of the batch."""
+        """Return the tokens of the batch."""
         return self.codes.shape[0]
 
     @property
     def fired_F(self) -> Bool[Tensor, " F"]:
-        """Latents that fired on any token of the batch."""
+        """Return the latents that fired on any token of the batch."""
         return self.codes.fired(self.codes.values)
 
     @property
     def figures(self) -> dict[str, Tensor]:
-        """All scalars that are logged of the step."""
+        """Return all scalars that are logged of the step."""
         typed = {"min_kept": self.min_kept, "coefficient": self.coefficient}
         return self.metrics | {name: value for name, value in typed.items() if value is not None}
 
@@ -177,22 +177,22 @@ class SAE(nn.Module, ABC):
 
     @property
     def input_norm(self) -> str:
-        """How x' is made from x."""
+        """Return how x' is made from x."""
         return self.config.input_norm
 
     @property
     def apply_b_dec_to_input(self) -> bool:
-        """Whether the encoder reads x' - b_dec."""
+        """Return whether the encoder reads x' - b_dec."""
         return self.config.apply_b_dec_to_input
 
     @property
     def W_enc(self) -> Float[Tensor, "D F"]:
-        """The encoder's weights as the formula has them."""
+        """Return the encoder's weights as the formula has them."""
         return self.W_enc_FD.t()
 
     @property
     def bias_F(self) -> Float[Tensor, " F"]:
-        """The bias of z."""
+        """Return the bias of z."""
         bias_F: Tensor = getattr(self, self.bias_names[0])
         return bias_F
 

@@ -14,7 +14,7 @@ from train.sae.sparse.rules import TopOfBatch
 
 
 def running_mean_(mean: Tensor, weight: Tensor, value: Tensor, decay: float) -> None:
-    """In place, where `value` > 0: the bias-corrected exponential mean of all values so far.
+    """Take `value`, where it is above 0, into the bias-corrected exponential mean of all values so far.
 
     mean_n = sum_i (1 - decay) decay^(n - i) v_i / w_n, w_n = 1 - decay^n: right from the first value on. `weight`
     holds w_n.
@@ -44,7 +44,7 @@ class Calibration:
 
 
 def _smallest_kept(z_BF: Tensor, count: int) -> float:
-    """The `count`-th largest of z, 0 where fewer are positive."""
+    """Find the `count`-th largest of z, 0 where fewer are positive."""
     values_n = select(TopOfBatch(count), z_BF).values_n
     return float(values_n.min()) if len(values_n) == count else 0.0
 

@@ -55,7 +55,7 @@ class WeightEMA(nn.Module):
 
     @contextmanager
     def swapped_in(self, sae: SAE) -> Iterator[None]:
-        """The same for a while."""
+        """Put the mean in the parameters' place for the `with` block."""
         kept = [parameter.detach().clone() for parameter in sae.parameters()]
         self.copy_to(sae)
         try:

@@ -39,12 +39,12 @@ class Support:
 
     @cached_property
     def row_ends(self) -> Int[Tensor, " ends"]:
-        """Where each token's entries begin, and the last one's end."""
+        """Return where each token's entries begin, and the last one's end."""
         return self.backend.ends(self.rows_n, self.shape[0])
 
     @cached_property
     def by_latent(self) -> tuple[Int[Tensor, " n"], Int[Tensor, " ends"]]:
-        """The entries latent by latent: their numbers in the order by token, and where each latent's begin."""
+        """Order the entries latent by latent: their numbers in the order by token, and where each latent's begin."""
         return self.backend.order(self.latents_n, self.shape[1])
 
     def row_sums(self, values_n: Float[Tensor, " n"], of_FD: Float[Tensor, "F D"]) -> Float[Tensor, "B D"]:

@@ -180,7 +180,7 @@ class Scan(ABC):
 
 
 def scan_of(rule: Rule) -> Scan | None:
-    """What executes a rule block by block; None for everything."""
+    """Choose what executes a rule block by block; None for everything."""
     match rule:
         case TopPerToken(k, positive):
             return TopPerTokenScan(k, positive=positive)
@@ -193,7 +193,7 @@ def scan_of(rule: Rule) -> Scan | None:
 
 
 def _largest(values: Tensor, count: int) -> Tensor:
-    """The `count`-th largest of a vector."""
+    """Find the `count`-th largest of a vector."""
     return values.kthvalue(values.numel() - count + 1).values
 
 
@@ -230,7 +230,8 @@ class _LargestScan(Scan):
 
     @abstractmethod
     def raise_bound(self, most_BG: Tensor) -> Tensor:
-        """A lower bound, scalar or [B, 1], of what is kept, from a block's largest of each group and what is held."""
+        """Find a lower bound, scalar or [B, 1], of what is kept,
+        from a block's largest of each group and what is held."""
 
     def feed(self, z_Bc: Float[Tensor, "B c"], first: int) -> None:
         rows, width = z_Bc.shape
@@ -312,7 +313,7 @@ class TopPerTokenScan(_LargestScan):
 
 
 def top_of_rows(entries: Entries, k: int, rows: int) -> Tensor:
-    """Which entries are among the k largest of their row, of `rows` rows: [n] bool."""
+    """Mark which entries are among the k largest of their row, of `rows` rows: [n] bool."""
     counts_B = torch.bincount(entries.rows_n, minlength=rows)
     if not len(entries.rows_n) or (most := int(counts_B.max())) <= k:
         return torch.ones_like(entries.rows_n, dtype=torch.bool)

@@ -27,16 +27,16 @@ class Product:
 
     @property
     def rows(self) -> int:
-        """Tokens."""
+        """Return the number of tokens."""
         return len(self.xc_BD)
 
     @property
     def width(self) -> int:
-        """Latents."""
+        """Return the number of latents."""
         return len(self.W_enc_FD)
 
     def blocks(self, entries: int) -> range:
-        """The first latents of blocks of about so many entries of z: a multiple of 32 latents each, or all."""
+        """Return the first latents of blocks of about so many entries of z: a multiple of 32 latents each, or all."""
         latents = entries // max(1, self.rows) // 32 * 32
         return range(0, self.width, min(self.width, max(32, latents)))
 

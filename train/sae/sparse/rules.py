@@ -69,7 +69,7 @@ class Entries(NamedTuple):
     values_n: Tensor
 
     def where(self, kept_n: Tensor) -> Entries:
-        """The entries of a mask."""
+        """List the entries of a mask."""
         return Entries(*(part[kept_n] for part in self))
 
 

@@ -113,7 +113,7 @@ def _largest(values_RM: Tensor, count: int) -> Tensor:
 
 
 def _places(rule: TopOfBatch | TopPerToken, values: Tensor, rows: int) -> Tensor:
-    """Where the rule's entries stand among values, of so many rows, in order."""
+    """Find where the rule's entries stand among values, of so many rows, in order."""
     if isinstance(rule, TopOfBatch):
         return largest(values.view(1, -1), min(rule.count, values.numel()))
     lines_RM = values.view(rows, -1)

@@ -62,7 +62,7 @@ class JumpReLUConfig(PenaltyConfig):
 
 
 def _of_theta(grad: Tensor, theta: Tensor) -> Tensor:
-    """A gradient beside z as one of theta: theta stands beside each z, or once for each latent."""
+    """Turn a gradient beside z into one of theta: theta stands beside each z, or once for each latent."""
     return grad if grad.shape == theta.shape else grad.sum(0)
 
 
@@ -124,7 +124,7 @@ class JumpReLU(SAE):
 
     @property
     def eps(self) -> Float[Tensor, ""]:
-        """The kernel's width in x' units."""
+        """Return the kernel's width in x' units."""
         return self.config.bandwidth * self.mean_sq.sqrt()
 
     def dense_encode(self, xn_BD: Float[Tensor, "B D"]) -> Float[Tensor, "B F"]:

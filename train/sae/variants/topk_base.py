@@ -44,7 +44,7 @@ class TopKBase(SAE):
 
     @property
     def k_aux(self) -> int:
-        """Latents a token that AuxK takes."""
+        """Return how many latents of a token AuxK takes."""
         return auxk_size(self.d_in) if self.config.auxk_k is None else self.config.auxk_k
 
     def encode_with_candidates(
