@@ -35,6 +35,7 @@ def fsync(folder: Path) -> None:
 
 def open_plain(path: Path) -> int:
     """Open a file to read; an OSError where a folder, pipe or device is in its place, which could be waited for."""
+    # Opening a named pipe without a writer waits for ever; with O_NONBLOCK it returns and is refused below.
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     mode = os.fstat(descriptor).st_mode
     if stat.S_ISREG(mode):
@@ -52,6 +53,8 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
         with naming(path), open(path, "wb") as file:
             yield file
             file.flush()
+            # flush() hands the bytes to the system only; after a power failure a renamed file could be there and be
+            # empty.
             os.fsync(file.fileno())
     except BaseException:
         path.unlink(missing_ok=True)
@@ -85,6 +88,8 @@ def write_atomic_shared(path: Path, data: bytes) -> None:
         with whole_file(temporary) as file:
             file.write(data)
         os.replace(temporary, path)
+    # Killed processes may have left theirs. One that is being written now is removed as well; its writer finds the file
+    # made.
     for left in path.parent.glob(f".{path.name}.*.tmp"):
         left.unlink(missing_ok=True)
     fsync(path.parent)

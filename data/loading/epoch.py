@@ -52,6 +52,7 @@ class EpochSlice:
 
     def sizes(self, first: int, last: int) -> list[int]:
         """Return the rows of each batch that begins in rows [first, last) of the epoch."""
+        # -(-a // b) rounds up: the first batch that begins at or after `first`.
         begins = range(-(-first // self.batch) * self.batch, last, self.batch)
         return [min(self.batch, self.stop - begin) for begin in begins]
 
@@ -72,10 +73,14 @@ class CopyPlan:
 def copy_plans(part: EpochSlice, pool: Pool) -> list[CopyPlan]:
     """Return the plans of each chunk of a pool, none over the border of a batch, in the order of the chunk's rows."""
     end = pool.begin + pool.rows
+    # Of the pools at the two ends only a part is wanted: a resumed epoch begins in the middle of one, and the last rows
+    # that fill no batch are left out.
     first, last = max(pool.begin, part.at), min(end, part.stop)
     borders = np.arange(-(-first // part.batch) * part.batch, last, part.batch)
+    # Cut at every border of a batch, so that no run has to be copied into two.
     runs = part.runs(pool).cut(np.array([first, *borders, *([last] if last < end else [])]) - pool.begin)
     places = pool.begin + np.cumsum(runs.rows) - runs.rows
+    # The file is read from front to back; the places in memory may be anywhere.
     order = np.lexsort((runs.starts, runs.chunks))
     order = order[(places[order] >= first) & (places[order] < last)]
     edges = np.searchsorted(runs.chunks[order], np.arange(len(pool.chunks) + 1))
@@ -103,9 +108,11 @@ def stream_to_cpu(part: EpochSlice) -> Iterator[Tensor]:
     def start(pool: Pool, targets: list[CopyPlan]) -> deque[Tensor]:
         """Begin to read a pool; the batches that are whole when all is read."""
         first, stop = max(pool.begin, part.at), min(pool.begin + pool.rows, part.stop)
+        # Memory of its own for each batch, as it then belongs to whoever takes it: nothing here writes to it again.
         batches = last + [part.empty(rows) for rows in part.sizes(first, stop)]
         arrays = list(map(bits, batches))
         reads[:] = [threads.submit(_fetch, part, target, arrays, first // part.batch) for target in targets]
+        # The batch over the border is not whole until the next pool has been read, which fills its other rows.
         last[:] = [] if stop == part.stop or stop % part.batch == 0 else [batches.pop()]
         return deque(batches)
 
@@ -114,9 +121,12 @@ def stream_to_cpu(part: EpochSlice) -> Iterator[Tensor]:
         plans = deque(threads.submit(copy_plans, part, pool) for pool in part.pools[:1])
         coming: deque[Tensor] = deque()
         try:
+            # One round more than there are pools: the last round hands out what the last pool's reads filled.
             for pool, after in zip([*part.pools, None], [*part.pools[1:], None, None], strict=True):
                 for read in reads:
                     read.result()
+                # Reads of this pool begin before the batches of the pool before are handed out, and go on while those
+                # are trained on.
                 ready, coming = coming, start(pool, plans.popleft().result()) if pool else deque()
                 if after:
                     plans.append(threads.submit(copy_plans, part, after))
@@ -135,6 +145,7 @@ def _drawn(part: EpochSlice, pools: Iterator[tuple[Tensor, Tensor]]) -> Iterator
         while len(wanted):
             out = part.empty(next(sizes), held.device) if out is None else out
             n = min(len(wanted), len(out) - filled)
+            # Written in place: a gather followed by a copy would move each row twice.
             torch.index_select(held, 0, wanted[:n], out=out[filled : filled + n])
             wanted, filled = wanted[n:], filled + n
             if filled == len(out):
@@ -156,12 +167,14 @@ def load_all(reader: Reader, chunks: Ints, device: torch.device, threads: int) -
     held = torch.empty(int(sizes.sum()), reader.width, dtype=reader.torch_dtype, device=device)
 
     def fetch(chunk: int, rows: Tensor) -> None:
+        # numpy cannot fill a GPU's memory, so each chunk goes there by way of one buffer of its size.
         here = rows if rows.device.type == "cpu" else torch.empty_like(rows, device="cpu")
         reader.read(chunk, bits(here))
         if here is not rows:
             rows.copy_(here)
 
     with ThreadPoolExecutor(threads) as pool:
+        # Asked for one by one, since an error of a thread is raised only where its result is.
         for done in pool.map(fetch, chunks.tolist(), torch.split(held, sizes.tolist())):
             assert done is None
     return held
@@ -184,6 +197,8 @@ def _sent(part: EpochSlice, device: torch.device) -> Iterator[tuple[Tensor, Tens
     """Yield the pools on the device, the next one read and sent while one is used."""
     stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
     shape = (max(pool.rows for pool in part.pools), part.reader.width)
+    # From pinned memory a GPU copies by itself while the processor goes on; pinning is slow, so one buffer serves all
+    # pools.
     staging = torch.empty(shape, dtype=part.reader.torch_dtype, pin_memory=stream is not None)
 
     def send(pool: Pool) -> Tensor:
@@ -193,10 +208,13 @@ def _sent(part: EpochSlice, device: torch.device) -> Iterator[tuple[Tensor, Tens
             held = part.empty(pool.rows, device)
             held.copy_(staging[: pool.rows], non_blocking=stream is not None)
         if stream is not None:
+            # The staging buffer is filled anew for the next pool, so its copy has to be over; the training's own stream
+            # goes on meanwhile.
             stream.synchronize()
             held.record_stream(torch.cuda.current_stream(device))  # its memory is not given away while that reads it
         return held
 
+    # One sender: its pools share the staging buffer, and the order of their copies is that of the epoch.
     with ThreadPoolExecutor(part.threads) as readers, ThreadPoolExecutor(1) as sender:
         coming = sender.submit(send, part.pools[0])
         for pool, after in zip(part.pools, [*part.pools[1:], None], strict=True):

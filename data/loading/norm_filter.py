@@ -79,6 +79,8 @@ class NormFilteredReader:
         kept = self.kept[chunk][start : start + len(out)]
         if not len(kept):
             return
+        # One read from the first to the last row wanted, those left out among them: they are rare, and one long read
+        # beats many short ones.
         rows = np.empty((int(kept[-1] - kept[0]) + 1, *self.row_shape), self.dtype)
         self.reader.read(chunk, rows, int(kept[0]))
         # "clip" (all indices are in range) lets numpy write in place; "raise" would take a copy first.
@@ -88,6 +90,7 @@ class NormFilteredReader:
 def moments(total: Stats, left_out: Stats) -> dict[str, float]:
     """Return E ||x||^2 and E ||x - E x||^2 of all rows but those left out."""
     rows = total.rows - left_out.rows
+    # From the sums of the commit records less those left out, so the rows that stay need not be read for this.
     mean_sq_norm = (total.sum_sq - left_out.sum_sq) / rows
     mean = (total.sum - left_out.sum) / rows
     return {"mean_sq_norm": mean_sq_norm, "variance": max(mean_sq_norm - float(mean @ mean), 0.0)}

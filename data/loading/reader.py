@@ -71,6 +71,7 @@ class _CommittedReader:
     """What both readers know from the commit records alone."""
 
     def __init__(self, store: Store, split: str, site: str) -> None:
+        # A record that was lost would only make the store smaller, and training would go on without its rows, unseen.
         store.refuse_missing_records(split, site)
         self.store, self.split, self.site = store, split, site
         self.checks = ChunkChecks(store, split, site)
@@ -85,6 +86,8 @@ class _CommittedReader:
         sizes: list[int] = []
         layout = store.layout
         for unit, commit in store.committed(split, site).items():
+            # With shards a file holds a unit's chunks, without them one: rows are counted in chunks either way, so that
+            # the order of rows does not depend on how they are filed.
             for file, number in zip(commit.chunks, count(unit * layout.files_per_unit)):
                 rows = layout.chunks(file.rows)
                 first = number * layout.file_rows // layout.chunk_rows
@@ -128,6 +131,7 @@ class _CommittedReader:
 def _missing(file: int, outs: Sequence[NDArray[Any]], at: int) -> int:
     """Fill `outs` one after another from byte `at` of a file on; the bytes that its end leaves unfilled."""
     wanted = sum(out.nbytes for out in outs)
+    # One call scatters a chunk over many batches; reading it whole first would copy each row once more.
     got = os.preadv(file, outs, at)  # type: ignore[arg-type]  # numpy's arrays are buffers, which 3.11's types cannot say
     while got < wanted:  # some file systems give less than they have
         skipped, left = 0, []
@@ -166,6 +170,8 @@ class DirectReader(_CommittedReader):
         except FileNotFoundError:
             raise self.checks.wrong(record, unit, "is missing") from None
         try:
+            # A file that grew or shrank is refused before anything of it is used, also by processes that checked it
+            # before.
             length = os.fstat(file).st_size
             if length == record.bytes:
                 for first in range(0, len(outs), _MOST_PARTS):
@@ -176,6 +182,7 @@ class DirectReader(_CommittedReader):
             os.close(file)
         self.checks.refuse_length(record, unit, length)
         if compare:
+            # On the bytes where they landed: this covers the disk, the bus and the copy, and needs no second read.
             self.checks.compare(record, unit, outs)
         self._count(outs)
 
@@ -218,6 +225,8 @@ class ZarrReader(_CommittedReader):
         if length is None:  # zarr would give zeros
             raise self.checks.wrong(record, unit, "is missing")
         self.checks.refuse_length(record, unit, length)
+        # zarr reads the file again after this, so what it decodes is checked as far as the cache of the system serves
+        # both.
         if not self.checks.is_done(record):
             self.checks.read_and_compare(record, unit)
         first = self.numbers[chunk] * self.store.layout.chunk_rows + start
@@ -245,7 +254,10 @@ def open_reader(store: Store, split: str, site: str) -> Reader:
     """Open the fastest reader that can read this site; a UserError where the store does not have it."""
     metadata, layout = store.metadata(split, site), store.layout
     as_written = store.rows_of(site).format(tuple(metadata["shape"][1:])).metadata()
+    # Only where the array's own description says just what we write may its files be read past zarr; another tool may
+    # have written it with other codecs.
     plain = layout.codec is None and metadata["codecs"] == as_written["codecs"]
+    # Stored bytes are little-endian, and are read into memory as they are.
     if sys.byteorder == "little" and plain:
         if not isinstance(store.path, Path):
             return RangeReader(store, split, site)

@@ -43,6 +43,8 @@ _held: set[str] = set()
 def this_host() -> str:
     """Return this host and, on Linux, this boot and container: within them a process number says who."""
     with contextlib.suppress(OSError):
+        # The boot's id, since process numbers begin anew after a restart; the namespace of processes, since two
+        # containers of one host each have a process 1.
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{socket.gethostname()} {boot} {os.readlink('/proc/self/ns/pid')}"
     return socket.gethostname()
@@ -64,6 +66,7 @@ def is_gone(owner: Json) -> bool:
     if owner["pid"] == os.getpid():
         return owner["token"] not in _held
     try:
+        # Signal 0 sends nothing: it only asks whether the process is there.
         os.kill(owner["pid"], 0)
     except ProcessLookupError:
         return True
@@ -78,6 +81,7 @@ def read_owner(data: bytes) -> Json | None:
         owner = json.loads(data)
     except ValueError:
         return None
+    # A lease may be cut off in the middle of its write: what is not whole names no living owner.
     kinds = {"host": str, "pid": int, "token": str, "names": list, "made_by": dict}
     if isinstance(owner, dict) and all(isinstance(owner.get(name), kind) for name, kind in kinds.items()):
         return owner
@@ -117,11 +121,13 @@ class UnitLeases:
                     with self._beating(key, owner, tag):
                         yield True
             finally:
+                # Only this owner's own version: one that was taken over belongs to another by now.
                 if tried and (still := self._still(key, owner)):
                     self._storage.delete_if(key, still)
 
     def stage(self, split: str, unit: int, site: str) -> Location:
         """Make a new folder or prefix for the chunk files of one write."""
+        # A new name for every attempt, so a slow writer and the one that took over never write the same file.
         stage = self.folder / f"{split}.{unit:06d}.{site}.{uuid.uuid4().hex}"
         self._storage.make_stage(stage)
         return stage
@@ -154,6 +160,7 @@ class UnitLeases:
             if _LEASE.fullmatch(name) or not (match := _STAGE.fullmatch(name)):
                 continue
             split, unit, site = match[1], int(match[2]), match[3]
+            # In an object store a stage may be what others have settled on, so only a commit makes it litter.
             abandoned = self._storage.stages_are_private and f"{split}.{match[2]}" not in leased
             if abandoned or is_committed(split, unit, site):
                 gone.append(name)
@@ -184,6 +191,8 @@ class UnitLeases:
     def _is_free(self, key: str, data: bytes, tag: str) -> bool:
         """Return whether the owner of a lease is dead."""
         now = time.monotonic()
+        # The clock starts when this process first sees a version: how old the file says it is would compare two hosts'
+        # clocks.
         if self._seen.get(key, ("", 0.0))[0] != tag:
             self._seen[key] = (tag, now)
         owner = read_owner(data)
@@ -195,6 +204,7 @@ class UnitLeases:
         if file is not None and not self._is_free(key, *file):
             return None
         tag = self._storage.put_if(key, json.dumps(owner).encode(), file[1] if file else None)
+        # The answer to a put that was done may be lost and the request repeated, which then fails on our own lease.
         tag = tag or self._still(key, owner)
         if tag is not None and self._storage.stages_are_private:
             # What is staged of this unit is a dead process's: the lease is ours, and we staged nothing yet.
@@ -211,6 +221,7 @@ class UnitLeases:
     @contextlib.contextmanager
     def _beating(self, key: str, owner: Json, tag: str) -> Iterator[None]:
         """Show every BEAT_S that the owner of a lease lives, for as long as it is this owner's."""
+        # A thread of its own: a forward that takes minutes must not make its process look dead.
         done = threading.Event()
 
         def beat(tag: str | None) -> None:
@@ -219,6 +230,7 @@ class UnitLeases:
                 count += 1
                 with contextlib.suppress(UserError, OSError):  # the next beat will tell
                     text = json.dumps(owner | {"beat": count}).encode()
+                    # None where the lease was taken over: the thread ends, and the commit will find out.
                     tag = self._storage.put_if(key, text, tag) or self._still(key, owner)
 
         thread = threading.Thread(target=beat, args=(tag,), name=f"heartbeat {key}", daemon=True)

@@ -52,6 +52,7 @@ def _opened(scheme: str, bucket: str) -> Any:
         raise UserError(f'{scheme}:// needs the extra s3: .venv/bin/pip install -e ".[s3]"') from None
     if scheme == "memory":
         return MemoryStore()
+    # obstore refuses unencrypted endpoints unless it is told; a server on one's own network often is one.
     plain = os.environ.get("AWS_ENDPOINT_URL", "").startswith("http://")
     options = _TIMEOUTS | ({"allow_http": True} if plain else {})
     return S3Store(bucket, client_options=options, retry_config=_RETRY)  # type: ignore[arg-type]
@@ -65,6 +66,7 @@ def _uploaders() -> ThreadPoolExecutor:
 def to_user_error(url: Url, error: Exception) -> UserError:
     """Return one sentence for what a request failed of."""
     text, bucket = str(error), f"{url.scheme}://{url.bucket}"
+    # An endpoint's URL may hold a password.
     at = re.sub(r"//[^/]*@", "//", os.environ.get("AWS_ENDPOINT_URL", "AWS"))
     code = found[1] if (found := re.search(r"<Code>(\w+)</Code>", text)) else type(error).__name__
     status = found[1] if (found := re.search(r"status code: (\d+)", text)) else ""
@@ -96,6 +98,7 @@ def _asking(url: Url) -> Iterator[None]:
             raise
         from obstore.exceptions import AlreadyExistsError, PreconditionError
 
+        # No failure but an answer: the condition of the put did not hold.
         if isinstance(error, AlreadyExistsError | PreconditionError):
             raise
         raise to_user_error(url, error) from None
@@ -161,6 +164,8 @@ class ObjectStorage:
                 return error
 
         with ThreadPoolExecutor(AT_ONCE) as threads:
+            # A window that moves: some requests are under way at any time, and no more answers wait in memory than
+            # that.
             left = iter(keys)
             waiting = deque(threads.submit(read, key) for key in islice(left, AT_ONCE))
             try:
@@ -259,6 +264,8 @@ class ObjectStorage:
 
     def create(self, key: str, data: bytes) -> None:
         """Write a new file; also make sure that the store minds conditions, on which all else hangs."""
+        # The second put of the same key must fail. Servers that ignore the condition exist, and there two writers would
+        # each believe that they were first.
         self.put_if_absent(key, data)
         if self.put(key, data, new=True) is not None:
             raise UserError(
@@ -273,6 +280,7 @@ class ObjectStorage:
             except FileNotFoundError:
                 old, tag = None, None
             new = change(old)
+            # Read, change, put if nobody else did meanwhile, else again: an object store's way to a lock.
             if new == old or self.put(key, new, tag, new=tag is None) is not None:
                 return
 
@@ -280,6 +288,7 @@ class ObjectStorage:
         """Begin to put it; AT_ONCE are under way at a time, and `settle` waits for all."""
         uploads = self._uploads.setdefault(stage, [])
         if len(uploads) >= AT_ONCE:
+            # Waits for the eldest that may still be under way, so memory holds at most AT_ONCE chunks.
             uploads[-AT_ONCE].result()
         uploads.append(_uploaders().submit(self.put, self._below(stage / name), b"".join(pieces)))
 
@@ -294,7 +303,10 @@ class ObjectStorage:
         self._offered.add(stage)  # from here on others may do what it says
         settled = f"{self._below(stage).rpartition('.')[0]}.settled"
         plan = json.dumps({"stage": stage.name, "keys": [*keys], "record": data.decode()})
+        # Another's plan may stand there already: then its chunks are the unit, and ours are removed below.
         chosen = json.loads(self.put_if_absent(settled, plan.encode()))
+        # The record is looked for after the plan stands: another may have settled, committed and removed its plan since
+        # our unit was found free, and ours would be a second copy.
         standing = self._get(record) or self._bring(chosen, record)
         stages = dict.fromkeys((chosen["stage"], stage.name))
         staged = [f"{LEASES_FOLDER}/{at}/{_name(key)}" for at in stages for key in chosen["keys"]]
@@ -349,6 +361,8 @@ class ObjectStorage:
     def remove_all(self) -> None:
         keys = self.below("")
         records = [key for key in keys if key.startswith("commits/")]
+        # As for a folder: first the claims to be whole, the manifest last, so that what is left is still known for a
+        # store.
         for some in (["complete.json"], records, keys.keys() - {"manifest.json"}, ["manifest.json"]):
             self.remove(some)
 

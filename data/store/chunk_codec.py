@@ -21,6 +21,7 @@ from data.store.layout import Layout
 _ZSTD = {"level": 1, "checksum": False}
 _BLOSC = {"cname": "lz4", "clevel": 5, "shuffle": "bitshuffle", "blocksize": 0}
 _INDEX_CODECS: list[Json] = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]
+# The value that zarr's sharding specification gives a chunk that is not stored.
 _ABSENT = 2**64 - 1
 _INDEX_ENTRY_BYTES, _CRC_BYTES = 16, 4  # of a shard's index: an offset and a length a chunk, then its crc32c
 
@@ -53,6 +54,7 @@ class ChunkCodec:
     def metadata(self) -> Json:
         """Return `chunk_grid` and `codecs` of the array's zarr.json."""
         codecs: list[Json] = [{"name": "bytes"}]
+        # zarr-python leaves `endian` out for single bytes, and `open_reader` compares with what zarr wrote.
         if self.dtype.itemsize > 1:
             codecs[0]["configuration"] = {"endian": "little"}
         if self.compressor is not None:
@@ -77,11 +79,15 @@ class ChunkCodec:
         index, at = np.full((self.layout.chunks_per_unit, 2), _ABSENT, "<u8"), 0
         for number, rows in enumerate(chunks):
             data = rows.astype(self.dtype.newbyteorder("<"), copy=False).tobytes()
+            # The last chunk is padded with zeros to full size: Zarr's regular grid has no short chunk, and other
+            # readers expect it so.
             data = self._compress(data + bytes(self.chunk_bytes - len(data)))
             index[number] = at, len(data)
             at += len(data)
             yield data
         if self.layout.shards:
+            # After the chunks ("index_location": "end"), since their offsets are known only once they have been
+            # compressed.
             yield _sealed(index)
 
     def decode(self, content: bytes, valid: Iterable[int]) -> Iterator[NDArray[Any]]:
@@ -97,6 +103,7 @@ class ChunkCodec:
         """Cut out the chunks that are in a shard, which must lie in it from its beginning on without a gap."""
         end = len(content) - _INDEX_ENTRY_BYTES * self.layout.chunks_per_unit - _CRC_BYTES
         index = np.frombuffer(content[max(end, 0) : -_CRC_BYTES], "<u8").reshape(-1, 2)
+        # The index has a checksum of its own, so a damaged one is told apart from a damaged chunk.
         if end < 0 or _sealed(index) != content[end:]:
             raise ValueError("its index of chunks is damaged")
         there = index[index[:, 0] != _ABSENT].astype(np.int64)

@@ -56,6 +56,7 @@ class Commit:
         if (self.split, self.unit, self.site) != (split, unit, site):
             return f"is the record of unit {self.unit} of {self.split}/{self.site}"
         rows = [chunk.rows for chunk in self.chunks]
+        # All chunks of a unit but the last are full, so that the place of a row follows from the layout alone.
         if rows != layout.files(self.rows) or self.rows > layout.unit_rows:
             return f"has chunks of {rows} rows for its {self.rows}"
         return None
@@ -72,6 +73,7 @@ class Commit:
             if chunk.key != key:
                 return f"names {chunk.key} where {key} belongs"
             size = codec.file_bytes(chunk.rows)
+            # A codec's length depends on the values; the crc32c alone must vouch for such a file.
             if size not in (None, chunk.bytes):
                 return f"has {chunk.bytes} bytes for {chunk.key} where its array's files have {size}"
         return None

@@ -21,6 +21,7 @@ def is_store(path: Location) -> bool:
     storage = open_storage(path)
     try:
         return storage.size("manifest.json") is not None or "commits" in storage.folders()
+    # Refused to look: `gc` must not take it for an empty folder and delete it.
     except OSError:
         return True
 
@@ -33,6 +34,7 @@ def stores_below(path: Location) -> list[Location]:
     if is_store(path):
         return [path]
     below = (path / name for name in open_storage(path).folders())
+    # Links are not followed: they may lead in a circle, or to a store that is listed where it really lies.
     return [store for at in below if not (isinstance(at, Path) and at.is_symlink()) for store in stores_below(at)]
 
 
@@ -41,6 +43,7 @@ def leftovers(names: Collection[str], keys: Collection[str]) -> list[str]:
 
     def belongs(name: str) -> bool:
         *folders, file = name.split("/")
+        # The root's, a split's and an array's are zarr's own groups; deeper ones are no part of a store.
         if file == "zarr.json":
             return len(folders) <= 2 and folders[:1] in ([], *([split] for split in SPLITS))
         if folders[:1] == ["commits"]:

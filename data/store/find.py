@@ -19,10 +19,12 @@ def _stores(cache: Location) -> tuple[list[Store], list[UserError]]:
     """Open all stores of a cache folder by name, return them and what is wrong with those that cannot be opened."""
     found, wrong = [], []
     for path in (cache / name for name in open_storage(cache).folders()):
+        # Folders of other programs, and what is left of a removed store, are not worth a message.
         if open_storage(path).size("manifest.json") is None:
             continue
         try:
             found.append(Store.open(path))
+        # One damaged neighbour must not keep others from being found; it is named only if nothing else matches.
         except UserError as error:
             wrong.append(error)
         except OSError as error:  # a neighbour that cannot be read
@@ -63,9 +65,11 @@ def open_store(name: str | Location, cache: Location = CACHE) -> Store:
     A UserError lists several of that beginning, or says what is there where none is of it.
     """
     location = parse_location(name)
+    # A bare word is a name in the cache, unless a store lies at just that path.
     if not isinstance(location, Path) or len(location.parts) != 1 or (location / "manifest.json").is_file():
         return Store.open(location)
     folders = [folder for folder in open_storage(cache).folders() if folder.startswith(str(name))]
+    # Before prefixes: one store's whole name may begin another's.
     if str(name) in folders:
         return Store.open(cache / str(name))
     stores = [folder for folder in folders if open_storage(cache / folder).size("manifest.json") is not None]

@@ -45,6 +45,7 @@ class RowFormat:
     @property
     def native(self) -> np.dtype[Any]:
         """Return the dtype of rows as they are given; uint16 are the bits of bfloat16."""
+        # numpy has no bfloat16: its bits travel as uint16, which no arithmetic is ever done on.
         return np.dtype(np.int32 if self.is_book else _NATIVE[self.layout.dtype])
 
     @property
@@ -97,6 +98,7 @@ class RowFormat:
             assert self.standard is not None, f"no standard for {self.site}"
             encoded: NDArray[Any] = encode_int8(_tensor(_widen(given)), self.standard).numpy()
             return encoded
+        # Floats are stored as they are given; a copy here would double the memory of a chunk for nothing.
         return given
 
     def zarr_files(self, split: str, shape: tuple[int, ...]) -> dict[str, bytes]:
@@ -106,6 +108,7 @@ class RowFormat:
 
         from data.store.zarr_bfloat16 import BFloat16
 
+        # A store in memory: zarr writes its JSON there, and the caller decides how it gets to the disk.
         files: dict[str, Any] = {}
         zarr.open_group(MemoryStore(files), mode="a").require_group(split).create_array(
             self.site,
