@@ -50,6 +50,7 @@ def save(sae: SAE, folder: str | Path, record: dict[str, Any]) -> None:
     config[SHA256] = hashlib.sha256(weights).hexdigest()
     text = json.dumps(config, indent=2, allow_nan=False) + "\n"
     folder.mkdir(parents=True, exist_ok=True)
+    # An older SAE's config beside new weights would be a wrong SAE; without a config the folder holds none.
     (folder / CONFIG).unlink(missing_ok=True)
     write_atomic(folder / WEIGHTS, weights)
     write_atomic(folder / CONFIG, text.encode())
@@ -88,6 +89,7 @@ def load(folder: str | Path) -> SAE:
         data = path.read_bytes()
     except FileNotFoundError:
         raise UserError(f"{path} is missing: train this SAE again or restore the file") from None
+    # Before the bytes are parsed: a damaged file may still parse, into other weights.
     if config.get(SHA256, digest := hashlib.sha256(data).hexdigest()) != digest:
         raise UserError(f"{path} is damaged, its checksum is another: train this SAE again or restore the file")
     try:

@@ -47,6 +47,7 @@ class InputNorm(nn.Module):
 
     def normalise(self, x_BD: Float[Tensor, "B D"]) -> Float[Tensor, "B D"]:
         """Convert model units to x'."""
+        # Stores hold bfloat16 or float16; the SAE computes in its own float32.
         x_BD = x_BD.to(self.scale.dtype)
         if self.kind == "dataset":
             return x_BD * self.scale
@@ -61,6 +62,8 @@ class InputNorm(nn.Module):
         if self.kind == "dataset":
             return xn_BD / self.scale
         if self.kind == "token":
+            # Measured again rather than remembered: the input is at hand wherever a token has to be given back its
+            # units.
             std_B1, mean_B1 = torch.std_mean(x_BD.to(self.scale.dtype), dim=1, keepdim=True, correction=1)
             return xn_BD * (std_B1 + _EPS) + mean_B1
         return xn_BD

@@ -19,6 +19,7 @@ def running_mean_(mean: Tensor, weight: Tensor, value: Tensor, decay: float) -> 
     mean_n = sum_i (1 - decay) decay^(n - i) v_i / w_n, w_n = 1 - decay^n: right from the first value on. `weight`
     holds w_n.
     """
+    # torch.where, not `if`: reading the value would make the host wait for a GPU in each step.
     seen = value > 0
     new_weight = decay * weight + (1 - decay)
     new_mean = mean + (1 - decay) / new_weight * (value - mean)
@@ -66,10 +67,14 @@ def calibrate(
     pool: list[Tensor] = []
     for z_BF in map(pre_activation, batches):
         tokens += z_BF.shape[0]
+        # The set is too large to hold all z of it. What lies below every batch's own smallest kept value can be neither
+        # T_k nor above T.
         pool.append(z_BF[(z_BF >= bound) & (z_BF > 0)])
     values = torch.cat(pool)
     short = values.numel() < k * tokens
     threshold_k = 0.0 if short else float(values.kthvalue(values.numel() - k * tokens + 1).values)
+    # The paper's estimator: the mean over batches of the smallest activation kept. Batches that could not fill up with
+    # positive values have none, and would pull it to zero.
     threshold = sum(used) / len(used) if used else 0.0
     above = int((values > threshold).sum())  # a threshold is at least the bound
     return Calibration(threshold, threshold_k, above / tokens, len(used), len(kept) - len(used), tokens)
