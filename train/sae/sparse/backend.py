@@ -82,6 +82,7 @@ _chosen: ContextVar[Backend | None] = ContextVar("backend", default=None)
 
 def backend_for(x: Tensor) -> Backend:
     """Choose the backend by the device of x, or the one that `use_backend` names."""
+    # A context variable and no argument: a test chooses once, and the maths in between does not carry it along.
     if (chosen := _chosen.get()) is not None:
         return chosen
     if x.is_cuda:

@@ -21,6 +21,7 @@ _COLUMNS = 256  # entries of D a program holds
 @no_type_check
 def _gather_sums(weight_n, index_n, ends, table_XD, out_GD, D, TILE: tl.constexpr, COLUMNS: tl.constexpr):
     """Sum one group over a piece of D; entries of weight 0 are not read."""
+    # 64 bits: group * D goes beyond 2^31 for a wide SAE's decoder.
     group = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     start = tl.load(ends + group)
@@ -30,6 +31,8 @@ def _gather_sums(weight_n, index_n, ends, table_XD, out_GD, D, TILE: tl.constexp
         entry = first + tl.arange(0, TILE)
         weight = tl.load(weight_n + entry, mask=entry < end, other=0.0)
         index = tl.load(index_n + entry, mask=entry < end, other=0)
+        # What fills a selection up has weight 0. Not reading its row saves bandwidth, and keeps a NaN there from
+        # spreading (0 * NaN is NaN).
         there = (weight != 0)[:, None] & (column < D)[None, :]
         rows = tl.load(table_XD + index[:, None] * D + column[None, :], mask=there, other=0.0)
         total += tl.sum(weight[:, None] * rows, 0)
@@ -81,6 +84,7 @@ def gather_sums(weight_n: Tensor, index_n: Tensor, ends: Tensor, table_XD: Tenso
     table_XD, width = table_XD.contiguous(), table_XD.shape[1]
     out_GD = table_XD.new_empty(len(ends) - 1, width)
     columns = _columns(width)
+    # Triton launches on the current device, which need not be the tensors'.
     with torch.cuda.device(out_GD.get_device()):
         _gather_sums[(len(out_GD), triton.cdiv(width, columns))](
             weight_n.contiguous(), index_n, ends, table_XD, out_GD, width, TILE=_TILE, COLUMNS=columns
