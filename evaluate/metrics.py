@@ -241,6 +241,7 @@ def statistics(sums: Columns) -> Columns:
         divide="ignore", invalid="ignore"
     ):  # an SAE that gives 0 has no gamma; an ablation may cost nothing
         return {
+            # Ratios of sums, not means of ratios: a token of small norm would otherwise weigh as much as any.
             "nmse": s["error"] / s["deviation"],
             "ev": 1 - s["error"] / s["deviation"],
             "nmse_token": s["error_token"] / s["deviation_token"],
@@ -271,6 +272,7 @@ def resampled(columns: Columns, *, samples: int, seed: int) -> Columns:
     groups = len(table)
     sums = np.empty((samples, len(names)))
     for i in range(samples):
+        # A draw with replacement as counts of each group, times the table: one product a sample in place of a gather.
         sums[i] = np.bincount(rng.integers(groups, size=groups), minlength=groups) @ table
     return {name: sums[:, i] for i, name in enumerate(names)}
 
@@ -323,6 +325,8 @@ def deltas(columns: SetSums, baseline: SetSums, *, samples: int, seed: int) -> d
     result: dict[str, dict[str, float | None]] = {}
     for name in value_own:
         value = float(value_own[name][0] - value_other[name][0])
+        # The same seed and as many groups give both the same draws: what documents have in common cancels in the
+        # difference.
         draws = drawn_own[name] - drawn_other[name]
         known = several and bool(np.isfinite(draws).all())
         low, high = np.percentile(draws, [2.5, 97.5]) if known else (None, None)

@@ -70,8 +70,7 @@ def compare(
 
 
 def excess_at_equal_l0(points: Sequence[tuple[float, float]]) -> list[float]:
-    """Compute how far each SAE's log NMSE lies above what the sweep has at its L0 (below:
-    negative), from (L0, NMSE) > 0.
+    """Compute how far each SAE's log NMSE lies above what the sweep has at its L0, from (L0, NMSE) > 0; below: negative.
 
     What the sweep has is the line of least squares through log NMSE against log L0 of all SAEs, its slope never above
     0, since more active latents do not reconstruct worse. Where all L0 are within ONE_L0 of each other there is no
@@ -98,6 +97,7 @@ def best_at_equal_l0(sites: Sequence[Sequence[dict[str, Any]]]) -> dict[str, Any
         known = [row for row in rows if (row["metrics"]["nmse"]["value"] or 0) > 0 and row["metrics"]["l0"]["value"]]
         points = [(row["metrics"]["l0"]["value"], row["metrics"]["nmse"]["value"]) for row in known]
         for row, excess in zip(known, excess_at_equal_l0(points) if points else [], strict=True):
+            # Rounded, so that SAEs that are equal but for rounding tie and the sparser one is taken on every machine.
             ranked.append((round(excess, 9), row["metrics"]["l0"]["value"], len(ranked), row))
     if not ranked:
         return sites[0][0]

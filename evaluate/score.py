@@ -112,6 +112,7 @@ class SAEScore:
         return torch.cat(parts) if parts else x_ND
 
     def _count(self, x: Tensor, f: Tensor, x_hat: Tensor, places: TokenPlaces, massive: Tensor | None) -> None:
+        # What the decoder gives with no latent active: gamma_c measures shrinkage of what the latents add to it.
         empty = self.sae.norm.denormalise(self.sae.b_dec.expand_as(x), x)
         if massive is None:
             self.ordinary.update(x, x_hat, empty, f, places)
@@ -169,6 +170,7 @@ class SiteScore:
         clean = self.splice.clean(ids_BT, keep_BT)
         self.shared.add("predicted", torch.ones_like(clean.ce_P), context_P, document_P)
         self.shared.add("clean", clean.ce_P, context_P, document_P)
+        # Both once a batch, not once an SAE: they do not depend on it.
         ablations = {"zero": torch.zeros_like(clean.x_ND), "mean": self.mean_D.float().expand(clean.x_ND.shape)}
         for name, rows_ND in ablations.items():
             self.shared.add(name, self.splice.ablated(clean, rows_ND), context_P, document_P)

@@ -38,6 +38,7 @@ FLOAT16_LIMIT = 6e4  # float16 ends at 65,504; so near to it, other tokens are l
 
 def widths_of(model: nn.Module, sites: Sequence[Site], packed: PackedTokens) -> dict[str, int]:
     """Measure the width of each site, by a forward of one context; UserError where the model has no such site."""
+    # By a forward, as configs name widths in many ways and a module's path says nothing of its own.
     seen = run_to(model, sites, _ids(packed.contexts[:1], model))
     return {name: x_BTD.shape[-1] for name, x_BTD in seen.items()}
 
@@ -117,6 +118,7 @@ class Harvester:
                         if not self._begin(unit, writer, bar):
                             again.append(unit)
                     writer.finish()
+                    # None of what is left could be begun: others have all of it. Not an error, as one of them may die.
                     if len(again) == len(left):
                         time.sleep(POLL_S)
                     left, again = again, []
@@ -134,9 +136,11 @@ class Harvester:
                 self._refuse_mixed()
             self._begun = True
             left = unit.left(self.store)
+            # Looked at again under the lease: another may have committed the unit between the first look and now.
             if left.names:  # else committed between the look and the lease
                 buffer = writer.next_buffer()
                 self._fill(left, buffer, bar)
+                # The lease goes with the buffer to the writing thread, which gives it back when the unit is committed.
                 writer.submit(left, buffer, lease.pop_all())
             else:
                 bar.update(unit.rows)
@@ -149,6 +153,7 @@ class Harvester:
     def _write(self, unit: Unit, buffer: ActivationBuffer) -> None:
         """Permute, write and commit the rows of a unit."""
         self._refuse_unstorable(unit, buffer)
+        # One order for all sites, tokens and origin of the unit, so that row i is the same token in each of them.
         order = self.store.permutation(unit.split, unit.index, unit.rows)
         index_arrays = self._index_arrays(unit)
         for name in unit.names:
@@ -197,6 +202,7 @@ class Harvester:
             for first in range(0, len(contexts), self.lm_batch):
                 batch = contexts[first : first + self.lm_batch]
                 mask = keep[first : first + self.lm_batch]
+                # Contexts are whole and of one length, so there is no padding and no mask.
                 self.model(input_ids=_ids(batch, self.model), use_cache=False)
                 # Found here: a GPU that looks for them itself makes the forward wait for their number.
                 keep_N = torch.from_numpy(np.flatnonzero(mask))

@@ -56,12 +56,16 @@ class HookPoint:
 
         def begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             tokens = args[0] if args else kwargs.get("input_ids")
+            # B and T are taken from the model's own input: a module may flatten its tokens, and only this tells how
+            # they were.
             lead[:] = (kwargs["inputs_embeds"] if tokens is None else tokens).shape[:2]
 
         def apply(x: Tensor) -> Tensor | None:
             if not lead:
                 raise UserError(f"site {self.site}: this module ran twice in a forward, or outside of one of the model")
             x_BTD = self._rows(x, *lead)
+            # Emptied when the site has been seen, so a second call in one forward, or none at all, does not pass
+            # unseen.
             lead.clear()
             scaled_BTD = self._scale(x_BTD)
             new_BTD = edit(scaled_BTD.clone() if self.shared else scaled_BTD)
@@ -110,6 +114,7 @@ class HookPoint:
             new = apply(x)
             if new is None:
                 return None
+            # The skip path reads the same tensor after this block's norm has: a new tensor would reach the norm only.
             if self.shared:
                 x.copy_(new)
                 return None
@@ -172,10 +177,12 @@ def capture(model: nn.Module, sites: Sequence[Site], *, stop: bool = True) -> It
 
     def keep(name: str, x_BTD: Tensor) -> None:
         seen[name] = x_BTD
+        # An exception is the only way out of a forward: it skips the layers above and the unembedding.
         if stop and len(seen) == len(places):
             raise _Stop
 
     with _stoppable(model) if stop else nullcontext(), ExitStack() as stack:
+        # A forward that fails halfway must not leave tensors of an earlier batch for the caller to read.
         stack.callback(model.register_forward_pre_hook(lambda module, args: seen.clear()).remove)
         for place in places:
             for handle in place.attach(functools.partial(keep, str(place.site))):
@@ -216,6 +223,7 @@ def _stoppable(model: nn.Module) -> Iterator[None]:
         except _Stop:
             return None
 
+    # In the instance's own dict, where __call__ finds it: the class, and other models of it, stay as they are.
     model.__dict__["forward"] = forward
     try:
         yield

@@ -72,6 +72,7 @@ def plan(store: Store | None, layout: Layout, packed: Mapping[str, PackedTokens]
                 index_arrays = tuple(name for name in left if name in INDEX_WIDTHS)
                 rows = int(text.keep[contexts].sum())
                 unit = Unit(split, index, contexts, rows, tuple(n for n in left if n not in index_arrays), index_arrays)
+                # By its share of the split: both splits are then begun early and end together.
                 ranked.append((index / n_units, unit))
     return [unit for _, unit in sorted(ranked, key=lambda one: one[0])]
 
@@ -81,6 +82,7 @@ def covered(store: Store, sites: Sequence[Site], rows: Mapping[str, int]) -> boo
     for split, wanted in rows.items():
         for name in [*map(str, sites), *INDEX_WIDTHS]:
             commits = store.committed(split, name)
+            # Rows behind a gap do not count: `tokens` asks for the first rows of the text.
             if sum(commits[index].rows for index in takewhile(commits.__contains__, count())) < wanted:
                 return False
     return True

@@ -53,6 +53,7 @@ class LastCheckpoint(Callback):
 
     def _save(self, trainer: Trainer, module: MultiSAEModule) -> None:
         for member in module.in_step:
+            # Before anything is written: a checkpoint of weights that are NaN would replace the last good one.
             module.guarded(member, member.check_finite)
         for member in module.in_step if trainer.is_global_zero else []:
             state = {**member.state(), "loader": module.stream.state(member.step)}

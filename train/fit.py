@@ -60,6 +60,7 @@ def fit(runs: Sequence[TrainRun], *watching: Callback) -> dict[str, str]:
         except (SystemExit, KeyboardInterrupt):  # Lightning answers Ctrl-C with the first
             if first_rank():
                 print(how_to_go_on(runs, "interrupted"))
+            # The exit code by which a shell knows that a signal ended a program.
             number = signals.received or signal.SIGINT
             raise SystemExit(128 + number) from None
         except OSError:
@@ -84,6 +85,7 @@ def _fit(runs: Sequence[TrainRun], signals: Signals, *watching: Callback) -> dic
         member.sae.matmul = matmul
     if not members:
         return failed
+    # From the member that is furthest behind; the others wait until the stream has come to where they stand.
     stream = Passes(data.train_dataloader, min(member.step for member in members), plan.steps, order)
     rows = data.val_dataloader if len(plan.heldout) else None
     module = MultiSAEModule(
@@ -98,6 +100,8 @@ def _fit(runs: Sequence[TrainRun], signals: Signals, *watching: Callback) -> dic
     assert module.step == plan.steps or not module.running
     for member in module.running:
         member.copy_to()
+    # After the averaged weights are in place, and before the last validation: T must be that of the weights that are
+    # saved.
     calibrated = _calibrate(module, data, trainer.strategy.root_device)
     module.validate("final")
     if trainer.is_global_zero:
@@ -119,6 +123,7 @@ def _members(runs: Sequence[TrainRun], data: ActivationData) -> tuple[list[SAETr
     """Make the SAEs at their first step or at their checkpoint;
     return also why others could not begin and the loader's state."""
     plan = runs[0].plan
+    # One sample for all new SAEs of the pass; none is read where all go on.
     fresh = [run for run in runs if not run.step and not run.settings.start]
     sample_ND = data.sample(SAMPLES) if fresh else None
     members: list[SAETrainer] = []
@@ -147,6 +152,7 @@ def _member(run: TrainRun) -> SAETrainer:
     settings, plan = run.settings, run.plan
     rate = 1.0
     if settings.lr_at_width is not None:
+        # Adam's best rate falls about as the square root of the width (Gao et al. 2406.04093).
         rate = math.sqrt(settings.lr_at_width / run.sae.width)
     return SAETrainer(
         run.sae,
@@ -241,6 +247,7 @@ def _calibrate(module: MultiSAEModule, data: ActivationData, device: torch.devic
     for member in members:
         sae = member.sae
         assert isinstance(sae, BatchTopKBase)
+        # Recorded beside the calibrated one: how far the two are apart says how well the running mean served.
         followed = float(sae.threshold)
         calibration = asdict(sae.calibrate(batches))
         records[member.name] = {

@@ -83,6 +83,7 @@ def harvest_line(settings: TrainSettings, overrides: Sequence[str], tokens: int)
     """Write the command that makes what this training asks for:
     its model, text and packing, its site and enough tokens."""
     groups = ("experiment", "model", "text", "packing", "cache", "lm_batch")
+    # The overrides a harvest has as well, as the user wrote them; the rest of the line is worked out here.
     own = [item for item in overrides if item.lstrip("+~").split("=")[0].split(".")[0].split("@")[0] in groups]
     parts = [*own, f"sites=[{settings.site}]", f"tokens={tokens}", f"heldout_tokens={settings.heldout_tokens}"]
     return f'make harvest ARGS="{" ".join(parts)}"'
@@ -143,6 +144,7 @@ def _filtered_readers(
 ) -> tuple[dict[str, Reader], Outliers]:
     """Wrap the readers, without the rows above `times` the median norm; reads every row once."""
     median = median_norm(readers[TRAIN], chunks, decode)
+    # Of train/ alone, for held-out rows too: one limit, or the two splits would be cut differently.
     limit = times * median
     filtered: dict[str, Reader] = {}
     left_out: dict[str, int] = {}
@@ -174,6 +176,8 @@ def make_plan(
     site = str(Site.parse(settings.site))
     store = find_store(settings, overrides)
     readers = _readers(settings, overrides, store, site)
+    # A store may have grown since the run began. With more chunks the order of all rows would be another, so a run that
+    # goes on keeps to those it began with.
     stored_chunks = len(readers[TRAIN].sizes[:stored_chunks])
     outliers = None
     times = _outlier_times(settings, store, site)
@@ -236,6 +240,7 @@ def _split(
     rows = int(sizes.sum())
     if rows > settings.calibration_tokens:
         chunks, reserved = split_calibration(sizes, settings.calibration_tokens, settings.seed)
+        # By batches and not by rows: each pass leaves out the last rows that fill none.
         one_pass = batches_per_epoch(int(sizes[chunks].sum()), batch=settings.batch, world=settings.world)
         if one_pass * settings.epochs >= steps:
             return chunks, reserved
@@ -281,6 +286,7 @@ def group_by_stream(runs: Sequence[TrainRun]) -> list[list[TrainRun]]:
     latest: dict[str, list[TrainRun]] = {}
     for run in sorted(runs, key=lambda run: run.step):
         stream = canonical(run.stream())
+        # Those far apart would make the ones behind read again what the others have, while these wait and hold memory.
         if stream not in latest or run.step - latest[stream][-1].step > run.settings.checkpoint_every:
             latest[stream] = []
             groups.append(latest[stream])

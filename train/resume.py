@@ -48,6 +48,7 @@ class RunRecord(Settings):
 
 def numbers(settings: TrainSettings, plan: DataPlan) -> Group:
     """Return what determines the numbers of a run, the store's identity with it."""
+    # Settings that set no number (the folder, the pace, the logger) may differ between a run and its continuation.
     own = of_scope(settings, "sae", "stream")
     return {**own, "store": plan.store.manifest.fingerprint, "world": plan.world}
 
@@ -96,6 +97,7 @@ def stored_chunks(folder: Path) -> int | None:
     """Read how much of the store the run in `folder` began with; None where it left nothing to go on from."""
     from train.sae.io import CONFIG
 
+    # A run.json alone is of a run that died before its first checkpoint: a new one may begin in its place.
     left_something = (folder / LAST).is_file() or (folder / CONFIG).is_file()
     return read_run(folder).stored_chunks if left_something else None
 
@@ -117,6 +119,7 @@ def resumed(given: Mapping[str, Any], overrides: Sequence[str]) -> Group:
         if name == "resume":
             continue
         scope = scope_of_override(override)
+        # A store may have been moved; that it is the same one is checked by its fingerprint.
         free = name in ("cache", "store") or (scope is not None and not scope.sets_numbers and name != "out")
         if not free:
             raise UserError(f"resume takes its settings from the run and would ignore {override}: leave it out")
@@ -175,6 +178,7 @@ def read_checkpoint(folder: Path, settings: TrainSettings, plan: DataPlan, mappe
     remedy = "remove the folder and train anew"
     try:
         with zipfile.ZipFile(path) as parts:
+            # torch.save writes a zip whose parts have a CRC each; torch.load itself does not look at them.
             whole = parts.testzip() is None
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped) if whole else None
     except (zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError, EOFError, KeyError, NotImplementedError):
@@ -184,6 +188,7 @@ def read_checkpoint(folder: Path, settings: TrainSettings, plan: DataPlan, mappe
     needed = _PARTS | ({"average"} if settings.ema is not None else frozenset())
     if missing := sorted(needed - state.keys()):
         raise UserError(f"{path} lacks its part {missing[0]} (an earlier version wrote it, or it was edited): {remedy}")
+    # A checkpoint copied from another folder loads without complaint if the shapes agree. Its run's hash tells.
     if state["run"] != fingerprint(settings, plan):
         raise UserError(f"{path} is of another run than {folder / RUN}: put its own back, or {remedy}")
     step = state["step"]
@@ -197,6 +202,7 @@ def read_checkpoint(folder: Path, settings: TrainSettings, plan: DataPlan, mappe
 
 def first_rank() -> bool:
     """Return whether this process is the one of its ranks that writes; by what torchrun, Slurm or Lightning set."""
+    # Global ranks first: LOCAL_RANK is 0 once on every host.
     for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK"):
         if name in os.environ:
             return os.environ[name] == "0"

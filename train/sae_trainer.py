@@ -105,16 +105,21 @@ class SAETrainer(nn.Module):
 
         On a GPU nothing waits for the device but the steps that are logged.
         """
+        # Each SAE draws from a state of its own, put in before its step and taken out after it: beside others it gets
+        # the numbers it would get alone.
         set_random_state(self.rng, x_BD.device)
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * self.schedule.lr(self.step)
         context = TrainContext(sparsity_scale=self.schedule.sparsity(self.step))
         if self.sae.uses_auxk:
             tokens = len(x_BD) * self.world
+            # The list may be made anew after half the window at the latest, so that it never holds many that live.
             may_die_d = self.dead.may_die(self.dead_after, tokens, self.dead_after // (2 * tokens))
             context = replace(context, dead_F=self.dead.mask(self.dead_after), may_die_d=may_die_d)
         step = self.sae.loss(self.sae.norm.normalise(x_BD), context)
         step.loss.backward()  # type: ignore[no-untyped-call]
+        # After backward and before the projection and the clip, which then work on the gradient of the whole batch, as
+        # on one device.
         self._average_gradients()
         update(self.sae, self.optimizer, self.clip)
         self.optimizer.zero_grad()  # the next SAE's step has the memory
@@ -123,6 +128,8 @@ class SAETrainer(nn.Module):
         self.step += 1
         if self.average is not None:
             self.average.update(self.sae, self.step)
+        # Only here is the device waited for. A loss that is not finite is noted on the device in each step, and seen
+        # here.
         if self.step % self.log_every == 0 or self.step == self.schedule.total:
             self.check_finite()
             self.figures_logged = self._figures(step)
@@ -133,12 +140,16 @@ class SAETrainer(nn.Module):
     def _count(self, step: StepOutput) -> None:
         fired_F, tokens = step.fired_F, step.tokens
         if self.world > 1:
+            # A latent is alive if it fired on any rank's part of the batch.
             fired = fired_F.int()
             dist.all_reduce(fired, dist.ReduceOp.MAX)
             fired_F = fired.bool()
+            # A threshold follows the first rank's batches: ranks must not drift apart, and any one of them is a fair
+            # sample.
             for buffer in self.sae.buffers():
                 dist.broadcast(buffer, 0)
         self.dead.update(fired_F, tokens * self.world)
+        # Without a branch: the first bad step stays, and the host does not wait for it.
         bad = (self.bad_step < 0) & ~torch.isfinite(step.loss.detach())
         self.bad_step = torch.where(bad, self.step, self.bad_step)
 
@@ -182,6 +193,8 @@ class SAETrainer(nn.Module):
     def swapped_in(self) -> AbstractContextManager[None]:
         """Give the SAE for the `with` block the weights that are saved,
         where their threshold is known before the end."""
+        # A threshold belongs to the weights it was measured with. Under BatchTopK's followed one the mean would be
+        # scored by a threshold of other weights.
         if self.average is None or self.sae.needs_calibration:
             return nullcontext()
         return self.average.swapped_in(self.sae)
@@ -200,6 +213,7 @@ class SAETrainer(nn.Module):
     def fail(self, why: str) -> None:
         """Stop it for good; its moments and loggers go."""
         self.failure = why
+        # Adam's moments are two thirds of what an SAE holds between steps; the others of the pass may need it.
         self.optimizer.state.clear()
         self.finalize("failed")
 
@@ -259,6 +273,8 @@ class SAETrainer(nn.Module):
     def begin(self, device: torch.device) -> None:
         """Make the optimizer; to be called once the parameters are on `device`."""
         if self._moments is not None:
+            # Loaded again, as load_state_dict brings the moments to where the parameters are, and they have been moved
+            # since.
             self.optimizer.load_state_dict(self._moments)
             self._moments = None
         if device.type == "cuda" and "cuda" not in self.rng:

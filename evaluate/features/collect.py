@@ -68,6 +68,8 @@ class Shelf:
 
     def candidates(self, latent_n: NDArray[np.int64], key_n: NDArray[np.float64]) -> NDArray[np.int64]:
         """Choose which examples, given by latent and token, can stay: by latent, best first, K a latent at most."""
+        # The last place has the smallest key of the shelf: most firings of a long text do not come near it and end
+        # here.
         index_m = np.flatnonzero(key_n > self.key_FK[latent_n, -1])
         index_m = index_m[np.lexsort((-key_n[index_m], latent_n[index_m]))]
         return index_m[_rank(latent_n[index_m]) < self.places]
@@ -99,6 +101,7 @@ class Shelf:
             both = np.concatenate([table[touched], np.full_like(table[touched], -np.inf if order is None else 0)], 1)
             both[at] = new
             if order is None:  # the keys are the first table
+                # Stable, and what was there comes before what is new: of equal keys the earlier token's stays.
                 order = np.argsort(-both, axis=1, kind="stable")[:, : self.places]
             table[touched] = both[np.arange(len(touched))[:, None], order]
 
@@ -176,6 +179,7 @@ class Collector:
         """Find for each latent in each context the first of its largest firings; counts the contexts."""
         if not len(firings.latent_n):
             return np.zeros(0, np.int64)
+        # Firings are ordered by latent and token, so those of one latent in one context stand together.
         group = firings.latent_n * (int(sequence_N[-1]) + 1) + sequence_N[firings.row_n]
         starts = np.flatnonzero(np.diff(group, prepend=-1))
         sizes = np.diff(starts, append=len(group))
