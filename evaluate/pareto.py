@@ -70,11 +70,11 @@ def compare(
 
 
 def excess_at_equal_l0(points: Sequence[tuple[float, float]]) -> list[float]:
-    """Compute how far each SAE's log NMSE lies above what the sweep has at its L0, from (L0, NMSE) > 0; below: negative.
+    """Compute how far each SAE's log NMSE lies above what the sweep has at its L0 (or below, as a negative number).
 
-    What the sweep has is the line of least squares through log NMSE against log L0 of all SAEs, its slope never above
-    0, since more active latents do not reconstruct worse. Where all L0 are within ONE_L0 of each other there is no
-    slope to be read, and the plain log NMSE is compared.
+    Points are (L0, NMSE), both above 0. What the sweep has is the line of least squares through log NMSE against log L0
+    of all SAEs, its slope never above 0, since more active latents do not reconstruct worse. Where all L0 are within
+    ONE_L0 of each other there is no slope to be read, and the plain log NMSE is compared.
     """
     log_l0 = np.log([l0 for l0, _ in points])
     log_nmse = np.log([nmse for _, nmse in points])

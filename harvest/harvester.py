@@ -96,7 +96,7 @@ class Harvester:
         may die.
         """
         self._refuse_mixed()
-        self._require(units)
+        self.make_arrays(units)
         n_ours = 0
         left = list(units)
         again: list[Unit] = []  # that another process has, or was faster with
@@ -112,7 +112,7 @@ class Harvester:
                     bar.update(-unit.rows)
                     again.append(unit)
 
-            with Writer(self._write, ended, self.layout.unit_rows, self.dtype) as writer:
+            with Writer(self.write_unit, ended, self.layout.unit_rows, self.dtype) as writer:
                 while left:
                     for unit in left:
                         if not self._begin(unit, writer, bar):
@@ -139,7 +139,7 @@ class Harvester:
             # Looked at again under the lease: another may have committed the unit between the first look and now.
             if left.names:  # else committed between the look and the lease
                 buffer = writer.next_buffer()
-                self._fill(left, buffer, bar)
+                self.run_unit(left, buffer, bar)
                 # The lease goes with the buffer to the writing thread, which gives it back when the unit is committed.
                 writer.submit(left, buffer, lease.pop_all())
             else:
@@ -150,7 +150,7 @@ class Harvester:
         if not self.allow_mixed_devices:
             refuse_mixed(self.store, self.made_by)
 
-    def _write(self, unit: Unit, buffer: ActivationBuffer) -> None:
+    def write_unit(self, unit: Unit, buffer: ActivationBuffer) -> None:
         """Permute, write and commit the rows of a unit."""
         self._refuse_unstorable(unit, buffer)
         # One order for all sites, tokens and origin of the unit, so that row i is the same token in each of them.
@@ -169,7 +169,7 @@ class Harvester:
         origin = np.stack([sequence + unit.contexts.start, position], axis=1).astype(np.int32)
         return {TOKENS: text.contexts[unit.contexts][keep], ORIGIN: origin}
 
-    def _require(self, units: Sequence[Unit]) -> None:
+    def make_arrays(self, units: Sequence[Unit]) -> None:
         """Make or grow the arrays, once for the whole run and before anything is claimed."""
         sites = sorted({site for unit in units for site in unit.sites})
         unscaled = [site for site in sites if self._needs_scale(site)]
@@ -190,7 +190,7 @@ class Harvester:
         rows = self.store.rows_of(site)
         return rows.is_int8 and rows.standard is None
 
-    def _fill(self, unit: Unit, buffer: ActivationBuffer, bar: Any) -> None:
+    def run_unit(self, unit: Unit, buffer: ActivationBuffer, bar: Any) -> None:
         """Run a unit's contexts; `buffer` takes the rows of each site, in the order of the text."""
         if not unit.sites:
             bar.update(unit.rows)

@@ -99,7 +99,7 @@ class LanguageModel:
     def check(self) -> None:
         """Refuse within seconds what cannot be loaded: folder, truncated weights, unknown or unreachable name."""
         if self.settings.device.startswith(("cuda", "mps")):
-            _device(self.settings.device)
+            torch_device(self.settings.device)
         if self.path is not None:
             _ = self.folder
         elif hub.cached(self.name, self.settings.revision) is None:
@@ -212,7 +212,7 @@ class LanguageModel:
         """Load the model in eval mode, without gradients or cache, on its device;
         UserError where a weight is missing."""
         folder, options = self._source
-        device = _device(self.settings.device)
+        device = torch_device(self.settings.device)
         import torch
         from transformers.utils import logging
 
@@ -267,7 +267,7 @@ def _dequantized() -> Any:
     return GgufConfig(dequantize=True)
 
 
-def _device(asked: str) -> str:
+def torch_device(asked: str) -> str:
     """Return the torch device meant; UserError where this machine has none such."""
     import torch
 

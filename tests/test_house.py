@@ -266,6 +266,46 @@ def test_docstrings_open_with_a_verb() -> None:
     assert {name: word for name, word in opening.items() if word.lower() in NO_VERBS or not word[0].isupper()} == {}
 
 
+def private(name: str) -> bool:
+    return name.startswith("_") and not name.startswith("__")
+
+
+def reached_for(tree: ast.Module) -> Iterator[str]:
+    """Yield each private name of another module or object that a file takes, reads or patches."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom):
+            yield from (alias.name for alias in node.names if private(alias.name))
+        elif isinstance(node, ast.Attribute) and private(node.attr):
+            if not (isinstance(node.value, ast.Name) and node.value.id in ("self", "cls")):
+                yield ast.unparse(node)
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("setattr"):
+            named = [arg.value for arg in node.args if isinstance(arg, ast.Constant) and isinstance(arg.value, str)]
+            yield from (name for name in named if private(name.rpartition(".")[2]))
+
+
+# Other libraries' own, where they have no public name for it, and the sizes with which kernels are launched.
+PRIVATE = {
+    *("config._attn_implementation", "_forward_hooks", "_forward_pre_hooks", "server._server", "launcher._target_"),
+    *("kernels._TILE", "kernels._columns"),
+}
+PATCHES = 125  # in all tests; may only shrink: give a parameter, a fake storage or a public step instead
+
+
+def test_tests_use_public_names_and_few_patches() -> None:
+    trees = {path: ast.parse(path.read_text()) for path in sorted((ROOT / "tests").rglob("*.py"))}
+    found = {f"{path.relative_to(ROOT)}: {name}" for path, tree in trees.items() for name in reached_for(tree)}
+    assert {name for name in found if not name.endswith(tuple(PRIVATE))} == set()
+    calls = [node for tree in trees.values() for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    patches = [call for call in calls if ast.unparse(call.func).endswith(("patch.setattr", "patch.delattr"))]
+    assert len(patches) <= PATCHES
+
+
+def test_the_test_of_private_names_sees_them() -> None:
+    code = "from a import _b\nc._d()\nmonkeypatch.setattr(e, '_f', g)\nmonkeypatch.setattr('h.i._j', k)\nself._l, m.n"
+    assert list(reached_for(ast.parse(code))) != []
+    assert {"_b", "c._d", "_f", "h.i._j"} == set(reached_for(ast.parse(code)))
+
+
 def test_nothing_of_ours_is_installed() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     assert project["tool"]["setuptools"]["packages"] == []

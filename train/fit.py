@@ -131,7 +131,7 @@ def _members(runs: Sequence[TrainRun], data: ActivationData) -> tuple[list[SAETr
     order: State | None = None
     for run in runs:
         try:
-            member = _member(run)
+            member = make_member(run)
             if run.step:
                 state = read_checkpoint(run.folder, run.settings, plan)
                 member.load(state)
@@ -147,7 +147,7 @@ def _members(runs: Sequence[TrainRun], data: ActivationData) -> tuple[list[SAETr
     return members, failed, order
 
 
-def _member(run: TrainRun) -> SAETrainer:
+def make_member(run: TrainRun) -> SAETrainer:
     """Make the run's SAE with what trains it, at step 0."""
     settings, plan = run.settings, run.plan
     rate = 1.0

@@ -29,7 +29,7 @@ def claims(bench: Bench) -> list[Finding]:
     findings = [*_better(bench, "S1", f"at every width, k={k}", places)]
     places = {(bench.width, k) for k in bench.ks("topk", bench.width)}
     findings += _better(bench, "S2", f"at width {bench.width:,}, every k", places)
-    return findings + _varying(bench) + _inference(bench) + _swapped(bench)
+    return findings + l0_varies(bench) + _inference(bench) + _swapped(bench)
 
 
 def _better(bench: Bench, claim: str, where: str, places: set[tuple[int, int]]) -> list[Finding]:
@@ -62,7 +62,7 @@ def shown(comparison: Comparison) -> str:
     return f"{comparison.value:{digits}} [{comparison.low:{digits}}, {comparison.high:{digits}}]"
 
 
-def _varying(bench: Bench) -> list[Finding]:
+def l0_varies(bench: Bench) -> list[Finding]:
     saes = [*bench.pick("batchtopk", width=bench.width), *(s for s in bench.special if s.variant == "batchtopk")]
     varying = comparisons_of({named(sae): [_unlike(sae)] for sae in saes}, kind="sd of L0 / mean L0, below", margin=0.0)
     flat = [replace(one, shown={"sd / mean": VARIES - one.value}) for one in varying]

@@ -20,7 +20,7 @@ from data.loading.checksums import ChunkChecks
 from data.store.commit import Chunk
 from data.store.store import Store
 
-_MOST_PARTS = 1024  # that one preadv takes, on Linux and elsewhere
+MOST_PARTS = 1024  # that one preadv takes, on Linux and elsewhere
 _TORCH = {
     **{"uint16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32},
     **{"int8": torch.int8, "int32": torch.int32},
@@ -174,8 +174,8 @@ class DirectReader(_CommittedReader):
             # before.
             length = os.fstat(file).st_size
             if length == record.bytes:
-                for first in range(0, len(outs), _MOST_PARTS):
-                    parts = outs[first : first + _MOST_PARTS]
+                for first in range(0, len(outs), MOST_PARTS):
+                    parts = outs[first : first + MOST_PARTS]
                     length -= _missing(file, parts, at)
                     at += sum(part.nbytes for part in parts)
         finally:

@@ -44,7 +44,7 @@ _OWN_CREDENTIALS = "http://169.254.169.254"  # where obstore looks for a machine
 
 
 @cache
-def _opened(scheme: str, bucket: str) -> Any:
+def open_bucket(scheme: str, bucket: str) -> Any:
     """Open obstore's store of a whole bucket; one a process, so that memory:// keeps what was put there."""
     try:
         from obstore.store import MemoryStore, S3Store
@@ -59,7 +59,8 @@ def _opened(scheme: str, bucket: str) -> Any:
 
 
 @cache
-def _uploaders() -> ThreadPoolExecutor:
+def uploaders() -> ThreadPoolExecutor:
+    """Return the threads of this process that put staged chunks."""
     return ThreadPoolExecutor(AT_ONCE, thread_name_prefix="upload")
 
 
@@ -115,7 +116,7 @@ class ObjectStorage:
 
     def __init__(self, path: Url) -> None:
         self.path = path
-        self._store = _opened(path.scheme, path.bucket)
+        self._store = open_bucket(path.scheme, path.bucket)
         self.leases = UnitLeases(self)
         self._offered: set[Url] = set()
         self._uploads: dict[Url, list[Future[str | None]]] = {}
@@ -290,7 +291,7 @@ class ObjectStorage:
         if len(uploads) >= AT_ONCE:
             # Waits for the eldest that may still be under way, so memory holds at most AT_ONCE chunks.
             uploads[-AT_ONCE].result()
-        uploads.append(_uploaders().submit(self.put, self._below(stage / name), b"".join(pieces)))
+        uploads.append(uploaders().submit(self.put, self._below(stage / name), b"".join(pieces)))
 
     def _below(self, url: Url) -> str:
         """Return the key of a URL below this place."""

@@ -63,7 +63,7 @@ def unreadable(error: OSError) -> str:
     return reasons.get(error.errno or 0, f"cannot be read ({error.strerror})")
 
 
-def _sealed(data: bytes, path: Location, indent: int | None = None) -> Json:
+def read_sealed(data: bytes, path: Location, indent: int | None = None) -> Json:
     """Read a record, which must be byte for byte what was written; a UserError otherwise."""
     obj = unseal(data, path, "")
     if data != seal(obj, indent):
@@ -71,7 +71,7 @@ def _sealed(data: bytes, path: Location, indent: int | None = None) -> Json:
     return obj
 
 
-def _array(raw: bytes, layout: Layout, site: str) -> tuple[RowFormat, tuple[int, ...]]:
+def read_array(raw: bytes, layout: Layout, site: str) -> tuple[RowFormat, tuple[int, ...]]:
     """Read the rows that an array's zarr.json tells of, and their shape;
     a UserError where it is not as it was written."""
     try:
@@ -155,7 +155,7 @@ class Verifier:
         """Read complete.json and every commit record, and hold each against its name and the layout."""
         path = self.path / "complete.json"
         try:
-            complete = _sealed(self.storage.read("complete.json"), path)
+            complete = read_sealed(self.storage.read("complete.json"), path)
             if all(isinstance(sites, dict) for sites in complete.values()):
                 self.complete = complete
             else:
@@ -188,7 +188,7 @@ class Verifier:
             self.record_damaged(unreadable(data), split, unit, site)
             return None
         try:
-            _sealed(data, path)
+            read_sealed(data, path)
             commit = Commit.of(data, path)
         except UserError:
             self.record_damaged("is not as it was written", split, unit, site)
@@ -212,7 +212,7 @@ class Verifier:
                 key = f"{split}/{site}/zarr.json"
                 try:
                     raw = self.storage.read(key)
-                    self.arrays[split, site] = _array(raw, self.layout, site)
+                    self.arrays[split, site] = read_array(raw, self.layout, site)
                     self.capacity[split, site] = json.loads(raw)["shape"][0]
                 except FileNotFoundError:
                     self.damaged(self.path / key, "is missing", _RESTORE)
