@@ -19,10 +19,10 @@ from torch import Tensor
 from data.base.errors import UserError
 from data.base.records import Json
 from data.base.sites import Site
+from data.store.massive import TIMES_MEDIAN
 from evaluate.inputs import HeldoutText, SavedSAE
 from harvest.hooks import run_to
 
-TIMES = 10.0  # the median norm, above which a row is massive unless an SAE's own rule says otherwise
 MEDIAN_TOKENS = 8192  # held-out tokens at least that a site's median norm is taken over, where there are so many
 
 
@@ -124,7 +124,7 @@ class ScoredText:
         rules = [rule_of(sae) for sae in saes]
         rule = strictest(rules)
         if rule is None:
-            return cls(text, MassiveRule(TIMES, site_median_norm(text, site)), False, 0, None)
+            return cls(text, MassiveRule(TIMES_MEDIAN, site_median_norm(text, site)), False, 0, None)
         scored, left_out = without_massive(text, site, rule)
         return cls(scored, rule, True, left_out, disagreement(rules))
 

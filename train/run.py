@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
+from pydantic import Field
 
 from data.base import cli
+from data.base.config import Real, Settings, Whole
 from data.base.errors import UserError
 from data.base.records import canonical
-from data.base.settings import number, whole
 from train.config import VARIANT_ALIASES, Group, TrainSettings, by_name, check_installed, of_scope
 from train.plan import DataPlan, TrainRun, group_by_stream, make_plan
 from train.rates import with_rate
@@ -25,8 +26,17 @@ from train.resume import first_rank, only_writer, resumed, step_to_resume, store
 if TYPE_CHECKING:
     from train.sae import SAE
 
-MOST_LATENTS = 10**9
+MOST_LATENTS = 10**9  # more is a slip of the keyboard, and would end in a failed allocation and not in a sentence
 _OFF_UNIT = 0.01  # rows of W_dec: dictionary_learning leaves its own off by about its learning rate
+
+
+class SizeSettings(Settings):
+    """How wide an SAE is: one of two ways to say it, so neither is a setting of the variant."""
+
+    width: Whole | None = Field(None, ge=1, le=MOST_LATENTS)
+    """Latents; goes before `expansion`."""
+    expansion: Real | None = Field(None, gt=0, le=MOST_LATENTS)
+    """Latents / width of the site."""
 
 
 @dataclass(frozen=True)
@@ -222,9 +232,12 @@ def build(settings: Mapping[str, Any], d_in: int, overrides: Sequence[str] = ())
         raise UserError(
             "sae.width and sae.expansion are both null: give one of them, the latents or latents/site width"
         )
-    name, value = ("sae.width", width) if width is not None else ("sae.expansion", expansion)
-    number({name: value}, name, 0, MOST_LATENTS)
-    if width is None and (width := expansion * d_in) != int(width):
-        raise UserError(f"sae.expansion={expansion} times the width {d_in} is not a whole number of latents")
-    config = variant.Config.of({"width": whole({"sae.width": width}, "sae.width", 1), **arguments}, "sae")
+    size = SizeSettings.of({"width": width, "expansion": expansion}, "sae")
+    latents: float | None = size.width
+    if latents is None:
+        assert size.expansion is not None, "one of the two is given"
+        latents = size.expansion * d_in
+        if latents != int(latents):
+            raise UserError(f"sae.expansion={expansion} times the width {d_in} is not a whole number of latents")
+    config = variant.Config.of({"width": latents, **arguments}, "sae")
     return variant(d_in, **config.model_dump())

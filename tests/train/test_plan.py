@@ -139,8 +139,8 @@ def test_devices_in_a_sweep(short: Any, monkeypatch: pytest.MonkeyPatch) -> None
     [
         ({"expansion": None}, "both null: give one of them"),
         ({"expansion": 1.03}, "not a whole number"),
-        ({"expansion": "wide"}, r"sae\.expansion=wide must be a number"),
-        ({"width": 100.5}, r"sae\.width=100\.5 must be a whole number"),
+        ({"expansion": "wide"}, r"sae\.expansion=wide is not allowed: it should be a valid number"),
+        ({"width": 100.5}, r"sae\.width=100\.5 is not allowed: it should be a whole number"),
         ({"k": 1.5}, r"sae\.k=1\.5 is not allowed: it should be a whole number"),
         ({"k": None}, r"sae\.k=null is not allowed: it should be a whole number"),
         ({"k": True}, r"sae\.k=true is not allowed: it should be a whole number"),
