@@ -78,6 +78,7 @@ class ActivationBuffer:
         if device not in self._copy_streams:
             self._copy_streams[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         stream = self._copy_streams[device]
+        # The copy must not begin before the forward has made what it copies.
         stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream):
             target.copy_(x, non_blocking=True)

@@ -254,6 +254,7 @@ def _block_list(model: nn.Module) -> str | None:
         for path, module in model.named_modules()
         if isinstance(module, nn.ModuleList) and len({type(block) for block in module}) == 1
     }
+    # An encoder beside the decoder, or a tower for images, has a list too, and mostly a shorter one.
     return max(lists, key=lambda path: lists[path], default=None)
 
 
@@ -312,6 +313,7 @@ def _prove(model: nn.Module, probe: Probe) -> tuple[Form, ...] | None:
         return None
     n_layers = len(model.get_submodule(path))  # type: ignore[arg-type]
     declared = FAMILIES.get(model_type(model))
+    # By layer and not by model: blocks of several kinds may take turns.
     chosen: dict[int, Form] = {}
     for form in FORMS if declared is None else declared:
         open_layers = [layer for layer in range(n_layers) if layer not in chosen]
@@ -335,6 +337,7 @@ def _true_of(model: nn.Module, form: Form, layers: Iterable[int], probe: Probe) 
         fitting = {layer for layer in fitting if _adds_up(model, form, layer, turned, _turn)}
 
         if form.mid is None:
+            # Part 3 of the proof above: attention changed, the block's input not.
             edits = {Site("attn_out", layer): _turn for layer in fitting}
             edits |= {site: _constant(clean[site]) for site in (Site("resid_pre", layer) for layer in fitting)}
             apart = _read(model, form, fitting, edits, probe)

@@ -105,6 +105,7 @@ class Progress(Callback):
         assert isinstance(module, MultiSAEModule)
         step, total, now = module.step, module.total, time.monotonic()
         last, tenth = step == total, 10 * step // total > self.shown_tenth
+        # A terminal is rewritten twice a second; a log file gets a line a minute, or each tenth.
         due = now - self.shown_at > (0.5 if self.live else 60) or (tenth and not self.live)
         several = len(module.members) > 1
         if not (due or last or (tenth and several)) or not trainer.is_global_zero:

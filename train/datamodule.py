@@ -61,6 +61,7 @@ class ActivationData(LightningDataModule):
     def model_units(self, rows: Tensor) -> Tensor:
         """Convert stored rows to float32 activations [B, D], on the rows' device:
         the one place where they become so."""
+        # On the training device: int8 rows travel as half the bytes, and a GPU decodes them in passing.
         decoded: Tensor = self._decoder.to(rows.device)(rows)
         return decoded.to(torch.float32)
 

@@ -113,6 +113,7 @@ def resumed(given: Mapping[str, Any], overrides: Sequence[str]) -> Group:
         raise UserError(f"resume={folder} is not the folder of a training run (it has no {RUN}): give one that has")
     if not (folder / LAST).is_file():
         raise UserError(f"{folder / LAST} is missing, so there is nothing to go on from: train anew")
+    # From the run, not from the command: a setting whose default has changed since must not change the run.
     saved: Group = dict(read_run(folder).settings)
     for override in overrides:
         name = override.lstrip("+~").split("=")[0]

@@ -40,6 +40,8 @@ def places(text: FeatureText, contexts: int, seed: int) -> list[tuple[int, int]]
         raise UserError(
             f"the ablation looks {AFTER} tokens ahead and contexts have {length}: leave it out of feature_metrics"
         )
+    # The second half, as probes and patterns are scored on it; a stream of random numbers of its own, so that no other
+    # metric moves it.
     rng, half = np.random.default_rng([seed, 7]), text.half(True)
     chosen = []
     for context in rng.permutation(np.arange(half.start, half.stop)).tolist():
@@ -71,6 +73,8 @@ def ablate(text: FeatureText, basis: Basis, place: tuple[int, int], count: int, 
 
     def put(x_BTD: Tensor) -> Tensor:
         changed = x_BTD.clone()
+        # Row 0 stays clean: both come from one batch, so what kernels of another batch size would round otherwise
+        # cancels.
         changed[1:, position] -= part_AD.to(changed)
         return changed
 

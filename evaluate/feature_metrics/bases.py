@@ -131,6 +131,7 @@ def neurons_before(model: nn.Module, site: Site, ids_BT: Tensor) -> Neurons | No
         put_out = run_to(model, [mlp_out], ids_BT)[str(mlp_out)]
     finally:
         handle.remove()
+    # Not by its name: a dropout, a norm or a bias after the last map would make the neurons' parts not add up.
     if len(seen) != 1 or not torch.equal(seen[0].reshape(put_out.shape), put_out):
         return None
     weight = linear.weight.detach()

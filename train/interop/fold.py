@@ -38,6 +38,8 @@ def folded(sae: SAE) -> SAE:
     go from the rows of W_dec to W_enc and b_enc, and with them to f.
     """
     state = {name: tensor.clone() for name, tensor in sae.state_dict().items()}
+    # x' = s x. z' = (x' - b') W + b' is s times (x - b'/s) W + b'/s, so everything that is added to z or compared with
+    # it is divided by s and the weights stay: f and x_hat come out in the model's units.
     s = sae.norm.scale
     for name in ("b_dec", *sae.bias_names, "theta", "threshold"):
         if name in state:
@@ -49,6 +51,8 @@ def folded(sae: SAE) -> SAE:
     if isinstance(sae, ReLU):
         settings["form"] = "bricken"
         if not sae.unit_rows and not unit_rows(sae.W_dec):
+            # relu(c z) = c relu(z) for c > 0: a row's length may move from the decoder to the encoder without any
+            # change of x_hat.
             norm_F = torch.linalg.vector_norm(sae.W_dec, dim=1).clamp_min(1e-12)
             state["W_dec"] /= norm_F[:, None]
             state["W_enc_FD"] *= norm_F[:, None]
@@ -63,6 +67,7 @@ def subtracting(sae: SAE, wanted: bool) -> SAE:
     if sae.apply_b_dec_to_input == wanted:
         return sae
     state = {name: tensor.clone() for name, tensor in sae.state_dict().items()}
+    # (x' - b_dec) W = x' W - b_dec W: a constant of each latent. In float64, since a threshold may lie close to z.
     moved_F = sae.W_enc_FD.double() @ sae.b_dec.double() * (1 if wanted else -1)
     for name in sae.bias_names:
         by_F = moved_F * sae.get_parameter("r_mag").double().exp() if name == "b_mag" else moved_F

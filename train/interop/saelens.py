@@ -117,6 +117,7 @@ def read(folder: Path) -> Foreign:
             tensors = _unit(tensors)
         sae = construct("topk", ours, k=wanted(config, "k", path), **common)
     elif architecture == "standard":
+        # The two forms compute the same f; which of them it is only matters where it is trained on.
         form = "bricken" if unit_rows(tensors["W_dec"].float()) else "april"
         sae = construct("relu", ours, form=form, **common)
     else:
@@ -141,6 +142,7 @@ def _norm(config: Json, path: Path) -> str:
 def _thresholded(tensors: dict[str, Tensor], ours: Json, common: Json) -> tuple[SAE, dict[str, Tensor]]:
     """Read a jumprelu, or the BatchTopK or Matryoshka that we wrote as one."""
     theta_F = tensors.pop("threshold").clamp_min(0)  # its relu lets nothing below 0 through
+    # Whoever changed a threshold of theirs made a JumpReLU of it.
     if ours.get("variant") in ("batchtopk", "matryoshka") and bool((theta_F == theta_F[0]).all()):
         return construct(ours["variant"], ours, **common), tensors | {"threshold": theta_F[0]}
     return construct("jumprelu", ours, **common), tensors | {"theta": theta_F}
