@@ -113,7 +113,7 @@ class TextSource(Settings, ABC):
 
 
 def without_new(settings: Json) -> Json:
-    """The settings of a source less `chat` where it is null: older stores, without such a setting, stay the same."""
+    """Return the settings of a source less `chat` where it is null: stores from before there was one stay the same."""
     return {name: value for name, value in settings.items() if name != "chat" or value is not None}
 
 
