@@ -247,7 +247,6 @@ def _calibrate(module: MultiSAEModule, data: ActivationData, device: torch.devic
     for member in members:
         sae = member.sae
         assert isinstance(sae, BatchTopKBase)
-        # Recorded beside the calibrated one: how far the two are apart says how well the running mean served.
         followed = float(sae.threshold)
         calibration = asdict(sae.calibrate(batches))
         records[member.name] = {

@@ -274,8 +274,6 @@ class TopOfBatchScan(_LargestScan):
 
     def raise_bound(self, most_BG: Tensor) -> Tensor:
         if self.bound is None:
-            # `count` groups with a largest of at least this value hold `count` entries of at least it: it bounds the
-            # answer from below.
             if most_BG.numel() >= self.count:
                 found = _largest(most_BG.reshape(-1), self.count)
                 return found.clamp_min(0) if self.positive else found

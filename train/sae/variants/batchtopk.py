@@ -80,8 +80,6 @@ class BatchTopKBase(TopKBase):
     @torch.no_grad()
     def after_step(self, step: StepOutput) -> None:
         assert step.min_kept is not None
-        # So that T is usable at any step (a validation, a checkpoint, a killed run); the calibration at the end is
-        # exact.
         running_mean_(self.threshold, self.threshold_weight, step.min_kept, _DECAY)
         self.skipped_batches += step.min_kept <= 0
 
