@@ -84,6 +84,8 @@ def closing(sae: SAE, training: dict[str, Any], folder: Path) -> str:
     if "calibration" in training:
         calibration = training["calibration"]
         figures += f"  threshold {calibration['threshold']:.4g} (L0 {calibration['l0']:.1f} on the calibration rows)"
+    if "l0_calibration" in training:
+        figures += f"  ({training['l0_calibration']['before']:.1f} before calibration)"
     return (
         f"{label(sae)}  width {sae.width}  {training['tokens']:,} tokens{figures}"
         f"  dead {training['dead']}  {clock(training['seconds'])}"
@@ -108,12 +110,14 @@ def missed_l0(sae: SAE, training: dict[str, Any]) -> str | None:
     target = sae.config.wanted_l0
     if target is None:
         return None
-    last, calibration = training["last_step"], training.get("calibration")
+    last, moved = training["last_step"], training.get("l0_calibration")
+    calibration = training.get("calibration", moved)
     return l0_miss(
         sae.name,
         target,
         (training["heldout"] or calibration or last)["l0"],
         trained=(calibration or last)["l0"],
         calibrated=calibration is not None,
+        before=None if moved is None else moved["before"],
         coefficient=last.get("coefficient"),
     )

@@ -55,7 +55,9 @@ def test_a_row_a_library_with_means_and_intervals() -> None:
 
 
 def test_with_known_features_the_share_found_stands_for_the_ce_increase() -> None:
-    made = [Score("ours", "topk", seed, None, 8.0, 0.1, float("nan"), 16, found) for seed, found in enumerate((0.5, 0.7))]
+    made = [
+        Score("ours", "topk", seed, None, 8.0, 0.1, float("nan"), 16, found) for seed, found in enumerate((0.5, 0.7))
+    ]
     heads, _, row = results(made, 8, 0.6, width=64).splitlines()
     assert heads.endswith("| silent | features found |") and "CE" not in heads
     assert row.endswith("| 25.0 ± 0.0% | 60.0 ± 127.1% |")
