@@ -223,10 +223,10 @@ def by_document(l0_N: Tensor, keep_ST: Tensor, document_ST: Tensor) -> NDArray[n
 
     Give [2, G, L0 + 1], the documents ascending, without those of which no token is kept.
     """
-    _, document_N = document_ST[keep_ST].unique(return_inverse=True)
-    documents, top = int(document_N.max()) + 1, int(l0_N.max()) + 1
+    known, document_N = np.unique(document_ST[keep_ST].numpy(), return_inverse=True)
+    documents, top = len(known), int(l0_N.max()) + 1
     first_N = (keep_ST.nonzero(as_tuple=True)[1] == 0).long()
-    place_N = (first_N * documents + document_N) * top + l0_N
+    place_N = (first_N * documents + torch.from_numpy(document_N)) * top + l0_N
     counts = torch.bincount(place_N, minlength=2 * documents * top)
     return counts.view(2, documents, top).int().numpy()
 
