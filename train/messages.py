@@ -13,6 +13,8 @@ from train.resume import LAST, read_checkpoint
 from train.sae import SAE
 from train.targets import l0_miss
 
+LARGE_MEAN = 0.8  # of E||x||^2; at 0.94 ReLU and JumpReLU were seen to collapse, at 0.34 and below not
+
 
 def clock(seconds: float) -> str:
     """Seconds as m:ss or h:mm:ss."""
@@ -49,6 +51,14 @@ def opening(runs: Sequence[TrainRun]) -> str:
         lines.append(
             f"rows above {plan.outliers.times:g} times the median norm are left out ({left_out}): "
             "outliers=null keeps them"
+        )
+    moments = plan.moments()
+    share = 1 - moments["variance"] / moments["mean_sq_norm"]
+    uncentred = [run.name for run in runs if not run.sae.apply_b_dec_to_input]
+    if share > LARGE_MEAN and uncentred:
+        lines.append(
+            f"the mean holds {share:.0%} of the activations' squared norm, and {', '.join(uncentred)} may lose most "
+            "latents to it, as the encoder reads it: give sae.apply_b_dec_to_input=true"
         )
     if plan.world > 1:
         # Exact selection over ranks is another algorithm; until it is there, nobody should take one for the other.
