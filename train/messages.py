@@ -17,19 +17,19 @@ LARGE_MEAN = 0.8  # of E||x||^2; at 0.94 ReLU and JumpReLU were seen to collapse
 
 
 def clock(seconds: float) -> str:
-    """Seconds as m:ss or h:mm:ss."""
+    """Format seconds as m:ss or h:mm:ss."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 def label(sae: SAE) -> str:
-    """The variant and what it aims at, in a few letters."""
+    """Name the variant and what it aims at, in a few letters."""
     return f"{sae.name} {sae.config.aim}"
 
 
 def opening(runs: Sequence[TrainRun]) -> str:
-    """What begins, on what; of several SAEs each in a line of its own."""
+    """Say what begins, on what; of several SAEs each in a line of its own."""
     settings, plan = runs[0].settings, runs[0].plan
     rows = int(plan.readers[TRAIN].sizes[: plan.stored_chunks].sum())
     span = mixing_span(plan.store.layout.unit_rows, settings.loader.pool_chunks, rows)
@@ -86,7 +86,7 @@ def how_to_go_on(runs: Sequence[TrainRun], why: str) -> str:
 
 
 def closing(sae: SAE, training: dict[str, Any], folder: Path) -> str:
-    """The line that sums up a finished run."""
+    """Write the line that sums up a finished run."""
     held_out = training["heldout"]
     figures = ""
     if held_out:
@@ -104,7 +104,7 @@ def closing(sae: SAE, training: dict[str, Any], folder: Path) -> str:
 
 
 def diverged(run: TrainRun, training: dict[str, Any]) -> str | None:
-    """A sentence for a run that ends worse than the mean of the activations would do, else None."""
+    """Write a sentence for a run that ends worse than the mean of the activations would do, else None."""
     figures = training["heldout"] or training["last_step"]
     nmse = figures.get("nmse")
     if nmse is None or nmse <= 1:

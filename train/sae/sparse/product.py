@@ -27,16 +27,17 @@ class Product:
 
     @property
     def rows(self) -> int:
-        """Tokens."""
+        """Return the number of tokens."""
         return len(self.xc_BD)
 
     @property
     def width(self) -> int:
-        """Latents."""
+        """Return the number of latents."""
         return len(self.W_enc_FD)
 
     def blocks(self, entries: int) -> range:
-        """The first latents of blocks of about so many entries of z: a multiple of 32 latents each, or all."""
+        """Return the first latents of blocks of about so many entries of z: a multiple of 32 latents each, or all."""
+        # A multiple of 32 keeps the groups of the selections whole, and matrix kernels at full width.
         latents = entries // max(1, self.rows) // 32 * 32
         return range(0, self.width, min(self.width, max(32, latents)))
 
@@ -60,6 +61,7 @@ class Product:
                 if bias_c is None:
                     return torch.mm(xc_BD, W_cD.t(), out_dtype=out.dtype, out=out)
                 return torch.addmm(bias_c, xc_BD, W_cD.t(), out_dtype=out.dtype, out=out)
+            # A CPU would round the sums to bfloat16 too; widened again, the factors are rounded and the sums are not.
             xc_BD, W_cD = xc_BD.to(out.dtype), W_cD.to(out.dtype)
         if bias_c is None:
             return torch.mm(xc_BD, W_cD.t(), out=out)
