@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from data.base.errors import UserError
-from tests.helpers.toy import K, activations, make, train
+from tests.helpers.toy import K, activations, make, train, train_step
 from train.sae.parts.threshold import calibrate, running_mean_
 from train.sae.variants.batchtopk import BatchTopKBase
 

@@ -120,7 +120,7 @@ def chosen(z: Tensor, rule: Rule, block_entries: int) -> Entries:
 def test_no_guess_changes_the_choice(
     batch: tuple[Tensor, int], share: float, scale: float, positive: bool, repeats: int
 ) -> None:
-    """Guesses from far below to above all that is there, in one block or several, among ties and where none is above."""
+    """Guesses from far below to above all that is there, in one block or several, with ties and with none above 0."""
     z = batch[0].repeat(1, repeats)
     count = max(1, round(share * z.numel()))
     rule = TopOfBatch(count, positive)
