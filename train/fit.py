@@ -205,8 +205,8 @@ def _matmul(setting: str | None, device: torch.device) -> str:
         raise UserError(f"matmul=tf32 is for a CUDA GPU, and this run is on {device.type}: use matmul=float32 or bf16")
     if matmul == "bf16" and device.type == "cpu" and not has_bf16_units() and first_rank():
         print(
-            "matmul=bf16 rounds as asked but saves no time: this CPU has neither AMX nor AVX512-BF16, so matmul=float32 "
-            "is as fast and more precise",
+            "matmul=bf16 rounds as asked but saves no time: this CPU has neither AMX nor AVX512-BF16, so "
+            "matmul=float32 is as fast and more precise",
             file=sys.stderr,
         )
     torch.set_float32_matmul_precision("high" if on_gpu and matmul != "float32" else "highest")
