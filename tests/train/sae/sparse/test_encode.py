@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.helpers.toy import activations, make, train
 from train.sae.sparse.backend import use_backend
@@ -156,6 +158,28 @@ def test_only_training_rounds() -> None:
     sae.matmul = "bf16"
     assert not torch.equal(sae.encode_normalised(xn), before)
     assert torch.equal(sae.eval().encode_normalised(xn), before)
+
+
+class Operations(TorchDispatchMode):
+    """Writes down which of torch's operations run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("bounds", [[F], [10, 60, F]])
+def test_a_dense_decode_takes_no_cumulative_sum_and_no_slice_of_all(bounds: list[int]) -> None:
+    """A GPU that is to be deterministic refuses the one; the other costs a second gradient as large as W_dec."""
+    f, W_dec = torch.rand(B, F).requires_grad_(), torch.rand(F, D).requires_grad_()
+    with Operations() as operations:
+        Codes(f, None, (B, F)).decode(f, W_dec, bounds).sum().backward()
+    assert "mm" in operations.names and "cumsum" not in operations.names
+    assert ("slice_backward" in operations.names) == (len(bounds) > 1)
 
 
 def test_a_prefix_decodes_its_own_latents_and_all_before() -> None:
