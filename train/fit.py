@@ -30,6 +30,7 @@ from train.resume import fingerprint, first_rank, read_checkpoint
 from train.sae import SAE, default_window, save
 from train.sae.config import PenaltyConfig
 from train.sae.parts.init import SAMPLES
+from train.sae.sparse.product import float32_products, has_bf16_units
 from train.sae.variants.batchtopk import BatchTopKBase
 from train.sae_trainer import SAETrainer, State
 from train.schedules import Schedule
@@ -45,6 +46,8 @@ def _quiet() -> Iterator[None]:
         warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
         # A run that was broken off after its last step has no batch left.
         warnings.filterwarnings("ignore", message="Total length of .* across ranks is zero")
+        # From torch 2.9 on a GPU, where Lightning reads the precision of products in the older way.
+        warnings.filterwarnings("ignore", message=".*new API settings to control TF32.*", category=UserWarning)
         yield
 
 
@@ -103,7 +106,8 @@ def _fit(runs: Sequence[TrainRun], signals: Signals, *watching: Callback) -> dic
         member.copy_to()
     # After the averaged weights are in place, and before the last validation: T must be that of the weights that are
     # saved.
-    calibrated = _calibrate(module, data, trainer.strategy.root_device)
+    with float32_products():
+        calibrated = _calibrate(module, data, trainer.strategy.root_device)
     module.validate("final")
     if trainer.is_global_zero:
         seconds = round(time.monotonic() - began, 1)
@@ -208,6 +212,12 @@ def _matmul(setting: str | None, device: torch.device) -> str:
     matmul = setting or default
     if matmul == "tf32" and not on_gpu:
         raise UserError(f"matmul=tf32 is for a CUDA GPU, and this run is on {device.type}: use matmul=float32 or bf16")
+    if matmul == "bf16" and device.type == "cpu" and not has_bf16_units() and first_rank():
+        print(
+            "matmul=bf16 rounds as asked but saves no time: this CPU has neither AMX nor AVX512-BF16, so "
+            "matmul=float32 is as fast and more precise",
+            file=sys.stderr,
+        )
     torch.set_float32_matmul_precision("high" if on_gpu and matmul != "float32" else "highest")
     return matmul
 
