@@ -23,6 +23,7 @@ from data.store.manifest import HELDOUT, TRAIN
 from data.store.store import Store
 from evaluate.documents import Documents
 from harvest import lm
+from harvest.chat import template_hash
 from harvest.documents import FilesText, TextSource, source_from, split_of, unique
 from harvest.packing import PackedTokens, Packing, pack
 from harvest.text_source import hash_text
@@ -186,6 +187,8 @@ def _check_identity(store: Store, model_settings: Json, source: TextSource) -> A
     today: Json = {"model": lm.identify(model_settings), "text": source.identity()}
     tokenizer = lm.load_tokenizer(model_settings)
     today["tokenizer"] = lm.tokenizer_hash(tokenizer)
+    if "chat_template" in identity:
+        today["chat_template"] = template_hash(tokenizer)
     fields = diff_fields({name: identity[name] for name in today}, today)
     if fields:
         changes = "; ".join(line.replace(" here,", " in the store,").replace(" asked", " now") for line in fields)

@@ -29,6 +29,7 @@ from evaluate.report import markdown, page
 from evaluate.report.columns import REPORT_FORMAT, sae_name
 from evaluate.score import SiteScore
 from evaluate.splice import Splice
+from harvest.packing import Packing, bos_id
 from train.sae.io import load
 
 BEST = "best"  # of `features`: the SAE that is best at equal L0
@@ -122,8 +123,8 @@ class SiteRun:
         text, site = self.text, Site.parse(self.name)
         ids_1T = torch.from_numpy(text.packed.contexts[:1]).to(text.device, torch.int64)
         reader = BasisReader(text.model, site, neurons_before(text.model, site, ids_1T))
-        has_bos = self.store.manifest.settings["packing"]["bos"] != "none"
-        return FeatureText(text, reader, text.tokenizer.bos_token_id if has_bos else None)
+        bos = bos_id(text.tokenizer, Packing.of(self.store.manifest.settings["packing"]))
+        return FeatureText(text, reader, bos)
 
 
 def density(rows: Sequence[Json]) -> float:

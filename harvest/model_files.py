@@ -8,7 +8,8 @@ What `from_pretrained` reads there that can change a number, and where each is i
     adapter_config.json (a LoRA beside the weights)                  refused: it loads only where peft is installed
     auto_map in config.json (code of the model's own)                never run: trust_remote_code is off
     tokenizer files                     by the tokenizer they make (`harvest.lm.tokenizer_hash`)
-    generation_config.json, chat templates                           not used
+    chat templates                      hashed where text.chat uses one (`harvest.chat.template_hash`)
+    generation_config.json              not used
 """
 
 from __future__ import annotations

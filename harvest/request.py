@@ -17,6 +17,7 @@ from data.store.layout import choose_layout
 from data.store.manifest import HELDOUT, STORE_FORMAT, TRAIN, Manifest, store_settings
 from data.store.store import Store
 from harvest import lm
+from harvest.chat import template_hash
 from harvest.config import HarvestSettings
 from harvest.packing import added_special_ids
 
@@ -76,10 +77,12 @@ class HarvestRequest:
             "model": self.asked.model.identity(),
             "tokenizer": lm.tokenizer_hash(tokenizer),
             "text": self.asked.text.identity(),
-            "packing": self.asked.packing.model_dump(),
+            "packing": self.asked.packing.identity(),
             "lm_batch": self.asked.lm_batch,
             "compute_dtype": self.asked.model.compute_dtype,
         }
+        if self.asked.text.settings().get("chat") is not None:
+            identity["chat_template"] = template_hash(tokenizer)
         # Their rows were once stored as ordinary ones: such a store must not be added to.
         if special := added_special_ids(tokenizer):
             identity["special_tokens"] = special

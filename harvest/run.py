@@ -7,7 +7,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +93,14 @@ def pack_splits(request: HarvestRequest, tokenizer: Any, model: Any, layout: Lay
     }
 
 
+def faster(model: Any) -> Iterator[str]:
+    """Say where another dtype would be faster: nothing is chosen by machine, for the store would be another one."""
+    import torch
+
+    if model.dtype == torch.float32 and model.device.type == "cpu" and lm.has_amx():
+        yield "this CPU has AMX: with model.dtype=bfloat16 the harvest would take a half to a third of the time"
+
+
 def harvest(cfg: Mapping[str, Any]) -> Store:
     """Do what a resolved configuration asks, as far as it is not done yet; returns the store."""
     request = HarvestRequest.from_config(cfg)
@@ -120,6 +128,7 @@ def harvest(cfg: Mapping[str, Any]) -> Store:
     check_disk(request, plan(store, manifest.layout, packed, asked.sites), widths, manifest.layout)
     store = store or Store.create_or_open(request.cache, manifest)
     units = plan(store, manifest.layout, packed, asked.sites)
+    say_all(faster(model))
     worker = harvester.Harvester(
         store,
         model,

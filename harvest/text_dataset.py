@@ -14,7 +14,8 @@ from typing import Any, Literal
 from data.base.config import Flag, Text
 from data.base.errors import UserError
 from data.base.records import Json
-from harvest.text_source import Document, RowReader, TextSource, say_once
+from harvest.chat import Keep
+from harvest.text_source import Document, RowReader, TextSource, say_once, without_new
 
 RETRY_S = (1.0, 2.0, 5.0, 10.0, 20.0, 40.0, 60.0, 60.0, 60.0, 60.0)  # before each try after a broken connection
 SILENCE_S = 10.0  # without a row, after which the wait is reported
@@ -39,7 +40,9 @@ class DatasetText(TextSource):
     revision: Text | None = None
     """A branch, tag or commit; null: the newest."""
     field: Text = "text"
-    """The column that holds the text or the token ids."""
+    """The column that holds the text, the token ids or the messages."""
+    chat: Keep | None = None
+    """Rows are chats, rendered by the tokenizer's template: rows of `all` tokens or of the `assistant`'s words."""
     streaming: Flag = False
     """Read over the network as it goes, for a set larger than the disk."""
 
@@ -54,7 +57,7 @@ class DatasetText(TextSource):
             )
 
     def identity(self) -> Json:
-        return {**self.settings(), "revision": self.commit()}
+        return {**without_new(self.settings()), "revision": self.commit()}
 
     def commit(self) -> str:
         """Find the commit hash that `revision` stands for now; a hash asks nobody."""
@@ -73,7 +76,7 @@ class DatasetText(TextSource):
     def documents(self) -> Iterator[Document]:
         """Yield every row; a stream that breaks off is opened again, over minutes, and read on from where it was."""
         self.check()
-        reader = RowReader(str(self.name), self.field)
+        reader = RowReader(str(self.name), self.field, self.chat)
         number, failures = 0, 0
         try:
             while True:

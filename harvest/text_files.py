@@ -18,6 +18,7 @@ from pydantic import BeforeValidator, Field
 
 from data.base.config import Text
 from data.base.errors import UserError
+from harvest.chat import Keep
 from harvest.text_source import Document, RowReader, TextSource, readable, say_once
 
 # Not prose anyone wrote, or not on every machine: test packages, generated tables, installed packages, build settings.
@@ -77,7 +78,9 @@ class FilesText(TextSource):
     paths: Annotated[list[Text], BeforeValidator(_as_list)] = Field(default_factory=list)
     """Files, globs, or folders, of which every text below is taken."""
     field: Text = "text"
-    """The key of a line, or the column of a row, that holds the text or the token ids."""
+    """The key of a line, or the column of a row, that holds the text, the token ids or the messages."""
+    chat: Keep | None = None
+    """Rows are chats, rendered by the tokenizer's template: rows of `all` tokens or of the `assistant`'s words."""
 
     def files(self) -> list[Path]:
         """Find the files matched, in the order of `paths` and by name within a glob or folder, each once."""
@@ -96,6 +99,8 @@ class FilesText(TextSource):
                     f"{path} is no text that can be read (.txt, .jsonl, .json, .parquet, and all but parquet also as "
                     ".gz or .zst): convert it, or narrow text.paths"
                 )
+            if self.chat is not None and kind in TEXT_SUFFIXES:
+                raise UserError(f"{path} is a text, no chats as text.chat={self.chat} needs: give .jsonl or .parquet")
             needs_pyarrow = kind == ".parquet" or compression == ".zst"
             if needs_pyarrow and importlib.util.find_spec("pyarrow") is None:
                 raise UserError(
@@ -106,8 +111,12 @@ class FilesText(TextSource):
         self.check()
         for path in self.files():
             kind, _ = _format(path)
-            rows = RowReader(str(path), self.field)
+            rows = RowReader(str(path), self.field, self.chat)
             try:
+                if kind in TEXT_SUFFIXES and self.chat is not None:
+                    raise UserError(
+                        f"{path} holds no messages, as text.chat={self.chat} needs: give .jsonl or .parquet"
+                    )
                 if kind in TEXT_SUFFIXES:
                     yield _whole_text(path)
                 elif kind in LINE_SUFFIXES:

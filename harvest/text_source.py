@@ -19,6 +19,7 @@ from data.base.config import Settings
 from data.base.errors import UserError
 from data.base.records import Json
 from data.store.manifest import HELDOUT, TRAIN
+from harvest.chat import Chat, Keep, is_chat
 
 BYTE_ORDER_MARK = "\ufeff"
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -108,7 +109,12 @@ class TextSource(Settings, ABC):
             count += 1
         if not count:
             raise UserError(f"the text {self.settings()} holds no document that is not blank: choose another text")
-        return {**self.settings(), "documents": count, "sha256": whole.hexdigest()}
+        return {**without_new(self.settings()), "documents": count, "sha256": whole.hexdigest()}
+
+
+def without_new(settings: Json) -> Json:
+    """Return the settings of a source less `chat` where it is null: stores from before there was one stay the same."""
+    return {name: value for name, value in settings.items() if name != "chat" or value is not None}
 
 
 def readable(text: str, name: str, file: str) -> str:
@@ -124,11 +130,14 @@ def readable(text: str, name: str, file: str) -> str:
 class RowReader:
     """Makes documents of the rows of a file or a data set, and counts those that are null.
 
-    file: its name, for messages. field: the column that holds the text or the token ids.
+    file: its name, for messages. field: the column that holds the text, the token ids or the messages of a chat.
+    chat: whose tokens of a chat are harvested; None where rows are no chats.
     """
 
-    def __init__(self, file: str, field: str) -> None:
-        self.file, self.field = file, field
+    def __init__(self, file: str, field: str, chat: Keep | None = None) -> None:
+        self.file = file
+        self.field = field
+        self.chat = chat
         self.nulls = 0
 
     def document(self, number: int, row: object) -> Document:
@@ -141,12 +150,27 @@ class RowReader:
         if value is None:
             self.nulls += 1
             return Document(name, "", "")
+        if self.chat is not None:
+            return self._chat_document(name, value, self.chat)
         if isinstance(value, str):
             text = readable(value, name, self.file)
             return Document(name, text, text)
         if isinstance(value, list) and all(_is_token_id(one) for one in value):
             return Document.of_ids(name, value)
         raise UserError(f"{name} has {_described(value)} under {self.field!r}, not a text: {_remedy(value)}")
+
+    def _chat_document(self, name: str, value: object, keep: Keep) -> Document:
+        if not is_chat(value):
+            raise UserError(
+                f"{name} has {_described(value)} under {self.field!r}, not a chat's messages (objects with role and "
+                "content): set text.field to the column of messages, or text.chat=null"
+            )
+        assert isinstance(value, list)
+        messages = [
+            {"role": message["role"], "content": readable(message["content"], name, self.file)} for message in value
+        ]
+        text = Chat(messages, keep).spelled()
+        return Document(name, text, text)
 
     def report(self) -> None:
         """Say how many rows were null, if any."""
@@ -176,6 +200,8 @@ def _described(value: object) -> str:
 
 
 def _remedy(value: object) -> str:
+    if isinstance(value, list) and is_chat(value):
+        return "set text.chat=all, or text.chat=assistant, to read it as a chat"
     if isinstance(value, list):
         return "join each list to one text (or give whole numbers from 0 on, which are taken as token ids)"
     if isinstance(value, bytes):

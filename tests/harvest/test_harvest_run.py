@@ -79,6 +79,22 @@ def test_the_store_holds_what_was_asked_and_says_so(
     assert re.search(r"harvested \d+ units in .* s into ", told)
 
 
+@pytest.mark.parametrize(("amx", "dtype", "said"), [(True, "float32", 1), (True, "bfloat16", 0), (False, "float32", 0)])
+def test_a_cpu_that_is_faster_in_bfloat16_is_named(
+    model: Path,
+    text: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    amx: bool,
+    dtype: str,
+    said: int,
+) -> None:
+    monkeypatch.setattr("torch.cpu._is_amx_tile_supported", lambda: amx)
+    harvest(config(model, text, tmp_path, f"model.dtype={dtype}"))
+    assert capsys.readouterr().out.count("this CPU has AMX: with model.dtype=bfloat16") == said
+
+
 def test_a_second_run_does_nothing_and_says_so(
     model: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
