@@ -37,7 +37,7 @@ def nmse(x_ND: Tensor, other_ND: Tensor) -> float:
 
 
 def rows_of(model: Any, sites: Sequence[Site], contexts: Tensor, lm_batch: int) -> dict[str, Tensor]:
-    """All rows of the sites [N, D] in the model's dtype."""
+    """Read all rows of the sites [N, D] in the model's dtype."""
     parts: dict[str, list[Tensor]] = {str(site): [] for site in sites}
     for first in range(0, len(contexts), lm_batch):
         for site, x_BTD in run_to(model, sites, contexts[first : first + lm_batch]).items():

@@ -196,7 +196,7 @@ def _encoded(
 def _by_tokenizer(
     batch: list[tuple[str, str]], tokenizer: Any, head: list[int]
 ) -> Iterator[tuple[str, list[int], NDArray[np.bool_], bool]]:
-    """(name, ids, which rows may be harvested, whether a BOS stands there already) of each document, in order."""
+    """Yield (name, ids, which rows may be harvested, whether a BOS stands there already) of each document."""
     texts = [text for _, text in batch if token_ids(text) is None and Chat.from_text(text) is None]
     of_texts: Iterator[list[int]] = iter(())
     if texts:
