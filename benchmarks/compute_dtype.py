@@ -31,7 +31,7 @@ CONTEXT = 256
 
 
 def nmse(x_ND: Tensor, other_ND: Tensor) -> float:
-    """Return the squared error of the other rows over the variance, in float64."""
+    """Compute the squared error of the other rows over the variance, in float64."""
     x, other = x_ND.double(), other_ND.double()
     return float((x - other).square().sum() / (x - x.mean(0)).square().sum())
 

@@ -184,9 +184,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=2, help="of each contestant in a round; on a GPU take 20 or more")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of each contestant")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument(
-        "--precision", choices=["float32", "tf32", "bf16"], default="float32", help="of a GPU's products"
-    )
+    parser.add_argument("--precision", choices=["float32", "tf32", "bf16"], default="float32", help="of products")
     parser.add_argument("--peers-python", type=Path, default=Path(".venv-peers/bin/python"), help="`make peers`")
     parser.add_argument(
         "--allocator", choices=["own", "ours"], default="own", help="ours: peers keep freed memory as our stages do"
@@ -196,8 +194,8 @@ def parsed() -> argparse.Namespace:
     args = parser.parse_args()
     if not args.report and any(ENTRIES[name].peer for name in args.only) and not args.peers_python.exists():
         parser.error(f"{args.peers_python} is missing: run `make peers`, or name contestants without peers in --only")
-    if args.precision != "float32" and torch.device(args.device).type != "cuda":
-        parser.error(f"--precision {args.precision} is for a GPU: add --device cuda")
+    if args.precision == "tf32" and torch.device(args.device).type != "cuda":
+        parser.error("--precision tf32 is for a GPU: add --device cuda")
     if (args.store is None) != (args.site is None):
         parser.error("--store and --site go together")
     return args

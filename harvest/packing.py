@@ -56,7 +56,7 @@ class Packing(Settings):
     """Fraction of the documents held out."""
 
     def identity(self) -> Json:
-        """Return what a store's identity records; without a null `bos_token`, as before there was such a setting."""
+        """Return what a store's identity records, without `bos_token` where it is null, as before that setting."""
         return {name: value for name, value in self.model_dump().items() if name != "bos_token" or value is not None}
 
 
@@ -100,7 +100,7 @@ def added_special_ids(tokenizer: Any) -> list[int]:
 
 
 def bos_id(tokenizer: Any, packing: Packing) -> int | None:
-    """Return the id of the token that stands for BOS, None where there is none; UserError for one it lacks."""
+    """Find the id of the token that stands for BOS, None where there is none; UserError for one it lacks."""
     name = packing.bos_token
     if packing.bos == "none":
         return None
@@ -124,7 +124,7 @@ def bos_id(tokenizer: Any, packing: Packing) -> int | None:
 
 
 def _own_bos(tokenizer: Any) -> int | None:
-    """Return what the tokenizer puts before a text unasked."""
+    """Find what the tokenizer puts before a text unasked."""
     plain = tokenizer("a", add_special_tokens=False)["input_ids"]
     own = tokenizer("a")["input_ids"]
     if own[: len(plain)] == plain:
@@ -248,7 +248,7 @@ class _Cutter:
                 yield block, may_keep
 
     def _cut(self, stream: NDArray[Any], head: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
-        """Return the whole contexts of a stream, each behind the head; and what is left."""
+        """Cut off the whole contexts of a stream, each behind the head; and what is left."""
         whole = len(stream) // self.stride
         cut = stream[: whole * self.stride].reshape(whole, self.stride)
         return np.concatenate([np.tile(head, (whole, 1)), cut], axis=1), stream[whole * self.stride :]

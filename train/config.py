@@ -209,7 +209,10 @@ class TrainSettings(Settings):
     dead_after: Annotated[Whole | None, OF_SAE] = Field(None, ge=1, le=2**62)
     """Tokens of silence that make a latent dead; null: the smaller of 10M and a tenth of the run."""
     matmul: Annotated[Literal["float32", "tf32", "bf16"] | None, OF_STREAM] = None
-    """The encoder's product; bf16 rounds its factors only; null: tf32 on a GPU, else float32."""
+    """The encoder's product; bf16 rounds its factors only; null: tf32 on a GPU, else float32.
+
+    On a CPU bf16 is for one with AMX or AVX512-BF16; elsewhere it rounds the same and saves no time.
+    """
     outliers: Annotated[Literal["auto"] | Annotated[Real, Field(ge=1)] | None, OF_STREAM] = AUTO
     """Leave out rows whose norm is above so many times the median; auto: 10 where the store has massive rows."""
     calibration_tokens: Annotated[Whole, OF_STREAM] = Field(65_536, ge=0)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from data.base.errors import UserError
 from data.loading.loader import ActivationLoader
 from train.sae.metrics import held_out
+from train.sae.sparse.product import float32_products
 from train.sae_trainer import SAETrainer, State
 
 
@@ -146,6 +147,7 @@ class MultiSAEModule(LightningModule):
             return
         rows = (self.model_units(batch.to(self.device, non_blocking=True)) for batch in self.held_out_rows)
         with ExitStack() as shipping:
+            shipping.enter_context(float32_products())
             for member in members:
                 shipping.enter_context(member.swapped_in())
             # One pass over the held-out rows for all of them, which reading from a disk would else repeat for each.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -88,4 +89,6 @@ class Ours:
 
 def make(name: str, spec: Spec, sample_BD: Tensor) -> Contestant:
     keep_freed_memory()  # as every stage does at its start
+    if name == "ours-bf16":
+        spec = replace(spec, precision="bf16")
     return Ours(spec, sample_BD)

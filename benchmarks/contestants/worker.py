@@ -25,8 +25,6 @@ from torch import Tensor
 from benchmarks.contestants.floors import wait
 from benchmarks.contestants.spec import Spec
 
-_MATMUL = {"float32": "highest", "tf32": "high", "bf16": "highest"}
-
 
 def resident(field: str) -> int:
     """Return VmRSS, or VmHWM: the most there was since `forget_peak`; bytes."""
@@ -87,7 +85,8 @@ def main() -> None:
     os.dup2(2, 1)  # what the libraries print is no answer
     spec = Spec(**json.loads(spec_json))
     torch.manual_seed(0)
-    torch.set_float32_matmul_precision(_MATMUL[spec.precision])
+    rounding = torch.device(spec.device).type == "cuda" and spec.precision != "float32"
+    torch.set_float32_matmul_precision("high" if rounding else "highest")  # as train/fit.py
     make = importlib.import_module(module).make
     rehearse(make, name, spec)
     stepper = Stepper(make, name, spec, torch.load(path).to(spec.device))

@@ -145,6 +145,15 @@ def test_a_product_that_the_device_lacks_is_refused(short: Any) -> None:
         train(short("matmul=tf32"))
 
 
+@pytest.mark.parametrize("units", [True, False])
+def test_a_cpu_without_units_for_bf16_says_so(
+    short: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, units: bool
+) -> None:
+    monkeypatch.setattr("train.fit.has_bf16_units", lambda: units)
+    train(short("matmul=bf16", "sae=topk"))
+    assert ("has neither AMX nor AVX512-BF16" in capsys.readouterr().err) == (not units)
+
+
 def test_preloaded_rows_train_the_same_sae(short: Any, tmp_path: Path) -> None:
     for preload in ("null", "ram", "device"):
         train(short("sae=topk", "epochs=2", "tokens=4096", f"loader.preload={preload}", f"out={tmp_path / preload}"))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -150,9 +151,12 @@ class Codes:
         if self.support is not None:
             x_hat_PBD: Tensor = Decode.apply(f, W_dec_FD, self.support, bounds)  # type: ignore[no-untyped-call]
             return x_hat_PBD
-        starts = [0, *bounds[:-1]]
-        parts = [f[:, start:end] @ W_dec_FD[start:end] for start, end in zip(starts, bounds, strict=True)]
-        return torch.stack(parts).cumsum(0)
+        if len(bounds) == 1:  # no slice of W_dec: its backward would make and add a second gradient of that size
+            return (f @ W_dec_FD)[None]
+        x_hats = [f[:, : bounds[0]] @ W_dec_FD[: bounds[0]]]
+        for start, end in pairwise(bounds):  # no cumsum: torch refuses it on a GPU where it is to be deterministic
+            x_hats.append(x_hats[-1] + f[:, start:end] @ W_dec_FD[start:end])
+        return torch.stack(x_hats)
 
     def fired(self, f: Tensor) -> Bool[Tensor, " F"]:
         """Find the latents with f above zero on any token."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as functional
@@ -29,6 +29,7 @@ from train.sae.sparse.rules import (
 )
 
 _GROUP = 32  # neighbours of which only the largest is compared with the bound; a fourth of them or fewer pass
+_MARGIN = 0.95  # of a guess at the smallest kept: what is looked at reaches down to there
 _ROWS = 1024  # rows projected together: gradient and weights stay in the cache
 
 with warnings.catch_warnings():  # torch says once a process that its CSR tensors are in beta
@@ -52,6 +53,16 @@ class CPUBackend:
         return False
 
     def select(self, product: Product, selections: Sequence[Selection]) -> list[Entries | Tensor]:
+        chosen: list[Entries | Tensor] = []
+        for selection, kept in zip(selections, self._scanned(product, selections), strict=True):
+            if kept is None:  # its guess was too high: z is computed again, and looked at without one
+                (kept,) = self._scanned(product, [without_guess(selection)])
+                assert kept is not None
+            chosen.append(kept)
+        return chosen
+
+    def _scanned(self, product: Product, selections: Sequence[Selection]) -> list[Entries | Tensor | None]:
+        """Compute z once, and what each selection keeps of it; None where a guess was too high to say."""
         firsts = product.blocks(self.block_entries)
         passes = [_Pass(selection, firsts, product.width, self.dense_share) for selection in selections]
         # One block's memory for all blocks: new memory each time would cost page faults, and z whole hundreds of MB.
@@ -124,6 +135,12 @@ class CPUBackend:
         return fired_F.index_fill_(0, latents_n[values_n > 0], True)
 
 
+def without_guess(selection: Selection) -> Selection:
+    """Give the same selection, to be made without a guess."""
+    assert isinstance(selection.rule, TopOfBatch)
+    return replace(selection, rule=replace(selection.rule, guess=None))
+
+
 # Selections while the blocks of z pass by
 
 
@@ -164,8 +181,8 @@ class _Pass:
                 z_Bd = z_Bd.masked_fill(self.excluded_d[start:end], -torch.inf)
             self.scan.feed(z_Bd, start)
 
-    def finish(self, whole_BF: Tensor | None) -> Entries | Tensor:
-        """Give what is kept; `whole_BF` is z where it was kept whole."""
+    def finish(self, whole_BF: Tensor | None) -> Entries | Tensor | None:
+        """Give what is kept, None where a guess was too high; `whole_BF` is z where it was kept whole."""
         if self.whole:
             assert whole_BF is not None
             return whole_BF
@@ -182,8 +199,8 @@ class Scan(ABC):
         """Take in the next block, contiguous; `first` is the place of its first latent."""
 
     @abstractmethod
-    def finish(self) -> Entries:
-        """Give what is kept of all that was fed."""
+    def finish(self) -> Entries | None:
+        """Give what is kept of all that was fed; None where a guess was too high to say."""
 
 
 def scan_of(rule: Rule) -> Scan | None:
@@ -191,8 +208,8 @@ def scan_of(rule: Rule) -> Scan | None:
     match rule:
         case TopPerToken(k, positive):
             return TopPerTokenScan(k, positive=positive)
-        case TopOfBatch(count, positive):
-            return TopOfBatchScan(count, positive=positive)
+        case TopOfBatch(count, positive, guess):
+            return TopOfBatchScan(count, positive=positive, guess=guess)
         case Above(bound):
             return AboveScan(bound)
         case Everything():
@@ -266,18 +283,35 @@ class _LargestScan(Scan):
 
 
 class TopOfBatchScan(_LargestScan):
-    """The `count` largest entries of the batch; with `positive` those above zero."""
+    """The `count` largest entries of the batch; with `positive` those above zero.
 
-    def __init__(self, count: int, *, positive: bool = True) -> None:
+    With a `guess` above zero only what reaches `_MARGIN` of it is looked at. Where so many entries do, all that is to
+    be kept is among them, and the choice is the same to the bit; where fewer do, `finish` gives None.
+    """
+
+    def __init__(self, count: int, *, positive: bool = True, guess: Tensor | None = None) -> None:
         super().__init__(positive=positive)
         self.count = count
+        self.guessed = guess is not None and bool(guess > 0)
+        if guess is not None and self.guessed:
+            self.bound = guess * _MARGIN
+        self.has_nan = False
 
     def raise_bound(self, most_BG: Tensor) -> Tensor:
-        if self.bound is None:
-            if most_BG.numel() >= self.count:
-                found = _largest(most_BG.reshape(-1), self.count)
-                return found.clamp_min(0) if self.positive else found
-            return most_BG.new_full((), 0 if self.positive else -torch.inf)
+        if self.guessed and bool(most_BG.amax().isnan()):
+            self.has_nan = True  # a choice without a guess counts NaN among the largest
+        if self.parts:
+            return self._bound_of_parts()
+        if most_BG.numel() < self.count:
+            lowest = most_BG.new_full((), 0 if self.positive else -torch.inf)
+            return lowest if self.bound is None else self.bound
+        if self.bound is not None and int((most_BG >= self.bound).sum()) <= self.count:
+            return self.bound
+        found = _largest(most_BG.reshape(-1), self.count)
+        return found.clamp_min(0) if self.positive else found
+
+    def _bound_of_parts(self) -> Tensor:
+        assert self.bound is not None
         values_n = torch.cat([part.values_n for part in self.parts])
         if values_n.numel() < self.count:
             return self.bound
@@ -286,8 +320,10 @@ class TopOfBatchScan(_LargestScan):
         self.parts = [part.where(part.values_n >= bound) for part in self.parts]
         return bound
 
-    def finish(self) -> Entries:
+    def finish(self) -> Entries | None:
         entries = joined(self.parts)
+        if self.guessed and (self.has_nan or len(entries.values_n) < self.count):
+            return None
         if len(entries.values_n) <= self.count:
             return entries
         smallest = _largest(entries.values_n, self.count)
@@ -349,4 +385,6 @@ def select(rule: Rule, z_BF: Float[Tensor, "B F"]) -> Entries:
     scan = scan_of(rule)
     assert scan is not None, "everything is z itself"
     scan.feed(z_BF.contiguous(), 0)
-    return scan.finish()
+    entries = scan.finish()
+    assert entries is not None, "a guess needs a backend, which can look again"
+    return entries

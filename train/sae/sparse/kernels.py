@@ -81,6 +81,7 @@ def warps_for_row(columns: int) -> int:
 
 def gather_sums(weight_n: Tensor, index_n: Tensor, ends: Tensor, table_XD: Tensor) -> Tensor:
     """Sum weight * table[index] over each group of entries, from `ends` to the next: [groups, D]."""
+    assert index_n.is_contiguous() and ends.is_contiguous()
     table_XD, width = table_XD.contiguous(), table_XD.shape[1]
     out_GD = table_XD.new_empty(len(ends) - 1, width)
     columns = _columns(width)
@@ -94,6 +95,7 @@ def gather_sums(weight_n: Tensor, index_n: Tensor, ends: Tensor, table_XD: Tenso
 
 def entry_dots(rows_n: Tensor, latents_n: Tensor, left_BD: Tensor, right_FD: Tensor) -> Tensor:
     """Compute left[row] . right[latent] of each entry: [n]."""
+    assert rows_n.is_contiguous() and latents_n.is_contiguous()
     left_BD, right_FD, n = left_BD.contiguous(), right_FD.contiguous(), len(rows_n)
     out_n, width = right_FD.new_empty(n), right_FD.shape[1]
     with torch.cuda.device(out_n.get_device()):

@@ -14,12 +14,24 @@ from train.sae.base import PLAIN, StepOutput, TrainContext
 from train.sae.config import AuxKConfig
 from train.sae.parts.dense import largest_of_the_batch
 from train.sae.parts.threshold import Calibration, calibrate, running_mean_
+from train.sae.sparse.backend import backend_for
 from train.sae.sparse.codes import Codes
 from train.sae.sparse.rules import Above, Selection, TopOfBatch
 from train.sae.variants.topk_base import TopKBase
 
 _DECAY = 0.999  # of the running mean that the threshold follows
+_RISE = 1.01  # of the guess in a step, at most
 _STARTING_ROWS = 1024  # tokens that the first threshold is read off
+
+
+def _next_guess(guess: Tensor | None, min_kept: Tensor) -> Tensor:
+    """Guess the next batch's smallest kept z: it falls at once with the last one, and rises slowly.
+
+    Too high a guess costs a further product, one that is too low next to nothing.
+    """
+    if guess is None or not bool(guess > 0):
+        return min_kept
+    return torch.minimum(min_kept, _RISE * guess)
 
 
 class BatchTopKConfig(AuxKConfig):
@@ -39,6 +51,8 @@ class BatchTopKBase(TopKBase):
     threshold: Tensor
     threshold_weight: Tensor
     skipped_batches: Tensor
+
+    guess: Tensor | None = None  # at the next batch's smallest kept z; no part of the state, as it changes no result
 
     def add_state(self) -> None:
         self.register_buffer("threshold", torch.zeros(()))
@@ -67,7 +81,7 @@ class BatchTopKBase(TopKBase):
 
     def loss(self, xn_BD: Float[Tensor, "B D"], context: TrainContext = PLAIN) -> StepOutput:
         count = self.config.k * len(xn_BD)
-        codes, candidates = self.encode_with_candidates(xn_BD, TopOfBatch(count), context)
+        codes, candidates = self.encode_with_candidates(xn_BD, TopOfBatch(count, guess=self.guess), context)
         f = codes.values
         reconstruction, nmse, xn_hat_BD = self.reconstruct(codes, f, xn_BD)
         auxk = self.auxk(candidates, (xn_BD - xn_hat_BD).detach())
@@ -80,6 +94,8 @@ class BatchTopKBase(TopKBase):
     @torch.no_grad()
     def after_step(self, step: StepOutput) -> None:
         assert step.min_kept is not None
+        if not backend_for(step.min_kept).fixed_sizes:
+            self.guess = _next_guess(self.guess, step.min_kept)
         running_mean_(self.threshold, self.threshold_weight, step.min_kept, _DECAY)
         self.skipped_batches += step.min_kept <= 0
 
