@@ -142,7 +142,8 @@ class Unembedding:
 
         def read(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             seen.append(args[0])
-            return (args[0][:, :1], *args[1:])
+            # Contiguous, for a strided [B, 1, D] has torch copy the whole matrix of the head B times.
+            return (args[0][:, :1].contiguous(), *args[1:])
 
         handle = self._head.register_forward_pre_hook(read)
         try:

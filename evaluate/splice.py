@@ -120,7 +120,7 @@ class Splice:
     def _vocabulary(self, hidden: Tensor) -> int:
         if self.head.whole:
             return hidden.shape[-1]
-        return int(self.head.logits(hidden[:1, :1]).shape[-1])
+        return int(self.head.logits(hidden[:1, :1].contiguous()).shape[-1])
 
     def _prove(self, ids_BT: Tensor) -> None:
         """Check on the first batch that what is to be left out changes no bit; what does is run whole from then on."""
