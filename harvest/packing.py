@@ -14,11 +14,13 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field, PlainValidator
+from pydantic import Field, PlainValidator, Strict
 
 from data.base.config import Flag, Settings, Whole
 from data.base.errors import UserError
+from data.base.records import Json
 from data.store.manifest import HELDOUT
+from harvest.chat import Chat, rendered
 from harvest.disk_arrays import DiskArray, DiskStrings
 from harvest.text_dataset import StreamLost
 from harvest.text_source import Document, TextSource, split_of, token_ids, unique
@@ -28,7 +30,7 @@ _FEW_DOCUMENTS = 50  # below which a split is likely to be empty by chance
 
 
 def _fraction(value: Any) -> int | float:
-    """As given: 0 and 0.0 are two spellings in a store's identity."""
+    """Keep a fraction as given: 0 and 0.0 are two spellings in a store's identity."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
         raise UserError(f"packing.heldout={value} must be a fraction, 0 or more and below 1")
     return value
@@ -41,6 +43,9 @@ class Packing(Settings):
     """Tokens T of a context."""
     bos: Literal["context", "document", "none"] = "document"
     """Where a BOS token stands: before each `context`, before each `document`, or nowhere."""
+    bos_token: Annotated[str, Strict(), Field(min_length=1)] | None = None
+    """Which token that is. null: the tokenizer's own BOS; `auto`: what the tokenizer itself puts before a text, none
+    where it puts none; or a special token by name."""
     separator: Flag = False
     """Whether an EOS token stands after each document."""
     keep_special: Flag = False
@@ -49,6 +54,10 @@ class Packing(Settings):
     """A seed that orders the documents by sha256(seed, key); null: the source's order."""
     heldout: Annotated[float, PlainValidator(_fraction)] = 0.1
     """Fraction of the documents held out."""
+
+    def identity(self) -> Json:
+        """What a store's identity records; without `bos_token` where it is null, as before there was such a setting."""
+        return {name: value for name, value in self.model_dump().items() if name != "bos_token" or value is not None}
 
 
 @dataclass(frozen=True)
@@ -68,36 +77,73 @@ class PackedTokens:
     lost: StreamLost | None = None
 
     def document(self, sequence: int, position: int) -> str:
-        """The name of the document that token `position` of context `sequence` belongs to."""
+        """Return the name of the document that token `position` of context `sequence` belongs to."""
         within = position - (self.contexts.shape[1] - self.stride)
         at = int(np.searchsorted(self.starts, sequence * self.stride + max(within, 0), side="right")) - 1
         return self.names[at] if len(self.names) else "unknown"
 
 
 def special_ids(tokenizer: Any) -> list[int]:
-    """Ids of the tokens that stand for no text: BOS, EOS, padding and their like, the unknown token not counted."""
+    """Find the ids of tokens that stand for no text:
+    BOS, EOS, padding and their like, the unknown token not counted."""
     ids = set(tokenizer.all_special_ids)
     marks = {tokenizer.bos_token_id, tokenizer.eos_token_id}
     return sorted((ids - {tokenizer.unk_token_id}) | (marks & ids) | set(added_special_ids(tokenizer)))
 
 
 def added_special_ids(tokenizer: Any) -> list[int]:
-    """Ids of tokens added with `special=true` that the tokenizer does not count among its own special tokens."""
+    """Find the ids of tokens added with `special=true` that the tokenizer does not count among its own special
+    tokens."""
     added = getattr(tokenizer, "added_tokens_decoder", {})
     special = {index for index, token in added.items() if token.special}
     return sorted(special - set(tokenizer.all_special_ids))
 
 
+def bos_id(tokenizer: Any, packing: Packing) -> int | None:
+    """The id of the token that stands for BOS, None where there is none; UserError for one the tokenizer lacks."""
+    name = packing.bos_token
+    if packing.bos == "none":
+        return None
+    if name is None:
+        if tokenizer.bos_token_id is None:
+            raise UserError(
+                f"packing.bos={packing.bos}, but this tokenizer has no BOS token: set packing.bos=none, or name a "
+                "special token with packing.bos_token"
+            )
+        return int(tokenizer.bos_token_id)
+    if not tokenizer.get_vocab():
+        raise UserError(f"packing.bos_token={name} needs a tokenizer, and this model has none: leave it null")
+    if name == "auto":
+        return _own_bos(tokenizer)
+    names = tokenizer.convert_ids_to_tokens(special_ids(tokenizer))
+    if name not in names:
+        raise UserError(
+            f"packing.bos_token={name} is no special token of this tokenizer: choose one of {', '.join(names[:20])}"
+        )
+    return int(tokenizer.convert_tokens_to_ids(name))
+
+
+def _own_bos(tokenizer: Any) -> int | None:
+    """What the tokenizer puts before a text unasked."""
+    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
+    own = tokenizer("a")["input_ids"]
+    if own[: len(plain)] == plain:
+        return None
+    if own[1 : 1 + len(plain)] != plain:
+        raise UserError("packing.bos_token=auto: this tokenizer puts several tokens before a text: name one of them")
+    return int(own[0])
+
+
 def check_tokenizer(tokenizer: Any, packing: Packing) -> None:
     """Refuse a packing that asks for tokens the tokenizer does not have."""
-    if packing.bos != "none" and tokenizer.bos_token_id is None:
-        raise UserError(f"packing.bos={packing.bos}, but this tokenizer has no BOS token: set packing.bos=none")
+    bos_id(tokenizer, packing)
     if packing.separator and tokenizer.eos_token_id is None:
         raise UserError("packing.separator=true, but this tokenizer has no EOS token: set packing.separator=false")
 
 
-def ordered(source: TextSource, packing: Packing, split: str) -> Iterator[tuple[str, str]]:
-    """(name, text) of each unique document of a split, as they are packed; a shuffle keeps them in temporary files."""
+def texts_in_order(source: TextSource, packing: Packing, split: str) -> Iterator[tuple[str, str]]:
+    """Put in order (name, text) of each unique document of a split, as they are packed;
+    a shuffle keeps them in temporary files."""
     mine = (doc for doc in unique(source.documents()) if split_of(doc.key, packing.heldout) == split)
     if packing.shuffle is None:
         return ((doc.name, doc.text) for doc in mine)
@@ -105,7 +151,7 @@ def ordered(source: TextSource, packing: Packing, split: str) -> Iterator[tuple[
 
 
 def _shuffled(documents: Iterable[Document], seed: int) -> Iterator[tuple[str, str]]:
-    """By sha256(seed, key), compared as bytes."""
+    """Yield the texts by sha256(seed, key), compared as bytes."""
     names, texts, ranks = DiskStrings(), DiskStrings(), DiskArray()
     for doc in documents:
         names.append(doc.name)
@@ -116,32 +162,56 @@ def _shuffled(documents: Iterable[Document], seed: int) -> Iterator[tuple[str, s
         yield names[index], texts[index]
 
 
-def encoded(
-    documents: Iterable[tuple[str, str]], tokenizer: Any, packing: Packing, vocabulary: int | None = None
-) -> Iterator[tuple[str, NDArray[np.int32]]]:
-    """(name, tokens) of each document, with the BOS and EOS tokens that stand at its ends.
+@dataclass(frozen=True)
+class _Encoded:
+    """A document's tokens [n], and which of their rows may be harvested [n]: of a chat not all, of a text all."""
 
-    A document that came as token ids keeps them, and gets no second BOS. vocabulary: rows of the model's embedding,
-    beyond which a token is refused (UserError).
+    name: str
+    tokens: NDArray[np.int32]
+    wanted: NDArray[np.bool_]
+
+
+def _encoded(
+    documents: Iterable[tuple[str, str]], tokenizer: Any, packing: Packing, vocabulary: int | None = None
+) -> Iterator[_Encoded]:
+    """The tokens of each document, with the BOS and EOS tokens that stand at its ends.
+
+    A document that came as token ids, or as a chat whose template begins with a BOS, gets no second one. vocabulary:
+    rows of the model's embedding, beyond which a token is refused (UserError).
     """
-    head = [tokenizer.bos_token_id] if packing.bos == "document" else []
+    bos = bos_id(tokenizer, packing)
+    head = [bos] if packing.bos == "document" and bos is not None else []
     tail = [tokenizer.eos_token_id] if packing.separator else []
     documents = iter(documents)
     while batch := list(islice(documents, ENCODE_AT_ONCE)):
-        texts = [text for _, text in batch if token_ids(text) is None]
-        by_tokenizer: Iterator[list[int]] = iter(())
-        if texts:
-            # verbose=False: a document longer than the model's context is no mistake here, it is cut.
-            said = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
-            by_tokenizer = iter(said["input_ids"])
-        for name, text in batch:
-            given = token_ids(text)
-            ids = next(by_tokenizer) if given is None else given
-            has_bos = given is not None and given[:1] == head
-            tokens = np.array([*([] if has_bos else head), *ids, *tail], np.int32)
+        for name, ids, wanted, has_bos in _by_tokenizer(batch, tokenizer, head):
+            lead = [] if has_bos else head
+            tokens = np.array([*lead, *ids, *tail], np.int32)
             if vocabulary is not None and len(tokens) and tokens.max() >= vocabulary:
                 raise UserError(_beyond(name, int(tokens.max()), tokenizer, vocabulary))
-            yield name, tokens
+            # The ends are special tokens, stored only where those are.
+            yield _Encoded(name, tokens, np.pad(wanted, (len(lead), len(tail)), constant_values=True))
+
+
+def _by_tokenizer(
+    batch: list[tuple[str, str]], tokenizer: Any, head: list[int]
+) -> Iterator[tuple[str, list[int], NDArray[np.bool_], bool]]:
+    """(name, ids, which rows may be harvested, whether a BOS stands there already) of each document, in order."""
+    texts = [text for _, text in batch if token_ids(text) is None and Chat.from_text(text) is None]
+    of_texts: Iterator[list[int]] = iter(())
+    if texts:
+        # verbose=False: a document longer than the model's context is no mistake here, it is cut.
+        said = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
+        of_texts = iter(said["input_ids"])
+    for name, text in batch:
+        given, chat = token_ids(text), Chat.from_text(text)
+        if chat is not None:
+            ids, wanted = rendered(chat, tokenizer, name)
+        else:
+            ids = next(of_texts) if given is None else given
+            wanted = np.ones(len(ids), np.bool_)
+        has_bos = (given is not None or chat is not None) and ids[:1] == head
+        yield name, ids, wanted, has_bos
 
 
 def _beyond(document: str, token: int, tokenizer: Any, vocabulary: int) -> str:
@@ -155,26 +225,33 @@ class _Cutter:
     """Cuts the stream into contexts as it comes, and remembers where documents begin."""
 
     def __init__(self, tokenizer: Any, packing: Packing) -> None:
-        self.head = [tokenizer.bos_token_id] if packing.bos == "context" else []
+        bos = bos_id(tokenizer, packing)
+        self.head = [bos] if packing.bos == "context" and bos is not None else []
         self.context, self.stride = packing.context, packing.context - len(self.head)
         self.length = 0
         self.starts, self.names = DiskArray(), DiskStrings()
 
-    def blocks(self, documents: Iterable[tuple[str, NDArray[np.int32]]]) -> Iterator[NDArray[np.int32]]:
-        """[n, T] whole contexts, n of 1 or more."""
-        waiting: list[NDArray[np.int32]] = []
-        for name, tokens in documents:
+    def blocks(self, documents: Iterable[_Encoded]) -> Iterator[tuple[NDArray[np.int32], NDArray[np.bool_]]]:
+        """Whole contexts [n, T], n of 1 or more, and which of their rows may be harvested [n, T]."""
+        tokens: list[NDArray[np.int32]] = []
+        wanted: list[NDArray[np.bool_]] = []
+        for doc in documents:
             self.starts.write(np.array([self.length], np.int64))
-            self.names.append(name)
-            self.length += len(tokens)
-            waiting.append(tokens)
-            if sum(map(len, waiting)) >= self.stride:
-                stream = np.concatenate(waiting)
-                whole = len(stream) // self.stride
-                waiting = [stream[whole * self.stride :]]
-                cut = stream[: whole * self.stride].reshape(whole, self.stride)
-                head = np.tile(np.array(self.head, np.int32), (whole, 1))
-                yield np.concatenate([head, cut], axis=1)
+            self.names.append(doc.name)
+            self.length += len(doc.tokens)
+            tokens.append(doc.tokens)
+            wanted.append(doc.wanted)
+            if sum(map(len, tokens)) >= self.stride:
+                block, left = self._cut(np.concatenate(tokens), np.array(self.head, np.int32))
+                may_keep, left_wanted = self._cut(np.concatenate(wanted), np.ones(len(self.head), np.bool_))
+                tokens, wanted = [left], [left_wanted]
+                yield block, may_keep
+
+    def _cut(self, stream: NDArray[Any], head: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
+        """The whole contexts of a stream, each behind the head; and what is left."""
+        whole = len(stream) // self.stride
+        cut = stream[: whole * self.stride].reshape(whole, self.stride)
+        return np.concatenate([np.tile(head, (whole, 1)), cut], axis=1), stream[whole * self.stride :]
 
 
 def pack(
@@ -187,7 +264,7 @@ def pack(
     multiple: int = 1,
     vocabulary: int | None = None,
 ) -> PackedTokens:
-    """The first contexts of a split that hold at least `rows` kept rows.
+    """Pack the first contexts of a split that hold at least `rows` kept rows.
 
     Their number is rounded up to a `multiple` where the text goes on that far, and is all there is where it does not.
     Of a stream that is lost on the way it is a multiple too, and `lost` says why there are no more. vocabulary: rows of
@@ -200,8 +277,9 @@ def pack(
     contexts, keeps = DiskArray(), DiskArray()
     count, n_kept, goal, lost = 0, 0, None, None
     try:
-        for block in cutter.blocks(encoded(ordered(source, packing, split), tokenizer, packing, vocabulary)):
-            keep = np.ones_like(block, np.bool_) if packing.keep_special else ~np.isin(block, special)
+        documents = _encoded(ordered(source, packing, split), tokenizer, packing, vocabulary)
+        for block, may_keep in cutter.blocks(documents):
+            keep = may_keep if packing.keep_special else may_keep & ~np.isin(block, special)
             running = n_kept + np.cumsum(keep.sum(1))
             if goal is None and running[-1] >= rows:
                 needed = count + int(np.searchsorted(running, rows)) + 1

@@ -7,7 +7,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ DISK_MARGIN = 64 << 20  # records, metadata and what else the file system keeps
 
 
 def rank() -> int:
-    """This process's number among those that torchrun started; 0 without it."""
+    """Return this process's number among those that torchrun started; 0 without it."""
     return int(os.environ.get("RANK", "0"))
 
 
@@ -60,7 +60,7 @@ def check_disk(request: HarvestRequest, units: Sequence[Unit], widths: Mapping[s
 
 
 def _spared(units: Sequence[Unit], widths: Mapping[str, int], layout: Layout) -> str:
-    """What the size leaves out: what a codec will save, and what int8 would."""
+    """Say what the size leaves out: what a codec will save, and what int8 would."""
     if layout.encoding is not None:
         return f" as {layout.encoding}{' before its codec' if layout.codec else ''}"
     smaller = dataclasses.replace(layout, encoding="int8")
@@ -70,7 +70,7 @@ def _spared(units: Sequence[Unit], widths: Mapping[str, int], layout: Layout) ->
 
 
 def check_text(request: HarvestRequest, tokenizer: Any) -> None:
-    """UserError where a model without a tokenizer is given text, seen at the first document."""
+    """Raise UserError where a model without a tokenizer is given text, seen at the first document."""
     if isinstance(tokenizer, TokenIds):
         first = next(iter(request.asked.text.documents()), None)
         if first is not None and first.text and token_ids(first.text) is None:
@@ -78,7 +78,7 @@ def check_text(request: HarvestRequest, tokenizer: Any) -> None:
 
 
 def pack_splits(request: HarvestRequest, tokenizer: Any, model: Any, layout: Layout) -> dict[str, PackedTokens]:
-    """The contexts of each split, each token one that the model's embedding has."""
+    """Pack the contexts of each split, each token one that the model's embedding has."""
     return {
         split: pack(
             request.asked.text,
@@ -91,6 +91,14 @@ def pack_splits(request: HarvestRequest, tokenizer: Any, model: Any, layout: Lay
         )
         for split, rows in request.rows.items()
     }
+
+
+def faster(model: Any) -> Iterator[str]:
+    """Say where another dtype would be faster: nothing is chosen by machine, for the store would be another one."""
+    import torch
+
+    if model.dtype == torch.float32 and model.device.type == "cpu" and lm.has_amx():
+        yield "this CPU has AMX: with model.dtype=bfloat16 the harvest would take a half to a third of the time"
 
 
 def harvest(cfg: Mapping[str, Any]) -> Store:
@@ -120,6 +128,7 @@ def harvest(cfg: Mapping[str, Any]) -> Store:
     check_disk(request, plan(store, manifest.layout, packed, asked.sites), widths, manifest.layout)
     store = store or Store.create_or_open(request.cache, manifest)
     units = plan(store, manifest.layout, packed, asked.sites)
+    say_all(faster(model))
     worker = harvester.Harvester(
         store,
         model,
@@ -148,7 +157,7 @@ def say_all(lines: Iterable[str]) -> None:
 
 
 def main(config: DictConfig) -> None:
-    """The stage, from Hydra's configuration."""
+    """Run the stage from Hydra's configuration."""
     try:
         harvest(cli.stage_settings(config, "harvest"))
     except KeyboardInterrupt:

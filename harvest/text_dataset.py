@@ -14,7 +14,8 @@ from typing import Any, Literal
 from data.base.config import Flag, Text
 from data.base.errors import UserError
 from data.base.records import Json
-from harvest.text_source import Document, RowReader, TextSource, say_once
+from harvest.chat import Keep
+from harvest.text_source import Document, RowReader, TextSource, say_once, without_new
 
 RETRY_S = (1.0, 2.0, 5.0, 10.0, 20.0, 40.0, 60.0, 60.0, 60.0, 60.0)  # before each try after a broken connection
 SILENCE_S = 10.0  # without a row, after which the wait is reported
@@ -39,7 +40,9 @@ class DatasetText(TextSource):
     revision: Text | None = None
     """A branch, tag or commit; null: the newest."""
     field: Text = "text"
-    """The column that holds the text or the token ids."""
+    """The column that holds the text, the token ids or the messages."""
+    chat: Keep | None = None
+    """Rows are chats, rendered by the tokenizer's template: rows of `all` tokens or of the `assistant`'s words."""
     streaming: Flag = False
     """Read over the network as it goes, for a set larger than the disk."""
 
@@ -54,10 +57,10 @@ class DatasetText(TextSource):
             )
 
     def identity(self) -> Json:
-        return {**self.settings(), "revision": self.commit()}
+        return {**without_new(self.settings()), "revision": self.commit()}
 
     def commit(self) -> str:
-        """The commit hash that `revision` stands for now; a hash asks nobody."""
+        """Find the commit hash that `revision` stands for now; a hash asks nobody."""
         if self.revision is not None and re.fullmatch(r"[0-9a-f]{40}", self.revision):
             return self.revision
         self.check()
@@ -71,9 +74,9 @@ class DatasetText(TextSource):
         return commit
 
     def documents(self) -> Iterator[Document]:
-        """Every row; a stream that breaks off is opened again, over minutes, and read on from where it was."""
+        """Yield every row; a stream that breaks off is opened again, over minutes, and read on from where it was."""
         self.check()
-        reader = RowReader(str(self.name), self.field)
+        reader = RowReader(str(self.name), self.field, self.chat)
         number, failures = 0, 0
         try:
             while True:
@@ -92,7 +95,7 @@ class DatasetText(TextSource):
             reader.report()
 
     def _rows(self, start: int) -> Iterator[Any]:
-        """The rows from number `start` on; says so where none comes for a while."""
+        """Yield the rows from number `start` on; says so where none comes for a while."""
         import datasets
 
         try:
@@ -134,7 +137,7 @@ class DatasetText(TextSource):
 
 
 def is_network_error(error: BaseException) -> bool:
-    """Whether an error is of the connection, and may pass: no mistake of the user, no full disk."""
+    """Return whether an error is of the connection, and may pass: no mistake of the user, no full disk."""
     if isinstance(error, UserError):
         return False
     if isinstance(error, TimeoutError | ConnectionError):
@@ -145,7 +148,7 @@ def is_network_error(error: BaseException) -> bool:
 
 
 def _first_line(error: Exception, kind: bool = True) -> str:
-    """An error of another library in one line, with its kind unless that is left out."""
+    """Say an error of another library in one line, with its kind unless that is left out."""
     lines = str(error).strip().splitlines()
     if not lines:
         return type(error).__name__
@@ -175,7 +178,7 @@ class _Watch:
         self._thread.join()
 
     def rows(self, rows: Iterator[Any]) -> Iterator[Any]:
-        """The same rows, each waited for under watch."""
+        """Yield the same rows, each waited for under watch."""
         while True:
             self._since = time.monotonic()
             try:

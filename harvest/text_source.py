@@ -19,6 +19,7 @@ from data.base.config import Settings
 from data.base.errors import UserError
 from data.base.records import Json
 from data.store.manifest import HELDOUT, TRAIN
+from harvest.chat import Chat, Keep, is_chat
 
 BYTE_ORDER_MARK = "\ufeff"
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -47,24 +48,25 @@ class Document:
 
 
 def token_ids(text: str) -> list[int] | None:
-    """The token ids that a document's text spells, or None where it is a text for the tokenizer."""
+    """Read the token ids that a document's text spells, or None where it is a text for the tokenizer."""
     return [int(one) for one in text[1:].split()] if text.startswith(_IDS_MARK) else None
 
 
-def digest(text: str) -> bytes:
+def hash_text(text: str) -> bytes:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
 
 
 def split_of(key: str, heldout: float) -> str:
-    """The split of a document: `heldout` for that fraction of all keys, by the first 64 bits of the key's sha256."""
-    return HELDOUT if int.from_bytes(digest(key)[:8], "big") < heldout * 2**64 else TRAIN
+    """Choose the split of a document: `heldout` for that fraction of all keys,
+    by the first 64 bits of the key's sha256."""
+    return HELDOUT if int.from_bytes(hash_text(key)[:8], "big") < heldout * 2**64 else TRAIN
 
 
 def unique(documents: Iterable[Document]) -> Iterator[Document]:
     """Drop blank documents and those whose exact text came before, so that no text can stand in both splits."""
     seen: set[bytes] = set()
     for doc in documents:
-        text_hash = digest(doc.text)
+        text_hash = hash_text(doc.text)
         if doc.text.strip() and text_hash not in seen:
             seen.add(text_hash)
             yield doc
@@ -92,25 +94,32 @@ class TextSource(Settings, ABC):
 
     @abstractmethod
     def documents(self) -> Iterator[Document]:
-        """All documents, in an order that is the same each time."""
+        """Iterate over all documents, in an order that is the same each time."""
 
     def settings(self) -> Json:
-        """The plain values `source_from` rebuilds this source from."""
+        """Return the plain values `source_from` rebuilds this source from."""
         return self.model_dump()
 
     def identity(self) -> Json:
-        """The settings with the number of documents and a hash over all of them, in order; UserError for empty text."""
+        """Return the settings with the number of documents and a hash over all of them, in order;
+        UserError for empty text."""
         whole, count = hashlib.sha256(), 0
         for doc in unique(self.documents()):
-            whole.update(digest(doc.key) + digest(doc.text))
+            whole.update(hash_text(doc.key) + hash_text(doc.text))
             count += 1
         if not count:
             raise UserError(f"the text {self.settings()} holds no document that is not blank: choose another text")
-        return {**self.settings(), "documents": count, "sha256": whole.hexdigest()}
+        return {**without_new(self.settings()), "documents": count, "sha256": whole.hexdigest()}
+
+
+def without_new(settings: Json) -> Json:
+    """The settings of a source less `chat` where it is null: older stores, without such a setting, stay the same."""
+    return {name: value for name, value in settings.items() if name != "chat" or value is not None}
 
 
 def readable(text: str, name: str, file: str) -> str:
-    """A text as a tokenizer can read it: without a byte order mark, U+FFFD for each lone surrogate (which is said)."""
+    """Make a text readable for a tokenizer: without a byte order mark,
+    U+FFFD for each lone surrogate (which is said)."""
     text = text.removeprefix(BYTE_ORDER_MARK)
     if _SURROGATE.search(text):
         say_once((file, "surrogate"), f"{name} holds a lone surrogate: it is read as U+FFFD, here and in what follows")
@@ -121,15 +130,18 @@ def readable(text: str, name: str, file: str) -> str:
 class RowReader:
     """Makes documents of the rows of a file or a data set, and counts those that are null.
 
-    file: its name, for messages. field: the column that holds the text or the token ids.
+    file: its name, for messages. field: the column that holds the text, the token ids or the messages of a chat.
+    chat: whose tokens of a chat are harvested; None where rows are no chats.
     """
 
-    def __init__(self, file: str, field: str) -> None:
-        self.file, self.field = file, field
+    def __init__(self, file: str, field: str, chat: Keep | None = None) -> None:
+        self.file = file
+        self.field = field
+        self.chat = chat
         self.nulls = 0
 
     def document(self, number: int, row: object) -> Document:
-        """The document of a row; UserError says what stands there where it is neither text nor token ids."""
+        """Read the document of a row; UserError says what stands there where it is neither text nor token ids."""
         name = f"{self.file}:{number}"
         if not isinstance(row, Mapping) or self.field not in row:
             has = f"it has {sorted(map(str, row))}" if isinstance(row, Mapping) else "it is no object"
@@ -138,12 +150,27 @@ class RowReader:
         if value is None:
             self.nulls += 1
             return Document(name, "", "")
+        if self.chat is not None:
+            return self._chat_document(name, value, self.chat)
         if isinstance(value, str):
             text = readable(value, name, self.file)
             return Document(name, text, text)
         if isinstance(value, list) and all(_is_token_id(one) for one in value):
             return Document.of_ids(name, value)
         raise UserError(f"{name} has {_described(value)} under {self.field!r}, not a text: {_remedy(value)}")
+
+    def _chat_document(self, name: str, value: object, keep: Keep) -> Document:
+        if not is_chat(value):
+            raise UserError(
+                f"{name} has {_described(value)} under {self.field!r}, not a chat's messages (objects with role and "
+                "content): set text.field to the column of messages, or text.chat=null"
+            )
+        assert isinstance(value, list)
+        messages = [
+            {"role": message["role"], "content": readable(message["content"], name, self.file)} for message in value
+        ]
+        text = Chat(messages, keep).spelled()
+        return Document(name, text, text)
 
     def report(self) -> None:
         """Say how many rows were null, if any."""
@@ -157,7 +184,7 @@ def _is_token_id(value: object) -> bool:
 
 
 def _described(value: object) -> str:
-    """What a value is, in words."""
+    """Describe in words what a value is."""
     if isinstance(value, list):
         parts = {type(one) for one in value}
         if parts == {str}:
@@ -173,6 +200,8 @@ def _described(value: object) -> str:
 
 
 def _remedy(value: object) -> str:
+    if isinstance(value, list) and is_chat(value):
+        return "set text.chat=all, or text.chat=assistant, to read it as a chat"
     if isinstance(value, list):
         return "join each list to one text (or give whole numbers from 0 on, which are taken as token ids)"
     if isinstance(value, bytes):

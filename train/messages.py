@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from data.loading.order import mixing_span
 from data.store.manifest import TRAIN
 from train.plan import TrainRun
@@ -15,19 +17,19 @@ from train.targets import l0_miss
 
 
 def clock(seconds: float) -> str:
-    """Seconds as m:ss or h:mm:ss."""
+    """Format seconds as m:ss or h:mm:ss."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 def label(sae: SAE) -> str:
-    """The variant and what it aims at, in a few letters."""
+    """Name the variant and what it aims at, in a few letters."""
     return f"{sae.name} {sae.config.aim}"
 
 
 def opening(runs: Sequence[TrainRun]) -> str:
-    """What begins, on what; of several SAEs each in a line of its own."""
+    """Say what begins, on what; of several SAEs each in a line of its own."""
     settings, plan = runs[0].settings, runs[0].plan
     rows = int(plan.readers[TRAIN].sizes[: plan.stored_chunks].sum())
     span = mixing_span(plan.store.layout.unit_rows, settings.loader.pool_chunks, rows)
@@ -76,7 +78,7 @@ def how_to_go_on(runs: Sequence[TrainRun], why: str) -> str:
 
 
 def closing(sae: SAE, training: dict[str, Any], folder: Path) -> str:
-    """The line that sums up a finished run."""
+    """Write the line that sums up a finished run."""
     held_out = training["heldout"]
     figures = ""
     if held_out:
@@ -92,7 +94,7 @@ def closing(sae: SAE, training: dict[str, Any], folder: Path) -> str:
 
 
 def diverged(run: TrainRun, training: dict[str, Any]) -> str | None:
-    """A sentence for a run that ends worse than the mean of the activations would do, else None."""
+    """Write a sentence for a run that ends worse than the mean of the activations would do, else None."""
     figures = training["heldout"] or training["last_step"]
     nmse = figures.get("nmse")
     if nmse is None or nmse <= 1:
@@ -116,4 +118,14 @@ def missed_l0(sae: SAE, training: dict[str, Any]) -> str | None:
         trained=(calibration or last)["l0"],
         calibrated=calibration is not None,
         coefficient=last.get("coefficient"),
+    )
+
+
+def slow_bf16(matmul: str, device: torch.device, units: bool) -> str | None:
+    """Say that matmul=bf16 saves no time on a CPU without `units` for it, where that is so."""
+    if matmul != "bf16" or device.type != "cpu" or units:
+        return None
+    return (
+        "matmul=bf16 rounds as asked but saves no time: this CPU has neither AMX nor AVX512-BF16, so matmul=float32 is "
+        "as fast and more precise"
     )

@@ -21,5 +21,5 @@ OPTIMIZERS: dict[str, type[Optimizer]] = {
 
 
 def optimizer_from(settings: OptimizerSettings) -> OptimizerFactory:
-    """What makes the optimizer of given parameters."""
+    """Choose what makes the optimizer of given parameters."""
     return partial(OPTIMIZERS[settings.name], **settings.arguments())

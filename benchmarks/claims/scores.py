@@ -93,7 +93,7 @@ class Scored:
         self._all, self._drawn = statistics(totals(columns)), statistics(resampled(columns, samples=samples, seed=seed))
 
     def figure(self, name: str) -> Estimate:
-        """One of `evaluate.metrics.statistics`."""
+        """Return one of `evaluate.metrics.statistics`."""
         return Estimate(float(self._all[name][0]), self._drawn[name])
 
     def target(self) -> str:
@@ -103,12 +103,12 @@ class Scored:
 
     @cached_property
     def options(self) -> Json:
-        """The settings that are not the variant's defaults, beside width and sparsity."""
+        """Return the settings that are not the variant's defaults, beside width and sparsity."""
         return options({"variant": self.variant, "settings": self.settings})
 
 
 def options(config: Json) -> Json:
-    """The settings of an SAE's record that are not its variant's defaults, beside width and sparsity."""
+    """Return the settings of an SAE's record that are not its variant's defaults, beside width and sparsity."""
     fields = VARIANTS[config["variant"]].Config.model_fields
     defaults = RETIRED | {name: field.default for name, field in fields.items()}
     given = {name: value for name, value in config["settings"].items() if name not in _OF_GRID}
@@ -135,16 +135,16 @@ class ScoredSite:
 
     @property
     def special(self) -> bool:
-        """Whether the rows of special tokens are among those stored and scored."""
+        """Return whether the rows of special tokens are among those stored and scored."""
         return bool(self.store.manifest.settings["packing"]["keep_special"])
 
     @cached_property
     def text(self) -> HeldoutText:
-        """The LM and the held-out contexts; opened when first needed, as scores that exist need neither."""
+        """Return the LM and the held-out contexts; opened when first needed, as scores that exist need neither."""
         return open_text(self.store, self.settings)
 
     def batches(self, trained: SavedSAE) -> Sequence[Tensor]:
-        """Calibration rows in batches as the SAE was trained in, in model units."""
+        """Return the calibration rows in batches as the SAE was trained in, in model units."""
         training = trained.config["training"]
         key = (training["batch"], training["seed"])
         if key not in self._batches:
@@ -212,7 +212,8 @@ class ScoredSite:
 
 
 def by_sequence(l0_N: Tensor, keep_ST: Tensor) -> NDArray[np.int32]:
-    """Tokens of each sequence by their L0, those after its first position and those at it: [2, S, L0 + 1]."""
+    """Return the tokens of each sequence by their L0,
+    those after its first position and those at it: [2, S, L0 + 1]."""
     sequence_N, position_N = keep_ST.nonzero(as_tuple=True)
     top, first_N = int(l0_N.max()) + 1, (position_N == 0).long()
     place_N = (first_N * len(keep_ST) + sequence_N) * top + l0_N

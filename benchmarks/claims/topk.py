@@ -12,7 +12,7 @@ from benchmarks.claims.bench import CE, METRICS, NMSE, Bench, Finding, at_rivals
 from benchmarks.claims.scores import BATCH, INFERENCE, PER_TOKEN, THRESHOLD, Scored
 from benchmarks.claims.verdict import FAILS, UNTESTED, Comparison, Estimate, comparisons_of
 from evaluate.metrics import Columns, resampled, totals
-from evaluate.report.markdown import number
+from evaluate.report.markdown import format_number
 
 MARGINS = {NMSE: 0.01, CE: 0.002}  # S4: what "at least as good" forgives, of NMSE 1%, of CE in nats
 VARIES = 0.25  # S3: the standard deviation of L0 over its mean from which on it "varies by token"
@@ -29,7 +29,7 @@ def claims(bench: Bench) -> list[Finding]:
     findings = [*_better(bench, "S1", f"at every width, k={k}", places)]
     places = {(bench.width, k) for k in bench.ks("topk", bench.width)}
     findings += _better(bench, "S2", f"at width {bench.width:,}, every k", places)
-    return findings + _varying(bench) + _inference(bench) + _swapped(bench)
+    return findings + l0_varies(bench) + _inference(bench) + _swapped(bench)
 
 
 def _better(bench: Bench, claim: str, where: str, places: set[tuple[int, int]]) -> list[Finding]:
@@ -53,7 +53,7 @@ def _better(bench: Bench, claim: str, where: str, places: set[tuple[int, int]]) 
 
 
 def _plain_rows(comparisons: Sequence[Comparison]) -> list[list[str]]:
-    return [[one.label, *(number(value, 4) for value in one.shown.values()), shown(one)] for one in comparisons]
+    return [[one.label, *(format_number(value, 4) for value in one.shown.values()), shown(one)] for one in comparisons]
 
 
 def shown(comparison: Comparison) -> str:
@@ -62,7 +62,7 @@ def shown(comparison: Comparison) -> str:
     return f"{comparison.value:{digits}} [{comparison.low:{digits}}, {comparison.high:{digits}}]"
 
 
-def _varying(bench: Bench) -> list[Finding]:
+def l0_varies(bench: Bench) -> list[Finding]:
     saes = [*bench.pick("batchtopk", width=bench.width), *(s for s in bench.special if s.variant == "batchtopk")]
     varying = comparisons_of({named(sae): [_unlike(sae)] for sae in saes}, kind="sd of L0 / mean L0, below", margin=0.0)
     flat = [replace(one, shown={"sd / mean": VARIES - one.value}) for one in varying]

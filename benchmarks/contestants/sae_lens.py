@@ -30,7 +30,7 @@ _BIAS = {"relu": "b_enc", "gated": "b_gate"}
 
 
 def build(spec: Spec, *, sparse: bool) -> Any:
-    """The training SAE with its defaults; `sparse`: TopK's sparse activations, without the decoder's norms.
+    """Return the training SAE with its defaults; `sparse`: TopK's sparse activations, without the decoder's norms.
 
     With them its backward fails on a CPU.
     """

@@ -117,7 +117,7 @@ def tensors(batches: Any) -> Iterator[Tensor]:
 
 
 def mean_square(batches: Any) -> float:
-    """Mean squared norm of a row, from the first batches."""
+    """Return the mean squared norm of a row, from the first batches."""
     return float(np.square(np.asarray(batches[:64], np.float64)).sum(-1).mean())
 
 

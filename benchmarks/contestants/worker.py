@@ -27,7 +27,7 @@ from benchmarks.contestants.spec import Spec
 
 
 def resident(field: str) -> int:
-    """VmRSS, or VmHWM: the most there was since `forget_peak`; bytes."""
+    """Return VmRSS, or VmHWM: the most there was since `forget_peak`; bytes."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field + ":"))
 
@@ -39,7 +39,7 @@ def forget_peak(device: str) -> None:
 
 
 def rehearse(make: Any, name: str, spec: Spec) -> None:
-    """A step of a tiny one, so that what is loaded on first use is loaded before memory is counted."""
+    """Run a step of a tiny one, so that what is loaded on first use is loaded before memory is counted."""
     tiny = replace(spec, d_model=16, width=96, k=4, batch=32, l0=8.0)
     x_BD = torch.randn(tiny.batch, tiny.d_model, device=tiny.device)
     contestant = make(name, tiny, x_BD)

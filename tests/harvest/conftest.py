@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from omegaconf import OmegaConf
+
+from tests.helpers.corpus import ROOT
 
 WORDS = ["<s>", "</s>", "<unk>", "one", "two", "three", "four", "five", "six"]
 
@@ -34,3 +38,13 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def folder(saved: Path, tmp_path: Path) -> Path:
     """A copy that a test may damage."""
     return Path(shutil.copytree(saved, tmp_path / "copy"))
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> str:
+    """SmolLM2-135M-Instruct as `make demo-real` leaves it, or as the variable SMOLLM2 names it; skips without it."""
+    at_home = ROOT / str(OmegaConf.load(ROOT / "conf" / "model" / "smollm2.yaml").name)
+    path = os.environ.get("SMOLLM2", str(at_home))
+    if not Path(path).exists():
+        pytest.skip("SmolLM2 is not here: `make demo-real` fetches it, or name its folder or file in SMOLLM2")
+    return path

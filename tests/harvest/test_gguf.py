@@ -10,9 +10,11 @@ import pytest
 import torch
 
 from data.base.errors import UserError
+from data.base.sites import Site
 from data.store.manifest import TRAIN
 from data.store.store import Store
 from harvest import lm
+from harvest.hooks import run_to
 from harvest.lm import LanguageModel
 from harvest.run import harvest
 from tests.helpers.corpus import LETTERS, build, config, write_stories
@@ -39,11 +41,20 @@ def interleaved(weight: Any, heads: int) -> Any:
     return halves.swapaxes(1, 2).reshape(weight.shape)
 
 
-def write_gguf(path: Path) -> Path:
-    """The tests' small Llama with a byte-level tokenizer of one merge, in float32."""
-    model = build("llama")
+def as_halves(weight: Any, heads: int) -> Any:
+    """The inverse of `interleaved`."""
+    turns = weight.reshape(heads, len(weight) // heads // 2, 2, *weight.shape[1:])
+    return turns.swapaxes(1, 2).reshape(weight.shape)
+
+
+def write_gguf(path: Path, architecture: str = "llama", quantisation: str = "F32") -> tuple[Path, Any]:
+    """A small model of the tests with a byte-level tokenizer of one merge, and the model of the weights in the file.
+
+    quantisation: of every matrix whose rows are whole blocks of it, as llama.cpp does; the rest is float32.
+    """
+    model = build(architecture)
     sizes = model.config
-    writer = gguf.GGUFWriter(path, "llama")
+    writer = gguf.GGUFWriter(path, architecture)
     writer.add_context_length(sizes.max_position_embeddings)
     writer.add_embedding_length(sizes.hidden_size)
     writer.add_block_count(sizes.num_hidden_layers)
@@ -62,26 +73,42 @@ def write_gguf(path: Path) -> Path:
     writer.add_bos_token_id(0)
     writer.add_eos_token_id(1)
     writer.add_unk_token_id(2)
+    kind = gguf.GGMLQuantizationType[quantisation]
     for name, value in model.state_dict().items():
-        weight, base = value.float().numpy(), name.removesuffix(".weight")
-        if base in OTHER_TENSORS:
-            target = OTHER_TENSORS[base]
-        else:
-            _, _, layer, part = base.split(".", 3)
-            target = f"blk.{layer}.{LAYER_TENSORS[part]}"
-            if LAYER_TENSORS[part] in ("attn_q", "attn_k"):
-                weight = interleaved(weight, sizes.num_attention_heads)
-        writer.add_tensor(f"{target}.weight", np.ascontiguousarray(weight))
+        weight = value.float().numpy()
+        target = gguf_name(name)
+        # llama.cpp turns the rotated heads of a Llama around, those of no other model here.
+        turned = architecture == "llama" and target.endswith(("attn_q.weight", "attn_k.weight"))
+        if turned:
+            weight = interleaved(weight, sizes.num_attention_heads)
+        if weight.ndim == 1 or weight.shape[1] % gguf.GGML_QUANT_SIZES[kind][0]:
+            writer.add_tensor(target, np.ascontiguousarray(weight))
+            continue
+        blocks = gguf.quantize(np.ascontiguousarray(weight), kind)
+        writer.add_tensor(target, blocks, raw_dtype=kind)
+        unpacked = gguf.dequantize(blocks, kind)
+        if turned:
+            unpacked = as_halves(unpacked, sizes.num_attention_heads)
+        value.copy_(torch.from_numpy(unpacked))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    return path
+    return path, model
+
+
+def gguf_name(name: str) -> str:
+    """The name in GGUF of a tensor of transformers."""
+    base, _, kind = name.rpartition(".")
+    if base in OTHER_TENSORS:
+        return f"{OTHER_TENSORS[base]}.{kind}"
+    _, _, layer, part = base.split(".", 3)
+    return f"blk.{layer}.{LAYER_TENSORS[part]}.{kind}"
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_gguf(tmp_path_factory.mktemp("gguf") / "tiny.gguf")
+    return write_gguf(tmp_path_factory.mktemp("gguf") / "tiny.gguf")[0]
 
 
 def test_config_tokenizer_and_weights_come_from_the_file(model: Path) -> None:
@@ -93,6 +120,32 @@ def test_config_tokenizer_and_weights_come_from_the_file(model: Path) -> None:
     assert tokenizer("a th b", add_special_tokens=False)["input_ids"] == [4, 3, 3 + len(LETTERS) - 1, 3, 5]
     ids_BT = torch.arange(3, 40)[None]
     assert torch.equal(ours.load()(input_ids=ids_BT).logits, build("llama")(input_ids=ids_BT).logits)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2"])
+@pytest.mark.parametrize("quantisation", ["F16", "BF16", "Q8_0", "Q5_1", "Q4_1", "Q4_0"])
+def test_quantised_blocks_are_the_model_of_the_weights_they_stand_for(
+    architecture: str, quantisation: str, tmp_path: Path
+) -> None:
+    path, unpacked = write_gguf(tmp_path / "small.gguf", architecture, quantisation)
+    ids_BT = torch.arange(3, 40)[None]
+    expected = unpacked(input_ids=ids_BT).logits
+    assert torch.equal(LanguageModel.of({"name": str(path), "device": "cpu"}).load()(input_ids=ids_BT).logits, expected)
+    # The blocks are not the weights that went in.
+    assert not torch.equal(expected, build(architecture)(input_ids=ids_BT).logits)
+
+
+def test_sites_of_another_architecture_are_harvested_from_its_file(tmp_path: Path) -> None:
+    path, unpacked = write_gguf(tmp_path / "small.gguf", "qwen2", "Q8_0")
+    text = write_stories(tmp_path / "stories.jsonl", range(40))
+    store = harvest(config(path, text, tmp_path / "cache", "sites=[resid_post.1,mlp_out.2]"))
+    assert store.rows(TRAIN, "mlp_out.2") >= 200
+    site = Site.parse("resid_post.1")
+    ids_BT = torch.arange(3, 40)[None]
+    stream_BTD = unpacked.model(input_ids=ids_BT, output_hidden_states=True).hidden_states[2]
+    assert torch.equal(
+        run_to(lm.load_model({"name": str(path), "device": "cpu"}), [site], ids_BT)[str(site)], stream_BTD
+    )
 
 
 def test_identity_is_the_content_whatever_the_file_is_called(model: Path, tmp_path: Path) -> None:

@@ -23,7 +23,8 @@ from pydantic import Field
 from data.base.errors import UserError, to_sentence
 from harvest import disk_arrays as spool
 from harvest.documents import HELDOUT, TRAIN, Document, TextSource, split_of
-from harvest.packing import PackedTokens, Packing, check_tokenizer, pack, special_ids
+from harvest.packing import PackedTokens, Packing, bos_id, check_tokenizer, pack, special_ids
+from harvest.tokenizer import TokenIds
 from tests.helpers.corpus import ROOT, ids, story, tokenizer
 
 TOKENIZER = tokenizer()
@@ -254,3 +255,59 @@ def test_a_token_the_tokenizer_does_not_have_is_refused() -> None:
         check_tokenizer(bare, plain(4, "document"))
     with pytest.raises(UserError, match=r"no EOS token: set packing\.separator=false"):
         check_tokenizer(bare, plain(4, separator=True))
+
+
+# A BOS of choice
+
+
+def with_turn(own_rule: bool = False) -> Any:
+    """The tests' tokenizer with a special token <|turn|> (the highest id); own_rule: it puts that before each text."""
+    from tokenizers.processors import TemplateProcessing
+
+    more = tokenizer()
+    more.add_special_tokens({"additional_special_tokens": ["<|turn|>"]})
+    if own_rule:
+        turn = more.convert_tokens_to_ids("<|turn|>")
+        more.backend_tokenizer.post_processor = TemplateProcessing(
+            single="<|turn|> $A", pair=None, special_tokens=[("<|turn|>", turn)]
+        )
+    return more
+
+
+def test_a_bos_by_name_stands_where_the_tokenizers_own_would() -> None:
+    more = with_turn()
+    turn = more.convert_tokens_to_ids("<|turn|>")
+    by_document = pack(
+        Texts(texts=["abc", "de"]), more, plain(3, "document", bos_token="<|turn|>"), TRAIN, 1, multiple=9
+    )
+    assert by_document.contexts.tolist() == [[turn, A, B], [C, turn, D]]
+    assert (by_document.keep == (by_document.contexts != turn)).all()
+    by_context = pack(Texts(texts=["abc"]), more, plain(3, "context", bos_token="<|turn|>"), TRAIN, 1, multiple=9)
+    assert by_context.contexts.tolist() == [[turn, A, B]]
+    bare = with_turn()
+    bare.bos_token = None  # a tokenizer without one, such as Qwen's
+    assert pack(Texts(texts=["abc"]), bare, plain(3, "context", bos_token="<|turn|>"), TRAIN, 1).contexts[0, 0] == turn
+
+
+def test_auto_is_what_the_tokenizer_does_by_itself() -> None:
+    ours = plain(3, "document", bos_token="auto")
+    assert bos_id(tokenizer(), ours) is None
+    assert pack(Texts(texts=["abc"]), tokenizer(), ours, TRAIN, 1).contexts.tolist() == [[A, B, C]]
+    ruled = with_turn(own_rule=True)
+    turn = ruled.convert_tokens_to_ids("<|turn|>")
+    assert bos_id(ruled, ours) == turn != ruled.bos_token_id
+    assert pack(Texts(texts=["abc"]), ruled, ours, TRAIN, 1).contexts.tolist() == [[turn, A, B]]
+    assert bos_id(ruled, plain(3, bos_token="auto")) is None  # bos=none
+
+
+def test_a_bos_that_is_no_special_token_is_refused() -> None:
+    with pytest.raises(UserError, match=r"packing\.bos_token=a is no special token .*: choose one of <s>, </s>"):
+        bos_id(tokenizer(), plain(4, "document", bos_token="a"))
+    ids_only = TokenIds("it", {"bos_token_id": 0})
+    assert bos_id(ids_only, plain(4, "document")) == 0
+    with pytest.raises(UserError, match=r"packing\.bos_token=<s> needs a tokenizer"):
+        bos_id(ids_only, plain(4, "document", bos_token="<s>"))
+
+
+def test_a_packing_without_the_setting_is_identified_as_before_there_was_one() -> None:
+    assert "bos_token" not in plain(4).identity() and plain(4, bos_token="auto").identity()["bos_token"] == "auto"

@@ -121,7 +121,7 @@ def test_shrinkage_takes_both_halves(made: Made) -> None:
     def verdict(gated: float, baseline: float) -> str:
         saes = [*sweep(made, "gated", 0.9, gamma=gated), *sweep(made, "relu", 1.0, gamma=baseline)]
         gated_, relu = saes[:3], saes[3:]
-        return rivals._shrinkage(gated_, relu).verdict
+        return rivals.shrinkage(gated_, relu).verdict
 
     assert verdict(1.01, 0.8) == HOLDS
     assert verdict(1.3, 0.8) == FAILS
@@ -168,7 +168,7 @@ def peaked(low: int, context: int = TOKENS) -> np.ndarray[Any, Any]:
 @pytest.mark.parametrize(("low", "verdict"), [(2, HOLDS), (12, FAILS), (9, FAILS)])
 def test_the_low_peak_is_one_of_every_context(made: Made, low: int, verdict: str) -> None:
     sae = made("batchtopk", 128, nmse=0.1, l0=9, k=9, counts=peaked(low))
-    part = of(topk._varying(Bench([sae], [sae], SETTINGS)), "S3", "low peak")
+    part = of(topk.l0_varies(Bench([sae], [sae], SETTINGS)), "S3", "low peak")
     assert part.verdict == verdict
     if verdict == HOLDS:
         assert part.table is not None and part.table[1][0][-3:] == ["L0 <= 2", "10.00% (1/context 10.00%)", "100%"]
@@ -180,7 +180,7 @@ def test_l0_that_never_changes_does_not_vary(made: Made) -> None:
     wide[0, :, 9] = TOKENS
     for counts, verdict in ((flat, FAILS), (wide, HOLDS)):
         sae = made("batchtopk", 128, nmse=0.1, l0=5, k=5, counts=counts)
-        part = of(topk._varying(Bench([sae], [], SETTINGS)), "S3", "varies")
+        part = of(topk.l0_varies(Bench([sae], [], SETTINGS)), "S3", "varies")
         assert part.verdict == verdict
     assert part.comparisons[0].shown["sd / mean"] == pytest.approx(4 / 5)
 

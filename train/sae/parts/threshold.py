@@ -14,11 +14,12 @@ from train.sae.sparse.rules import TopOfBatch
 
 
 def running_mean_(mean: Tensor, weight: Tensor, value: Tensor, decay: float) -> None:
-    """In place, where `value` > 0: the bias-corrected exponential mean of all values so far.
+    """Take `value`, where it is above 0, into the bias-corrected exponential mean of all values so far.
 
     mean_n = sum_i (1 - decay) decay^(n - i) v_i / w_n, w_n = 1 - decay^n: right from the first value on. `weight`
     holds w_n.
     """
+    # torch.where, not `if`: reading the value would make the host wait for a GPU in each step.
     seen = value > 0
     new_weight = decay * weight + (1 - decay)
     new_mean = mean + (1 - decay) / new_weight * (value - mean)
@@ -44,7 +45,7 @@ class Calibration:
 
 
 def _smallest_kept(z_BF: Tensor, count: int) -> float:
-    """The `count`-th largest of z, 0 where fewer are positive."""
+    """Find the `count`-th largest of z, 0 where fewer are positive."""
     values_n = select(TopOfBatch(count), z_BF).values_n
     return float(values_n.min()) if len(values_n) == count else 0.0
 
@@ -66,10 +67,14 @@ def calibrate(
     pool: list[Tensor] = []
     for z_BF in map(pre_activation, batches):
         tokens += z_BF.shape[0]
+        # The set is too large to hold all z of it. What lies below every batch's own smallest kept value can be neither
+        # T_k nor above T.
         pool.append(z_BF[(z_BF >= bound) & (z_BF > 0)])
     values = torch.cat(pool)
     short = values.numel() < k * tokens
     threshold_k = 0.0 if short else float(values.kthvalue(values.numel() - k * tokens + 1).values)
+    # The paper's estimator: the mean over batches of the smallest activation kept. Batches that could not fill up with
+    # positive values have none, and would pull it to zero.
     threshold = sum(used) / len(used) if used else 0.0
     above = int((values > threshold).sum())  # a threshold is at least the bound
     return Calibration(threshold, threshold_k, above / tokens, len(used), len(kept) - len(used), tokens)

@@ -65,6 +65,7 @@ class CPUBackend:
         """Compute z once, and what each selection keeps of it; None where a guess was too high to say."""
         firsts = product.blocks(self.block_entries)
         passes = [_Pass(selection, firsts, product.width, self.dense_share) for selection in selections]
+        # One block's memory for all blocks: new memory each time would cost page faults, and z whole hundreds of MB.
         memory = product.xc_BD.new_empty(product.rows * firsts.step)
         whole_BF: Tensor | None = None
         for i, first in enumerate(firsts):
@@ -103,6 +104,7 @@ class CPUBackend:
     def gather_sums(self, weight_n: Tensor, index_n: Tensor, ends: Tensor, table_XD: Tensor) -> Tensor:
         if not len(index_n):
             return table_XD.new_zeros(len(ends) - 1, table_XD.shape[1])
+        # torch's own kernel for sums of weighted rows: it reads each row of the table once, and adds in a fixed order.
         return functional.embedding_bag(
             index_n, table_XD, ends, mode="sum", per_sample_weights=weight_n, include_last_offset=True
         )
@@ -112,6 +114,8 @@ class CPUBackend:
             return left_XD.new_zeros(0)
         # torch computes a product at the places of a CSR matrix, whose entries ascend by row.
         order_n = None
+        # Prefixes stack their gradients, so the entries' rows may not ascend: then they are sorted and the results put
+        # back.
         if bool((rows_n[1:] < rows_n[:-1]).any()):
             order_n = torch.sort(rows_n, stable=True).indices
             rows_n, latents_n = rows_n[order_n], latents_n[order_n]
@@ -150,6 +154,7 @@ class _Pass:
         self.whole = self.scan is None and self.latents_d is None
         self.parts: list[Tensor] = []
         if self.latents_d is not None:
+            # Ascending latents: those of a block are a slice, and the cuts are found once for all blocks.
             bounds = self.latents_d.new_tensor([*firsts, width])
             self.ends = torch.searchsorted(self.latents_d, bounds).tolist()
 
@@ -161,6 +166,8 @@ class _Pass:
         if self.whole or self.scan is None:
             return
         self.scan.feed(z_Bc.contiguous(), first)
+        # The first block stands for all: if so many of its entries are kept, sparse products over z would cost more
+        # than dense ones.
         if not first and isinstance(self.scan, AboveScan):
             self.whole = self.scan.count > self.dense_share * z_Bc.numel()
 
@@ -197,7 +204,7 @@ class Scan(ABC):
 
 
 def scan_of(rule: Rule) -> Scan | None:
-    """What executes a rule block by block; None for everything."""
+    """Choose what executes a rule block by block; None for everything."""
     match rule:
         case TopPerToken(k, positive):
             return TopPerTokenScan(k, positive=positive)
@@ -210,7 +217,8 @@ def scan_of(rule: Rule) -> Scan | None:
 
 
 def _largest(values: Tensor, count: int) -> Tensor:
-    """The `count`-th largest of a vector."""
+    """Find the `count`-th largest of a vector."""
+    # kthvalue counts from the smallest.
     return values.kthvalue(values.numel() - count + 1).values
 
 
@@ -247,10 +255,12 @@ class _LargestScan(Scan):
 
     @abstractmethod
     def raise_bound(self, most_BG: Tensor) -> Tensor:
-        """A lower bound, scalar or [B, 1], of what is kept, from a block's largest of each group and what is held."""
+        """Find a lower bound, scalar or [B, 1], of what is kept,
+        from a block's largest of each group and what is held."""
 
     def feed(self, z_Bc: Float[Tensor, "B c"], first: int) -> None:
         rows, width = z_Bc.shape
+        # width & -width is the largest power of two that divides it: groups must not reach over the end of a row.
         group = min(_GROUP, width & -width)
         grouped = z_Bc.view(-1, group)
         most_BG = grouped.amax(1).view(rows, -1)
@@ -297,6 +307,8 @@ class TopOfBatchScan(_LargestScan):
             return lowest if self.bound is None else self.bound
         if self.bound is not None and int((most_BG >= self.bound).sum()) <= self.count:
             return self.bound
+        # `count` groups with a largest of at least this value hold `count` entries of at least it: it bounds the
+        # answer from below.
         found = _largest(most_BG.reshape(-1), self.count)
         return found.clamp_min(0) if self.positive else found
 
@@ -306,6 +318,7 @@ class TopOfBatchScan(_LargestScan):
         if values_n.numel() < self.count:
             return self.bound
         bound = _largest(values_n, self.count)
+        # What the risen bound excludes is dropped at once, so that no more than about `count` entries are held.
         self.parts = [part.where(part.values_n >= bound) for part in self.parts]
         return bound
 
@@ -317,6 +330,7 @@ class TopOfBatchScan(_LargestScan):
             return entries
         smallest = _largest(entries.values_n, self.count)
         entries = entries.where(entries.values_n >= smallest)
+        # Only ties at the smallest can be too many; the last ones go, as the rule is "ties to the lowest index".
         if excess := len(entries.values_n) - self.count:
             kept_n = torch.ones_like(entries.rows_n, dtype=torch.bool)
             kept_n[(entries.values_n == smallest).nonzero().squeeze(1)[-excess:]] = False
@@ -337,6 +351,7 @@ class TopPerTokenScan(_LargestScan):
         if most.shape[1] < self.k:
             self.most = most
             return most.new_full((len(most), 1), -torch.inf)
+        # k groups whose largest is at least this value hold k entries of the token of at least it.
         self.most = most.topk(self.k, dim=1, sorted=False).values
         return self.most.amin(1, keepdim=True)
 
@@ -348,15 +363,18 @@ class TopPerTokenScan(_LargestScan):
 
 
 def top_of_rows(entries: Entries, k: int, rows: int) -> Tensor:
-    """Which entries are among the k largest of their row, of `rows` rows: [n] bool."""
+    """Mark which entries are among the k largest of their row, of `rows` rows: [n] bool."""
     counts_B = torch.bincount(entries.rows_n, minlength=rows)
     if not len(entries.rows_n) or (most := int(counts_B.max())) <= k:
         return torch.ones_like(entries.rows_n, dtype=torch.bool)
     starts_B = counts_B.cumsum(0) - counts_B
+    # Entries a token differ in number: padded with -inf they make a matrix, on which one topk serves all tokens.
     padded = entries.values_n.new_full((rows, most), -torch.inf)
     place_n = torch.arange(len(entries.rows_n), device=entries.rows_n.device) - starts_B[entries.rows_n]
     padded[entries.rows_n, place_n] = entries.values_n
     smallest_n = padded.topk(k, dim=1).values[:, -1][entries.rows_n]
+    # All that are larger are in; of those equal to the smallest as many as there is room for, from the lowest latent
+    # on.
     larger_n, equal_n = entries.values_n > smallest_n, entries.values_n == smallest_n
     larger_B = torch.zeros_like(counts_B).index_add_(0, entries.rows_n, larger_n.to(counts_B.dtype))
     before_n = equal_n.cumsum(0) - equal_n.to(counts_B.dtype)  # equals before this one, of all rows

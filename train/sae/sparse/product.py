@@ -30,16 +30,17 @@ class Product:
 
     @property
     def rows(self) -> int:
-        """Tokens."""
+        """Return the number of tokens."""
         return len(self.xc_BD)
 
     @property
     def width(self) -> int:
-        """Latents."""
+        """Return the number of latents."""
         return len(self.W_enc_FD)
 
     def blocks(self, entries: int) -> range:
-        """The first latents of blocks of about so many entries of z: a multiple of 32 latents each, or all."""
+        """Return the first latents of blocks of about so many entries of z: a multiple of 32 latents each, or all."""
+        # A multiple of 32 keeps the groups of the selections whole, and matrix kernels at full width.
         latents = entries // max(1, self.rows) // 32 * 32
         return range(0, self.width, min(self.width, max(32, latents)))
 
@@ -87,7 +88,7 @@ def bf16_products() -> Iterator[None]:
 
     A product too small to gain from it may stay in float32.
     """
-    settings = torch.backends.mkldnn.matmul
+    settings = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]  # torch has no type for it
     before = settings.fp32_precision
     settings.fp32_precision = "bf16"
     try:

@@ -70,6 +70,7 @@ class BatchTopKBase(TopKBase):
         return torch.where(z_BF > self.threshold, z_BF, 0.0)
 
     def encode_sparse(self, xn_BD: Float[Tensor, "B D"]) -> tuple[Codes, Tensor]:
+        # A GPU gives back all of z here, so the comparison is made again on what came.
         (codes,) = self.select(xn_BD, self.bias_F, [Selection(Above(self.threshold))])
         return codes, torch.where(codes.values > self.threshold, codes.values, 0.0)
 
@@ -85,6 +86,8 @@ class BatchTopKBase(TopKBase):
         reconstruction, nmse, xn_hat_BD = self.reconstruct(codes, f, xn_BD)
         auxk = self.auxk(candidates, (xn_BD - xn_hat_BD).detach())
         metrics = {"nmse": nmse.detach(), "l0": codes.l0(f), "auxk": auxk.detach()}
+        # Fewer than k * B came back where fewer are positive: then the batch says nothing of T, and 0 stands for that.
+        # On a GPU the selection is filled up with zeros, so its minimum is 0 by itself.
         min_kept = f.detach().min() if len(f) == count else nmse.new_zeros(())
         return StepOutput(reconstruction + auxk, metrics, codes.of(f), xn_hat_BD.detach(), min_kept=min_kept)
 
@@ -93,12 +96,15 @@ class BatchTopKBase(TopKBase):
         assert step.min_kept is not None
         if not backend_for(step.min_kept).fixed_sizes:
             self.guess = _next_guess(self.guess, step.min_kept)
+        # So that T is usable at any step (a validation, a checkpoint, a killed run); the calibration at the end is
+        # exact.
         running_mean_(self.threshold, self.threshold_weight, step.min_kept, _DECAY)
         self.skipped_batches += step.min_kept <= 0
 
     def start_variant(self, xn_ND: Float[Tensor, "N D"]) -> None:
         min_kept = self.loss(xn_ND[:_STARTING_ROWS]).min_kept
         assert min_kept is not None
+        # Without weight: the first batch of the training replaces it (`running_mean_` begins at weight 0).
         self.threshold.copy_(min_kept)
 
     @torch.no_grad()
@@ -108,6 +114,8 @@ class BatchTopKBase(TopKBase):
             raise UserError(
                 "the threshold is calibrated on reserved training batches, and there are none: set calibration_tokens"
             )
+        # On batches of the training's size, since the k * B-th largest value of a batch depends on B; reserved ones,
+        # since on batches that were trained on z is larger and T would come out too high.
         found = calibrate(lambda x_BD: self.pre_activation(self.norm.normalise(x_BD)), batches, self.config.k)
         self.threshold.fill_(found.threshold)
         return found

@@ -43,6 +43,7 @@ class JumpReLUConfig(PenaltyConfig):
     def _default_weight(cls, given: Any) -> Any:
         if not isinstance(given, dict) or given.get("sparsity") is not None:
             return given
+        # `k` is the older name of `target_l0`, which is read after this.
         aims = given.get("target_l0") is not None or given.get("k") is not None
         of_target = _WEIGHT_OF_TARGET.get(str(given.get("target_form", "log")), _WEIGHT)
         return given | {"sparsity": of_target if aims else _WEIGHT}
@@ -62,7 +63,7 @@ class JumpReLUConfig(PenaltyConfig):
 
 
 def _of_theta(grad: Tensor, theta: Tensor) -> Tensor:
-    """A gradient beside z as one of theta: theta stands beside each z, or once for each latent."""
+    """Turn a gradient beside z into one of theta: theta stands beside each z, or once for each latent."""
     return grad if grad.shape == theta.shape else grad.sum(0)
 
 
@@ -78,6 +79,7 @@ class _Jump(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         z, theta, eps = ctx.saved_tensors
+        # K(u) is a box of height 1 and width 1: 1[|z - theta| < eps / 2].
         near = torch.where((z - theta).abs() < eps / 2, grad, 0.0)
         return torch.where(z > theta, grad, 0.0), -(theta / eps) * _of_theta(near, theta), None
 
@@ -87,6 +89,8 @@ class _MeanL0(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, z: Tensor, theta: Tensor, eps: Tensor, tokens: int) -> Tensor:
+        # The slope does not depend on the gradient that comes in: it is made here, so that z and theta need not be kept
+        # for the backward.
         near = _of_theta(((z - theta).abs() < eps / 2).to(z.dtype), theta)
         ctx.save_for_backward(near / (eps * tokens))
         return (z > theta).sum().to(z.dtype) / tokens
@@ -116,6 +120,8 @@ class JumpReLU(SAE):
     config: JumpReLUConfig
 
     def add_state(self) -> None:
+        # theta itself and not its logarithm, which would make a step proportional to theta: thresholds near zero would
+        # hardly move. `after_step` keeps it positive.
         self.theta = nn.Parameter(torch.full((self.width,), self._first_theta()))
 
     def _first_theta(self) -> float:
@@ -124,7 +130,7 @@ class JumpReLU(SAE):
 
     @property
     def eps(self) -> Float[Tensor, ""]:
-        """The kernel's width in x' units."""
+        """Return the kernel's width in x' units."""
         return self.config.bandwidth * self.mean_sq.sqrt()
 
     def dense_encode(self, xn_BD: Float[Tensor, "B D"]) -> Float[Tensor, "B F"]:
