@@ -288,7 +288,7 @@ def torch_device(asked: str) -> str:
 
 
 def has_amx() -> bool:
-    """Whether this CPU multiplies bfloat16 matrices in hardware (Intel's AMX)."""
+    """Return whether this CPU multiplies bfloat16 matrices in hardware (Intel's AMX)."""
     import torch
 
     return bool(torch.cpu._is_amx_tile_supported())

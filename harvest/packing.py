@@ -56,7 +56,7 @@ class Packing(Settings):
     """Fraction of the documents held out."""
 
     def identity(self) -> Json:
-        """What a store's identity records; without `bos_token` where it is null, as before there was such a setting."""
+        """Return what a store's identity records, without `bos_token` where it is null, as before that setting."""
         return {name: value for name, value in self.model_dump().items() if name != "bos_token" or value is not None}
 
 
@@ -100,7 +100,7 @@ def added_special_ids(tokenizer: Any) -> list[int]:
 
 
 def bos_id(tokenizer: Any, packing: Packing) -> int | None:
-    """The id of the token that stands for BOS, None where there is none; UserError for one the tokenizer lacks."""
+    """Find the id of the token that stands for BOS, None where there is none; UserError for one it lacks."""
     name = packing.bos_token
     if packing.bos == "none":
         return None
@@ -124,7 +124,7 @@ def bos_id(tokenizer: Any, packing: Packing) -> int | None:
 
 
 def _own_bos(tokenizer: Any) -> int | None:
-    """What the tokenizer puts before a text unasked."""
+    """Find what the tokenizer puts before a text unasked."""
     plain = tokenizer("a", add_special_tokens=False)["input_ids"]
     own = tokenizer("a")["input_ids"]
     if own[: len(plain)] == plain:
@@ -174,7 +174,7 @@ class _Encoded:
 def _encoded(
     documents: Iterable[tuple[str, str]], tokenizer: Any, packing: Packing, vocabulary: int | None = None
 ) -> Iterator[_Encoded]:
-    """The tokens of each document, with the BOS and EOS tokens that stand at its ends.
+    """Yield the tokens of each document, with the BOS and EOS tokens that stand at its ends.
 
     A document that came as token ids, or as a chat whose template begins with a BOS, gets no second one. vocabulary:
     rows of the model's embedding, beyond which a token is refused (UserError).
@@ -196,7 +196,7 @@ def _encoded(
 def _by_tokenizer(
     batch: list[tuple[str, str]], tokenizer: Any, head: list[int]
 ) -> Iterator[tuple[str, list[int], NDArray[np.bool_], bool]]:
-    """(name, ids, which rows may be harvested, whether a BOS stands there already) of each document, in order."""
+    """Yield (name, ids, which rows may be harvested, whether a BOS stands there already) of each document."""
     texts = [text for _, text in batch if token_ids(text) is None and Chat.from_text(text) is None]
     of_texts: Iterator[list[int]] = iter(())
     if texts:
@@ -248,7 +248,7 @@ class _Cutter:
                 yield block, may_keep
 
     def _cut(self, stream: NDArray[Any], head: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
-        """The whole contexts of a stream, each behind the head; and what is left."""
+        """Cut off the whole contexts of a stream, each behind the head; and what is left."""
         whole = len(stream) // self.stride
         cut = stream[: whole * self.stride].reshape(whole, self.stride)
         return np.concatenate([np.tile(head, (whole, 1)), cut], axis=1), stream[whole * self.stride :]
@@ -277,7 +277,7 @@ def pack(
     contexts, keeps = DiskArray(), DiskArray()
     count, n_kept, goal, lost = 0, 0, None, None
     try:
-        documents = _encoded(ordered(source, packing, split), tokenizer, packing, vocabulary)
+        documents = _encoded(texts_in_order(source, packing, split), tokenizer, packing, vocabulary)
         for block, may_keep in cutter.blocks(documents):
             keep = may_keep if packing.keep_special else may_keep & ~np.isin(block, special)
             running = n_kept + np.cumsum(keep.sum(1))

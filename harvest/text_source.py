@@ -113,7 +113,7 @@ class TextSource(Settings, ABC):
 
 
 def without_new(settings: Json) -> Json:
-    """The settings of a source less `chat` where it is null: older stores, without such a setting, stay the same."""
+    """Drop `chat` where it is null from a source's settings: older stores, without it, stay the same."""
     return {name: value for name, value in settings.items() if name != "chat" or value is not None}
 
 

@@ -27,7 +27,8 @@ from train.messages import closing, diverged, how_to_go_on, label, missed_l0, op
 from train.optimizers import OPTIMIZERS, optimizer_from
 from train.plan import DataPlan, TrainRun, origin
 from train.resume import fingerprint, first_rank, read_checkpoint
-from train.sae import default_window, save
+from train.sae import SAE, default_window, save
+from train.sae.config import PenaltyConfig
 from train.sae.parts.init import SAMPLES
 from train.sae.sparse.product import float32_products, has_bf16_units
 from train.sae.variants.batchtopk import BatchTopKBase
@@ -243,17 +244,22 @@ def _loggers(run: TrainRun, shared: bool) -> list[Logger]:
 
 
 def _calibrate(module: MultiSAEModule, data: ActivationData, device: torch.device) -> dict[str, dict[str, Any]]:
-    """Set the thresholds, where there are any, with frozen weights on rows no optimizer has seen, read once.
+    """Set the thresholds and bring L0s to their targets, with frozen weights on rows no optimizer has seen, read once.
 
-    Gives what config.json records of it, by name.
+    Gives what config.json records of it, by name. Where no row is set aside an L0 stays as training left it.
     """
     module.to(device)  # Lightning ends a fit by moving it to the CPU
-    members = [member for member in module.running if isinstance(member.sae, BatchTopKBase)]
-    batches = [data.model_units(batch.to(device)) for batch in data.calibration_loader()] if members else []
-    records = {}
+    members = [member for member in module.running if member.sae.needs_calibration or _aims(member.sae)]
+    rows = data.calibration_loader() if members and data.plan.reserved_rows else ()
+    batches = [data.model_units(batch.to(device)) for batch in rows]
+    records: dict[str, dict[str, Any]] = {}
     for member in members:
         sae = member.sae
-        assert isinstance(sae, BatchTopKBase)
+        if not isinstance(sae, BatchTopKBase):
+            found = sae.calibrate_l0(batches) if batches else None
+            if found is not None:
+                records[member.name] = {"l0_calibration": asdict(found)}
+            continue
         # Recorded beside the calibrated one: how far the two are apart says how well the running mean served.
         followed = float(sae.threshold)
         calibration = asdict(sae.calibrate(batches))
@@ -263,6 +269,11 @@ def _calibrate(module: MultiSAEModule, data: ActivationData, device: torch.devic
             "skipped_batches": int(sae.skipped_batches),
         }
     return records
+
+
+def _aims(sae: SAE) -> bool:
+    """Tell whether its penalty was to bring about an L0."""
+    return isinstance(sae.config, PenaltyConfig) and sae.config.target_l0 is not None
 
 
 def _save(run: TrainRun, member: SAETrainer, record: dict[str, Any]) -> None:

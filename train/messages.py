@@ -15,6 +15,8 @@ from train.resume import LAST, read_checkpoint
 from train.sae import SAE
 from train.targets import l0_miss
 
+LARGE_MEAN = 0.8  # of E||x||^2; at 0.94 ReLU and JumpReLU were seen to collapse, at 0.34 and below not
+
 
 def clock(seconds: float) -> str:
     """Format seconds as m:ss or h:mm:ss."""
@@ -52,6 +54,14 @@ def opening(runs: Sequence[TrainRun]) -> str:
             f"rows above {plan.outliers.times:g} times the median norm are left out ({left_out}): "
             "outliers=null keeps them"
         )
+    moments = plan.moments()
+    share = 1 - moments["variance"] / moments["mean_sq_norm"]
+    uncentred = [run.name for run in runs if not run.sae.apply_b_dec_to_input]
+    if share > LARGE_MEAN and uncentred:
+        lines.append(
+            f"the mean holds {share:.0%} of the activations' squared norm, and {', '.join(uncentred)} may lose most "
+            "latents to it, as the encoder reads it: give sae.apply_b_dec_to_input=true"
+        )
     if plan.world > 1:
         # Exact selection over ranks is another algorithm; until it is there, nobody should take one for the other.
         lines.append(
@@ -86,6 +96,8 @@ def closing(sae: SAE, training: dict[str, Any], folder: Path) -> str:
     if "calibration" in training:
         calibration = training["calibration"]
         figures += f"  threshold {calibration['threshold']:.4g} (L0 {calibration['l0']:.1f} on the calibration rows)"
+    if "l0_calibration" in training:
+        figures += f"  ({training['l0_calibration']['before']:.1f} before calibration)"
     return (
         f"{label(sae)}  width {sae.width}  {training['tokens']:,} tokens{figures}"
         f"  dead {training['dead']}  {clock(training['seconds'])}"
@@ -110,13 +122,15 @@ def missed_l0(sae: SAE, training: dict[str, Any]) -> str | None:
     target = sae.config.wanted_l0
     if target is None:
         return None
-    last, calibration = training["last_step"], training.get("calibration")
+    last, moved = training["last_step"], training.get("l0_calibration")
+    calibration = training.get("calibration", moved)
     return l0_miss(
         sae.name,
         target,
         (training["heldout"] or calibration or last)["l0"],
         trained=(calibration or last)["l0"],
         calibrated=calibration is not None,
+        before=None if moved is None else moved["before"],
         coefficient=last.get("coefficient"),
     )
 

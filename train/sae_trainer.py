@@ -83,10 +83,10 @@ class SAETrainer(nn.Module):
         self.average = None if ema is None else WeightEMA(sae, ema)
         self.register_buffer("bad_step", torch.tensor(-1))
         try:
-            self.optimizer = optimizer(sae.parameters())
+            self.optimizer = optimizer(sae.parameter_groups())
         except (TypeError, ValueError) as error:
             raise UserError(f"the optimizer refuses its settings ({error}): fix them under optimizer.*") from None
-        self.rates = [rate * float(group["lr"]) for group in self.optimizer.param_groups]
+        self.rates = [rate * float(group["lr"]) * group.get("rate_share", 1.0) for group in self.optimizer.param_groups]
         self.step = 0
         self.failure: str | None = None
         self.loggers: Sequence[Logger] = ()

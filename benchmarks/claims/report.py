@@ -15,13 +15,14 @@ from benchmarks.claims.topk import named, shown
 from benchmarks.claims.verdict import Comparison
 from data.base.files import write_atomic
 from data.base.records import Json
+from evaluate.report.columns import FEW_DOCUMENTS
 from evaluate.report.markdown import dumps, format_number, table
 from evaluate.report.png import plot_against_l0
 
 FORMAT = 2
 SWEEPS = ("topk", "batchtopk", "gated", "jumprelu", "relu")
 RULES = (
-    "Every interval is of 95%, by paired bootstrap over contexts; where a claim has several seeds, their spread is"
+    "Every interval is of 95%, by paired bootstrap over documents; where a claim has several seeds, their spread is"
     " added in quadrature, and where it has one, that spread is not in it, which its verdict says. A claim holds where"
     " every comparison's interval lies on its side. It does not hold where one lies on the other side, widened for the"
     " number of comparisons (Bonferroni): a claim exactly at its boundary fails in at most 5%. Else it is undecided."
@@ -82,9 +83,11 @@ def markdown(findings: Sequence[Finding], place: Json, plots: Sequence[str], sae
         f"# The papers' claims on {place['model']}, {place['site']}\n\n"
         f"Width {place['d_model']:,}; {len({sae.folder for sae in saes})} SAEs, in their inference form where no"
         f" other is named ({len(saes)} in all), scored on"
-        f" the same {place['heldout_tokens']:,} held-out tokens ({place['sequences']:,} contexts of"
-        f" {place['context']}).\n\n{RULES}"
+        f" the same {place['heldout_tokens']:,} held-out tokens ({place['contexts']:,} contexts of {place['context']},"
+        f" of {place['documents']:,} documents).\n\n{RULES}"
     )
+    if place["documents"] < FEW_DOCUMENTS:
+        head += f" With {place['documents']} documents, fewer than {FEW_DOCUMENTS}, an interval may be too narrow."
     rows = [
         [f"{one.claim}: {one.statement}", f"**{one.shown_verdict()}**", one.notes[0], *_extent(one)] for one in findings
     ]
@@ -178,7 +181,7 @@ def _by_token(saes: Sequence[Scored], where: str) -> Figure:
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2)
     for number_, sae in enumerate(saes):
-        rest, first = (counts_SL.sum(0) for counts_SL in sae.counts)
+        rest, first = (counts_GL.sum(0) for counts_GL in sae.counts)
         total = (rest + first).sum()
         shares, colour = (rest + first) / total, f"C{number_ % 10}"
         left.plot(np.arange(len(shares)), np.where(shares > 0, shares, np.nan), color=colour, label=named(sae), lw=1.2)

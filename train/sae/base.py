@@ -7,7 +7,7 @@ x is in model units, x' ("xn") normalised, z pre-activations, f the latents' act
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -19,6 +19,7 @@ from data.base.errors import UserError
 from train.sae.config import SAEConfig
 from train.sae.parts.init import SAMPLES, directions, geometric_median
 from train.sae.parts.norm import InputNorm
+from train.sae.parts.threshold import L0Calibration
 from train.sae.sparse.codes import Codes
 from train.sae.sparse.encode import encode
 from train.sae.sparse.rules import Selection
@@ -163,8 +164,27 @@ class SAE(nn.Module, ABC):
     def start_variant(self, xn_ND: Float[Tensor, "N D"]) -> None:
         """Set what a variant takes from normalised samples, last in `initialise`; default nothing."""
 
+    def calibrate_l0(self, batches: Sequence[Float[Tensor, "_ D"]]) -> L0Calibration | None:
+        """Bring the mean L0 on `batches` (model units, not trained on) to its target; None where there is none."""
+        return None
+
     def start_encoder(self) -> None:
         """Change the encoder that `initialise` has set to the decoder's transpose; default nothing."""
+
+    # What an optimizer takes
+
+    @property
+    def rate_shares(self) -> Mapping[str, float]:
+        """Shares of the learning rate, of the parameters that do not take all of it."""
+        return {}
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Group the parameters as optimizers take them; `rate_share` of a group is its part of the learning rate."""
+        plain = [parameter for name, parameter in self.named_parameters() if name not in self.rate_shares]
+        groups: list[dict[str, Any]] = [{"params": plain}]
+        for name, share in self.rate_shares.items():
+            groups.append({"params": [self.get_parameter(name)], "rate_share": share})
+        return groups
 
     # What describes it
 

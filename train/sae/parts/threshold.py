@@ -1,7 +1,8 @@
-"""The threshold of BatchTopK's inference form: followed in training, calibrated at the end."""
+"""Thresholds: that of BatchTopK's inference form, and the level at which a wanted L0 is met after training."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -78,3 +79,41 @@ def calibrate(
     threshold = sum(used) / len(used) if used else 0.0
     above = int((values > threshold).sum())  # a threshold is at least the bound
     return Calibration(threshold, threshold_k, above / tokens, len(used), len(kept) - len(used), tokens)
+
+
+@dataclass(frozen=True)
+class L0Calibration:
+    """What bringing the mean L0 to its target found, on `tokens` rows.
+
+    before, l0: the mean number of latents active on a token before and after. level: of the margins, for `before` at 0.
+    """
+
+    before: float
+    l0: float
+    level: float
+    tokens: int
+
+
+@torch.no_grad()
+def find_level(
+    margins: Callable[[Tensor], Float[Tensor, "B F"]],
+    batches: Sequence[Float[Tensor, "_ D"]],
+    target: int | float,
+    at: float,
+) -> L0Calibration:
+    """Find the level that `target` margins a row exceed on average over the batches; `at` is the level so far.
+
+    `margins` maps a batch to [B, F]; -inf stands for a latent that cannot fire. Two passes: each batch has more than
+    target * B margins at or above its own bound, so the least bound leaves more than are needed of all rows.
+    """
+    bounds, active, tokens = [], 0, 0
+    for margin_BF in map(margins, batches):
+        tokens += len(margin_BF)
+        active += int((margin_BF > at).sum())
+        rank = min(math.ceil(target * len(margin_BF)) + 1, margin_BF.numel())
+        bounds.append(margin_BF.flatten().kthvalue(margin_BF.numel() - rank + 1).values)
+    bound = torch.stack(bounds).min()
+    values = torch.cat([margin_BF[margin_BF >= bound] for margin_BF in map(margins, batches)]).sort(descending=True)[0]
+    count = min(round(target * tokens), len(values) - 1)
+    level = float((values[count - 1] + values[count]) / 2)
+    return L0Calibration(active / tokens, int((values > level).sum()) / tokens, level, tokens)

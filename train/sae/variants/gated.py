@@ -53,6 +53,12 @@ class Gated(L1SAE):
         coefficient = context.sparsity_scale * self.config.sparsity * self.sparsity_factor
         return squared / self.variance + coefficient * gate_BF.sum(1).mean() / self.variance.sqrt()
 
+    def margins(self, xn_BD: Float[Tensor, "B D"]) -> Float[Tensor, "B F"]:
+        """Compute pi where the magnitude is positive, else -inf."""
+        h_BF = self.input_centred(xn_BD) @ self.W_enc
+        mag_BF = h_BF * self.r_mag.exp() + self.b_mag
+        return torch.where(mag_BF > 0, h_BF + self.b_gate, -torch.inf)
+
     def _gate_and_f(self, xn_BD: Float[Tensor, "B D"]) -> tuple[Codes, Tensor, Tensor]:
         """Compute codes of h, relu(pi) and f; h > -b_gate is just pi > 0, in floating point too."""
         # h without a bias, as pi and mag are two affine functions of the same product: it is computed once.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -13,6 +14,7 @@ from torch.autograd.function import once_differentiable
 from data.base.config import Flag, Real
 from train.sae.base import PLAIN, SAE, StepOutput, TrainContext
 from train.sae.config import PenaltyConfig
+from train.sae.parts.threshold import L0Calibration, find_level
 from train.sae.sparse.codes import Codes
 from train.sae.sparse.rules import Above, Selection, TopOfBatch
 
@@ -35,8 +37,11 @@ class JumpReLUConfig(PenaltyConfig):
     initial_threshold: Real | None = Field(None, gt=0)
     """Where each threshold starts, in the same units; null: 0.001 (the paper's), and where `target_form` log aims at a
     `target_l0` the one that gives twice that L0."""
-    apply_b_dec_to_input: Flag = False
-    """Whether the encoder reads x' - b_dec: not in the paper."""
+    theta_rate: Real = Field(0.3, gt=0)
+    """Theta's share of the learning rate; the paper's is 1."""
+    apply_b_dec_to_input: Flag = True
+    """Whether the encoder reads x' - b_dec; the paper's does not. Without it each step of W_enc along the mean moves
+    every z of a latent at once, which kills latents where the mean is large."""
 
     @model_validator(mode="before")
     @classmethod
@@ -113,6 +118,10 @@ class JumpReLU(SAE):
     Pseudo-derivatives with K(u) = 1[|u| < 1/2], u = (z - theta) / eps, z before the jump: df/dtheta = -(theta / eps)
     K(u), d1[z > theta]/dtheta = -(1 / eps) K(u). `bandwidth` eps and `initial_threshold` are given for E||x'||^2 = 1,
     as in the paper, and multiplied here by sqrt(E||x'||^2). theta itself is the parameter, kept positive.
+
+    Few z of a batch lie within eps of theta, so its gradient is sparse, and Adam's step where there is one is several
+    times the rate. At the whole rate that noise kills latents (76 of 512 for 42 on a synthetic dictionary, with a
+    NMSE 10% higher), so theta takes `theta_rate` of it.
     """
 
     name = "jumprelu"
@@ -123,6 +132,10 @@ class JumpReLU(SAE):
         # theta itself and not its logarithm, which would make a step proportional to theta: thresholds near zero would
         # hardly move. `after_step` keeps it positive.
         self.theta = nn.Parameter(torch.full((self.width,), self._first_theta()))
+
+    @property
+    def rate_shares(self) -> Mapping[str, float]:
+        return {} if self.config.theta_rate == 1 else {"theta": self.config.theta_rate}
 
     def _first_theta(self) -> float:
         share = self.config.initial_threshold
@@ -170,6 +183,19 @@ class JumpReLU(SAE):
         if self.config.target_form == "square":
             return (ratio - 1).square()
         return torch.where(ratio > 1, ratio.clamp_min(1).log(), ratio - 1).square()
+
+    @torch.no_grad()
+    def calibrate_l0(self, batches: Sequence[Float[Tensor, "_ D"]]) -> L0Calibration | None:
+        """Multiply every theta by what brings the mean L0 to `target_l0`."""
+        if self.config.target_l0 is None:
+            return None
+
+        def relative(x_BD: Tensor) -> Tensor:
+            return self.pre_activation(self.norm.normalise(x_BD)) / self.theta
+
+        found = find_level(relative, batches, self.config.target_l0, at=1.0)
+        self.theta.mul_(found.level).clamp_(min=self.eps * 1e-3)
+        return found
 
     @torch.no_grad()
     def after_step(self, step: StepOutput) -> None:
