@@ -87,6 +87,7 @@ def norms_of(text: HeldoutText, site: Site, contexts: range) -> Float[np.ndarray
 
 def site_median_norm(text: HeldoutText, site: Site) -> float:
     """Compute the median ||x|| at the site over the first contexts that hold MEDIAN_TOKENS scored tokens."""
+    # Scored tokens alone: special ones would drag a median over few contexts towards themselves.
     running = np.cumsum(text.packed.keep.sum(1))
     contexts = min(int(np.searchsorted(running, MEDIAN_TOKENS)) + 1, len(running))
     norms_ST = norms_of(text, site, range(contexts))

@@ -106,13 +106,13 @@ def _spans(messages: Sequence[Mapping[str, str]], text: str, tokenizer: Any, nam
     rest = _apply(
         [{**message, "content": mark} for message, mark in zip(messages, marks, strict=True)], tokenizer, name
     )
-    befores = []
+    before_each = []
     for mark in marks:
         before, _, rest = rest.partition(mark)
-        befores.append(before)
+        before_each.append(before)
     as_they_are = [message["content"] for message in messages]
     for contents in (as_they_are, [content.strip() for content in as_they_are]):
-        parts = [part for pair in zip(befores, contents, strict=True) for part in pair]
+        parts = [part for pair in zip(before_each, contents, strict=True) for part in pair]
         if "".join([*parts, rest]) == text:
             ends = np.cumsum([len(part) for part in parts])[1::2]
             return [(int(end) - len(content), int(end)) for end, content in zip(ends, contents, strict=True)]

@@ -235,8 +235,10 @@ class LanguageModel:
         # transformers would fill what is missing with random numbers.
         if missing := sorted(report["missing_keys"]):
             raise UserError(f"the weights of model {self.name!r} lack {len(missing)} tensors, such as {missing[0]!r}")
+        # With a device_map accelerate has spread the model already, and moving it would undo that.
         if self.settings.device_map is None:
             model = model.to(device)
+        # Keys and values of earlier tokens serve generation only; here they would be memory that nobody reads.
         model.config.get_text_config().use_cache = False
         return model.eval().requires_grad_(False)
 

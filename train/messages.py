@@ -63,10 +63,10 @@ def opening(runs: Sequence[TrainRun]) -> str:
             "latents to it, as the encoder reads it: give sae.apply_b_dec_to_input=true"
         )
     if plan.world > 1:
-        # Exact selection over ranks is another algorithm; until it is there, nobody should take one for the other.
+        # Nobody should take these for what one process with the whole batch computes.
         lines.append(
-            f"on {plan.world} ranks each selects within its own batch of {plan.batch}: BatchTopK's and Matryoshka's "
-            "largest, AuxK's residual norm and L0 targets are not those of one batch over all ranks"
+            f"on {plan.world} ranks AuxK's residual norm, L0 targets and the threshold's calibration are of each "
+            f"rank's own batch of {plan.batch}, not of one batch over all ranks"
         )
     return "\n".join(lines)
 

@@ -233,6 +233,7 @@ def build(settings: Mapping[str, Any], d_in: int, overrides: Sequence[str] = ())
             "sae.width and sae.expansion are both null: give one of them, the latents or latents/site width"
         )
     size = SizeSettings.of({"width": width, "expansion": expansion}, "sae")
+    # The width goes before the expansion, which conf/sae gives a default: a width on the command line is enough.
     latents: float | None = size.width
     if latents is None:
         assert size.expansion is not None, "one of the two is given"

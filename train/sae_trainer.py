@@ -110,7 +110,7 @@ class SAETrainer(nn.Module):
         set_random_state(self.rng, x_BD.device)
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * self.schedule.lr(self.step)
-        context = TrainContext(sparsity_scale=self.schedule.sparsity(self.step))
+        context = TrainContext(sparsity_scale=self.schedule.sparsity(self.step), ranks=self.world)
         if self.sae.uses_auxk:
             tokens = len(x_BD) * self.world
             # The list may be made anew after half the window at the latest, so that it never holds many that live.

@@ -166,10 +166,11 @@ def test_preloaded_rows_train_the_same_sae(short: Any, tmp_path: Path) -> None:
 def test_rows_that_do_not_fit_are_refused_with_both_sizes(
     short: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, preload: str
 ) -> None:
-    monkeypatch.setattr(datamodule, "free_bytes", lambda device: 114_687)  # one byte less than 3,584 rows of 32
+    free = [114_687]  # one byte less than 3,584 rows of 32
+    monkeypatch.setattr(datamodule, "free_bytes", lambda device: free[0])
     with pytest.raises(UserError, match=r"keep 114\.7 kB of training rows on cpu, where 114\.7 kB are free"):
         train(short("sae=topk", f"loader.preload={preload}"))
-    monkeypatch.setattr(datamodule, "free_bytes", lambda device: 114_688)
+    free[0] += 1
     train(short("sae=topk", f"loader.preload={preload}"))
 
 

@@ -38,6 +38,8 @@ class TrainContext:
     """Latents, ascending, outside of which `dead_F` marks none: with it no device is waited for to find the dead."""
     sparsity_scale: float = 1.0
     """Share of the sparsity coefficient in the warm-up, from 0 to 1; only variants with a coefficient use it."""
+    ranks: int = 1
+    """Processes of torch's default group, each with as many tokens, that have one batch together."""
 
     @property
     def warmed_up(self) -> bool:

@@ -88,7 +88,7 @@ def bf16_products() -> Iterator[None]:
 
     A product too small to gain from it may stay in float32.
     """
-    settings = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]  # torch has no type for it
+    settings = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before = settings.fp32_precision
     settings.fp32_precision = "bf16"
     try:

@@ -13,6 +13,7 @@ from data.base.errors import UserError
 from train.sae.base import PLAIN, StepOutput, TrainContext
 from train.sae.config import AuxKConfig
 from train.sae.parts.dense import largest_of_the_batch
+from train.sae.parts.ranks import largest_over_ranks
 from train.sae.parts.threshold import Calibration, calibrate, running_mean_
 from train.sae.sparse.backend import backend_for
 from train.sae.sparse.codes import Codes
@@ -39,7 +40,7 @@ class BatchTopKConfig(AuxKConfig):
 
 
 class BatchTopKBase(TopKBase):
-    """Training: f = relu of the k * B largest z of the batch. Inference: f = relu(z) 1[z > T].
+    """Training: f = relu of the k * B largest z of the batch, over all ranks. Inference: f = relu(z) 1[z > T].
 
     Buffers: `threshold` T, `threshold_weight` (1 - decay^n of its running mean), `skipped_batches` (fewer than k * B
     positives, not in the mean). T starts from the first sample, follows the training batches and is settled by
@@ -80,21 +81,27 @@ class BatchTopKBase(TopKBase):
         return codes, codes.values
 
     def loss(self, xn_BD: Float[Tensor, "B D"], context: TrainContext = PLAIN) -> StepOutput:
-        count = self.config.k * len(xn_BD)
-        codes, candidates = self.encode_with_candidates(xn_BD, TopOfBatch(count, guess=self.guess), context)
+        count = self.config.k * len(xn_BD) * context.ranks
+        # Of a batch over several ranks this one may have all the largest, and its own smallest is no guess at theirs.
+        rule = TopOfBatch(min(count, len(xn_BD) * self.width), guess=self.guess if context.ranks == 1 else None)
+        codes, candidates = self.encode_with_candidates(xn_BD, rule, context)
         f = codes.values
+        if context.ranks > 1:
+            kept_n, min_kept = largest_over_ranks(f.detach().flatten(), count)
+            f = torch.where(kept_n.view_as(f), f, 0.0)
+        else:
+            # Fewer than k * B came back where fewer are positive: then the batch says nothing of T, and 0 stands for
+            # that. On a GPU the selection is filled up with zeros, so its minimum is 0 by itself.
+            min_kept = f.detach().min() if len(f) == count else f.detach().new_zeros(())
         reconstruction, nmse, xn_hat_BD = self.reconstruct(codes, f, xn_BD)
         auxk = self.auxk(candidates, (xn_BD - xn_hat_BD).detach())
         metrics = {"nmse": nmse.detach(), "l0": codes.l0(f), "auxk": auxk.detach()}
-        # Fewer than k * B came back where fewer are positive: then the batch says nothing of T, and 0 stands for that.
-        # On a GPU the selection is filled up with zeros, so its minimum is 0 by itself.
-        min_kept = f.detach().min() if len(f) == count else nmse.new_zeros(())
         return StepOutput(reconstruction + auxk, metrics, codes.of(f), xn_hat_BD.detach(), min_kept=min_kept)
 
     @torch.no_grad()
     def after_step(self, step: StepOutput) -> None:
         assert step.min_kept is not None
-        if not backend_for(step.min_kept).fixed_sizes:
+        if not backend_for(step.min_kept).fixed_sizes:  # of several ranks the guess is not used
             self.guess = _next_guess(self.guess, step.min_kept)
         # So that T is usable at any step (a validation, a checkpoint, a killed run); the calibration at the end is
         # exact.
