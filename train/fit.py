@@ -23,7 +23,7 @@ from train.config import TrainSettings
 from train.datamodule import ActivationData
 from train.lit import MultiSAEModule, OwnReduction, Passes
 from train.loggers import CsvLogger
-from train.messages import closing, diverged, how_to_go_on, label, missed_l0, opening
+from train.messages import closing, diverged, how_to_go_on, label, missed_l0, opening, slow_bf16
 from train.optimizers import OPTIMIZERS, optimizer_from
 from train.plan import DataPlan, TrainRun, origin
 from train.resume import fingerprint, first_rank, read_checkpoint
@@ -212,12 +212,9 @@ def _matmul(setting: str | None, device: torch.device) -> str:
     matmul = setting or default
     if matmul == "tf32" and not on_gpu:
         raise UserError(f"matmul=tf32 is for a CUDA GPU, and this run is on {device.type}: use matmul=float32 or bf16")
-    if matmul == "bf16" and device.type == "cpu" and not has_bf16_units() and first_rank():
-        print(
-            "matmul=bf16 rounds as asked but saves no time: this CPU has neither AMX nor AVX512-BF16, so "
-            "matmul=float32 is as fast and more precise",
-            file=sys.stderr,
-        )
+    note = slow_bf16(matmul, device, has_bf16_units())
+    if note and first_rank():
+        print(note, file=sys.stderr)
     torch.set_float32_matmul_precision("high" if on_gpu and matmul != "float32" else "highest")
     return matmul
 

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from data.loading.order import mixing_span
 from data.store.manifest import TRAIN
 from train.plan import TrainRun
@@ -130,4 +132,14 @@ def missed_l0(sae: SAE, training: dict[str, Any]) -> str | None:
         calibrated=calibration is not None,
         before=None if moved is None else moved["before"],
         coefficient=last.get("coefficient"),
+    )
+
+
+def slow_bf16(matmul: str, device: torch.device, units: bool) -> str | None:
+    """Say that matmul=bf16 saves no time on a CPU without `units` for it, where that is so."""
+    if matmul != "bf16" or device.type != "cpu" or units:
+        return None
+    return (
+        "matmul=bf16 rounds as asked but saves no time: this CPU has neither AMX nor AVX512-BF16, so matmul=float32 is "
+        "as fast and more precise"
     )

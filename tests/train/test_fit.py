@@ -20,6 +20,7 @@ from data.loading.reader import open_reader
 from data.store.manifest import HELDOUT, TRAIN
 from tests.helpers.runs import make_store, plan_of
 from train import datamodule, lit
+from train.messages import slow_bf16
 from train.resume import LAST
 from train.run import train
 from train.sae import VARIANTS, load, load_config
@@ -145,13 +146,12 @@ def test_a_product_that_the_device_lacks_is_refused(short: Any) -> None:
         train(short("matmul=tf32"))
 
 
-@pytest.mark.parametrize("units", [True, False])
-def test_a_cpu_without_units_for_bf16_says_so(
-    short: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, units: bool
-) -> None:
-    monkeypatch.setattr("train.fit.has_bf16_units", lambda: units)
-    train(short("matmul=bf16", "sae=topk"))
-    assert ("has neither AMX nor AVX512-BF16" in capsys.readouterr().err) == (not units)
+def test_a_cpu_without_units_for_bf16_says_so() -> None:
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    said = slow_bf16("bf16", cpu, False)
+    assert said is not None and "has neither AMX nor AVX512-BF16" in said
+    quiet = [("bf16", cpu, True), ("bf16", gpu, False), ("float32", cpu, False)]
+    assert [slow_bf16(*case) for case in quiet] == [None, None, None]
 
 
 def test_preloaded_rows_train_the_same_sae(short: Any, tmp_path: Path) -> None:

@@ -307,6 +307,8 @@ class TopOfBatchScan(_LargestScan):
             return lowest if self.bound is None else self.bound
         if self.bound is not None and int((most_BG >= self.bound).sum()) <= self.count:
             return self.bound
+        # `count` groups with a largest of at least this value hold `count` entries of at least it: it bounds the
+        # answer from below.
         found = _largest(most_BG.reshape(-1), self.count)
         return found.clamp_min(0) if self.positive else found
 

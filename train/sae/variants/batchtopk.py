@@ -103,6 +103,8 @@ class BatchTopKBase(TopKBase):
         assert step.min_kept is not None
         if not backend_for(step.min_kept).fixed_sizes:  # of several ranks the guess is not used
             self.guess = _next_guess(self.guess, step.min_kept)
+        # So that T is usable at any step (a validation, a checkpoint, a killed run); the calibration at the end is
+        # exact.
         running_mean_(self.threshold, self.threshold_weight, step.min_kept, _DECAY)
         self.skipped_batches += step.min_kept <= 0
 
