@@ -50,7 +50,7 @@ Scores = dict[str, float]
 
 
 def ask(python: Path, module: str, job: Any) -> str:
-    """What a module says in the peers' environment."""
+    """Run a module in the peers' environment and return what it says."""
     quiet = {**os.environ, "HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled"}
     command = [str(python), "-W", "ignore", "-m", module]
     done = subprocess.run(command, input=json.dumps(job), text=True, cwd=ROOT, env=quiet, stdout=subprocess.PIPE)
@@ -60,7 +60,7 @@ def ask(python: Path, module: str, job: Any) -> str:
 
 
 def margin(sae: SAE, x_ND: Tensor) -> Tensor:
-    """|z - threshold| / |threshold| of each latent [N, F]; nothing is near a threshold of 0."""
+    """Return |z - threshold| / |threshold| of each latent [N, F]; nothing is near a threshold of 0."""
     z_NF = sae.pre_activation(sae.norm.normalise(x_ND))
     threshold: Any = torch.zeros(())
     if isinstance(sae, TopK):
@@ -74,7 +74,7 @@ def margin(sae: SAE, x_ND: Tensor) -> Tensor:
 
 @torch.no_grad()
 def same_function(saes: Sequence[SavedSAE], x_ND: Tensor, python: Path, room: Path) -> Iterator[str]:
-    """A line for each SAE and format: the largest deviations of f and x_hat over the RMS of x."""
+    """Yield a line for each SAE and format: the largest deviations of f and x_hat over the RMS of x."""
     save_file({"x": x_ND}, room / "x.safetensors")
     jobs = []
     for trained in saes:
@@ -110,7 +110,7 @@ def same_function(saes: Sequence[SavedSAE], x_ND: Tensor, python: Path, room: Pa
 def ours(
     store: Store, site: str, saes: Sequence[SAE], text: HeldoutText, keep_BT: Tensor, ids_BT: Tensor
 ) -> list[Scores]:
-    """Our own figures on these contexts."""
+    """Return our own figures on these contexts."""
     mean_D = torch.from_numpy(store.stats("train", site).mean)
     dtype = getattr(torch, store.layout.dtype)
     score = SiteScore(Splice(text.model, Site.parse(site)), saes, mean_D, dtype, (len(ids_BT), ids_BT.shape[1]))
@@ -124,14 +124,14 @@ _PAIRS = {"l0": "l0", "ev": "explained_variance", "recovered_zero": "ce_loss_sco
 
 
 def beside(name: str, kind: str, mine: Scores, theirs: Scores) -> Iterator[str]:
-    """Our figures and sae_lens' with what parts them."""
+    """Yield our figures and sae_lens' with what parts them."""
     for key, other in _PAIRS.items():
         relative = abs(mine[key] - theirs[other]) / (abs(mine[key]) if key == "l0" else 1)
         yield f"{name:<24}{kind:<22}{key:<16}{mine[key]:>12.5f}{theirs[other]:>12.5f}{relative:>11.1e}"
 
 
 def offset(sae: SAE, x_ND: Tensor) -> SAE:
-    """The SAE with a constant error of half the spread of x, which no residual's variance shows."""
+    """Return the SAE with a constant error of half the spread of x, which no residual's variance shows."""
     wrong = copy.deepcopy(sae)
     f_NF, _ = sae.encode_decode(x_ND)
     step_D = torch.zeros(sae.d_in)
@@ -147,7 +147,7 @@ def offset(sae: SAE, x_ND: Tensor) -> SAE:
 
 @torch.no_grad()
 def mistakes(sae: SAE, x_ND: Tensor, dl: Scores, sl: Scores, free: Scores, shifted: dict[str, Scores]) -> Iterator[str]:
-    """What known mistakes make of one BatchTopK."""
+    """Yield what known mistakes make of one BatchTopK."""
     assert isinstance(sae, BatchTopKBase)
     xn_ND = sae.norm.normalise(x_ND)
     z_NF, s = sae.pre_activation(xn_ND), float(sae.norm.scale)

@@ -31,13 +31,13 @@ CONTEXT = 256
 
 
 def nmse(x_ND: Tensor, other_ND: Tensor) -> float:
-    """The squared error of the other rows over the variance, in float64."""
+    """Compute the squared error of the other rows over the variance, in float64."""
     x, other = x_ND.double(), other_ND.double()
     return float((x - other).square().sum() / (x - x.mean(0)).square().sum())
 
 
 def rows_of(model: Any, sites: Sequence[Site], contexts: Tensor, lm_batch: int) -> dict[str, Tensor]:
-    """All rows of the sites [N, D] in the model's dtype."""
+    """Read all rows of the sites [N, D] in the model's dtype."""
     parts: dict[str, list[Tensor]] = {str(site): [] for site in sites}
     for first in range(0, len(contexts), lm_batch):
         for site, x_BTD in run_to(model, sites, contexts[first : first + lm_batch]).items():
@@ -45,10 +45,8 @@ def rows_of(model: Any, sites: Sequence[Site], contexts: Tensor, lm_batch: int) 
     return {site: torch.cat(batches) for site, batches in parts.items()}
 
 
-def measure(
-    name: str, sites: Sequence[Site], contexts: int, lm_batch: int, rounds: int
-) -> dict[str, tuple[float, float]]:
-    """Print the speeds and errors; {site: (NMSE of bfloat16 compute, NMSE of bfloat16 storage)}."""
+def measure(name: str, sites: Sequence[Site], contexts: int, lm_batch: int, rounds: int) -> None:
+    """Print the speeds, and each site's NMSE of bfloat16 compute and of bfloat16 storage alone."""
     models = {
         dtype: lm.load_model({"name": name, "dtype": dtype, "device": "cpu"}) for dtype in ("float32", "bfloat16")
     }

@@ -53,13 +53,13 @@ class Dictionary:
 
     @property
     def rates(self) -> Float[np.ndarray, " features"]:
-        """The probability of each feature."""
+        """Return the probability of each feature."""
         falling = np.arange(1, self.features + 1) ** -0.5
         rates: NDArray[np.float64] = self.l0 * falling / falling.sum()
         return rates
 
     def rows(self, count: int, part: int) -> Float[np.ndarray, "count d"]:
-        """Rows of the part-th block, the same whenever it is asked for."""
+        """Return the rows of the part-th block, the same whenever it is asked for."""
         rng = np.random.default_rng([self.seed, 1, part])
         mean = np.random.default_rng([self.seed, 2]).normal(size=self.d) * np.sqrt(self.offset * self.l0 / self.d)
         active = rng.random((count, self.features), np.float32) < self.rates
@@ -71,7 +71,7 @@ class Dictionary:
         return x
 
     def write(self, cache: Path, tokens: int, heldout: int) -> Store:
-        """A bfloat16 store with so many rows of each split, rounded up to whole units."""
+        """Write a bfloat16 store with so many rows of each split, rounded up to whole units."""
         layout = Layout("bfloat16", context=128, chunk_rows=CHUNK_ROWS, chunks_per_unit=1, mixing_seed=0)
         name = f"dictionary-{self.d}-{self.features}-{self.l0:g}-{self.offset:g}-{self.seed}"
         settings = {"model": {"name": name}, "text": {}, "packing": {}}
@@ -87,7 +87,7 @@ class Dictionary:
         return store
 
     def found(self, W_dec_FD: Float[Tensor, "F D"]) -> float:
-        """The share of the features that some decoder row has to a cosine of at least 0.9."""
+        """Return the share of the features that some decoder row has to a cosine of at least 0.9."""
         rows = torch.nn.functional.normalize(W_dec_FD.detach().double(), dim=1)
         best = (torch.from_numpy(self.directions) @ rows.T).amax(1)
         return float((best >= FOUND).double().mean())

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from data.base.sites import KINDS, Site
+from data.base.sites import SITE_KINDS, Site
 from data.store.chunk_codec import ChunkCodec
 from data.store.int8 import PILOT_ROWS, FeatureScale, RowDecoder, encode_int8
 from data.store.layout import CODECS, Layout
@@ -37,12 +37,12 @@ Floats = NDArray[np.float32]
 
 
 def activations(name: str, text: Mapping[str, Any], rows: int, every: int) -> Iterator[tuple[str, Floats]]:
-    """(site, [N, D]) of all kinds at every `every`-th layer and the last."""
+    """Yield (site, [N, D]) of all kinds at every `every`-th layer and the last."""
     settings = {"name": name, "revision": None, "dtype": "float32", "device": "cpu"}
     tokenizer, model = lm.load_tokenizer(settings), lm.load_model(settings)
     packed = pack(source_from(text), tokenizer, Packing(context=256, bos="document", shuffle=None), TRAIN, rows)
     layers = int(model.config.num_hidden_layers)
-    sites = [f"{kind}.{layer}" for kind in KINDS for layer in sorted({*range(0, layers, every), layers - 1})]
+    sites = [f"{kind}.{layer}" for kind in SITE_KINDS for layer in sorted({*range(0, layers, every), layers - 1})]
     held: dict[str, list[Floats]] = {site: [] for site in sites}
     for first in range(0, len(packed.contexts), LM_BATCH):
         batch = slice(first, first + LM_BATCH)
@@ -54,13 +54,13 @@ def activations(name: str, text: Mapping[str, Any], rows: int, every: int) -> It
 
 
 def added(x: Floats, stored: Floats) -> float:
-    """The NMSE of `stored`."""
+    """Return the NMSE of `stored`."""
     wide = x.astype(np.float64)
     return float(np.square(wide - stored).sum() / np.square(wide - wide.mean(0)).sum())
 
 
 def rounded(bits: NDArray[np.uint16], mantissa: int) -> NDArray[np.uint16]:
-    """bfloat16 rows with so many bits of mantissa left: what int8 is compared with."""
+    """Return bfloat16 rows with so many bits of mantissa left: what int8 is compared with."""
     from numcodecs.bitround import BitRound
 
     kept: Floats = BitRound(mantissa).encode(to_float32(bits))
@@ -68,7 +68,7 @@ def rounded(bits: NDArray[np.uint16], mantissa: int) -> NDArray[np.uint16]:
 
 
 def token_bytes(rows: NDArray[Any], codec: str | None) -> float:
-    """Bytes a row takes in chunks of 4096."""
+    """Return the bytes a row takes in chunks of 4096."""
     layout = Layout("float32", 1, 4096, 1, 0, codec=codec)
     files = ChunkCodec(layout, rows.dtype, rows.shape[1:])
     whole = rows[: len(rows) // 4096 * 4096].reshape(-1, 4096, rows.shape[1])
@@ -76,13 +76,13 @@ def token_bytes(rows: NDArray[Any], codec: str | None) -> float:
 
 
 def absmax(x: Floats) -> Floats:
-    """Plain int8: each row by its own largest value, nothing known of the dimensions."""
+    """Return plain int8: each row by its own largest value, nothing known of the dimensions."""
     scale = np.abs(x).max(1, keepdims=True) / 127
     return np.asarray(np.rint(x / scale) * scale, np.float32)
 
 
 def figures(x: Floats) -> dict[str, float]:
-    """A line of the table."""
+    """Return a line of the table."""
     bits = from_float32(x)
     standard = FeatureScale.of(x[:PILOT_ROWS])
     rows = encode_int8(torch.from_numpy(x), standard)

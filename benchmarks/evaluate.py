@@ -44,14 +44,14 @@ def seconds(act: Callable[[], object]) -> float:
 
 
 def started(rows_ND: Tensor) -> SAE:
-    """A TopK of 8 times the width, as training starts it."""
+    """Return a TopK of 8 times the width, as training starts it."""
     sae = TopK(rows_ND.shape[1], 8 * rows_ND.shape[1], k=32)
     sae.initialise(rows_ND)
     return sae
 
 
 def measure(score: SiteScore, ids: Tensor, keep: Tensor, lm_batch: int) -> tuple[list[float], list[float], float]:
-    """Seconds of each batch, the evaluation's and the plain forwards', and those of the evaluation's end."""
+    """Return the seconds of each batch, the evaluation's and the plain forwards', and those of the evaluation's end."""
     model = score.splice.model
 
     def plain(ids_BT: Tensor) -> None:

@@ -64,7 +64,7 @@ class Trial:
         return self.model.config.get_text_config()
 
     def text(self, units: int) -> PackedTokens:
-        """Random tokens, of which one in a context is not kept, as a BOS would not be."""
+        """Return the random tokens, of which one in a context is not kept, as a BOS would not be."""
         shape = (units * self.unit_contexts, self.context)
         contexts = np.random.default_rng(0).integers(3, self.config.vocab_size, shape, dtype=np.int32)
         keep = np.ones(shape, np.bool_)
@@ -73,7 +73,7 @@ class Trial:
 
 
 def gpt2() -> Trial:
-    """GPT-2 small with random weights."""
+    """Return GPT-2 small with random weights."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(0)
@@ -93,7 +93,7 @@ TRIALS = {"gpt2": gpt2, "embedded": embedded}
 
 
 def bare(trial: Trial) -> Method:
-    """The forward to the last site."""
+    """Return a method: the forward to the last site."""
     ids, site = torch.from_numpy(trial.text(trial.units).contexts).long(), [Site.parse(trial.sites[0])]
 
     def run() -> float:
@@ -106,7 +106,8 @@ def bare(trial: Trial) -> Method:
 
 
 def ours(trial: Trial, folder: Path, dtype: str, n_sites: int, units: int) -> Method:
-    """The harvester into a new store; what the command does before, and the store's removal, are not timed."""
+    """Return a method: the harvester into a new store;
+    what the command does before, and the store's removal, are not timed."""
     sites, packed = [Site.parse(site) for site in trial.sites[:n_sites]], {TRAIN: trial.text(units)}
     widths = widths_of(trial.model, sites, packed[TRAIN])
     layout = Layout(dtype, trial.context, trial.chunk_rows, trial.chunks_per_unit, mixing_seed=0)
@@ -125,7 +126,7 @@ def ours(trial: Trial, folder: Path, dtype: str, n_sites: int, units: int) -> Me
 
 @contextmanager
 def peer(trial: Trial, folder: Path, python: str | None) -> Iterator[Method | str]:
-    """sae-lens in its own environment at the first site, or the reason why not."""
+    """Yield sae-lens in its own environment at the first site, or the reason why not."""
     if python is None:
         yield "no --peer-python given"
         return
@@ -162,7 +163,8 @@ def peer(trial: Trial, folder: Path, python: str | None) -> Iterator[Method | st
 
 
 def speed(trial: Trial, methods: dict[str, Method], rounds: int) -> dict[str, float]:
-    """A line a method: median, least and most tokens/s, and its share of the first one in the same round, returned."""
+    """Print a line a method: median, least and most tokens/s,
+    and its share of the first one in the same round, returned."""
     speeds: dict[str, list[float]] = {name: [] for name in methods}
     for turn in range(rounds + 1):  # the first warms up
         for name, method in methods.items():
@@ -180,13 +182,13 @@ def speed(trial: Trial, methods: dict[str, Method], rounds: int) -> dict[str, fl
 
 
 def resident(what: str) -> int:
-    """VmRSS or VmHWM, its peak, of this process, in bytes (Linux)."""
+    """Return VmRSS or VmHWM, its peak, of this process, in bytes (Linux)."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(what))
 
 
 def peak(method: Method) -> int:
-    """How many bytes a method takes at most, above what is there before it."""
+    """Return how many bytes a method takes at most, above what is there before it."""
     gc.collect()
     before = resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak is now what is there
@@ -195,8 +197,8 @@ def peak(method: Method) -> int:
 
 
 def memory(trial: Trial, folder: Path, dtype: str) -> tuple[int, int]:
-    """Peak bytes of a harvest of all sites above what the model and its forward took before, and of one twice as long
-    above that."""
+    """Return the peak bytes of a harvest of all sites above what the model and its forward took before,
+    and of one twice as long above that."""
     bare(trial)()
     n_sites = len(trial.sites)
     first, longer = (peak(ours(trial, folder, dtype, n_sites, units)) for units in (trial.units, 2 * trial.units))
@@ -210,7 +212,7 @@ def memory(trial: Trial, folder: Path, dtype: str) -> tuple[int, int]:
 
 
 def run(trial: Trial, root: Path, dtype: str, rounds: int, python: str | None) -> dict[str, float]:
-    """All of it for one model, printed; {method: share of the bare forward}."""
+    """Run all of it for one model and print it; return {method: share of the bare forward}."""
     with tempfile.TemporaryDirectory(dir=root) as name, peer(trial, Path(name), python) as other:
         folder = Path(name)
         print(

@@ -104,7 +104,7 @@ def reap(pids: set[int], *, wait: bool) -> Counter[str]:
 
 
 def snapshot(cache: Location) -> dict[str, bytes | None]:
-    """Every name below a place, with the bytes of those that are files."""
+    """Return every name below a place, with the bytes of those that are files."""
     if isinstance(cache, Path):
         return {str(p.relative_to(cache)): p.read_bytes() if p.is_file() else None for p in cache.rglob("*")}
     keys = [*open_storage(cache).sizes()]
@@ -113,13 +113,13 @@ def snapshot(cache: Location) -> dict[str, bytes | None]:
 
 
 def differing(whole: str, cut: str) -> list[str]:
-    """Names that one of two places lacks, or whose bytes differ."""
+    """Return the names that one of two places lacks, or whose bytes differ."""
     here, there = snapshot(parse_location(whole)), snapshot(parse_location(cut))
     return sorted(name for name in here.keys() | there.keys() if here.get(name, "") != there.get(name, ""))
 
 
 def litter(at: str) -> Counter[str]:
-    """What now lies about that a finished store has not."""
+    """List what lies about that a finished store does not have."""
     remains, cache = Counter[str](), parse_location(at)
     if not isinstance(cache, Path):
         names = [key.rpartition("claims/")[2] for key in open_storage(cache).sizes() if "/claims/" in key]
@@ -136,7 +136,7 @@ def litter(at: str) -> Counter[str]:
 
 
 def aside(work: Callable[..., Any], *arguments: str) -> Any:
-    """What `work` returns, done in a process of its own."""
+    """Do `work` in a process of its own and return what it gives."""
     with multiprocessing.get_context("fork").Pool(1) as process:
         return process.apply(work, arguments)
 
@@ -167,7 +167,7 @@ def torment(cfg: dict[str, Any], kills: int, patience: float, rng: random.Random
 
 @contextmanager
 def places(bucket: bool) -> Iterator[tuple[Path, str]]:
-    """(a folder for the model and the text, where caches go)."""
+    """Yield (a folder for the model and the text, where caches go)."""
     with tempfile.TemporaryDirectory() as folder:
         if not bucket:
             yield Path(folder), folder

@@ -43,7 +43,7 @@ SLOW_ROWS = 32_768  # of what takes one row at a time
 
 
 def build(cache: Path, d_model: int, chunk_rows: int, chunks: int) -> Store:
-    """A bfloat16 store of one unit a 16 chunks."""
+    """Write a bfloat16 store of one unit a 16 chunks."""
     layout = Layout("bfloat16", context=128, chunk_rows=chunk_rows, chunks_per_unit=16, mixing_seed=0)
     settings = {"model": {"name": "random"}, "text": {}, "packing": {}}
     identity = {"layout": asdict(layout), "model": {"name": "random"}}
@@ -88,7 +88,7 @@ def timed(run: Callable[[], int]) -> Method:
 
 
 def raw_reads(reader: DirectReader, blocks: int) -> Method:
-    """Each chunk file read into a buffer of so many chunks, used again and again.
+    """Return a method: each chunk file read into a buffer of so many chunks, used again and again.
 
     A buffer of one chunk stays in the processor's cache; what is to be shuffled needs one that does not.
     """
@@ -107,7 +107,7 @@ def raw_reads(reader: DirectReader, blocks: int) -> Method:
 
 
 def memory_copies(total: int, block: int) -> Method:
-    """As many bytes copied from block to block of memory, none of them in a processor's cache."""
+    """Return a method: as many bytes copied from block to block of memory, none of them in a processor's cache."""
     source, target = np.ones(16 * block, np.uint8), np.ones(16 * block, np.uint8)
 
     def run() -> int:
@@ -121,7 +121,7 @@ def memory_copies(total: int, block: int) -> Method:
 
 
 def loaded(reader: Reader, pool_chunks: int, threads: int, *, checked: bool = False) -> Method:
-    """The loader in the middle of a long epoch: ten pools, of which the third to the ninth are timed.
+    """Return a method: the loader in the middle of a long epoch: ten pools, of which the third to the ninth are timed.
 
     Each pool that is used is timed with the reading of a next one; buffers are warm, as they are after the first two.
     checked: chunks count as never read before, so that their checksums are compared.
@@ -143,7 +143,7 @@ def loaded(reader: Reader, pool_chunks: int, threads: int, *, checked: bool = Fa
 
 
 def torch_rows(rows: Rows) -> Method:
-    """DataLoader as its manual has it: an item a row, shuffled, collated."""
+    """Return DataLoader as its manual has it: an item a row, shuffled, collated."""
 
     def run() -> int:
         sampler = RandomSampler(rows, num_samples=min(SLOW_ROWS, len(rows)))
@@ -153,7 +153,7 @@ def torch_rows(rows: Rows) -> Method:
 
 
 def torch_batches(rows: Rows) -> Method:
-    """DataLoader at its best: a batch is one index of the memory map."""
+    """Return DataLoader at its best: a batch is one index of the memory map."""
 
     def run() -> int:
         sampler = BatchSampler(RandomSampler(rows), BATCH, drop_last=True)
@@ -163,7 +163,8 @@ def torch_batches(rows: Rows) -> Method:
 
 
 def check_share(reader: DirectReader, steps: int = 3) -> str:
-    """A batch's checksums beside a training step of TopK at 768 x 12,288 x 4,096, both on this machine."""
+    """Print the time of a batch's checksums beside that of a training step of TopK at 768 x 12,288 x 4,096, both on
+    this machine."""
     spec = Spec("topk", 768, 12_288, 32, BATCH)
     x_BD = torch.randn(BATCH, spec.d_model, generator=torch.Generator().manual_seed(0))
     contestant, step_s, check_s = make("ours", spec, x_BD), [], []
@@ -185,7 +186,7 @@ def check_share(reader: DirectReader, steps: int = 3) -> str:
 
 
 def rates(methods: dict[str, Method], rounds: int) -> dict[str, list[float]]:
-    """GB/s of each method in each round; a first round warms up and does not count."""
+    """Return the GB/s of each method in each round; a first round warms up and does not count."""
     speeds: dict[str, list[float]] = {name: [] for name in methods}
     for turn in range(rounds + 1):
         for name, method in methods.items():
@@ -196,7 +197,7 @@ def rates(methods: dict[str, Method], rounds: int) -> dict[str, list[float]]:
 
 
 def _one_of_many(path: Path, pool_chunks: int, barrier: Barrier, spans: Queue[tuple[int, float, float]]) -> None:
-    """An epoch of one process among several; sends its bytes, and when it began and ended."""
+    """Read an epoch as one process among several; sends its bytes, and when it began and ended."""
     keep_freed_memory()
     reader = DirectReader(Store.open(path), TRAIN, SITE)
     loader = ActivationLoader(reader, batch=BATCH, pool_chunks=pool_chunks, threads=1, seed=os.getpid())
@@ -209,7 +210,7 @@ def _one_of_many(path: Path, pool_chunks: int, barrier: Barrier, spans: Queue[tu
 
 
 def together(path: Path, readers: int, pool_chunks: int) -> float:
-    """GB/s of so many processes, each with a loader of its own over one store, taken together."""
+    """Return the GB/s of so many processes, each with a loader of its own over one store, taken together."""
     context = get_context("spawn")
     barrier, spans = context.Barrier(readers), context.Queue()
     arguments = (path, pool_chunks, barrier, spans)
@@ -265,7 +266,7 @@ def main() -> None:
 
 
 def show(speeds: dict[str, list[float]]) -> None:
-    """A line a method: median, least and most GB/s, and the median share of both raw reads of the same round."""
+    """Print a line a method: median, least and most GB/s, and the median share of both raw reads of the same round."""
     chunk, pool = list(speeds.values())[:2]
     print(f"{'':<30}{'GB/s':>8}{'least':>8}{'most':>8}{'of raw, chunk':>15}{'of raw, pool':>14}")
     for name, values in speeds.items():

@@ -63,7 +63,7 @@ def neighbours(count: int) -> Iterator[Neighbours]:
 
 
 def training_step(variant: str, d_model: int, width: int, k: int, batch: int, steps: int) -> Part:
-    """Some training steps of a variant, as `benchmarks.step` has them."""
+    """Return a task: some training steps of a variant, as `benchmarks.step` has them."""
     from benchmarks.contestants import ours
     from benchmarks.step import mixture
 
@@ -78,7 +78,7 @@ def training_step(variant: str, d_model: int, width: int, k: int, batch: int, st
 
 
 def harvest(folder: Path) -> Part:
-    """A harvest of one site of the embedded model into a new store."""
+    """Return a task: a harvest of one site of the embedded model into a new store."""
     from benchmarks import harvest as benchmark
 
     trial = benchmark.embedded()
@@ -86,7 +86,7 @@ def harvest(folder: Path) -> Part:
 
 
 def evaluation() -> Part:
-    """A batch of contexts scored with one SAE in the embedded model."""
+    """Return a task: a batch of contexts scored with one SAE in the embedded model."""
     from benchmarks import evaluate as benchmark
     from data.base.sites import Site
     from evaluate.score import SiteScore
@@ -104,7 +104,8 @@ def evaluation() -> Part:
 
 
 def measure(parts: dict[str, Part], counts: Sequence[int], rounds: int) -> dict[str, dict[int, list[float]]]:
-    """{part: {neighbours: seconds of each round}}; the order of counts turns, so that no count is always first."""
+    """Return {part: {neighbours: seconds of each round}};
+    the order of counts turns, so that no count is always first."""
     seconds: dict[str, dict[int, list[float]]] = {name: {count: [] for count in counts} for name in parts}
     with neighbours(max(counts)) as busy:
         for part in parts.values():

@@ -76,12 +76,12 @@ CASES = {
 
 
 def batch() -> NDArray[np.float64]:
-    """x [B, D]."""
+    """Return x [B, D]."""
     return np.random.default_rng(3).normal(size=(B, D)).round(3)
 
 
 def parameters(case: Case) -> Arrays:
-    """Weights with nothing at a special value but unit rows of W_dec, of `relu` too large ones; by our names."""
+    """Return weights with nothing at a special value but unit rows of W_dec, of `relu` too large ones; by our names."""
     rng = np.random.default_rng(7)
     W_dec = rng.normal(size=(F, D))
     W_dec /= np.linalg.norm(W_dec, axis=1, keepdims=True)
@@ -95,13 +95,13 @@ def parameters(case: Case) -> Arrays:
 
 
 def scale(name: str) -> float:
-    """Vx of ours beside this peer."""
+    """Return vx of ours beside this peer."""
     x = batch()
     return float(((x - x.mean(0)) ** 2).sum() / len(x)) if name.startswith("sparsify") else 1.0
 
 
 def ours(name: str) -> tuple[float, Arrays]:
-    """Our loss, and x_hat and the gradients by name, in float64."""
+    """Return our loss, and x_hat and the gradients by name, in float64."""
     from train.sae import VARIANTS, TrainContext
 
     case, values = CASES[name], parameters(CASES[name])
@@ -119,7 +119,7 @@ def ours(name: str) -> tuple[float, Arrays]:
 
 
 def _copy(target: dict[str, tuple[Tensor, bool]], values: Arrays) -> None:
-    """Our arrays into a peer's parameters, each with whether it is the transposed."""
+    """Copy our arrays into a peer's parameters; each says whether it is the transposed."""
     with torch.no_grad():
         for name, (parameter, turned) in target.items():
             value = torch.from_numpy(values[name])
@@ -227,7 +227,7 @@ PEERS: dict[str, Callable[[Case], Result]] = {
 
 
 def record() -> dict[str, Any]:
-    """Every peer's loss, x_hat and gradients."""
+    """Return every peer's loss, x_hat and gradients."""
     recorded = {}
     for name, case in CASES.items():
         loss, arrays = PEERS[name.split()[0]](case)
@@ -236,7 +236,7 @@ def record() -> dict[str, Any]:
 
 
 def apart(name: str, theirs: dict[str, Any]) -> dict[str, float]:
-    """The largest difference from ours, of the loss and each array, relative to the largest entry of ours."""
+    """Return the largest difference from ours, of the loss and each array, relative to the largest entry of ours."""
     loss, arrays = ours(name)
     distances = {"loss": abs(loss - theirs["loss"]) / abs(loss)}
     return distances | {

@@ -30,7 +30,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
 def hooked(folder: str) -> Any:
-    """A local GPT-2 as a HookedTransformer: its own loader takes names of the hub only."""
+    """Return a local GPT-2 as a HookedTransformer: its own loader takes names of the hub only."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     c = model.config
     config = HookedTransformerConfig(
@@ -93,7 +93,8 @@ def saelens(folder: str, model: Any, ids: Tensor, batch: int, special: list[int]
 
 
 def dictionary_learning(folder: str, rows_ND: Tensor, batch: int) -> dict[str, float]:
-    """`rows_ND`: the site's, of the tokens that count; its evaluation takes them a batch at a time."""
+    """Score dictionary_learning's way on `rows_ND`: the site's rows, of the tokens that count;
+    its evaluation takes them a batch at a time."""
     ae, _ = load_dictionary(folder, device="cpu")
     whole = len(rows_ND) // batch
 

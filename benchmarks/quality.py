@@ -3,12 +3,15 @@
     make peers
     python -m benchmarks.quality --model path/to/stories260K --text path/to/tinystories.jsonl [--tokens 400000]
     python -m benchmarks.quality --tokens 400000 --site resid_post.3          # the embedded model
+    python -m benchmarks.quality --dictionary --tokens 400000                 # rows made of known features
 
 Ours train at the defaults of conf/ but for the learning rate where --lr gives one. A peer trains at each of --rates
 with the first seed, then with all seeds at the one of lowest NMSE. All are scored in their inference form by the same
 evaluation (`python -m evaluate`): the peers' SAEs are brought here by `train.interop.import_sae`. TopK has an L0 of k
 by its nature; a threshold may be off by some per cent, so NMSE and CE increase are also read at L0 = k, along the slope
-that --slope states. Intervals are of 95% over seeds (Student's t). Silent: latents that fire on no held-out token.
+that --slope states. A peer whose sparsity has a coefficient alone is trained until its L0 is near k (`train_peer`). A
+dictionary (benchmarks/dictionary.py) has no language model, so no CE increase, but the share of its features that a
+decoder row has found. Intervals are of 95% over seeds (Student's t). Silent: latents that fire on no held-out token.
 
 Everything is written below --out and made once; give the same command again to go on after an interruption.
 """
@@ -20,21 +23,25 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from benchmarks.contestants.process import ROOT
-from benchmarks.contestants.train_peer import LIBRARIES, Job
+from benchmarks.contestants.spec import VARIANTS
+from benchmarks.contestants.train_peer import LIBRARIES, PENALTY, Job
+from benchmarks.dictionary import SITE, Dictionary
 from data.loading.loader import ActivationLoader
 from data.loading.order import split_calibration
 from data.loading.reader import open_reader
-from data.store.manifest import TRAIN
+from data.store.manifest import HELDOUT, TRAIN
 from data.store.store import Store
 from evaluate.report.markdown import table
+from train.sae import load
+from train.sae.metrics import held_out
 
-VARIANTS = ("topk", "batchtopk", "matryoshka")
 OURS = "ours"
 CALIBRATION, POOL_CHUNKS = 65_536, 62  # as conf/train.yaml has them: they are part of the order of rows
 
@@ -51,12 +58,13 @@ class Score:
     nmse: float
     ce_increase: float
     silent: int
+    found: float = float("nan")
+    """The share of the dictionary's features that it found; nan where they are not known."""
 
     def at(self, k: int, slope: float) -> Score:
         """Read the errors at an L0 of k, where both fall with L0 to the power of -slope."""
         factor = (self.l0 / k) ** slope
-        fields = asdict(self) | {"nmse": self.nmse * factor, "ce_increase": self.ce_increase * factor}
-        return Score(**fields)
+        return replace(self, nmse=self.nmse * factor, ce_increase=self.ce_increase * factor)
 
 
 def command(*arguments: str) -> None:
@@ -66,10 +74,15 @@ def command(*arguments: str) -> None:
 
 
 def train_ours(options: argparse.Namespace, lm: Sequence[str]) -> None:
-    """Harvest, and train our SAEs of all variants and seeds."""
-    shared = [*lm, f"packing.context={options.context}", f"cache={options.out / 'cache'}"]
+    """Make the store, and train our SAEs of all variants and seeds."""
     rows = options.tokens + CALIBRATION + 65_536
-    command("-m", "harvest", *shared, f"sites=[{options.site}]", f"tokens={rows}", f"heldout_tokens={options.heldout}")
+    if options.dictionary:
+        store = Dictionary().write(options.out / "cache", rows, options.heldout)
+        shared = [f"store={store.path}"]
+    else:
+        shared = [*lm, f"packing.context={options.context}", f"cache={options.out / 'cache'}"]
+        size = [f"tokens={rows}", f"heldout_tokens={options.heldout}"]
+        command("-m", "harvest", *shared, f"sites=[{options.site}]", *size)
     train = ["-m", "train", "-m", *shared, f"site={options.site}", f"tokens={options.tokens}", "heldout_tokens=0"]
     train += [f"sae={','.join(options.variants)}", f"sae.k={options.k}", f"sae.expansion={options.expansion}"]
     train += [f"seed={','.join(map(str, options.seeds))}", f"hydra.sweep.dir={options.out / OURS}"]
@@ -116,6 +129,8 @@ def scores(
     options: argparse.Namespace, folders: Path, named: dict[str, tuple[str, str, int, float | None]]
 ) -> list[Score]:
     """Score every SAE below a folder; `named`: (library, variant, seed, rate) of each by its folder's name."""
+    if options.dictionary:
+        return [scored_on_rows(options, path, named[path.name]) for path in folders_of(folders) if path.name in named]
     report = folders / "report.json"
     if not report.exists():
         where = [f"saes={folders}", f"cache={options.out / 'cache'}", f"out={folders}"]
@@ -129,10 +144,33 @@ def scores(
     return made
 
 
+def folders_of(place: Path) -> list[Path]:
+    """List the folders of SAEs in or below a folder."""
+    return sorted(path.parent for path in place.rglob("sae.safetensors"))
+
+
+def scored_on_rows(options: argparse.Namespace, folder: Path, named: tuple[str, str, int, float | None]) -> Score:
+    """Score an SAE on the dictionary's held-out rows, and count the features it found."""
+    sae = load(folder).eval()
+    store = Store.open(options.store)
+    decode = store.decoder(HELDOUT, SITE)
+    loader = ActivationLoader(open_reader(store, HELDOUT, SITE), batch=options.batch, shuffle=False)
+    rows = (decode(batch).float() for batch in loader)
+    (value,) = held_out([sae], rows, torch.device("cpu"), 1)
+    found = Dictionary().found(sae.W_dec)
+    return Score(*named, value["l0"], value["nmse"], float("nan"), int(value["silent"]), found)
+
+
 def jobs_of(
-    options: argparse.Namespace, seeds: Iterable[int], rates: dict[tuple[str, str], Sequence[float]]
+    options: argparse.Namespace,
+    seeds: Iterable[int],
+    rates: dict[tuple[str, str], Sequence[float]],
+    penalties: dict[tuple[str, str], float] | None = None,
 ) -> list[Job]:
-    """List the peers' trainings: of each library and variant at its rates, with each seed."""
+    """List the peers' trainings: of each library and variant at its rates, with each seed.
+
+    penalties: where the search for a coefficient begins.
+    """
     return [
         Job(
             library,
@@ -143,11 +181,22 @@ def jobs_of(
             rate,
             seed,
             str(options.out / "peers" / f"{library}-{variant}-{rate:g}-{seed}"),
+            (penalties or {}).get((library, variant)),
         )
         for (library, variant), tried in rates.items()
         for rate in tried
         for seed in seeds
     ]
+
+
+def penalties_of(jobs: Iterable[Job], best: dict[tuple[str, str], Sequence[float]]) -> dict[tuple[str, str], float]:
+    """Read the coefficients that the searches at the best rates found."""
+    found = {}
+    for job in jobs:
+        path = Path(job.out) / PENALTY
+        if path.exists() and job.lr in best.get((job.library, job.variant), ()):
+            found[job.library, job.variant] = json.loads(path.read_text())["penalty"]
+    return found
 
 
 def name_of(job: Job) -> dict[str, tuple[str, str, int, float | None]]:
@@ -168,6 +217,9 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
 def results(made: Sequence[Score], k: int, slope: float, width: int) -> str:
     """Write a table, for each variant a row a library: means over seeds with their intervals."""
     heads = ["variant", "trainer", "rate", "seeds", "L0", "NMSE", f"NMSE at L0 {k}", f"CE increase at L0 {k}", "silent"]
+    known = any(one.found == one.found for one in made)  # else nan
+    if known:
+        heads[-2:] = ["silent", "features found"]
     rows = []
     by_row: dict[tuple[str, str], list[Score]] = {}
     for one in made:
@@ -178,11 +230,14 @@ def results(made: Sequence[Score], k: int, slope: float, width: int) -> str:
             (interval([one.l0 for one in group]), 2),
             (interval([one.nmse for one in group]), 4),
             (interval([one.nmse for one in read]), 4),
-            (interval([one.ce_increase for one in read]), 4),
-            (interval([one.silent / width * 100 for one in group]), 1),
         ]
+        if not known:
+            figures.append((interval([one.ce_increase for one in read]), 4))
+        shares = [interval([one.silent / width * 100 for one in group])]
+        if known:
+            shares.append(interval([one.found * 100 for one in group]))
         cells = [f"{mean:.{digits}f} ± {half:.{digits}f}" for (mean, half), digits in figures]
-        cells[-1] += "%"
+        cells += [f"{mean:.1f} ± {half:.1f}%" for mean, half in shares]
         rate = "default" if group[0].rate is None else f"{group[0].rate:g}"
         rows.append([variant, library, rate, str(len(group)), *cells])
     return table(heads, sorted(rows, key=lambda row: VARIANTS.index(row[0])))
@@ -208,6 +263,7 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="the folder of a language model; without it the embedded one")
     parser.add_argument("--text", help="its text, a .txt, .jsonl or .parquet file")
+    parser.add_argument("--dictionary", action="store_true", help="rows of known features in place of a model's")
     parser.add_argument("--site", default="resid_post.2")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--libraries", nargs="+", choices=LIBRARIES, default=list(LIBRARIES))
@@ -230,6 +286,10 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"{options.peers_python} is missing: run `make peers`")
     if (options.model is None) != (options.text is None):
         parser.error("--model and --text go together")
+    if options.dictionary:
+        if options.model:
+            parser.error("--dictionary makes its own rows: leave out --model")
+        options.site = SITE
     return options
 
 
@@ -239,11 +299,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.model:
         lm = [f"model.name={options.model}", "text=files", f"text.paths=[{options.text}]"]
     train_ours(options, lm)
-    folders = sorted(path.parent for path in (options.out / OURS).rglob("sae.safetensors"))
+    folders = folders_of(options.out / OURS)
     record = json.loads((folders[0] / "config.json").read_text())
     options.width = record["settings"]["width"]
     store_path = options.out / "cache" / record["store"]
-    store = Store.open(store_path)
+    options.store, store = store_path, Store.open(store_path)
     for seed in options.seeds:
         path = options.out / f"batches-{seed}.npy"
         if not path.exists():
@@ -256,7 +316,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     import_peers(trials, store_path, options.site, options.out / "trials")
     names = {name: value for job in trials for name, value in name_of(job).items()}
     tried = scores(options, options.out / "trials", names)
-    chosen = jobs_of(options, options.seeds, best_rates(tried, options.k, options.slope))
+    best = best_rates(tried, options.k, options.slope)
+    chosen = jobs_of(options, options.seeds, best, penalties_of(trials, best))
     train_peers(chosen, options.peers_python)
     import_peers(chosen, store_path, options.site, options.out / "chosen")
     names = {name: value for job in chosen for name, value in name_of(job).items()}

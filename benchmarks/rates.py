@@ -40,12 +40,12 @@ class Trial:
 
     @property
     def at_target(self) -> float:
-        """The NMSE read at an L0 of k."""
+        """Return the NMSE read at an L0 of k."""
         return float(self.nmse * (self.l0 / self.k) ** SLOPE)
 
 
 def table(trials: Sequence[Trial]) -> str:
-    """One line a variant: the best rate, the rule's, and by how much the rule's NMSE is above the best."""
+    """Return one line a variant: the best rate, the rule's, and by how much the rule's NMSE is above the best."""
     lines = [
         "| variant | best rate | NMSE at k | L0 | dead | rule's rate | NMSE at k | L0 | dead | rule above best |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",

@@ -37,17 +37,17 @@ class Setting:
 
     @property
     def sizes(self) -> Ints:
-        """Valid rows of each chunk."""
+        """Return the valid rows of each chunk."""
         per = self.layout.chunk_rows
         return np.array([min(per, self.rows - at) for at in range(0, self.rows, per)], np.int64)
 
     def pool_bytes(self, pool_chunks: int) -> int:
-        """Both of the loader's buffers."""
+        """Return both of the loader's buffers."""
         return 2 * pool_chunks * self.layout.chunk_rows * self.row_bytes
 
 
 def companions(batches: Iterator[Labels]) -> float:
-    """Mean over tokens of the other tokens of its sequence in its batch."""
+    """Return the mean over tokens of the other tokens of its sequence in its batch."""
     pairs, tokens = 0, 0
     for batch in batches:
         _, counts = np.unique(batch, return_counts=True)
@@ -61,7 +61,7 @@ def cut(labels: Labels) -> Iterator[Labels]:
 
 
 def stored(setting: Setting) -> Labels:
-    """The sequence of each row as it lies in the store: permuted within its unit."""
+    """Return the sequence of each row as it lies in the store: permuted within its unit."""
     parts, unit_rows = [], setting.layout.unit_rows
     for unit, at in enumerate(range(0, setting.rows, unit_rows)):
         n = min(unit_rows, setting.rows - at)
@@ -71,7 +71,7 @@ def stored(setting: Setting) -> Labels:
 
 
 def ours(setting: Setting, labels: Labels, pool_chunks: int) -> Iterator[Labels]:
-    """The loader's batches (no rank, epoch 0)."""
+    """Yield the loader's batches (no rank, epoch 0)."""
     per, rest = setting.layout.chunk_rows, np.empty(0, np.int32)
     for pool in order.pools(setting.sizes, seed=0, epoch=0, rank=0, world=1, pool_chunks=pool_chunks):
         rows = np.concatenate([labels[chunk * per : chunk * per + per] for chunk in pool.chunks])
@@ -83,7 +83,7 @@ def ours(setting: Setting, labels: Labels, pool_chunks: int) -> Iterator[Labels]
 
 
 def half_drained(setting: Setting, buffer_rows: int) -> Iterator[Labels]:
-    """Rows in the text's order go through a buffer: fill it, permute it, serve half of it, fill it again."""
+    """Pass rows in the text's order through a buffer: fill it, permute it, serve half of it, fill it again."""
     rng, at = np.random.default_rng(0), 0
     held, half = np.empty(0, np.int32), buffer_rows // 2 // BATCH * BATCH
     while at < setting.rows:
@@ -96,12 +96,13 @@ def half_drained(setting: Setting, buffer_rows: int) -> Iterator[Labels]:
 
 
 def uniform(setting: Setting) -> float:
-    """Expected companions in a uniform shuffle of all rows."""
+    """Return the expected companions in a uniform shuffle of all rows."""
     return (BATCH - 1) * (setting.context - 1) / (setting.rows - 1)
 
 
 def computed(setting: Setting, pool_chunks: int) -> float:
-    """Expected companions of ours: of a batch's rows, those of the own chunk and those of other chunks of its unit.
+    """Return the expected companions of ours: of a batch's rows,
+    those of the own chunk and those of other chunks of its unit.
 
     A batch is a window of W = B/16 runs; each of K chunks has one run at a random place in every K runs. Two runs of a
     chunk are d < K apart as often as d/K of what chance alone gives, so a window that holds a run holds
@@ -116,7 +117,7 @@ def computed(setting: Setting, pool_chunks: int) -> float:
 
 
 def setting_of(rows: int, d_model: int, context: int, dtype: str) -> Setting:
-    """With the layout that a harvest of this size and one site chooses by itself."""
+    """Return the setting with the layout that a harvest of this size and one site chooses by itself."""
     chosen = choose_layout(
         rows=rows,
         d_model=d_model,
@@ -131,7 +132,7 @@ def setting_of(rows: int, d_model: int, context: int, dtype: str) -> Setting:
 
 
 def simulated(setting: Setting, pool_sizes: list[int], memory: int, show: Callable[[str], None]) -> None:
-    """The table of one size, each line measured on the order itself."""
+    """Print the table of one size, each line measured on the order itself."""
     floor, labels = uniform(setting), stored(setting)
     show(f"{'':<44}{'memory':>9}{'companions':>12}{'above uniform':>15}{'computed':>10}")
     mixed = labels[seeded_permutation(len(labels), "uniform")]
@@ -148,7 +149,7 @@ def simulated(setting: Setting, pool_sizes: list[int], memory: int, show: Callab
 
 
 def fewest(setting: Setting, most: float) -> int:
-    """The smallest pool, in chunks, with at most `most` companions above uniform."""
+    """Return the smallest pool, in chunks, with at most `most` companions above uniform."""
     sizes = range(1, len(setting.sizes) + 1)
     return next(chunks for chunks in sizes if computed(setting, chunks) - uniform(setting) <= most)
 

@@ -42,7 +42,7 @@ SLOW = 20.0  # seconds a step: such a contestant takes part in the first round o
 
 
 def mixture(batch: int, d_model: int) -> Tensor:
-    """Batches [POOL, B, D] of a mixture of 1024 Gaussians, the mean squared norm D."""
+    """Return batches [POOL, B, D] of a mixture of 1024 Gaussians, the mean squared norm D."""
     generator = torch.Generator().manual_seed(0)
     centres_CD = torch.randn(1024, d_model, generator=generator)
     which = torch.randint(1024, (POOL, batch), generator=generator)
@@ -51,14 +51,14 @@ def mixture(batch: int, d_model: int) -> Tensor:
 
 
 def harvested(folder: Path, site: str, batch: int) -> Tensor:
-    """The first batches [POOL, B, D] of a store in the loader's order, scaled to the mean squared norm D."""
+    """Return the first batches [POOL, B, D] of a store in the loader's order, scaled to the mean squared norm D."""
     loader = ActivationLoader(open_reader(Store.open(folder), TRAIN, site), batch=batch)
     x = torch.stack([rows.float() for rows, _ in zip(loader, range(POOL), strict=False)])
     return x * (x.shape[-1] / x.square().sum(-1).mean()).sqrt()
 
 
 def failing(spec: Spec, name: str, facts: dict[str, float]) -> str | None:
-    """Why a contestant did not do the work asked for, or None."""
+    """Return why a contestant did not do the work asked for, or None."""
     if name in (FLOOR, DENSE):
         return None
     if not 0.8 * spec.activity <= facts["l0"] <= 1.25 * spec.activity:
@@ -82,7 +82,7 @@ class Round:
         return [name for name, row in self.rows.items() if "failed" not in row]
 
     def warm(self, processes: dict[str, Process]) -> None:
-        """When all are ready, a first step each, a second of the fast."""
+        """Take a first step of each when all are ready, a second of the fast."""
         for name, process in processes.items():
             try:
                 process.ready()
@@ -120,7 +120,7 @@ class Round:
 
 
 def measured(spec: Spec, batches: Tensor, names: list[str], args: argparse.Namespace) -> Cell:
-    """One cell of the table."""
+    """Return one cell of the table."""
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         path = Path(folder) / "batches.pt"
         torch.save(batches, path)
@@ -184,9 +184,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=2, help="of each contestant in a round; on a GPU take 20 or more")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of each contestant")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument(
-        "--precision", choices=["float32", "tf32", "bf16"], default="float32", help="of a GPU's products"
-    )
+    parser.add_argument("--precision", choices=["float32", "tf32", "bf16"], default="float32", help="of products")
     parser.add_argument("--peers-python", type=Path, default=Path(".venv-peers/bin/python"), help="`make peers`")
     parser.add_argument(
         "--allocator", choices=["own", "ours"], default="own", help="ours: peers keep freed memory as our stages do"
@@ -196,8 +194,8 @@ def parsed() -> argparse.Namespace:
     args = parser.parse_args()
     if not args.report and any(ENTRIES[name].peer for name in args.only) and not args.peers_python.exists():
         parser.error(f"{args.peers_python} is missing: run `make peers`, or name contestants without peers in --only")
-    if args.precision != "float32" and torch.device(args.device).type != "cuda":
-        parser.error(f"--precision {args.precision} is for a GPU: add --device cuda")
+    if args.precision == "tf32" and torch.device(args.device).type != "cuda":
+        parser.error("--precision tf32 is for a GPU: add --device cuda")
     if (args.store is None) != (args.site is None):
         parser.error("--store and --site go together")
     return args

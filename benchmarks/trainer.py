@@ -102,7 +102,7 @@ class Turns(Callback):
 
 
 def runs_of(store: Store, folder: Path, saes: int, batch: int, steps: int, overrides: list[str]) -> list[TrainRun]:
-    """Runs of so many steps that differ in their learning rate alone."""
+    """Return runs of so many steps that differ in their learning rate alone."""
     tokens = batch * steps
     runs = []
     for index in range(saes):

@@ -35,7 +35,7 @@ def _verify_store(path: Location) -> int:
 
 
 def _verify(args: argparse.Namespace) -> int:
-    """1 where anything is damaged."""
+    """Return 1 where anything is damaged."""
     stores = [path for folder in args.folders or [str(CACHE)] for path in stores_below(parse_location(folder))]
     if not stores:
         raise UserError(f"no store in {', '.join(args.folders or [str(CACHE)])}: name the folder of one")
@@ -119,7 +119,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The exit code: 0, or 1 for damage or a mistake, which is printed as a sentence."""
+    """Return the exit code: 0, or 1 for damage or a mistake, which is printed as a sentence."""
     args = _parser().parse_args(argv)
     try:
         code: int = args.run(args)

@@ -9,12 +9,12 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from data.base.config import Real, Settings, Text, Whole
 
-METRICS = ("probe", "patterns", "ablation")
+FEATURE_METRICS = ("probe", "patterns", "ablation")
 OLDER_NAMES = {"gao": "feature_metrics", "gao_with": "feature_metrics_with"}
 
 
 def _as_list(value: Any) -> Any:
-    """One name stands for a list of one, and none for an empty list."""
+    """Return one name as a list of one, and none as an empty list."""
     if value is None:
         return []
     return [value] if isinstance(value, str) else value
@@ -27,7 +27,7 @@ BASELINES: tuple[Baseline, ...] = ("channels", "neurons", "random", "pca")
 
 
 def _all_metrics(value: Any) -> Any:
-    return list(METRICS) if value == "all" else _as_list(value)
+    return list(FEATURE_METRICS) if value == "all" else _as_list(value)
 
 
 class OwnText(Settings):
@@ -158,7 +158,7 @@ class FeaturesSettings(HeldoutSettings):
 
 
 def with_newer_names(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings with `gao` and `gao_with` moved to `feature_metrics` and `feature_metrics_with`.
+    """Move the settings `gao` and `gao_with` to `feature_metrics` and `feature_metrics_with`.
 
     Of the older names null means "not given", for conf/evaluate.yaml has both. Raises ValueError where the two
     disagree.

@@ -26,28 +26,29 @@ class Documents:
 
     @classmethod
     def of(cls, packed: PackedTokens) -> Documents:
-        """The documents of packed text."""
+        """Find the documents of packed text."""
         n_contexts, context = packed.contexts.shape
         return cls(np.asarray(packed.starts), packed.stride, context, n_contexts)
 
     @classmethod
     def one_a_context(cls, n_contexts: int, context: int) -> Documents:
-        """Contexts of which each is a document of its own."""
+        """Make each context a document of its own."""
         return cls(np.zeros(0, np.int64), context, context, n_contexts)
 
     @property
     def count(self) -> int:
-        """Numbers that `numbers` may give, which are those from 0 to here."""
+        """Return the count of documents: `numbers` gives those below it."""
         return len(self.starts) or self.n_contexts
 
     def positions(self, contexts: range) -> Int64[np.ndarray, "B T"]:
-        """Where each token of the contexts lies in the stream; what stands before a context's own has its first's."""
+        """Return where each token of the contexts lies in the stream;
+        what stands before a context's own has its first's."""
         first = np.arange(contexts.start, contexts.stop, dtype=np.int64)[:, None] * self.stride
         within = np.arange(self.context) - (self.context - self.stride)
         return first + np.maximum(within, 0)
 
     def numbers(self, contexts: range) -> Int64[np.ndarray, "B T"]:
-        """The document number of each token of the contexts."""
+        """Return the document number of each token of the contexts."""
         if not len(self.starts):
             numbers = np.arange(contexts.start, contexts.stop, dtype=np.int64)
             return np.repeat(numbers[:, None], self.context, axis=1)

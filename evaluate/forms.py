@@ -29,7 +29,7 @@ class InferenceForm(Protocol):
 
     @property
     def sae(self) -> SAE:
-        """The weights, the normalisation and b_dec."""
+        """Return the weights, the normalisation and b_dec."""
 
     def run(self, x_ND: Float[Tensor, "N D"]) -> tuple[Float[Tensor, "N F"], Float[Tensor, "N D"]]:
         """Give f and x_hat of model-unit input, both in model units."""

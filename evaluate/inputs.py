@@ -26,7 +26,7 @@ from harvest import lm
 from harvest.chat import template_hash
 from harvest.documents import FilesText, TextSource, source_from, split_of, unique
 from harvest.packing import PackedTokens, Packing, pack
-from harvest.text_source import digest
+from harvest.text_source import hash_text
 from train.sae.io import WEIGHTS, load_config
 
 __all__ = [
@@ -109,13 +109,13 @@ class HeldoutText:
 
     @property
     def device(self) -> torch.device:
-        """The device that the model takes its input on."""
+        """Return the device that the model takes its input on."""
         parameter: Tensor = next(self.model.parameters())
         return parameter.device
 
     @property
     def documents(self) -> Documents:
-        """Which document each token belongs to."""
+        """Return which document each token belongs to."""
         return Documents.of(self.packed)
 
     def batches(self, contexts: range | None = None) -> Iterator[ContextBatch]:
@@ -130,7 +130,7 @@ class HeldoutText:
 
 
 def pinned(store: Store) -> Json:
-    """The settings that a store was harvested with, what was then new on the hub replaced by its commit."""
+    """Pin the settings that a store was harvested with, what was then new on the hub replaced by its commit."""
     settings, identity = store.manifest.settings, store.manifest.identity
     model, text = dict(settings["model"]), dict(settings["text"])
     if identity["model"].get("commit"):
@@ -200,11 +200,11 @@ def _check_identity(store: Store, model_settings: Json, source: TextSource) -> A
 
 def _pack_own(source: TextSource, own: TextSource, tokenizer: Any, packing: Packing, tokens: int) -> PackedTokens:
     """Pack the user's own text, all of it held out; UserError where one of its documents was in the training split."""
-    names = {digest(document.text): document.name for document in unique(own.documents())}
+    names = {hash_text(document.text): document.name for document in unique(own.documents())}
     trained_on = [
-        names[digest(document.text)]
+        names[hash_text(document.text)]
         for document in unique(source.documents())
-        if split_of(document.key, packing.heldout) == TRAIN and digest(document.text) in names
+        if split_of(document.key, packing.heldout) == TRAIN and hash_text(document.text) in names
     ]
     if trained_on:
         raise UserError(

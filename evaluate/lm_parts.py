@@ -86,7 +86,7 @@ class LayersBelow:
 
 
 def _blocks_below(model: nn.Module, site: Site) -> Sequence[nn.Module]:
-    """The blocks from the first on that can be left out once the site's clean forward is known."""
+    """Find the blocks from the first on that can be left out once the site's clean forward is known."""
     blocks: list[nn.Module] = []
     try:
         target = locate(model, site).module
@@ -168,7 +168,7 @@ class Unembedding:
 
 
 def _call(model: nn.Module, name: str) -> nn.Module | None:
-    """What a method of the model gives, where it has one that gives a module."""
+    """Call a method of the model, where it has one that gives a module."""
     method = getattr(model, name, None)
     try:
         module = method() if callable(method) else None

@@ -19,10 +19,10 @@ from torch import Tensor
 from data.base.errors import UserError
 from data.base.records import Json
 from data.base.sites import Site
+from data.store.massive import TIMES_MEDIAN
 from evaluate.inputs import HeldoutText, SavedSAE
 from harvest.hooks import run_to
 
-TIMES = 10.0  # the median norm, above which a row is massive unless an SAE's own rule says otherwise
 MEDIAN_TOKENS = 8192  # held-out tokens at least that a site's median norm is taken over, where there are so many
 
 
@@ -35,7 +35,7 @@ class MassiveRule:
 
     @property
     def limit(self) -> float:
-        """The largest norm of an ordinary row."""
+        """Return the largest norm of an ordinary row."""
         return self.times * self.median
 
     def __str__(self) -> str:
@@ -43,7 +43,8 @@ class MassiveRule:
 
 
 def rule_of(sae: SavedSAE) -> MassiveRule | None:
-    """The rule an SAE was trained by, None where it was trained on all rows; UserError where the record is damaged."""
+    """Read the rule an SAE was trained by; None where it was trained on all rows;
+    UserError where the record is damaged."""
     outliers = sae.config.get("training", {}).get("outliers")
     if outliers is None:
         return None
@@ -59,13 +60,13 @@ def rule_of(sae: SavedSAE) -> MassiveRule | None:
 
 
 def strictest(rules: Sequence[MassiveRule | None]) -> MassiveRule | None:
-    """The rule that leaves out most, by which all SAEs of a site are scored; None where none has one."""
+    """Choose the rule that leaves out most, by which all SAEs of a site are scored; None where none has one."""
     known = [rule for rule in rules if rule is not None]
     return min(known, key=lambda rule: rule.limit) if known else None
 
 
 def disagreement(rules: Sequence[MassiveRule | None]) -> str | None:
-    """A sentence where the SAEs of a site were trained by different rules; None where they agree."""
+    """Say in a sentence where the SAEs of a site were trained by different rules; None where they agree."""
     names = sorted({"no row" if rule is None else f"rows with a {rule}" for rule in rules})
     if len(names) < 2:
         return None
@@ -76,7 +77,7 @@ def disagreement(rules: Sequence[MassiveRule | None]) -> str | None:
 
 
 def norms_of(text: HeldoutText, site: Site, contexts: range) -> Float[np.ndarray, "n T"]:
-    """||x|| at the site of every token of the contexts, by one forward as far as the site."""
+    """Compute ||x|| at the site of every token of the contexts, by one forward as far as the site."""
     parts = []
     for batch in text.batches(contexts):
         x_BTD = run_to(text.model, [site], batch.ids_BT)[str(site)]
@@ -85,7 +86,8 @@ def norms_of(text: HeldoutText, site: Site, contexts: range) -> Float[np.ndarray
 
 
 def site_median_norm(text: HeldoutText, site: Site) -> float:
-    """The median ||x|| at the site over the first contexts that hold MEDIAN_TOKENS scored tokens."""
+    """Compute the median ||x|| at the site over the first contexts that hold MEDIAN_TOKENS scored tokens."""
+    # Scored tokens alone: special ones would drag a median over few contexts towards themselves.
     running = np.cumsum(text.packed.keep.sum(1))
     contexts = min(int(np.searchsorted(running, MEDIAN_TOKENS)) + 1, len(running))
     norms_ST = norms_of(text, site, range(contexts))
@@ -93,7 +95,7 @@ def site_median_norm(text: HeldoutText, site: Site) -> float:
 
 
 def without_massive(text: HeldoutText, site: Site, rule: MassiveRule) -> tuple[HeldoutText, int]:
-    """The text with its massive rows marked as not to be scored, like special tokens, and how many those are."""
+    """Mark the text's massive rows as not to be scored, like special tokens, and how many those are."""
     contexts = range(len(text.packed.contexts))
     massive_ST = norms_of(text, site, contexts) > rule.limit
     left_out = int((massive_ST & text.packed.keep).sum())
@@ -123,12 +125,12 @@ class ScoredText:
         rules = [rule_of(sae) for sae in saes]
         rule = strictest(rules)
         if rule is None:
-            return cls(text, MassiveRule(TIMES, site_median_norm(text, site)), False, 0, None)
+            return cls(text, MassiveRule(TIMES_MEDIAN, site_median_norm(text, site)), False, 0, None)
         scored, left_out = without_massive(text, site, rule)
         return cls(scored, rule, True, left_out, disagreement(rules))
 
     def result(self, massive_rows: int) -> Json:
-        """What report.json says of the rule; `massive_rows` were scored."""
+        """Return what report.json says of the rule; `massive_rows` were scored."""
         return {
             "times": self.rule.times,
             "median": self.rule.median,
@@ -140,7 +142,7 @@ class ScoredText:
 
 
 def is_massive(x_ND: Float[Tensor, "N D"], limit: float | None) -> Bool[Tensor, " N"] | None:
-    """Which rows are massive; None where none is, or nothing is known of the site."""
+    """Mark the rows that are massive; None where none is, or nothing is known of the site."""
     if limit is None:
         return None
     massive_N = x_ND.float().norm(dim=1) > limit

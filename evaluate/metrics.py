@@ -121,7 +121,8 @@ class Reconstruction:
             self.sums.add(name, value_N, context_N, context_N if document_N is None else document_N)
 
     def table(self, by: By = "context") -> Columns:
-        """The columns; deviations are about the mean of the whole set, each group bearing its share by tokens."""
+        """Return the columns; deviations are about the mean of the whole set,
+        each group bearing its share by tokens."""
         columns = self.sums.table(by)
         tokens = columns["tokens"]
         total = self.sums.of_contexts["tokens"].numpy().sum()
@@ -131,7 +132,7 @@ class Reconstruction:
         return columns
 
     def merged(self, other: Reconstruction) -> Reconstruction:
-        """The sums over the tokens of both, which have one centre."""
+        """Add the sums over the tokens of both, which have one centre."""
         both = Reconstruction(self.centre_D, 0)
         both.sums = self.sums.merged(other.sums)
         both.sum_D = self.sum_D + other.sum_D
@@ -167,15 +168,15 @@ class Firing:
         self.sums.add("l0", l0_N, context_N, context_N if document_N is None else document_N)
 
     def std(self) -> float:
-        """The standard deviation of L0 over the tokens of the set."""
+        """Return the standard deviation of L0 over the tokens of the set."""
         count = self.histogram.double()
         l0 = torch.arange(len(count), dtype=torch.float64)
         mean = (l0 * count).sum() / count.sum()
         return float((((l0 - mean).square() * count).sum() / count.sum()).sqrt())
 
     def result(self) -> dict[str, Any]:
-        """std and histogram of L0 (up to the largest met), its mean by position (None where no token is), each latent's
-        count of tokens, and how many latents have none."""
+        """Return std and histogram of L0 (up to the largest met), its mean by position (None where no token is), each
+        latent's count of tokens, and how many latents have none."""
         largest = int(self.histogram.nonzero().max())
         by_position = [
             total / count if count else None
@@ -191,7 +192,8 @@ class Firing:
 
 
 def scored_positions(keep_BT: Bool[Tensor, "B T"]) -> Bool[Tensor, "B T-1"]:
-    """Position t is scored on token t+1, for every kept token that is not the first of its context."""
+    """Mark the positions t that are scored on token t+1:
+    those of every kept token that is not the first of its context."""
     return keep_BT[:, 1:]
 
 
@@ -206,30 +208,32 @@ class Predictions:
     def of(
         cls, logits_BTV: Float[Tensor, "B T V"], ids_BT: Int64[Tensor, "B T"], scored: Bool[Tensor, "B T-1"]
     ) -> Predictions:
-        """Cross-entropy in nats of each scored token, from logits of any float type, in float32 at least."""
+        """Compute the cross-entropy in nats of each scored token,
+        from logits of any float type, in float32 at least."""
         return cls.of_rows(logits_BTV[:, :-1][scored], ids_BT[:, 1:][scored])
 
     @classmethod
     def of_rows(cls, logits_PV: Float[Tensor, "P V"], next_P: Int64[Tensor, " P"]) -> Predictions:
-        """The same of the logits at the scored positions and the token that follows each."""
+        """Compute the same of the logits at the scored positions and the token that follows each."""
         logits_PV = logits_PV if logits_PV.dtype == torch.float64 else logits_PV.float()
         logp_PV = logits_PV.log_softmax(-1)
         return cls(logp_PV, -logp_PV.gather(1, next_P[:, None])[:, 0])
 
     def kl_to(self, other: Predictions) -> Float[Tensor, " P"]:
-        """KL(self || other) in nats at each position."""
+        """Compute KL(self || other) in nats at each position."""
         rows = max(1, LOGITS_AT_ONCE // self.logp_PV.shape[1])
         pairs = zip(torch.split(self.logp_PV, rows), torch.split(other.logp_PV, rows), strict=True)
         return torch.cat([(p.exp() * (p - q)).sum(1) for p, q in pairs])
 
 
 def totals(columns: Columns) -> Columns:
-    """The sum of each column over the whole set, as arrays of one entry."""
+    """Sum each column over the whole set, as arrays of one entry."""
     return {name: column.sum(keepdims=True) for name, column in columns.items()}
 
 
 def statistics(sums: Columns) -> Columns:
-    """Every pooled ratio, from sums over sequences: arrays of one entry, or of one for each bootstrap sample."""
+    """Compute every pooled ratio, from sums over sequences:
+    arrays of one entry, or of one for each bootstrap sample."""
     s = sums
     tokens, predicted = s["tokens"], s["predicted"]
     ce = {name: s[name] / predicted for name in ("clean", "spliced", "zero", "mean")}
@@ -237,6 +241,7 @@ def statistics(sums: Columns) -> Columns:
         divide="ignore", invalid="ignore"
     ):  # an SAE that gives 0 has no gamma; an ablation may cost nothing
         return {
+            # Ratios of sums, not means of ratios: a token of small norm would otherwise weigh as much as any.
             "nmse": s["error"] / s["deviation"],
             "ev": 1 - s["error"] / s["deviation"],
             "nmse_token": s["error_token"] / s["deviation_token"],
@@ -257,7 +262,7 @@ def statistics(sums: Columns) -> Columns:
 
 
 def resampled(columns: Columns, *, samples: int, seed: int) -> Columns:
-    """Sums of each column over `samples` draws of its groups (documents, or contexts) with replacement.
+    """Sum each column over `samples` draws of its groups (documents, or contexts) with replacement.
 
     The draws are the same for all columns (paired) and, with as many groups and the same seed, for all SAEs.
     """
@@ -267,12 +272,13 @@ def resampled(columns: Columns, *, samples: int, seed: int) -> Columns:
     groups = len(table)
     sums = np.empty((samples, len(names)))
     for i in range(samples):
+        # A draw with replacement as counts of each group, times the table: one product a sample in place of a gather.
         sums[i] = np.bincount(rng.integers(groups, size=groups), minlength=groups) @ table
     return {name: sums[:, i] for i, name in enumerate(names)}
 
 
 def without_empty(documents: Columns) -> Columns:
-    """The columns without the documents of which no token is scored: there is nothing to draw in them."""
+    """Drop from the columns the documents of which no token is scored: there is nothing to draw in them."""
     scored = (documents["tokens"] > 0) | (documents["predicted"] > 0)
     return {name: column[scored] for name, column in documents.items()}
 
@@ -286,7 +292,7 @@ class SetSums:
 
 
 def pooled(columns: SetSums, *, samples: int, seed: int) -> dict[str, dict[str, float | None]]:
-    """Every statistic of the whole set with its standard error by the paired bootstrap over documents.
+    """Compute every statistic of the whole set with its standard error by the paired bootstrap over documents.
 
     None stands for a value that is not finite, and for the error of fewer than two documents or samples.
     """
@@ -305,8 +311,8 @@ def pooled(columns: SetSums, *, samples: int, seed: int) -> dict[str, dict[str, 
 
 
 def deltas(columns: SetSums, baseline: SetSums, *, samples: int, seed: int) -> dict[str, dict[str, float | None]]:
-    """Every statistic minus the baseline's, with its standard error and 95% percentile interval by the paired bootstrap
-    (each sample draws the same documents for both). None stands for what is not finite.
+    """Compute every statistic minus the baseline's, with its standard error and 95% percentile interval by the paired
+    bootstrap (each sample draws the same documents for both). None stands for what is not finite.
 
     Raises AssertionError unless both are of the same documents in the same order.
     """
@@ -319,6 +325,8 @@ def deltas(columns: SetSums, baseline: SetSums, *, samples: int, seed: int) -> d
     result: dict[str, dict[str, float | None]] = {}
     for name in value_own:
         value = float(value_own[name][0] - value_other[name][0])
+        # The same seed and as many groups give both the same draws: what documents have in common cancels in the
+        # difference.
         draws = drawn_own[name] - drawn_other[name]
         known = several and bool(np.isfinite(draws).all())
         low, high = np.percentile(draws, [2.5, 97.5]) if known else (None, None)

@@ -30,7 +30,7 @@ def require_baseline(folders: Sequence[Path], name: str | None) -> None:
 
 
 def baseline_of(folders: Sequence[Path], name: str | None) -> int | None:
-    """Which of the SAEs of a site is named, by folder or by the folder's last part; None where none is.
+    """Find which of the SAEs of a site is named, by folder or by the folder's last part; None where none is.
 
     Raises UserError where several are.
     """
@@ -43,12 +43,12 @@ def baseline_of(folders: Sequence[Path], name: str | None) -> int | None:
 
 
 def front(points: Sequence[tuple[float, float]]) -> list[bool]:
-    """Whether no other point is at most as large in both numbers and smaller in one."""
+    """Mark the points where no other point is at most as large in both numbers and smaller in one."""
     return [not any(a <= x and b <= y and (a, b) != (x, y) for a, b in points) for x, y in points]
 
 
 def front_points(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """The points of the front, each once, from the smallest first number on."""
+    """Return the points of the front, each once, from the smallest first number on."""
     return sorted({point for point, best in zip(points, front(points), strict=True) if best})
 
 
@@ -70,11 +70,11 @@ def compare(
 
 
 def excess_at_equal_l0(points: Sequence[tuple[float, float]]) -> list[float]:
-    """How far each SAE's log NMSE lies above what the sweep has at its L0 (below: negative), from (L0, NMSE) > 0.
+    """Compute how far each SAE's log NMSE lies above what the sweep has at its L0 (or below, as a negative number).
 
-    What the sweep has is the line of least squares through log NMSE against log L0 of all SAEs, its slope never above
-    0, since more active latents do not reconstruct worse. Where all L0 are within ONE_L0 of each other there is no
-    slope to be read, and the plain log NMSE is compared.
+    Points are (L0, NMSE), both above 0. What the sweep has is the line of least squares through log NMSE against log L0
+    of all SAEs, its slope never above 0, since more active latents do not reconstruct worse. Where all L0 are within
+    ONE_L0 of each other there is no slope to be read, and the plain log NMSE is compared.
     """
     log_l0 = np.log([l0 for l0, _ in points])
     log_nmse = np.log([nmse for _, nmse in points])
@@ -87,7 +87,7 @@ def excess_at_equal_l0(points: Sequence[tuple[float, float]]) -> list[float]:
 
 
 def best_at_equal_l0(sites: Sequence[Sequence[dict[str, Any]]]) -> dict[str, Any]:
-    """The row of the SAE that lies furthest below its site's NMSE at equal L0; of equal ones the sparsest.
+    """Return the row of the SAE that lies furthest below its site's NMSE at equal L0; of equal ones the sparsest.
 
     In a sweep the densest SAE has the lowest NMSE whatever its quality; this one is best for its number of active
     latents. An SAE whose NMSE or L0 is 0 or unknown takes no part; where none can, the first row is taken.
@@ -97,6 +97,7 @@ def best_at_equal_l0(sites: Sequence[Sequence[dict[str, Any]]]) -> dict[str, Any
         known = [row for row in rows if (row["metrics"]["nmse"]["value"] or 0) > 0 and row["metrics"]["l0"]["value"]]
         points = [(row["metrics"]["l0"]["value"], row["metrics"]["nmse"]["value"]) for row in known]
         for row, excess in zip(known, excess_at_equal_l0(points) if points else [], strict=True):
+            # Rounded, so that SAEs that are equal but for rounding tie and the sparser one is taken on every machine.
             ranked.append((round(excess, 9), row["metrics"]["l0"]["value"], len(ranked), row))
     if not ranked:
         return sites[0][0]

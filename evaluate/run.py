@@ -18,7 +18,7 @@ from data.base.sites import Site
 from data.store.manifest import HELDOUT, TRAIN
 from data.store.store import Store
 from evaluate.config import EvaluateSettings
-from evaluate.feature_metrics.bases import Reader, neurons_before
+from evaluate.feature_metrics.bases import BasisReader, neurons_before
 from evaluate.feature_metrics.measure import FeatureMetricsConfig, measure
 from evaluate.feature_metrics.sample import FeatureText
 from evaluate.features.make import make_for
@@ -26,7 +26,7 @@ from evaluate.inputs import HeldoutText, SavedSAE, find_saes, group_by_store, op
 from evaluate.massive import ScoredText
 from evaluate.pareto import baseline_of, best_at_equal_l0, compare, require_baseline
 from evaluate.report import markdown, page
-from evaluate.report.columns import FORMAT, sae_name
+from evaluate.report.columns import REPORT_FORMAT, sae_name
 from evaluate.score import SiteScore
 from evaluate.splice import Splice
 from harvest.packing import Packing, bos_id
@@ -47,12 +47,12 @@ class SiteRun:
 
     @property
     def text(self) -> HeldoutText:
-        """The text without the rows that the SAEs were not made for."""
+        """Return the text without the rows that the SAEs were not made for."""
         return self.scored.text
 
     @property
     def folders(self) -> list[Path]:
-        """The SAEs' folders."""
+        """Return the SAEs' folders."""
         return [sae.folder for sae in self.saes]
 
     def measure(self) -> SiteScore:
@@ -83,7 +83,7 @@ class SiteRun:
         score = self.measure()
         draws = {"samples": self.settings.bootstrap, "seed": self.settings.seed}
         results = score.result(**draws)
-        rows = [describe(sae, result) for sae, result in zip(self.saes, results, strict=True)]
+        rows = [describe_sae(sae, result) for sae, result in zip(self.saes, results, strict=True)]
         baseline = baseline_of(self.folders, self.settings.baseline)
         compare(rows, [score.sums(each) for each in score.scores], baseline, **draws)
         order = sorted(range(len(rows)), key=lambda i: (rows[i]["variant"], rows[i]["metrics"]["l0"]["value"], i))
@@ -95,7 +95,7 @@ class SiteRun:
         return {**self.facts(score, baseline), "saes": rows, **measured}
 
     def facts(self, score: SiteScore, baseline: int | None) -> Json:
-        """What the report says of the site, its store and its text."""
+        """Return what the report says of the site, its store and its text."""
         packed = self.text.packed
         sequences, context = packed.contexts.shape
         massive = self.scored.result(score.massive_rows)
@@ -119,21 +119,21 @@ class SiteRun:
         }
 
     def feature_text(self) -> FeatureText:
-        """The text as the feature metrics read it."""
+        """Return the text as the feature metrics read it."""
         text, site = self.text, Site.parse(self.name)
         ids_1T = torch.from_numpy(text.packed.contexts[:1]).to(text.device, torch.int64)
-        reader = Reader(text.model, site, neurons_before(text.model, site, ids_1T))
+        reader = BasisReader(text.model, site, neurons_before(text.model, site, ids_1T))
         bos = bos_id(text.tokenizer, Packing.of(self.store.manifest.settings["packing"]))
         return FeatureText(text, reader, bos)
 
 
 def density(rows: Sequence[Json]) -> float:
-    """The share of tokens on which a latent of these SAEs is active, on average."""
+    """Return the share of tokens on which a latent of these SAEs is active, on average."""
     return float(sum(row["metrics"]["l0"]["value"] / row["width"] for row in rows) / len(rows))
 
 
-def describe(sae: SavedSAE, result: Json) -> Json:
-    """A row of the report: what the SAE is, and what was measured."""
+def describe_sae(sae: SavedSAE, result: Json) -> Json:
+    """Write a row of the report: what the SAE is, and what was measured."""
     settings = sae.config["settings"]
     return {
         "folder": str(sae.folder),
@@ -154,7 +154,7 @@ def require_features(name: str | None, folders: Sequence[Path]) -> None:
 
 
 def featured(report: Json, name: str) -> Json:
-    """The row of the SAE that `features` names, the first in the report; `best` is the best one at equal L0."""
+    """Find the row of the SAE that `features` names, the first in the report; `best` is the best one at equal L0."""
     if name == BEST:
         return best_at_equal_l0([site["saes"] for site in report["sites"]])
     rows: list[Json] = [row for site in report["sites"] for row in site["saes"]]
@@ -180,14 +180,14 @@ def evaluate(config: Mapping[str, Any]) -> Path:
             scored = ScoredText.of(text, Site.parse(name), of_site)
             sites.append(SiteRun(store, name, of_site, scored, settings).report(metrics))
     used = {name: getattr(settings, name) for name in ("tokens", "lm_batch", "bootstrap", "seed", "form")}
-    report: Json = {"format": FORMAT, "settings": used, "sites": sites}
-    path = markdown.write(report, Path(settings.out))
+    report: Json = {"format": REPORT_FORMAT, "settings": used, "sites": sites}
+    path = markdown.write_markdown(report, Path(settings.out))
     made: dict[str, Path] = {}
     if settings.features is not None:
         folder = featured(report, settings.features)["folder"]
         made[folder] = make_for(settings, folder)
     identities = {store.manifest.fingerprint: store.manifest.identity for store, _ in stores}
-    print(f"page: {page.write(report, settings.model_dump(), identities, made)}")
+    print(f"page: {page.write_page(report, settings.model_dump(), identities, made)}")
     return path
 
 

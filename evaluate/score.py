@@ -87,17 +87,17 @@ class SAEScore:
 
     @property
     def reconstruction(self) -> Reconstruction:
-        """The sums over the ordinary rows."""
+        """Return the sums over the ordinary rows."""
         return self.ordinary.reconstruction
 
     @property
     def firing(self) -> Firing:
-        """The firing on the ordinary rows."""
+        """Return the firing on the ordinary rows."""
         return self.ordinary.firing
 
     @torch.inference_mode()
     def reconstruct(self, x_ND: Tensor, places: TokenPlaces, massive_N: Tensor | None = None) -> Tensor:
-        """x_hat [N, D] in model units; adds what is to be counted of it."""
+        """Compute x_hat [N, D] in model units; adds what is to be counted of it."""
         assert x_ND.shape[1] == self.sae.d_in
         self.sae.to(x_ND.device)
         rows = len(x_ND) if self.form.needs_whole_batch else ACTIVATIONS_AT_ONCE // self.sae.width
@@ -112,6 +112,7 @@ class SAEScore:
         return torch.cat(parts) if parts else x_ND
 
     def _count(self, x: Tensor, f: Tensor, x_hat: Tensor, places: TokenPlaces, massive: Tensor | None) -> None:
+        # What the decoder gives with no latent active: gamma_c measures shrinkage of what the latents add to it.
         empty = self.sae.norm.denormalise(self.sae.b_dec.expand_as(x), x)
         if massive is None:
             self.ordinary.update(x, x_hat, empty, f, places)
@@ -169,6 +170,7 @@ class SiteScore:
         clean = self.splice.clean(ids_BT, keep_BT)
         self.shared.add("predicted", torch.ones_like(clean.ce_P), context_P, document_P)
         self.shared.add("clean", clean.ce_P, context_P, document_P)
+        # Both once a batch, not once an SAE: they do not depend on it.
         ablations = {"zero": torch.zeros_like(clean.x_ND), "mean": self.mean_D.float().expand(clean.x_ND.shape)}
         for name, rows_ND in ablations.items():
             self.shared.add(name, self.splice.ablated(clean, rows_ND), context_P, document_P)
@@ -188,16 +190,16 @@ class SiteScore:
         self.rounding.update(x_ND, x_ND.to(self.storage).float(), torch.zeros_like(x_ND), context_N)
 
     def storage_nmse(self) -> float:
-        """NMSE of rounding ordinary rows to the store's dtype, with no SAE."""
+        """Compute the NMSE of rounding ordinary rows to the store's dtype, with no SAE."""
         table = self.rounding.table()
         return float(table["error"].sum() / table["deviation"].sum())
 
     def columns(self, score: SAEScore) -> Columns:
-        """The per-context sums of one SAE over the ordinary rows, those of the site included."""
+        """Return the per-context sums of one SAE over the ordinary rows, those of the site included."""
         return self.sums(score).contexts
 
     def sums(self, score: SAEScore, *, all_rows: bool = False) -> SetSums:
-        """The sums of one SAE by context and by document, over the ordinary rows or over all of them."""
+        """Return the sums of one SAE by context and by document, over the ordinary rows or over all of them."""
         reconstruction, l0 = score.ordinary.reconstruction, score.ordinary.firing.sums
         if all_rows:
             reconstruction = reconstruction.merged(score.massive.reconstruction)
@@ -210,12 +212,12 @@ class SiteScore:
         return SetSums(contexts, documents)
 
     def n_documents(self) -> int:
-        """How many documents have a token that is scored."""
+        """Return how many documents have a token that is scored."""
         return len(without_empty(self.sums(self.scores[0], all_rows=True).documents)["tokens"])
 
     def result(self, *, samples: int, seed: int) -> list[dict[str, Any]]:
-        """For each SAE: statistics with bootstrap errors, its firing, the share of storage rounding in its error; and,
-        where massive rows were scored, the statistics over all rows."""
+        """Return for each SAE its statistics with bootstrap errors, its firing, the share of storage rounding in its
+        error; and, where massive rows were scored, the statistics over all rows."""
         results = []
         for score in self.scores:
             metrics = pooled(self.sums(score), samples=samples, seed=seed)

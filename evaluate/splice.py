@@ -52,6 +52,7 @@ class Splice:
         """Run the untouched LM on a batch."""
         if not self._proved:
             self._prove(ids_BT)
+        # The clean forward goes to the end: its logits are the reference of the KL, and its site is what the SAE reads.
         with self.below.remember(), capture(self.model, [self.site], stop=False) as seen:
             hidden = self.head.hidden(ids_BT)
         x_BTD = seen[str(self.site)]
@@ -85,6 +86,7 @@ class Splice:
     def _hidden(self, clean: CleanRun, rows_ND: Tensor) -> Tensor:
         def put(x_BTD: Tensor) -> Tensor:
             changed_BTD = x_BTD.clone()
+            # Rows that were not kept (BOS and the like) stay clean, as the SAE was never trained on them.
             changed_BTD[clean.keep_BT.to(x_BTD.device)] = rows_ND.to(x_BTD.device, x_BTD.dtype)
             return changed_BTD
 
@@ -107,6 +109,8 @@ class Splice:
         if self.head.whole or hidden.shape[0] * hidden.shape[1] * n_vocabulary <= LOGITS_WHOLE:
             yield Predictions.of(self.head.logits(hidden), ids_BT, scored)
             return
+        # Logits of V = 100,000 and more are by far the largest tensor of an evaluation: of the scored rows only, and in
+        # parts.
         hidden_PD, next_P = hidden[:, :-1][scored], ids_BT[:, 1:][scored]
         rows = max(1, LOGITS_IN_PARTS // n_vocabulary)
         for first in range(0, len(next_P), rows):
@@ -128,6 +132,8 @@ class Splice:
                 equal = torch.equal(self.head.hidden(ids_BT), expected)
         except (RuntimeError, TypeError, AttributeError, KeyError, ValueError, IndexError):
             equal = False  # a block that takes or gives something else than its input's like
+        # Some architectures carry more from block to block than one tensor. There the layers below are run again each
+        # time: slower, never wrong.
         if not equal:
             self.below.blocks = []
         self._proved = True

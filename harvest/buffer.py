@@ -24,7 +24,7 @@ Rows = NDArray[Any]
 
 
 def send(x: Tensor, device: torch.device) -> Tensor:
-    """From memory to a device, without waiting for it."""
+    """Send from memory to a device, without waiting for it."""
     return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 
 
@@ -78,6 +78,7 @@ class ActivationBuffer:
         if device not in self._copy_streams:
             self._copy_streams[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         stream = self._copy_streams[device]
+        # The copy must not begin before the forward has made what it copies.
         stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream):
             target.copy_(x, non_blocking=True)
@@ -89,16 +90,16 @@ class ActivationBuffer:
             stream.synchronize()
 
     def max_abs(self, site: str) -> float:
-        """The largest |x| of the unit at a site, NaN if a value is; 0 where it has no row."""
+        """Return the largest |x| of the unit at a site, NaN if a value is; 0 where it has no row."""
         return float(self._max_here[site]) if site in self._max_there else 0.0
 
     def rows(self, site: str, n: int) -> Tensor:
-        """The first `n` rows [N, D]."""
+        """Return the first `n` rows [N, D]."""
         return self._rows[site][:n]
 
 
 def native(x_ND: Tensor) -> Rows:
-    """The memory of a tensor as numpy has it, which knows bfloat16 by its bits only."""
+    """Return the memory of a tensor as numpy has it, which knows bfloat16 by its bits only."""
     return x_ND.view(torch.uint16).numpy() if x_ND.dtype is torch.bfloat16 else x_ND.numpy()
 
 
@@ -130,7 +131,7 @@ class Writer:
         self._pool.shutdown()
 
     def next_buffer(self) -> ActivationBuffer:
-        """The buffer for the next unit's rows, until it is submitted."""
+        """Return the buffer for the next unit's rows, until it is submitted."""
         buffer = next(self._buffers)
         buffer.begin()
         return buffer

@@ -30,7 +30,7 @@ class Chat:
     keep: Keep
 
     def spelled(self) -> str:
-        """The text of a document that stands for the chat."""
+        """Write the text of a document that stands for the chat."""
         return _CHAT_MARK + json.dumps({"keep": self.keep, "messages": self.messages}, sort_keys=True)
 
     @classmethod
@@ -40,7 +40,7 @@ class Chat:
 
 
 def is_chat(value: object) -> bool:
-    """Whether a row's value is a list of messages: objects with a `role` and a `content` of text."""
+    """Return whether a row's value is a list of messages: objects with a `role` and a `content` of text."""
     return (
         isinstance(value, list)
         and len(value) > 0
@@ -54,12 +54,12 @@ def is_chat(value: object) -> bool:
 
 
 def template_hash(tokenizer: Any) -> str:
-    """The sha256 of the chat template, which decides a chat's tokens; UserError where the tokenizer has none."""
+    """Hash the chat template, which decides a chat's tokens; UserError where the tokenizer has none."""
     return hashlib.sha256(json.dumps(_template(tokenizer), sort_keys=True).encode()).hexdigest()
 
 
 def _template(tokenizer: Any) -> Any:
-    """The tokenizer's template; a few have several, by name."""
+    """Return the tokenizer's template; a few have several, by name."""
     template = getattr(tokenizer, "chat_template", None)
     if not template:
         raise UserError("text.chat is set, but this model's tokenizer has no chat template: take the model's chat form")
@@ -87,7 +87,7 @@ def rendered(chat: Chat, tokenizer: Any, name: str) -> tuple[list[int], NDArray[
 
 
 def _apply(messages: Sequence[Mapping[str, str]], tokenizer: Any, name: str) -> str:
-    """The text of the messages by the template."""
+    """Write the messages by the template."""
     _template(tokenizer)
     try:
         return str(tokenizer.apply_chat_template([dict(message) for message in messages], tokenize=False))
@@ -97,7 +97,7 @@ def _apply(messages: Sequence[Mapping[str, str]], tokenizer: Any, name: str) -> 
 
 
 def _spans(messages: Sequence[Mapping[str, str]], text: str, tokenizer: Any, name: str) -> list[tuple[int, int]]:
-    """The range of characters of each message's content in the rendered text.
+    """Find the range of characters of each message's content in the rendered text.
 
     A second rendering has a mark of its own in place of every content: what stands between the marks is the template's,
     and with the contents put back, as they are or trimmed, it must be the text. UserError where it is not.
@@ -106,13 +106,13 @@ def _spans(messages: Sequence[Mapping[str, str]], text: str, tokenizer: Any, nam
     rest = _apply(
         [{**message, "content": mark} for message, mark in zip(messages, marks, strict=True)], tokenizer, name
     )
-    befores = []
+    before_each = []
     for mark in marks:
         before, _, rest = rest.partition(mark)
-        befores.append(before)
+        before_each.append(before)
     as_they_are = [message["content"] for message in messages]
     for contents in (as_they_are, [content.strip() for content in as_they_are]):
-        parts = [part for pair in zip(befores, contents, strict=True) for part in pair]
+        parts = [part for pair in zip(before_each, contents, strict=True) for part in pair]
         if "".join([*parts, rest]) == text:
             ends = np.cumsum([len(part) for part in parts])[1::2]
             return [(int(end) - len(content), int(end)) for end, content in zip(ends, contents, strict=True)]

@@ -22,7 +22,7 @@ MOST_ROWS = 10**15  # far beyond any text; keeps arithmetic on sizes exact
 
 
 def parse_sites(given: Any) -> tuple[Site, ...]:
-    """One name or a list of them, each site once; UserError for a name that is none, and for an empty list."""
+    """Read one name or a list of them, each site once; UserError for a name that is none, and for an empty list."""
     names = given if isinstance(given, list | tuple) else [given] if given else []
     if not names:
         raise UserError("sites is empty: name at least one, as in sites=[resid_post.3]")
@@ -55,7 +55,7 @@ class StoreSettings(Settings):
 
     @property
     def chosen(self) -> Json:
-        """The fields that are set."""
+        """Return the fields that are set."""
         return self.model_dump(exclude_none=True)
 
 

@@ -26,7 +26,7 @@ class DiskArray:
             self._file.write(piece if isinstance(piece, bytes) else np.ascontiguousarray(piece).data)
 
     def array(self, dtype: DTypeLike, *shape: int) -> NDArray[Any]:
-        """The first values written, of this many, as an array that the system reads from the file as needed.
+        """Open the first values written, of this many, as an array that the system reads from the file as needed.
 
         A change to it is seen by this array alone.
         """

@@ -33,7 +33,8 @@ SOURCES: dict[str, type[TextSource]] = {"stdlib": StdlibText, "files": FilesText
 
 
 def source_from(settings: Mapping[str, Any] | TextSource) -> TextSource:
-    """The source that `settings` (the configuration's group `text`, or a manifest's) describe, or a UserError."""
+    """Make the source that `settings` (the configuration's group `text`,
+    or a manifest's) describe, or a UserError."""
     if isinstance(settings, TextSource):
         return settings
     if not isinstance(settings, Mapping):

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from data.base.errors import UserError
-from data.base.sites import KINDS, Site
+from data.base.sites import SITE_KINDS, Site
 
 __all__ = ["FAMILIES", "FORMS", "Edit", "Form", "Place", "Probe", "example_path", "find_place", "model_type"]
 
@@ -197,7 +197,7 @@ _proved: WeakKeyDictionary[nn.Module, tuple[Form, ...] | None] = WeakKeyDictiona
 
 
 def find_place(model: nn.Module, site: Site, probe: Probe) -> Place:
-    """Find a site of a kind of KINDS, proved once a model; UserError where the model has no such site."""
+    """Find a site of a kind of SITE_KINDS, proved once a model; UserError where the model has no such site."""
     assert site.layer is not None
     if model not in _proved:
         if model.training and _block_list(model) is not None:  # dropout would make the sums random
@@ -240,7 +240,8 @@ def example_path(model: nn.Module, layer: int) -> str:
 
 
 def _block_list(model: nn.Module) -> str | None:
-    """The path of the model's blocks: one of BLOCK_LISTS, else that of its longest list of one class of module."""
+    """Find the path of the model's blocks: one of BLOCK_LISTS,
+    else that of its longest list of one class of module."""
     for path in BLOCK_LISTS:
         try:
             module = model.get_submodule(path)
@@ -253,11 +254,12 @@ def _block_list(model: nn.Module) -> str | None:
         for path, module in model.named_modules()
         if isinstance(module, nn.ModuleList) and len({type(block) for block in module}) == 1
     }
+    # An encoder beside the decoder, or a tower for images, has a list too, and mostly a shorter one.
     return max(lists, key=lambda path: lists[path], default=None)
 
 
 def _places(model: nn.Module, forms: Mapping[int, Form]) -> dict[Site, Place]:
-    """The places of every site of these layers; AttributeError where a block lacks a module of its form."""
+    """Find the places of every site of these layers; AttributeError where a block lacks a module of its form."""
     path = _block_list(model)
     assert path is not None
     places: dict[Site, Place] = {}
@@ -279,7 +281,7 @@ def _places(model: nn.Module, forms: Mapping[int, Form]) -> dict[Site, Place]:
 
 
 def _first(block: nn.Module, alternatives: str) -> str:
-    """The first of the paths "a|b" at which the block has a module; AttributeError where it has none."""
+    """Find the first of the paths "a|b" at which the block has a module; AttributeError where it has none."""
     for path in alternatives.split("|"):
         try:
             block.get_submodule(path)
@@ -305,12 +307,13 @@ def _first(block: nn.Module, alternatives: str) -> str:
 
 
 def _prove(model: nn.Module, probe: Probe) -> tuple[Form, ...] | None:
-    """For each block the first form that is true of it, or None where one of them has none."""
+    """Find for each block the first form that is true of it, or None where one of them has none."""
     path = _block_list(model)
     if path is None:
         return None
     n_layers = len(model.get_submodule(path))  # type: ignore[arg-type]
     declared = FAMILIES.get(model_type(model))
+    # By layer and not by model: blocks of several kinds may take turns.
     chosen: dict[int, Form] = {}
     for form in FORMS if declared is None else declared:
         open_layers = [layer for layer in range(n_layers) if layer not in chosen]
@@ -322,18 +325,19 @@ def _prove(model: nn.Module, probe: Probe) -> tuple[Form, ...] | None:
 
 
 def _true_of(model: nn.Module, form: Form, layers: Iterable[int], probe: Probe) -> set[int]:
-    """Those of the layers whose blocks have the modules of the form and pass the three parts of the proof."""
+    """Choose those of the layers whose blocks have the modules of the form and pass the three parts of the proof."""
     fitting = {layer for layer in layers if _has_modules(model, form, layer)}
     try:
         clean = _read(model, form, fitting, {}, probe)
         fitting = {layer for layer in fitting if _adds_up(model, form, layer, clean, _same)}
 
         edits: dict[Site, Edit]
-        edits = {Site(kind, layer): _turn for layer in fitting for kind in KINDS if kind != "resid_post"}
+        edits = {Site(kind, layer): _turn for layer in fitting for kind in SITE_KINDS if kind != "resid_post"}
         turned = _read(model, form, fitting, edits, probe)
         fitting = {layer for layer in fitting if _adds_up(model, form, layer, turned, _turn)}
 
         if form.mid is None:
+            # Part 3 of the proof above: attention changed, the block's input not.
             edits = {Site("attn_out", layer): _turn for layer in fitting}
             edits |= {site: _constant(clean[site]) for site in (Site("resid_pre", layer) for layer in fitting)}
             apart = _read(model, form, fitting, edits, probe)
@@ -354,7 +358,7 @@ def _speaks(x: Tensor) -> bool:
 def _read(
     model: nn.Module, form: Form, layers: Iterable[int], edits: Mapping[Site, Edit], probe: Probe
 ) -> dict[Site, Tensor]:
-    """What every site of these layers holds in one forward, with those edits for which a block has the site."""
+    """Read what every site of these layers holds in one forward, with those edits for which a block has the site."""
     places = _places(model, dict.fromkeys(sorted(layers), form))
     if not places:
         return {}
@@ -372,7 +376,7 @@ def _has_modules(model: nn.Module, form: Form, layer: int) -> bool:
 def _adds_up(
     model: nn.Module, form: Form, layer: int, seen: Mapping[Site, Tensor], edit: Callable[[Tensor], Tensor]
 ) -> bool:
-    """Whether what was seen at a block, with resid_mid edited, adds up in every bit."""
+    """Return whether what was seen at a block, with resid_mid edited, adds up in every bit."""
     post = seen[Site("resid_post", layer)]
     pre, attn, mlp = (seen[Site(kind, layer)].to(post.device) for kind in ("resid_pre", "attn_out", "mlp_out"))
     if not pre.shape == attn.shape == mlp.shape == post.shape:
@@ -393,7 +397,7 @@ def _adds_up(
 
 
 def _equal(x: Tensor, y: Tensor) -> bool:
-    """Whether all numbers are equal; where a broken weight makes one NaN, so must the other be.
+    """Return whether all numbers are equal; where a broken weight makes one NaN, so must the other be.
 
     The harvest reports such a weight by its site, token and text, which no refusal here could.
     """

@@ -37,13 +37,14 @@ FLOAT16_LIMIT = 6e4  # float16 ends at 65,504; so near to it, other tokens are l
 
 
 def widths_of(model: nn.Module, sites: Sequence[Site], packed: PackedTokens) -> dict[str, int]:
-    """The width of each site, by a forward of one context; UserError where the model has no such site."""
+    """Measure the width of each site, by a forward of one context; UserError where the model has no such site."""
+    # By a forward, as configs name widths in many ways and a module's path says nothing of its own.
     seen = run_to(model, sites, _ids(packed.contexts[:1], model))
     return {name: x_BTD.shape[-1] for name, x_BTD in seen.items()}
 
 
 def made_by(model: nn.Module) -> Json:
-    """The device and the libraries that the last bits of an activation depend on."""
+    """Return the device and the libraries that the last bits of an activation depend on."""
     kinds = {p.device for p in model.parameters()}
     return {
         "device": ", ".join(sorted({_device_name(device) for device in kinds})),
@@ -95,7 +96,7 @@ class Harvester:
         may die.
         """
         self._refuse_mixed()
-        self._require(units)
+        self.make_arrays(units)
         n_ours = 0
         left = list(units)
         again: list[Unit] = []  # that another process has, or was faster with
@@ -111,12 +112,13 @@ class Harvester:
                     bar.update(-unit.rows)
                     again.append(unit)
 
-            with Writer(self._write, ended, self.layout.unit_rows, self.dtype) as writer:
+            with Writer(self.write_unit, ended, self.layout.unit_rows, self.dtype) as writer:
                 while left:
                     for unit in left:
                         if not self._begin(unit, writer, bar):
                             again.append(unit)
                     writer.finish()
+                    # None of what is left could be begun: others have all of it. Not an error, as one of them may die.
                     if len(again) == len(left):
                         time.sleep(POLL_S)
                     left, again = again, []
@@ -134,9 +136,11 @@ class Harvester:
                 self._refuse_mixed()
             self._begun = True
             left = unit.left(self.store)
+            # Looked at again under the lease: another may have committed the unit between the first look and now.
             if left.names:  # else committed between the look and the lease
                 buffer = writer.next_buffer()
-                self._fill(left, buffer, bar)
+                self.run_unit(left, buffer, bar)
+                # The lease goes with the buffer to the writing thread, which gives it back when the unit is committed.
                 writer.submit(left, buffer, lease.pop_all())
             else:
                 bar.update(unit.rows)
@@ -146,9 +150,10 @@ class Harvester:
         if not self.allow_mixed_devices:
             refuse_mixed(self.store, self.made_by)
 
-    def _write(self, unit: Unit, buffer: ActivationBuffer) -> None:
+    def write_unit(self, unit: Unit, buffer: ActivationBuffer) -> None:
         """Permute, write and commit the rows of a unit."""
         self._refuse_unstorable(unit, buffer)
+        # One order for all sites, tokens and origin of the unit, so that row i is the same token in each of them.
         order = self.store.permutation(unit.split, unit.index, unit.rows)
         index_arrays = self._index_arrays(unit)
         for name in unit.names:
@@ -157,14 +162,14 @@ class Harvester:
             self.written += sum(chunk.bytes for chunk in commit.chunks)
 
     def _index_arrays(self, unit: Unit) -> dict[str, Rows]:
-        """Token id [N] and (sequence, position) [N, 2] of each row, in the order of the text."""
+        """Make the token id [N] and (sequence, position) [N, 2] of each row, in the order of the text."""
         text = self.packed[unit.split]
         keep = text.keep[unit.contexts]
         sequence, position = np.nonzero(keep)
         origin = np.stack([sequence + unit.contexts.start, position], axis=1).astype(np.int32)
         return {TOKENS: text.contexts[unit.contexts][keep], ORIGIN: origin}
 
-    def _require(self, units: Sequence[Unit]) -> None:
+    def make_arrays(self, units: Sequence[Unit]) -> None:
         """Make or grow the arrays, once for the whole run and before anything is claimed."""
         sites = sorted({site for unit in units for site in unit.sites})
         unscaled = [site for site in sites if self._needs_scale(site)]
@@ -181,11 +186,11 @@ class Harvester:
                 self.store.require(split, name, width, capacity, scales.get(name))
 
     def _needs_scale(self, site: str) -> bool:
-        """Whether the site's rows are int8 and no array of it says yet by which scale."""
+        """Return whether the site's rows are int8 and no array of it says yet by which scale."""
         rows = self.store.rows_of(site)
         return rows.is_int8 and rows.standard is None
 
-    def _fill(self, unit: Unit, buffer: ActivationBuffer, bar: Any) -> None:
+    def run_unit(self, unit: Unit, buffer: ActivationBuffer, bar: Any) -> None:
         """Run a unit's contexts; `buffer` takes the rows of each site, in the order of the text."""
         if not unit.sites:
             bar.update(unit.rows)
@@ -197,6 +202,7 @@ class Harvester:
             for first in range(0, len(contexts), self.lm_batch):
                 batch = contexts[first : first + self.lm_batch]
                 mask = keep[first : first + self.lm_batch]
+                # Contexts are whole and of one length, so there is no padding and no mask.
                 self.model(input_ids=_ids(batch, self.model), use_cache=False)
                 # Found here: a GPU that looks for them itself makes the forward wait for their number.
                 keep_N = torch.from_numpy(np.flatnonzero(mask))
@@ -206,7 +212,7 @@ class Harvester:
                 bar.update(len(keep_N))
 
     def _refuse_unstorable(self, unit: Unit, buffer: ActivationBuffer) -> None:
-        """UserError names site, text and token of the first value that is not finite, or too large for float16."""
+        """Raise UserError with site, text and token of the first value that is not finite, or too large for float16."""
         limit = FLOAT16_LIMIT if self.dtype is torch.float16 else torch.finfo(self.dtype).max
         site = next((site for site in unit.sites if not buffer.max_abs(site) <= limit), None)  # NaN compares false
         if site is None:
@@ -226,5 +232,5 @@ class Harvester:
 
 
 def _ids(contexts: NDArray[np.int32], model: nn.Module) -> Tensor:
-    """[B, T] int64 on the device of the model's first parameter, the embedding's."""
+    """Convert to [B, T] int64 on the device of the model's first parameter, the embedding's."""
     return send(torch.from_numpy(contexts), next(model.parameters()).device).long()

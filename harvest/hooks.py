@@ -24,10 +24,10 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from data.base.errors import UserError
-from data.base.sites import KINDS, Site, choices
+from data.base.sites import SITE_KINDS, Site, choices
 from harvest.families import Edit, Place, find_place, model_type
 
-__all__ = ["KINDS", "HookPoint", "Site", "capture", "locate", "replace", "run_to"]
+__all__ = ["SITE_KINDS", "HookPoint", "Site", "capture", "locate", "replace", "run_to"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,12 +56,16 @@ class HookPoint:
 
         def begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             tokens = args[0] if args else kwargs.get("input_ids")
+            # B and T are taken from the model's own input: a module may flatten its tokens, and only this tells how
+            # they were.
             lead[:] = (kwargs["inputs_embeds"] if tokens is None else tokens).shape[:2]
 
         def apply(x: Tensor) -> Tensor | None:
             if not lead:
                 raise UserError(f"site {self.site}: this module ran twice in a forward, or outside of one of the model")
             x_BTD = self._rows(x, *lead)
+            # Emptied when the site has been seen, so a second call in one forward, or none at all, does not pass
+            # unseen.
             lead.clear()
             scaled_BTD = self._scale(x_BTD)
             new_BTD = edit(scaled_BTD.clone() if self.shared else scaled_BTD)
@@ -110,6 +114,7 @@ class HookPoint:
             new = apply(x)
             if new is None:
                 return None
+            # The skip path reads the same tensor after this block's norm has: a new tensor would reach the norm only.
             if self.shared:
                 x.copy_(new)
                 return None
@@ -128,7 +133,7 @@ class HookPoint:
         return self.module.register_forward_hook(hook)
 
     def _rows(self, x: Tensor, n_sequences: int, n_tokens: int) -> Float[Tensor, "B T D"]:
-        """The tensor as [B, T, D], whether the module flattens its tokens, splits its heads, or neither."""
+        """Return the tensor as [B, T, D], whether the module flattens its tokens, splits its heads, or neither."""
         split = x.shape[:2] == (n_sequences, n_tokens)
         if not x.is_floating_point() or not (split or (x.ndim == 2 and x.shape[0] == n_sequences * n_tokens)):
             raise UserError(
@@ -172,10 +177,12 @@ def capture(model: nn.Module, sites: Sequence[Site], *, stop: bool = True) -> It
 
     def keep(name: str, x_BTD: Tensor) -> None:
         seen[name] = x_BTD
+        # An exception is the only way out of a forward: it skips the layers above and the unembedding.
         if stop and len(seen) == len(places):
             raise _Stop
 
     with _stoppable(model) if stop else nullcontext(), ExitStack() as stack:
+        # A forward that fails halfway must not leave tensors of an earlier batch for the caller to read.
         stack.callback(model.register_forward_pre_hook(lambda module, args: seen.clear()).remove)
         for place in places:
             for handle in place.attach(functools.partial(keep, str(place.site))):
@@ -184,7 +191,7 @@ def capture(model: nn.Module, sites: Sequence[Site], *, stop: bool = True) -> It
 
 
 def run_to(model: nn.Module, sites: Sequence[Site], input_ids: Integer[Tensor, "B T"]) -> dict[str, Tensor]:
-    """One forward without gradients, ended after the last site wanted: {str(site): [B, T, D]}."""
+    """Run one forward without gradients, ended after the last site wanted: {str(site): [B, T, D]}."""
     with torch.no_grad(), capture(model, sites) as seen:
         model(input_ids=input_ids, use_cache=False)
     return dict(seen)
@@ -216,6 +223,7 @@ def _stoppable(model: nn.Module) -> Iterator[None]:
         except _Stop:
             return None
 
+    # In the instance's own dict, where __call__ finds it: the class, and other models of it, stay as they are.
     model.__dict__["forward"] = forward
     try:
         yield
@@ -251,7 +259,8 @@ def _probe(model: nn.Module, places: Mapping[Site, Place], edits: Mapping[Site, 
 
 
 def _example_tokens(model: nn.Module) -> Integer[Tensor, "1 T"]:
-    """Eight token ids that the embedding has, repeated where it has fewer; none that stands for an image or a sound."""
+    """Return eight token ids that the embedding has, repeated where it has fewer;
+    none that stands for an image or a sound."""
     embedding = model.get_input_embeddings()  # type: ignore[operator]
     n_tokens = int(embedding.weight.shape[0])
     config = getattr(model, "config", None)

@@ -15,7 +15,8 @@ _WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")
 
 
 def cached(name: str, revision: str | None) -> Path | None:
-    """The cache's folder of this model and revision where it is whole; it is taken without asking the network."""
+    """Find the cache's folder of this model and revision where it is whole;
+    it is taken without asking the network."""
     from huggingface_hub import snapshot_download
 
     try:
@@ -35,7 +36,8 @@ def cached(name: str, revision: str | None) -> Path | None:
 
 
 def ask(name: str, revision: str | None) -> list[str]:
-    """The names of the model's files on the hub; UserError where it is unknown there, or the hub out of reach."""
+    """List the model's files on the hub; UserError where it is unknown there,
+    or the hub out of reach."""
     from huggingface_hub import HfApi, constants, errors
 
     wanted = f"{name!r} at revision {revision!r}" if revision else repr(name)
@@ -69,7 +71,7 @@ def ask(name: str, revision: str | None) -> list[str]:
 
 
 def download(name: str, revision: str | None) -> Path:
-    """The folder of the model in the cache, after a download of its config, tokenizer and weights if need be."""
+    """Download the model's config, tokenizer and weights if need be; return its folder in the cache."""
     names = ask(name, revision)
     weights = next((glob for glob in _WEIGHTS if any(Path(file).match(glob) for file in names)), _WEIGHTS[0])
     from huggingface_hub import snapshot_download
@@ -85,6 +87,6 @@ def download(name: str, revision: str | None) -> Path:
 
 
 def first_line(error: Exception) -> str:
-    """An error of another library in one line."""
+    """Say an error of another library in one line."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__

@@ -27,7 +27,7 @@ _Rows = NDArray[np.float32]
 def measure_scales(
     model: nn.Module, text: PackedTokens, layout: Layout, lm_batch: int, sites: Sequence[str]
 ) -> dict[str, FeatureScale]:
-    """The scale of each site, from the ordinary rows of the pilot.
+    """Measure the scale of each site on the ordinary rows of the pilot.
 
     The pilot is the first batches of unit 0 of train/ that hold PILOT_ROWS rows, or all of it: the batches in which
     the unit itself is run. text: of train/.
@@ -49,7 +49,7 @@ def measure_scales(
 
 
 def ordinary_rows(x_ND: _Rows) -> _Rows:
-    """The rows whose norm is at most 10 times the median; all where none is above, and those not finite."""
+    """Keep the rows whose norm is at most 10 times the median; all where none is above, and those not finite."""
     norms_N = np.linalg.norm(x_ND.astype(np.float64), axis=1)
     finite_N = np.isfinite(norms_N)
     if not finite_N.any():

@@ -71,7 +71,7 @@ class LanguageModel:
 
     @classmethod
     def of(cls, given: Mapping[str, Any] | LanguageModel) -> LanguageModel:
-        """From the `model` group of a config; UserError for what can be refused from the settings alone."""
+        """Read the `model` group of a config; UserError for what can be refused from the settings alone."""
         if isinstance(given, LanguageModel):
             return given
         if not isinstance(given, Mapping):
@@ -99,7 +99,7 @@ class LanguageModel:
     def check(self) -> None:
         """Refuse within seconds what cannot be loaded: folder, truncated weights, unknown or unreachable name."""
         if self.settings.device.startswith(("cuda", "mps")):
-            _device(self.settings.device)
+            torch_device(self.settings.device)
         if self.path is not None:
             _ = self.folder
         elif hub.cached(self.name, self.settings.revision) is None:
@@ -107,7 +107,8 @@ class LanguageModel:
 
     @cached_property
     def folder(self) -> Path:
-        """The folder with the model's files, checked; a model of the hub is downloaded unless the cache has it."""
+        """Find the folder with the model's files, checked;
+        a model of the hub is downloaded unless the cache has it."""
         if self.path is None:
             cached = hub.cached(self.name, self.settings.revision)
             return hub.download(self.name, self.settings.revision) if cached is None else cached
@@ -119,12 +120,13 @@ class LanguageModel:
 
     @property
     def _source(self) -> tuple[Path, Json]:
-        """What transformers is to load from: a folder, and the options that name a file in it."""
+        """Return what transformers is to load from: a folder, and the options that name a file in it."""
         folder = self.folder
         return folder, {"gguf_file": self.path.name} if self.is_gguf and self.path is not None else {}
 
     def identity(self) -> Json:
-        """What fixes the model's numbers: the hub's commit, or the sha256 of every local file that decides them."""
+        """Return what fixes the model's numbers: the hub's commit,
+        or the sha256 of every local file that decides them."""
         folder, local = self.folder, self.path is not None
         if self.is_gguf and self.path is not None:
             files = {"model.gguf": self.path}
@@ -140,23 +142,23 @@ class LanguageModel:
 
     @property
     def short_name(self) -> str:
-        """The model's last name, fit for a folder: `gpt2` for `openai-community/gpt2`."""
+        """Return the model's last name, fit for a folder: `gpt2` for `openai-community/gpt2`."""
         path = Path(os.path.abspath(Path(self.name).expanduser()))
         last = path.stem if self.is_gguf else path.name
         return re.sub(r"[^\w.-]+", "-", last).strip("-.") or "model"
 
     @property
     def context_limit(self) -> int | None:
-        """The longest context in tokens that the model's config allows; None where it sets no bound."""
+        """Return the longest context in tokens that the model's config allows; None where it sets no bound."""
         return self._count(_CONTEXT)
 
     @property
     def layer_count(self) -> int | None:
-        """The number of blocks by the model's config; None where it does not say."""
+        """Return the number of blocks by the model's config; None where it does not say."""
         return self._count(_LAYERS)
 
     def _count(self, names: tuple[str, ...]) -> int | None:
-        """The first of the settings that the config has, that of its language model before the whole one's."""
+        """Return the first of the settings that the config has, that of its language model before the whole one's."""
         config: Json = {} if self.is_gguf else read_config(self.folder)
         for level in (config.get("text_config") or {}, config):
             for key in names:
@@ -168,7 +170,7 @@ class LanguageModel:
 
     @cached_property
     def _auto_config(self) -> Any:
-        """The config as transformers reads it."""
+        """Return the config as transformers reads it."""
         from transformers import AutoConfig
 
         folder, options = self._source
@@ -179,7 +181,8 @@ class LanguageModel:
 
     @property
     def compute_dtype(self) -> str:
-        """The name of the dtype the model is run in: as set, or what its config says of the weights, or float32."""
+        """Return the name of the dtype the model is run in:
+        as set, or what its config says of the weights, or float32."""
         if self.settings.dtype != "auto":
             return self.settings.dtype
         config: Json = {} if self.is_gguf else read_config(self.folder)  # GGUF's blocks unpack to float32
@@ -192,7 +195,7 @@ class LanguageModel:
         return str(dtype)
 
     def tokenizer(self) -> PreTrainedTokenizerBase | TokenIds:
-        """The tokenizer that comes with the model; where there is none, what takes its place for token ids."""
+        """Load the tokenizer that comes with the model; where there is none, what takes its place for token ids."""
         folder, options = self._source
         if not self.is_gguf and not has_tokenizer(folder):
             return TokenIds(self.name, read_config(folder))
@@ -206,9 +209,10 @@ class LanguageModel:
             ) from error
 
     def load(self) -> PreTrainedModel:
-        """The model in eval mode, without gradients or cache, on its device; UserError where a weight is missing."""
+        """Load the model in eval mode, without gradients or cache, on its device;
+        UserError where a weight is missing."""
         folder, options = self._source
-        device = _device(self.settings.device)
+        device = torch_device(self.settings.device)
         import torch
         from transformers.utils import logging
 
@@ -231,14 +235,17 @@ class LanguageModel:
         # transformers would fill what is missing with random numbers.
         if missing := sorted(report["missing_keys"]):
             raise UserError(f"the weights of model {self.name!r} lack {len(missing)} tensors, such as {missing[0]!r}")
+        # With a device_map accelerate has spread the model already, and moving it would undo that.
         if self.settings.device_map is None:
             model = model.to(device)
+        # Keys and values of earlier tokens serve generation only; here they would be memory that nobody reads.
         model.config.get_text_config().use_cache = False
         return model.eval().requires_grad_(False)
 
 
 def _local(name: str) -> Path | None:
-    """The local folder or GGUF file meant, or None where the name is one of the hub; UserError where it is neither."""
+    """Find the local folder or GGUF file meant, or None where the name is one of the hub;
+    UserError where it is neither."""
     path = EMBEDDED if name == "embedded" else Path(name).expanduser()
     try:
         if path.is_dir() or (path.is_file() and path.suffix.lower() == ".gguf"):
@@ -254,7 +261,7 @@ def _local(name: str) -> Path | None:
 
 
 def _dequantized() -> Any:
-    """Weights unpacked as they are loaded, whatever kernels this machine has."""
+    """Have weights unpacked as they are loaded, whatever kernels this machine has."""
     try:
         from transformers import GgufConfig
     except ImportError:  # an older transformers always unpacks them
@@ -262,8 +269,8 @@ def _dequantized() -> Any:
     return GgufConfig(dequantize=True)
 
 
-def _device(asked: str) -> str:
-    """The torch device meant; UserError where this machine has none such."""
+def torch_device(asked: str) -> str:
+    """Return the torch device meant; UserError where this machine has none such."""
     import torch
 
     has_mps = torch.backends.mps.is_available()
@@ -283,7 +290,7 @@ def _device(asked: str) -> str:
 
 
 def has_amx() -> bool:
-    """Whether this CPU multiplies bfloat16 matrices in hardware (Intel's AMX)."""
+    """Return whether this CPU multiplies bfloat16 matrices in hardware (Intel's AMX)."""
     import torch
 
     return bool(torch.cpu._is_amx_tile_supported())
@@ -307,15 +314,15 @@ def check_model(model_cfg: Mapping[str, Any] | LanguageModel) -> None:
 
 
 def identify(model_cfg: Mapping[str, Any] | LanguageModel) -> Json:
-    """What fixes the model's numbers."""
+    """Return what fixes the model's numbers."""
     return LanguageModel.of(model_cfg).identity()
 
 
 def load_model(model_cfg: Mapping[str, Any] | LanguageModel) -> PreTrainedModel:
-    """The model in eval mode, on its device."""
+    """Return the model in eval mode, on its device."""
     return LanguageModel.of(model_cfg).load()
 
 
 def load_tokenizer(model_cfg: Mapping[str, Any] | LanguageModel) -> Any:
-    """The tokenizer that comes with the model."""
+    """Return the tokenizer that comes with the model."""
     return LanguageModel.of(model_cfg).tokenizer()

@@ -29,7 +29,8 @@ TOKENIZER = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", 
 
 
 def check_folder(folder: Path) -> None:
-    """UserError unless the folder holds a decoder's config and whole weight files, with nothing that alters them."""
+    """Raise UserError unless the folder holds a decoder's config and whole weight files,
+    with nothing that alters them."""
     config = read_config(folder)
     if config.get("is_encoder_decoder"):
         raise UserError(f"model folder {folder} holds an encoder-decoder model: only decoder-only models are harvested")
@@ -51,12 +52,12 @@ def check_folder(folder: Path) -> None:
 
 
 def has_tokenizer(folder: Path) -> bool:
-    """Whether a tokenizer lies beside the weights; a model without one is given token ids."""
+    """Return whether a tokenizer lies beside the weights; a model without one is given token ids."""
     return any((folder / name).is_file() for name in TOKENIZER)
 
 
 def check_gguf(path: Path) -> None:
-    """UserError unless the file is one whole GGUF model and what reads it is installed."""
+    """Raise UserError unless the file is one whole GGUF model and what reads it is installed."""
     with path.open("rb") as file:
         magic = file.read(4)
     if magic != b"GGUF":
@@ -71,7 +72,7 @@ def check_gguf(path: Path) -> None:
 
 
 def read_config(folder: Path) -> Json:
-    """The folder's config.json as it stands."""
+    """Read the folder's config.json as it stands."""
     path = folder / "config.json"
     if not path.is_file():
         if gguf := sorted(folder.glob("*.gguf")):
@@ -91,7 +92,7 @@ def _read_json(path: Path) -> Json:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The weight files, an index first where there are shards; UserError where one is missing."""
+    """List the weight files, an index first where there are shards; UserError where one is missing."""
     for name in WEIGHTS:
         index = folder / f"{name}.index.json"
         if (folder / name).is_file():
@@ -106,7 +107,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def _check_safetensors(path: Path) -> None:
-    """The header's length, the header and the last tensor it lists must fit the size of the file."""
+    """Check that the header's length, the header and the last tensor it lists fit the size of the file."""
     size = path.stat().st_size
     try:
         with path.open("rb") as file:
@@ -122,7 +123,8 @@ def _check_safetensors(path: Path) -> None:
 
 
 def _check_zip(path: Path) -> None:
-    """torch.save writes a zip, whose directory comes last (before 1.6 a plain pickle, which tells nothing cheaply)."""
+    """Check the zip's directory, which torch.save writes last (before 1.6 a plain pickle,
+    which tells nothing cheaply)."""
     with path.open("rb") as file:
         is_zip = file.read(2) == b"PK"
     if path.stat().st_size == 0 or (is_zip and not zipfile.is_zipfile(path)):

@@ -30,7 +30,7 @@ _FEW_DOCUMENTS = 50  # below which a split is likely to be empty by chance
 
 
 def _fraction(value: Any) -> int | float:
-    """As given: 0 and 0.0 are two spellings in a store's identity."""
+    """Keep a fraction as given: 0 and 0.0 are two spellings in a store's identity."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
         raise UserError(f"packing.heldout={value} must be a fraction, 0 or more and below 1")
     return value
@@ -56,7 +56,7 @@ class Packing(Settings):
     """Fraction of the documents held out."""
 
     def identity(self) -> Json:
-        """What a store's identity records; without `bos_token` where it is null, as before there was such a setting."""
+        """Return what a store's identity records, without `bos_token` where it is null, as before that setting."""
         return {name: value for name, value in self.model_dump().items() if name != "bos_token" or value is not None}
 
 
@@ -77,28 +77,30 @@ class PackedTokens:
     lost: StreamLost | None = None
 
     def document(self, sequence: int, position: int) -> str:
-        """The name of the document that token `position` of context `sequence` belongs to."""
+        """Return the name of the document that token `position` of context `sequence` belongs to."""
         within = position - (self.contexts.shape[1] - self.stride)
         at = int(np.searchsorted(self.starts, sequence * self.stride + max(within, 0), side="right")) - 1
         return self.names[at] if len(self.names) else "unknown"
 
 
 def special_ids(tokenizer: Any) -> list[int]:
-    """Ids of the tokens that stand for no text: BOS, EOS, padding and their like, the unknown token not counted."""
+    """Find the ids of tokens that stand for no text:
+    BOS, EOS, padding and their like, the unknown token not counted."""
     ids = set(tokenizer.all_special_ids)
     marks = {tokenizer.bos_token_id, tokenizer.eos_token_id}
     return sorted((ids - {tokenizer.unk_token_id}) | (marks & ids) | set(added_special_ids(tokenizer)))
 
 
 def added_special_ids(tokenizer: Any) -> list[int]:
-    """Ids of tokens added with `special=true` that the tokenizer does not count among its own special tokens."""
+    """Find the ids of tokens added with `special=true` that the tokenizer does not count among its own special
+    tokens."""
     added = getattr(tokenizer, "added_tokens_decoder", {})
     special = {index for index, token in added.items() if token.special}
     return sorted(special - set(tokenizer.all_special_ids))
 
 
 def bos_id(tokenizer: Any, packing: Packing) -> int | None:
-    """The id of the token that stands for BOS, None where there is none; UserError for one the tokenizer lacks."""
+    """Find the id of the token that stands for BOS, None where there is none; UserError for one it lacks."""
     name = packing.bos_token
     if packing.bos == "none":
         return None
@@ -122,7 +124,7 @@ def bos_id(tokenizer: Any, packing: Packing) -> int | None:
 
 
 def _own_bos(tokenizer: Any) -> int | None:
-    """What the tokenizer puts before a text unasked."""
+    """Find what the tokenizer puts before a text unasked."""
     plain = tokenizer("a", add_special_tokens=False)["input_ids"]
     own = tokenizer("a")["input_ids"]
     if own[: len(plain)] == plain:
@@ -139,8 +141,9 @@ def check_tokenizer(tokenizer: Any, packing: Packing) -> None:
         raise UserError("packing.separator=true, but this tokenizer has no EOS token: set packing.separator=false")
 
 
-def ordered(source: TextSource, packing: Packing, split: str) -> Iterator[tuple[str, str]]:
-    """(name, text) of each unique document of a split, as they are packed; a shuffle keeps them in temporary files."""
+def texts_in_order(source: TextSource, packing: Packing, split: str) -> Iterator[tuple[str, str]]:
+    """Put in order (name, text) of each unique document of a split, as they are packed;
+    a shuffle keeps them in temporary files."""
     mine = (doc for doc in unique(source.documents()) if split_of(doc.key, packing.heldout) == split)
     if packing.shuffle is None:
         return ((doc.name, doc.text) for doc in mine)
@@ -148,7 +151,7 @@ def ordered(source: TextSource, packing: Packing, split: str) -> Iterator[tuple[
 
 
 def _shuffled(documents: Iterable[Document], seed: int) -> Iterator[tuple[str, str]]:
-    """By sha256(seed, key), compared as bytes."""
+    """Yield the texts by sha256(seed, key), compared as bytes."""
     names, texts, ranks = DiskStrings(), DiskStrings(), DiskArray()
     for doc in documents:
         names.append(doc.name)
@@ -171,7 +174,7 @@ class _Encoded:
 def _encoded(
     documents: Iterable[tuple[str, str]], tokenizer: Any, packing: Packing, vocabulary: int | None = None
 ) -> Iterator[_Encoded]:
-    """The tokens of each document, with the BOS and EOS tokens that stand at its ends.
+    """Yield the tokens of each document, with the BOS and EOS tokens that stand at its ends.
 
     A document that came as token ids, or as a chat whose template begins with a BOS, gets no second one. vocabulary:
     rows of the model's embedding, beyond which a token is refused (UserError).
@@ -193,7 +196,7 @@ def _encoded(
 def _by_tokenizer(
     batch: list[tuple[str, str]], tokenizer: Any, head: list[int]
 ) -> Iterator[tuple[str, list[int], NDArray[np.bool_], bool]]:
-    """(name, ids, which rows may be harvested, whether a BOS stands there already) of each document, in order."""
+    """Yield (name, ids, which rows may be harvested, whether a BOS stands there already) of each document."""
     texts = [text for _, text in batch if token_ids(text) is None and Chat.from_text(text) is None]
     of_texts: Iterator[list[int]] = iter(())
     if texts:
@@ -245,7 +248,7 @@ class _Cutter:
                 yield block, may_keep
 
     def _cut(self, stream: NDArray[Any], head: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
-        """The whole contexts of a stream, each behind the head; and what is left."""
+        """Cut off the whole contexts of a stream, each behind the head; and what is left."""
         whole = len(stream) // self.stride
         cut = stream[: whole * self.stride].reshape(whole, self.stride)
         return np.concatenate([np.tile(head, (whole, 1)), cut], axis=1), stream[whole * self.stride :]
@@ -261,7 +264,7 @@ def pack(
     multiple: int = 1,
     vocabulary: int | None = None,
 ) -> PackedTokens:
-    """The first contexts of a split that hold at least `rows` kept rows.
+    """Pack the first contexts of a split that hold at least `rows` kept rows.
 
     Their number is rounded up to a `multiple` where the text goes on that far, and is all there is where it does not.
     Of a stream that is lost on the way it is a multiple too, and `lost` says why there are no more. vocabulary: rows of
@@ -274,7 +277,7 @@ def pack(
     contexts, keeps = DiskArray(), DiskArray()
     count, n_kept, goal, lost = 0, 0, None, None
     try:
-        documents = _encoded(ordered(source, packing, split), tokenizer, packing, vocabulary)
+        documents = _encoded(texts_in_order(source, packing, split), tokenizer, packing, vocabulary)
         for block, may_keep in cutter.blocks(documents):
             keep = may_keep if packing.keep_special else may_keep & ~np.isin(block, special)
             running = n_kept + np.cumsum(keep.sum(1))

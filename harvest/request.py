@@ -39,7 +39,7 @@ class HarvestRequest:
 
     @classmethod
     def from_config(cls, cfg: Mapping[str, Any]) -> HarvestRequest:
-        """From a resolved configuration; UserError in one sentence for the first thing that cannot be."""
+        """Read a resolved configuration; UserError in one sentence for the first thing that cannot be."""
         asked = HarvestSettings.of(cfg)
         if not asked.cache.strip():
             raise UserError("cache is empty: name the folder for stores, as in cache=outputs/cache")
@@ -70,7 +70,8 @@ class HarvestRequest:
                 raise UserError(f"site {site}: model {self.asked.model.name} has layers 0 to {layers - 1}, choose one")
 
     def identity(self, tokenizer: Any) -> Json:
-        """All but the layout that determines the numbers; reads all of a local text and a local model's files."""
+        """Return all but the layout that determines the numbers;
+        reads all of a local text and a local model's files."""
         identity = {
             "format": STORE_FORMAT,
             "model": self.asked.model.identity(),
@@ -88,7 +89,7 @@ class HarvestRequest:
         return identity
 
     def existing_store(self, identity: Json) -> Store | None:
-        """The store of this content, with its own layout unless another is asked for.
+        """Find the store of this content, with its own layout unless another is asked for.
 
         However its text or its model's folder was called when it was made. UserError names what differs in a store of
         the same settings.
@@ -109,12 +110,13 @@ class HarvestRequest:
         return None
 
     def _differences(self, store: Store, identity: Json) -> list[str]:
-        """What distinguishes a store's content from the one asked for, in words."""
+        """Say what distinguishes a store's content from the one asked for, in words."""
         layout = dataclasses.replace(store.layout, **self.asked.store.chosen)
         return diff_fields(content(store.manifest.identity), content({**identity, "layout": layout.json}))
 
     def new_manifest(self, identity: Json, d_model: int) -> Manifest:
-        """The manifest of a store yet to be made, what is not asked of its layout chosen from the size of the run."""
+        """Make the manifest of a store yet to be made,
+        what is not asked of its layout chosen from the size of the run."""
         defaults = {"dtype": identity["compute_dtype"], "chunk_rows": None, "chunks_per_unit": None, "mixing_seed": 0}
         layout = choose_layout(
             rows=self.rows[TRAIN],
@@ -128,7 +130,7 @@ class HarvestRequest:
 
 
 def content(identity: Json) -> Json:
-    """An identity less the names by which the same bytes were reached: paths of a text, a model's folder."""
+    """Take from an identity the names by which the same bytes were reached: paths of a text, a model's folder."""
     model, text = dict(identity["model"]), dict(identity["text"])
     if model.get("files"):
         model.pop("name", None)
@@ -138,7 +140,7 @@ def content(identity: Json) -> Json:
 
 
 def _stores_in(cache: Location) -> Iterator[Store]:
-    """The stores of a cache that can be opened and have an identity to compare."""
+    """Yield the stores of a cache that can be opened and have an identity to compare."""
     for name in open_storage(cache).folders():
         if open_storage(cache / name).size("manifest.json") is None:
             continue

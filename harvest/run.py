@@ -31,7 +31,7 @@ DISK_MARGIN = 64 << 20  # records, metadata and what else the file system keeps
 
 
 def rank() -> int:
-    """This process's number among those that torchrun started; 0 without it."""
+    """Return this process's number among those that torchrun started; 0 without it."""
     return int(os.environ.get("RANK", "0"))
 
 
@@ -60,7 +60,7 @@ def check_disk(request: HarvestRequest, units: Sequence[Unit], widths: Mapping[s
 
 
 def _spared(units: Sequence[Unit], widths: Mapping[str, int], layout: Layout) -> str:
-    """What the size leaves out: what a codec will save, and what int8 would."""
+    """Say what the size leaves out: what a codec will save, and what int8 would."""
     if layout.encoding is not None:
         return f" as {layout.encoding}{' before its codec' if layout.codec else ''}"
     smaller = dataclasses.replace(layout, encoding="int8")
@@ -70,7 +70,7 @@ def _spared(units: Sequence[Unit], widths: Mapping[str, int], layout: Layout) ->
 
 
 def check_text(request: HarvestRequest, tokenizer: Any) -> None:
-    """UserError where a model without a tokenizer is given text, seen at the first document."""
+    """Raise UserError where a model without a tokenizer is given text, seen at the first document."""
     if isinstance(tokenizer, TokenIds):
         first = next(iter(request.asked.text.documents()), None)
         if first is not None and first.text and token_ids(first.text) is None:
@@ -78,7 +78,7 @@ def check_text(request: HarvestRequest, tokenizer: Any) -> None:
 
 
 def pack_splits(request: HarvestRequest, tokenizer: Any, model: Any, layout: Layout) -> dict[str, PackedTokens]:
-    """The contexts of each split, each token one that the model's embedding has."""
+    """Pack the contexts of each split, each token one that the model's embedding has."""
     return {
         split: pack(
             request.asked.text,
@@ -157,7 +157,7 @@ def say_all(lines: Iterable[str]) -> None:
 
 
 def main(config: DictConfig) -> None:
-    """The stage, from Hydra's configuration."""
+    """Run the stage from Hydra's configuration."""
     try:
         harvest(cli.stage_settings(config, "harvest"))
     except KeyboardInterrupt:

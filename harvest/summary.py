@@ -17,7 +17,7 @@ _ORDINARY = 0.9  # of the rows are surely left where massive ones, at most a few
 
 
 def summary(store: Store) -> str:
-    """What a store holds, in a line."""
+    """Say in a line what a store holds."""
     return "; ".join(
         f"{split}: " + ", ".join(f"{site} {rows:,}" for site, rows in sites.items())
         for split, sites in extent(store).items()
@@ -26,7 +26,7 @@ def summary(store: Store) -> str:
 
 
 def advice(store: Store, sites: Sequence[Site]) -> Iterator[str]:
-    """A line for each site that has massive activations, then the command that trains on the store."""
+    """Yield a line for each site that has massive activations, then the command that trains on the store."""
     for site in map(str, sites):
         if store.rows(TRAIN, site):
             line = massive_line(site, store.stats(TRAIN, site))
@@ -36,7 +36,7 @@ def advice(store: Store, sites: Sequence[Site]) -> Iterator[str]:
 
 
 def train_command(store: Store, site: str) -> str:
-    """The command for a training on a site, as long as its rows allow."""
+    """Return the command for a training on a site, as long as its rows allow."""
     path = str(store.path)
     if any(letter in path for letter in " =,'\"{}[]()\\"):
         path = "'" + path.replace("\\", "\\\\").replace("'", "\\'") + "'"  # as Hydra reads a quoted value

@@ -60,7 +60,7 @@ class DatasetText(TextSource):
         return {**without_new(self.settings()), "revision": self.commit()}
 
     def commit(self) -> str:
-        """The commit hash that `revision` stands for now; a hash asks nobody."""
+        """Find the commit hash that `revision` stands for now; a hash asks nobody."""
         if self.revision is not None and re.fullmatch(r"[0-9a-f]{40}", self.revision):
             return self.revision
         self.check()
@@ -74,7 +74,7 @@ class DatasetText(TextSource):
         return commit
 
     def documents(self) -> Iterator[Document]:
-        """Every row; a stream that breaks off is opened again, over minutes, and read on from where it was."""
+        """Yield every row; a stream that breaks off is opened again, over minutes, and read on from where it was."""
         self.check()
         reader = RowReader(str(self.name), self.field, self.chat)
         number, failures = 0, 0
@@ -95,7 +95,7 @@ class DatasetText(TextSource):
             reader.report()
 
     def _rows(self, start: int) -> Iterator[Any]:
-        """The rows from number `start` on; says so where none comes for a while."""
+        """Yield the rows from number `start` on; says so where none comes for a while."""
         import datasets
 
         try:
@@ -137,7 +137,7 @@ class DatasetText(TextSource):
 
 
 def is_network_error(error: BaseException) -> bool:
-    """Whether an error is of the connection, and may pass: no mistake of the user, no full disk."""
+    """Return whether an error is of the connection, and may pass: no mistake of the user, no full disk."""
     if isinstance(error, UserError):
         return False
     if isinstance(error, TimeoutError | ConnectionError):
@@ -148,7 +148,7 @@ def is_network_error(error: BaseException) -> bool:
 
 
 def _first_line(error: Exception, kind: bool = True) -> str:
-    """An error of another library in one line, with its kind unless that is left out."""
+    """Say an error of another library in one line, with its kind unless that is left out."""
     lines = str(error).strip().splitlines()
     if not lines:
         return type(error).__name__
@@ -178,7 +178,7 @@ class _Watch:
         self._thread.join()
 
     def rows(self, rows: Iterator[Any]) -> Iterator[Any]:
-        """The same rows, each waited for under watch."""
+        """Yield the same rows, each waited for under watch."""
         while True:
             self._since = time.monotonic()
             try:

@@ -31,7 +31,8 @@ PARQUET_ROWS = 256  # documents in memory at once
 
 
 def stdlib_files(root: Path) -> list[Path]:
-    """The Python sources under `root` that count as the standard library's text, in order of their module path."""
+    """Find the Python sources under `root` that count as the standard library's text,
+    in order of their module path."""
     files = [
         p
         for p in root.rglob("*.py")
@@ -60,7 +61,7 @@ class StdlibText(TextSource):
 
 
 def _as_list(value: Any) -> Any:
-    """One path as a list of one, none as an empty list."""
+    """Return one path as a list of one, none as an empty list."""
     if value is None:
         return []
     return [value] if isinstance(value, str) else value
@@ -82,7 +83,7 @@ class FilesText(TextSource):
     """Rows are chats, rendered by the tokenizer's template: rows of `all` tokens or of the `assistant`'s words."""
 
     def files(self) -> list[Path]:
-        """The files matched, in the order of `paths` and by name within a glob or folder, each once."""
+        """Find the files matched, in the order of `paths` and by name within a glob or folder, each once."""
         if not self.paths:
             raise UserError("text.paths names no file: give one, as in 'text=files text.paths=[books/*.txt]'")
         files: dict[Path, None] = {}
@@ -133,7 +134,7 @@ class FilesText(TextSource):
 
 
 def _matches(pattern: str) -> list[Path]:
-    """The files that one entry of `paths` stands for; UserError where there are none."""
+    """Find the files that one entry of `paths` stands for; UserError where there are none."""
     if not pattern.strip():
         raise UserError("text.paths has an empty entry: name a file, a folder or a glob")
     try:
@@ -151,7 +152,7 @@ def _matches(pattern: str) -> list[Path]:
 
 
 def _files_below(folder: Path) -> list[Path]:
-    """Every text below a folder, by path; says how many other files are left out."""
+    """Find every text below a folder, by path; says how many other files are left out."""
     visible = sorted(
         path
         for path in folder.rglob("*")
@@ -167,7 +168,8 @@ def _files_below(folder: Path) -> list[Path]:
 
 
 def _format(path: Path) -> tuple[str | None, str | None]:
-    """(suffix that says how to read it, that of its compression), both in small letters, None where it is unknown."""
+    """Return (suffix that says how to read it, that of its compression), both in small letters,
+    None where it is unknown."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
     compression = suffixes.pop() if suffixes and suffixes[-1] in COMPRESSED else None
     kind = suffixes[-1] if suffixes else None
@@ -176,7 +178,7 @@ def _format(path: Path) -> tuple[str | None, str | None]:
 
 
 def _open(path: Path) -> TextIO:
-    """A file as text, unpacked as its suffix says; a byte order mark is no text."""
+    """Open a file as text, unpacked as its suffix says; a byte order mark is no text."""
     compression = _format(path)[1]
     if compression == ".gz":
         return io.TextIOWrapper(gzip.open(path), encoding="utf-8-sig")
@@ -194,7 +196,7 @@ def _whole_text(path: Path) -> Document:
 
 
 def _json_rows(path: Path, rows: RowReader) -> Iterator[Document]:
-    """One document a line; a file that begins with `[` is one list of them."""
+    """Yield one document a line; a file that begins with `[` is one list of them."""
     with _open(path) as file:
         first = next((line for line in file if line.strip()), "")
         if first.lstrip().startswith("[") and ".json" in (suffix.lower() for suffix in path.suffixes):
@@ -219,7 +221,7 @@ def _parsed(name: str, line: str) -> object:
 
 
 def _parquet_rows(path: Path, rows: RowReader) -> Iterator[Document]:
-    """A batch of rows at a time, so that not even a row group has to fit in memory."""
+    """Yield a batch of rows at a time, so that not even a row group has to fit in memory."""
     import pyarrow
     from pyarrow import parquet
 

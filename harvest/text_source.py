@@ -48,24 +48,25 @@ class Document:
 
 
 def token_ids(text: str) -> list[int] | None:
-    """The token ids that a document's text spells, or None where it is a text for the tokenizer."""
+    """Read the token ids that a document's text spells, or None where it is a text for the tokenizer."""
     return [int(one) for one in text[1:].split()] if text.startswith(_IDS_MARK) else None
 
 
-def digest(text: str) -> bytes:
+def hash_text(text: str) -> bytes:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
 
 
 def split_of(key: str, heldout: float) -> str:
-    """The split of a document: `heldout` for that fraction of all keys, by the first 64 bits of the key's sha256."""
-    return HELDOUT if int.from_bytes(digest(key)[:8], "big") < heldout * 2**64 else TRAIN
+    """Choose the split of a document: `heldout` for that fraction of all keys,
+    by the first 64 bits of the key's sha256."""
+    return HELDOUT if int.from_bytes(hash_text(key)[:8], "big") < heldout * 2**64 else TRAIN
 
 
 def unique(documents: Iterable[Document]) -> Iterator[Document]:
     """Drop blank documents and those whose exact text came before, so that no text can stand in both splits."""
     seen: set[bytes] = set()
     for doc in documents:
-        text_hash = digest(doc.text)
+        text_hash = hash_text(doc.text)
         if doc.text.strip() and text_hash not in seen:
             seen.add(text_hash)
             yield doc
@@ -93,17 +94,18 @@ class TextSource(Settings, ABC):
 
     @abstractmethod
     def documents(self) -> Iterator[Document]:
-        """All documents, in an order that is the same each time."""
+        """Iterate over all documents, in an order that is the same each time."""
 
     def settings(self) -> Json:
-        """The plain values `source_from` rebuilds this source from."""
+        """Return the plain values `source_from` rebuilds this source from."""
         return self.model_dump()
 
     def identity(self) -> Json:
-        """The settings with the number of documents and a hash over all of them, in order; UserError for empty text."""
+        """Return the settings with the number of documents and a hash over all of them, in order;
+        UserError for empty text."""
         whole, count = hashlib.sha256(), 0
         for doc in unique(self.documents()):
-            whole.update(digest(doc.key) + digest(doc.text))
+            whole.update(hash_text(doc.key) + hash_text(doc.text))
             count += 1
         if not count:
             raise UserError(f"the text {self.settings()} holds no document that is not blank: choose another text")
@@ -111,12 +113,13 @@ class TextSource(Settings, ABC):
 
 
 def without_new(settings: Json) -> Json:
-    """The settings of a source less `chat` where it is null: older stores, without such a setting, stay the same."""
+    """Drop `chat` where it is null from a source's settings: older stores, without it, stay the same."""
     return {name: value for name, value in settings.items() if name != "chat" or value is not None}
 
 
 def readable(text: str, name: str, file: str) -> str:
-    """A text as a tokenizer can read it: without a byte order mark, U+FFFD for each lone surrogate (which is said)."""
+    """Make a text readable for a tokenizer: without a byte order mark,
+    U+FFFD for each lone surrogate (which is said)."""
     text = text.removeprefix(BYTE_ORDER_MARK)
     if _SURROGATE.search(text):
         say_once((file, "surrogate"), f"{name} holds a lone surrogate: it is read as U+FFFD, here and in what follows")
@@ -138,7 +141,7 @@ class RowReader:
         self.nulls = 0
 
     def document(self, number: int, row: object) -> Document:
-        """The document of a row; UserError says what stands there where it is neither text nor token ids."""
+        """Read the document of a row; UserError says what stands there where it is neither text nor token ids."""
         name = f"{self.file}:{number}"
         if not isinstance(row, Mapping) or self.field not in row:
             has = f"it has {sorted(map(str, row))}" if isinstance(row, Mapping) else "it is no object"
@@ -181,7 +184,7 @@ def _is_token_id(value: object) -> bool:
 
 
 def _described(value: object) -> str:
-    """What a value is, in words."""
+    """Describe in words what a value is."""
     if isinstance(value, list):
         parts = {type(one) for one in value}
         if parts == {str}:

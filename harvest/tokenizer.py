@@ -33,7 +33,7 @@ class TokenIds:
         return {}
 
     def decode(self, ids: Any, **_: Any) -> str:
-        """The ids themselves, as there are no words for them."""
+        """Write the ids themselves, as there are no words for them."""
         return " ".join(str(int(one)) for one in ids)
 
     def convert_ids_to_tokens(self, ids: list[int]) -> list[str]:
@@ -41,13 +41,14 @@ class TokenIds:
 
 
 def _first_id(value: Any) -> int | None:
-    """A token id of a config, which may be a list of them."""
+    """Return a token id of a config, which may be a list of them."""
     one = value[0] if isinstance(value, list) and value else value
     return one if isinstance(one, int) and not isinstance(one, bool) else None
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase | TokenIds) -> str:
-    """sha256 of what decides its tokens: the whole pipeline where it has one, else the vocabulary; special tokens."""
+    """Return sha256 of what decides its tokens: the whole pipeline where it has one,
+    else the vocabulary; special tokens."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         rules: Json = {"class": type(tokenizer).__name__, "vocabulary": tokenizer.get_vocab()}

@@ -40,7 +40,7 @@ class Unit:
         return (*self.sites, *self.index_arrays)
 
     def left(self, store: Store) -> Unit:
-        """Less what has been committed since."""
+        """Return the plan less what has been committed since."""
         left = {name for name in self.names if not store.is_committed(self.split, self.index, name)}
         return replace(
             self,
@@ -49,14 +49,14 @@ class Unit:
         )
 
     def bytes(self, widths: Mapping[str, int], layout: Layout) -> int:
-        """Size on disk before any codec: whole chunks, the last one's tail included."""
+        """Return the size on disk before any codec: whole chunks, the last one's tail included."""
         stored = -(-self.rows // layout.chunk_rows) * layout.chunk_rows
         values = sum(layout.row_bytes(widths[site]) for site in self.sites)
         return stored * (values + sum(INDEX_WIDTHS[name] for name in self.index_arrays) * np.dtype(np.int32).itemsize)
 
 
 def plan(store: Store | None, layout: Layout, packed: Mapping[str, PackedTokens], sites: Sequence[Site]) -> list[Unit]:
-    """The units of `packed` with anything not yet committed in `store` (None: a store yet to be made), in order.
+    """Plan the units of `packed` with anything not yet committed in `store` (None: a store yet to be made), in order.
 
     The splits take turns in proportion to their sizes, so that a harvest that is broken off has rows of each.
     """
@@ -72,22 +72,24 @@ def plan(store: Store | None, layout: Layout, packed: Mapping[str, PackedTokens]
                 index_arrays = tuple(name for name in left if name in INDEX_WIDTHS)
                 rows = int(text.keep[contexts].sum())
                 unit = Unit(split, index, contexts, rows, tuple(n for n in left if n not in index_arrays), index_arrays)
+                # By its share of the split: both splits are then begun early and end together.
                 ranked.append((index / n_units, unit))
     return [unit for _, unit in sorted(ranked, key=lambda one: one[0])]
 
 
 def covered(store: Store, sites: Sequence[Site], rows: Mapping[str, int]) -> bool:
-    """Whether the committed units, without a gap, hold the `rows` asked of each split at every site."""
+    """Return whether the committed units, without a gap, hold the `rows` asked of each split at every site."""
     for split, wanted in rows.items():
         for name in [*map(str, sites), *INDEX_WIDTHS]:
             commits = store.committed(split, name)
+            # Rows behind a gap do not count: `tokens` asks for the first rows of the text.
             if sum(commits[index].rows for index in takewhile(commits.__contains__, count())) < wanted:
                 return False
     return True
 
 
 def refuse_mixed(store: Store, mine: Json) -> None:
-    """UserError where a unit of the store was made, or is being made, on another device or by other versions."""
+    """Raise UserError where a unit of the store was made, or is being made, on another device or by other versions."""
     # Claims first: a unit that is committed in between is then seen at least once.
     makers = [owner["made_by"] for owner in store.leases.owners()]
     for split in (TRAIN, HELDOUT):
@@ -102,7 +104,7 @@ def refuse_mixed(store: Store, mine: Json) -> None:
 
 
 def finish(store: Store) -> None:
-    """Once all that was asked for is committed: write complete.json, and remove what killed processes left."""
+    """Write complete.json once all that was asked for is committed, and remove what killed processes left."""
     if store.leases.any():
         store.leases.sweep(store.is_committed)
     if store.complete != extent(store):  # looked at first, as a folder that can only be read gives no lock

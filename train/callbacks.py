@@ -53,6 +53,7 @@ class LastCheckpoint(Callback):
 
     def _save(self, trainer: Trainer, module: MultiSAEModule) -> None:
         for member in module.in_step:
+            # Before anything is written: a checkpoint of weights that are NaN would replace the last good one.
             module.guarded(member, member.check_finite)
         for member in module.in_step if trainer.is_global_zero else []:
             state = {**member.state(), "loader": module.stream.state(member.step)}
@@ -60,7 +61,8 @@ class LastCheckpoint(Callback):
         self.saved_at = time.monotonic()
 
     def _agreed(self, trainer: Trainer, step: int) -> tuple[bool, bool]:
-        """Whether to stop, and whether a checkpoint is due by time; alike on every rank, so asked at the same step."""
+        """Decide whether to stop, and whether a checkpoint is due by time;
+        alike on every rank, so asked at the same step."""
         stop = self.signals.received is not None
         due = self.seconds is not None and time.monotonic() - self.saved_at >= self.seconds
         if trainer.world_size == 1:
@@ -73,7 +75,7 @@ class LastCheckpoint(Callback):
 
 
 def figures(logged: dict[str, float]) -> str:
-    """The figures of a step that progress shows."""
+    """Return the figures of a step that progress shows."""
     return "".join(f"  {name} {logged[name]:.4g}" for name in ("nmse", "l0", "dead") if name in logged)
 
 
@@ -103,6 +105,7 @@ class Progress(Callback):
         assert isinstance(module, MultiSAEModule)
         step, total, now = module.step, module.total, time.monotonic()
         last, tenth = step == total, 10 * step // total > self.shown_tenth
+        # A terminal is rewritten twice a second; a log file gets a line a minute, or each tenth.
         due = now - self.shown_at > (0.5 if self.live else 60) or (tenth and not self.live)
         several = len(module.members) > 1
         if not (due or last or (tenth and several)) or not trainer.is_global_zero:
@@ -117,7 +120,7 @@ class Progress(Callback):
         self.stream.flush()
 
     def line(self, step: int, total: int, seconds: float, logged: dict[str, float]) -> str:
-        """`step` of `total`, `seconds` since this process began; `logged` are a step's figures."""
+        """Write the line of `step` of `total`, `seconds` since this process began; `logged` are a step's figures."""
         rate = (step - self.began_step) / max(seconds, 1e-9)
         left = "" if step == total else f"  ETA {clock((total - step) / max(rate, 1e-9))}"
         tokens = f"{step * self.tokens_a_step:,}/{total * self.tokens_a_step:,} tokens"

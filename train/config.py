@@ -37,7 +37,7 @@ class Scope:
 
     @property
     def sets_numbers(self) -> bool:
-        """Whether another value trains another SAE."""
+        """Return whether another value trains another SAE."""
         return self.name in ("sae", "stream", "store")
 
 
@@ -68,7 +68,8 @@ VARIANT_ALIASES = {
 
 
 def by_name(group: Mapping[str, Any], at: str, key: str, aliases: Mapping[str, str]) -> Group:
-    """A group with `key` as its name, where it has the `_target_` of an earlier version: exact matches of `aliases`."""
+    """Write a group with `key` as its name, where it has the `_target_` of an earlier version:
+    exact matches of `aliases`."""
     named = {str(name): value for name, value in group.items() if name not in _HYDRA_KEYS}
     target = group.get("_target_")
     if target is None:
@@ -108,7 +109,7 @@ class OptimizerSettings(Settings):
         return self
 
     def arguments(self) -> Group:
-        """Keyword arguments of the optimizer's constructor."""
+        """Return the keyword arguments of the optimizer's constructor."""
         given = self.model_dump(exclude={"name"})
         return {name: value for name, value in given.items() if value is not None}
 
@@ -208,7 +209,10 @@ class TrainSettings(Settings):
     dead_after: Annotated[Whole | None, OF_SAE] = Field(None, ge=1, le=2**62)
     """Tokens of silence that make a latent dead; null: the smaller of 10M and a tenth of the run."""
     matmul: Annotated[Literal["float32", "tf32", "bf16"] | None, OF_STREAM] = None
-    """The encoder's product; bf16 rounds its factors only; null: tf32 on a GPU, else float32."""
+    """The encoder's product; bf16 rounds its factors only; null: tf32 on a GPU, else float32.
+
+    On a CPU bf16 is for one with AMX or AVX512-BF16; elsewhere it rounds the same and saves no time.
+    """
     outliers: Annotated[Literal["auto"] | Annotated[Real, Field(ge=1)] | None, OF_STREAM] = AUTO
     """Leave out rows whose norm is above so many times the median; auto: 10 where the store has massive rows."""
     calibration_tokens: Annotated[Whole, OF_STREAM] = Field(65_536, ge=0)
@@ -240,12 +244,12 @@ class TrainSettings(Settings):
 
     @property
     def world(self) -> int:
-        """Ranks of the run."""
+        """Return the ranks of the run."""
         return self.trainer.devices * self.trainer.num_nodes
 
 
 def named_groups(settings: Mapping[str, Any]) -> Group:
-    """Settings, or numbers of a run, with `sae` and `optimizer` by name."""
+    """Write settings, or numbers of a run, with `sae` and `optimizer` by name."""
     given = dict(settings)
     for group, key, aliases in (("sae", "variant", VARIANT_ALIASES), ("optimizer", "name", OPTIMIZER_ALIASES)):
         if isinstance(given.get(group), Mapping):
@@ -254,7 +258,7 @@ def named_groups(settings: Mapping[str, Any]) -> Group:
 
 
 def scopes(cls: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, Scope]]:
-    """Every setting that has a scope, by its dotted name; a group without one has it in its own settings."""
+    """Yield every setting that has a scope, by its dotted name; a group without one has it in its own settings."""
     for name, field in cls.model_fields.items():
         own = [mark for mark in field.metadata if isinstance(mark, Scope)]
         if own:
@@ -267,7 +271,7 @@ SCOPES = dict(scopes(TrainSettings))
 
 
 def of_scope(settings: TrainSettings, *names: str) -> Group:
-    """The settings whose scope is among `names`, nested as they were, as plain JSON."""
+    """Choose the settings whose scope is among `names`, nested as they were, as plain JSON."""
     whole = settings.model_dump(mode="json")
     chosen: Group = {}
     for dotted, scope in SCOPES.items():
@@ -281,7 +285,8 @@ def of_scope(settings: TrainSettings, *names: str) -> Group:
 
 
 def scope_of_override(override: str) -> Scope | None:
-    """The scope of a command line's override, of a setting or a whole group; None for what is no setting of train."""
+    """Return the scope of a command line's override, of a setting or a whole group;
+    None for what is no setting of train."""
     name = override.lstrip("+~").split("=")[0].split("@")[0]
     for dotted in (name, name.rpartition(".")[0], name.split(".")[0]):
         if dotted in SCOPES:

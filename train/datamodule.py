@@ -20,7 +20,7 @@ from train.plan import DataPlan
 
 
 def _must_fit(loader: ActivationLoader, device: torch.device, preload: str) -> None:
-    """Raises UserError where the rows that a loader is to keep on a device are more than it has room for."""
+    """Raise UserError where the rows that a loader is to keep on a device are more than it has room for."""
     wanted, room = loader.rows * loader.reader.width * loader.reader.dtype.itemsize, free_bytes(device)
     if wanted > room:
         raise UserError(
@@ -30,7 +30,7 @@ def _must_fit(loader: ActivationLoader, device: torch.device, preload: str) -> N
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that can be had on a device now; what is not a CUDA device has the machine's."""
+    """Measure the memory that can be had on a device now; what is not a CUDA device has the machine's."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     meminfo = Path("/proc/meminfo")
@@ -59,7 +59,9 @@ class ActivationData(LightningDataModule):
         self.settings: dict[str, Any] = {"seed": seed, "pool_chunks": pool_chunks, "threads": threads}
 
     def model_units(self, rows: Tensor) -> Tensor:
-        """Stored rows as float32 activations [B, D], on the rows' device: the one place where they become so."""
+        """Convert stored rows to float32 activations [B, D], on the rows' device:
+        the one place where they become so."""
+        # On the training device: int8 rows travel as half the bytes, and a GPU decodes them in passing.
         decoded: Tensor = self._decoder.to(rows.device)(rows)
         return decoded.to(torch.float32)
 
@@ -82,19 +84,20 @@ class ActivationData(LightningDataModule):
 
     @property
     def waited(self) -> float:
-        """Seconds that the training's batches were waited for."""
+        """Return the seconds that the training's batches were waited for."""
         return self.training.waited if self.training else 0.0
 
     def val_dataloader(self) -> ActivationLoader | list[Any]:
-        """Held-out rows in the order of the store, the last batch short."""
+        """Return the held-out rows in the order of the store, the last batch short."""
         if not len(self.plan.heldout):
             return []
         return self._loader(HELDOUT, self.plan.heldout, shuffle=False, drop_last=False, **self._share())
 
     def calibration_loader(self) -> ActivationLoader:
-        """Rows, as stored, of the training split that the optimizer never sees; every rank reads all of them."""
+        """Return rows, as stored, of the training split that the optimizer never sees; every rank reads all of them."""
         return self._loader(TRAIN, self.plan.reserved)
 
     def sample(self, rows: int) -> Tensor:
-        """Up to `rows` rows [N, D] of the first epoch's order, in float32; the loaders' positions do not move."""
+        """Read up to `rows` rows [N, D] of the first epoch's order, in float32;
+        the loaders' positions do not move."""
         return self.model_units(self._loader(TRAIN, self.plan.chunks).sample(rows))

@@ -23,12 +23,14 @@ from train.config import TrainSettings
 from train.datamodule import ActivationData
 from train.lit import MultiSAEModule, OwnReduction, Passes
 from train.loggers import CsvLogger
-from train.messages import closing, diverged, how_to_go_on, label, missed_l0, opening
+from train.messages import closing, diverged, how_to_go_on, label, missed_l0, opening, slow_bf16
 from train.optimizers import OPTIMIZERS, optimizer_from
 from train.plan import DataPlan, TrainRun, origin
 from train.resume import fingerprint, first_rank, read_checkpoint
-from train.sae import default_window, save
+from train.sae import SAE, default_window, save
+from train.sae.config import PenaltyConfig
 from train.sae.parts.init import SAMPLES
+from train.sae.sparse.product import float32_products, has_bf16_units
 from train.sae.variants.batchtopk import BatchTopKBase
 from train.sae_trainer import SAETrainer, State
 from train.schedules import Schedule
@@ -37,13 +39,15 @@ from train.signals import Signals
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the words of others that say nothing about this run."""
+    """Silence the words of others that say nothing about this run."""
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)  # notes on devices and tips
     with warnings.catch_warnings():
         # Lightning 2.6 still makes torch's old LeafSpec (utilities/_pytree.py).
         warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
         # A run that was broken off after its last step has no batch left.
         warnings.filterwarnings("ignore", message="Total length of .* across ranks is zero")
+        # From torch 2.9 on a GPU, where Lightning reads the precision of products in the older way.
+        warnings.filterwarnings("ignore", message=".*new API settings to control TF32.*", category=UserWarning)
         yield
 
 
@@ -60,6 +64,7 @@ def fit(runs: Sequence[TrainRun], *watching: Callback) -> dict[str, str]:
         except (SystemExit, KeyboardInterrupt):  # Lightning answers Ctrl-C with the first
             if first_rank():
                 print(how_to_go_on(runs, "interrupted"))
+            # The exit code by which a shell knows that a signal ended a program.
             number = signals.received or signal.SIGINT
             raise SystemExit(128 + number) from None
         except OSError:
@@ -84,6 +89,7 @@ def _fit(runs: Sequence[TrainRun], signals: Signals, *watching: Callback) -> dic
         member.sae.matmul = matmul
     if not members:
         return failed
+    # From the member that is furthest behind; the others wait until the stream has come to where they stand.
     stream = Passes(data.train_dataloader, min(member.step for member in members), plan.steps, order)
     rows = data.val_dataloader if len(plan.heldout) else None
     module = MultiSAEModule(
@@ -98,7 +104,10 @@ def _fit(runs: Sequence[TrainRun], signals: Signals, *watching: Callback) -> dic
     assert module.step == plan.steps or not module.running
     for member in module.running:
         member.copy_to()
-    calibrated = _calibrate(module, data, trainer.strategy.root_device)
+    # After the averaged weights are in place, and before the last validation: T must be that of the weights that are
+    # saved.
+    with float32_products():
+        calibrated = _calibrate(module, data, trainer.strategy.root_device)
     module.validate("final")
     if trainer.is_global_zero:
         seconds = round(time.monotonic() - began, 1)
@@ -116,8 +125,10 @@ def _bytes_read(plan: DataPlan) -> int:
 
 
 def _members(runs: Sequence[TrainRun], data: ActivationData) -> tuple[list[SAETrainer], dict[str, str], State | None]:
-    """The SAEs at their first step or at their checkpoint, why others could not begin, and the loader's state."""
+    """Make the SAEs at their first step or at their checkpoint;
+    return also why others could not begin and the loader's state."""
     plan = runs[0].plan
+    # One sample for all new SAEs of the pass; none is read where all go on.
     fresh = [run for run in runs if not run.step and not run.settings.start]
     sample_ND = data.sample(SAMPLES) if fresh else None
     members: list[SAETrainer] = []
@@ -125,7 +136,7 @@ def _members(runs: Sequence[TrainRun], data: ActivationData) -> tuple[list[SAETr
     order: State | None = None
     for run in runs:
         try:
-            member = _member(run)
+            member = make_member(run)
             if run.step:
                 state = read_checkpoint(run.folder, run.settings, plan)
                 member.load(state)
@@ -141,11 +152,12 @@ def _members(runs: Sequence[TrainRun], data: ActivationData) -> tuple[list[SAETr
     return members, failed, order
 
 
-def _member(run: TrainRun) -> SAETrainer:
-    """The run's SAE with what trains it, at step 0."""
+def make_member(run: TrainRun) -> SAETrainer:
+    """Make the run's SAE with what trains it, at step 0."""
     settings, plan = run.settings, run.plan
     rate = 1.0
     if settings.lr_at_width is not None:
+        # Adam's best rate falls about as the square root of the width (Gao et al. 2406.04093).
         rate = math.sqrt(settings.lr_at_width / run.sae.width)
     return SAETrainer(
         run.sae,
@@ -193,18 +205,22 @@ def _trainer(settings: TrainSettings, plan: DataPlan, *callbacks: Callback) -> T
 
 
 def _matmul(setting: str | None, device: torch.device) -> str:
-    """The encoder's product as set, or the device's own; on a GPU all others are in tf32 unless it is float32."""
+    """Choose the encoder's product: as set, or the device's own;
+    on a GPU all others are in tf32 unless it is float32."""
     on_gpu = device.type == "cuda"
     default = "tf32" if on_gpu else "float32"
     matmul = setting or default
     if matmul == "tf32" and not on_gpu:
         raise UserError(f"matmul=tf32 is for a CUDA GPU, and this run is on {device.type}: use matmul=float32 or bf16")
+    note = slow_bf16(matmul, device, has_bf16_units())
+    if note and first_rank():
+        print(note, file=sys.stderr)
     torch.set_float32_matmul_precision("high" if on_gpu and matmul != "float32" else "highest")
     return matmul
 
 
 def _loggers(run: TrainRun, shared: bool) -> list[Logger]:
-    """metrics.csv, cut where the run goes on, and what `logger` asks for beside it."""
+    """Make the loggers: metrics.csv, cut where the run goes on, and what `logger` asks for beside it."""
     rows = CsvLogger(run.folder)
     rows.cut(run.step)
     loggers: list[Logger] = [rows]
@@ -228,17 +244,23 @@ def _loggers(run: TrainRun, shared: bool) -> list[Logger]:
 
 
 def _calibrate(module: MultiSAEModule, data: ActivationData, device: torch.device) -> dict[str, dict[str, Any]]:
-    """Set the thresholds, where there are any, with frozen weights on rows no optimizer has seen, read once.
+    """Set the thresholds and bring L0s to their targets, with frozen weights on rows no optimizer has seen, read once.
 
-    Gives what config.json records of it, by name.
+    Gives what config.json records of it, by name. Where no row is set aside an L0 stays as training left it.
     """
     module.to(device)  # Lightning ends a fit by moving it to the CPU
-    members = [member for member in module.running if isinstance(member.sae, BatchTopKBase)]
-    batches = [data.model_units(batch.to(device)) for batch in data.calibration_loader()] if members else []
-    records = {}
+    members = [member for member in module.running if member.sae.needs_calibration or _aims(member.sae)]
+    rows = data.calibration_loader() if members and data.plan.reserved_rows else ()
+    batches = [data.model_units(batch.to(device)) for batch in rows]
+    records: dict[str, dict[str, Any]] = {}
     for member in members:
         sae = member.sae
-        assert isinstance(sae, BatchTopKBase)
+        if not isinstance(sae, BatchTopKBase):
+            found = sae.calibrate_l0(batches) if batches else None
+            if found is not None:
+                records[member.name] = {"l0_calibration": asdict(found)}
+            continue
+        # Recorded beside the calibrated one: how far the two are apart says how well the running mean served.
         followed = float(sae.threshold)
         calibration = asdict(sae.calibrate(batches))
         records[member.name] = {
@@ -247,6 +269,11 @@ def _calibrate(module: MultiSAEModule, data: ActivationData, device: torch.devic
             "skipped_batches": int(sae.skipped_batches),
         }
     return records
+
+
+def _aims(sae: SAE) -> bool:
+    """Tell whether its penalty was to bring about an L0."""
+    return isinstance(sae.config, PenaltyConfig) and sae.config.target_l0 is not None
 
 
 def _save(run: TrainRun, member: SAETrainer, record: dict[str, Any]) -> None:
@@ -261,7 +288,8 @@ def _save(run: TrainRun, member: SAETrainer, record: dict[str, Any]) -> None:
 
 
 def _training(run: TrainRun, member: SAETrainer) -> dict[str, Any]:
-    """What config.json records: what the run saw, how it ended, the inference form's figures on held-out tokens."""
+    """Collect what config.json records: what the run saw, how it ended,
+    the inference form's figures on held-out tokens."""
     settings, plan = run.settings, run.plan
     return {
         "tokens": plan.tokens,

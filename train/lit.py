@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from data.base.errors import UserError
 from data.loading.loader import ActivationLoader
 from train.sae.metrics import held_out
+from train.sae.sparse.product import float32_products
 from train.sae_trainer import SAETrainer, State
 
 
@@ -22,7 +23,7 @@ class OwnReduction(DDPStrategy):
     """Ranks that average the gradients of each SAE themselves: DDP's wrapper expects one backward a batch."""
 
     def configure_ddp(self) -> None:
-        """The module stays unwrapped."""
+        """Leave the module unwrapped."""
 
 
 class Passes:
@@ -43,6 +44,8 @@ class Passes:
         return self.stop - self.start
 
     def __iter__(self) -> Iterator[Tensor]:
+        # The checkpoint's own order goes in, so that the loader itself refuses to go on in another (a larger store,
+        # another seed).
         order = self.loader.state_dict() if self.order is None else self.order
         self.loader.load_state_dict({**order, **self._place(self.start)})
         at = self.start
@@ -54,10 +57,12 @@ class Passes:
                     return
 
     def state(self, step: int) -> State:
-        """The loader's state after the batch of step `step`, however many have been asked for since."""
+        """Return the loader's state after the batch of step `step`, however many have been asked for since."""
         return {**self.loader.state_dict(), **self._place(step)}
 
     def _place(self, step: int) -> dict[str, int]:
+        # From the step alone, not from what the loader has handed out: Lightning asks for a batch ahead of the one it
+        # trains on.
         epoch, delivered = divmod(step, len(self.loader))
         return {"epoch": epoch, "delivered": delivered}
 
@@ -80,6 +85,7 @@ class MultiSAEModule(LightningModule):
         held_out_rows: Callable[[], Iterable[Tensor]] | None,
     ) -> None:
         super().__init__()
+        # One batch, many optimizers, each with a rule of its own for when it steps: Lightning's automatic loop has one.
         self.automatic_optimization = False
         self.members = list(members)
         self.parts = nn.ModuleList(members)  # what Lightning moves to the device
@@ -88,22 +94,22 @@ class MultiSAEModule(LightningModule):
 
     @property
     def total(self) -> int:
-        """Steps of the whole run."""
+        """Return the steps of the whole run."""
         return self.stream.stop
 
     @cached_property
     def held_out_rows(self) -> Iterable[Tensor] | None:
-        """Batches of held-out rows, as often as they are iterated; None where the run has none."""
+        """Return batches of held-out rows, as often as they are iterated; None where the run has none."""
         return self.make_rows and self.make_rows()
 
     @property
     def running(self) -> list[SAETrainer]:
-        """The members that have not failed."""
+        """Return the members that have not failed."""
         return [member for member in self.members if member.failure is None]
 
     @property
     def in_step(self) -> list[SAETrainer]:
-        """Those of them that have done as many steps as the stream."""
+        """Return those of them that have done as many steps as the stream."""
         return [member for member in self.running if member.step == self.step]
 
     def configure_optimizers(self) -> Any:
@@ -112,6 +118,7 @@ class MultiSAEModule(LightningModule):
         return [member.optimizer for member in self.members]
 
     def training_step(self, batch: Tensor, batch_idx: int) -> None:
+        # Decoded once for all members; the copies that a step makes of it are its own.
         x_BD = self.model_units(batch)
         for member in self.in_step:
             self.guarded(member, partial(member.training_step, x_BD))
@@ -140,8 +147,10 @@ class MultiSAEModule(LightningModule):
             return
         rows = (self.model_units(batch.to(self.device, non_blocking=True)) for batch in self.held_out_rows)
         with ExitStack() as shipping:
+            shipping.enter_context(float32_products())
             for member in members:
                 shipping.enter_context(member.swapped_in())
+            # One pass over the held-out rows for all of them, which reading from a disk would else repeat for each.
             found = held_out([m.sae for m in members], rows, self.device, self.trainer.world_size)
         for member, values in zip(members, found, strict=True):
             member.validated(prefix, values)

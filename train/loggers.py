@@ -13,7 +13,7 @@ from pytorch_lightning.utilities import rank_zero_only
 
 from data.base.files import write_atomic
 
-Row = dict[str, str]
+CsvRow = dict[str, str]
 
 
 class CsvLogger(Logger):
@@ -42,7 +42,7 @@ class CsvLogger(Logger):
         return str(self.path.parent)
 
     def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
-        """The settings stand in the run's config.json."""
+        """Do nothing: the settings stand in the run's config.json."""
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
@@ -62,8 +62,8 @@ class CsvLogger(Logger):
         if self.path.exists():
             self._write([row for row in self._rows() if 0 < step >= int(row["step"])])
 
-    def _rows(self) -> list[Row]:
-        """The rows on the disk, without what a killed run left of its last line."""
+    def _rows(self) -> list[CsvRow]:
+        """Read the rows on the disk, without what a killed run left of its last line."""
         with self.path.open(newline="", encoding="utf-8", errors="replace") as file:
             text = file.read()
         whole = text[: text.rfind("\n") + 1]
@@ -71,7 +71,7 @@ class CsvLogger(Logger):
         self.names = list(reader.fieldnames or self.names)
         return [row for row in reader if None not in row.values() and row.get("step", "").isdecimal()]
 
-    def _lines(self, rows: list[Row], header: bool = False) -> str:
+    def _lines(self, rows: list[CsvRow], header: bool = False) -> str:
         lines = io.StringIO()
         writer = csv.DictWriter(lines, self.names)
         if header:
@@ -79,7 +79,7 @@ class CsvLogger(Logger):
         writer.writerows(rows)
         return lines.getvalue()
 
-    def _write(self, rows: list[Row]) -> None:
+    def _write(self, rows: list[CsvRow]) -> None:
         """Write the file anew, beside its place and renamed: a kill leaves the old rows or the new ones."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(self.path, self._lines(rows, header=True).encode())

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from data.loading.order import mixing_span
 from data.store.manifest import TRAIN
 from train.plan import TrainRun
@@ -13,21 +15,23 @@ from train.resume import LAST, read_checkpoint
 from train.sae import SAE
 from train.targets import l0_miss
 
+LARGE_MEAN = 0.8  # of E||x||^2; at 0.94 ReLU and JumpReLU were seen to collapse, at 0.34 and below not
+
 
 def clock(seconds: float) -> str:
-    """Seconds as m:ss or h:mm:ss."""
+    """Format seconds as m:ss or h:mm:ss."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 def label(sae: SAE) -> str:
-    """The variant and what it aims at, in a few letters."""
+    """Name the variant and what it aims at, in a few letters."""
     return f"{sae.name} {sae.config.aim}"
 
 
 def opening(runs: Sequence[TrainRun]) -> str:
-    """What begins, on what; of several SAEs each in a line of its own."""
+    """Say what begins, on what; of several SAEs each in a line of its own."""
     settings, plan = runs[0].settings, runs[0].plan
     rows = int(plan.readers[TRAIN].sizes[: plan.stored_chunks].sum())
     span = mixing_span(plan.store.layout.unit_rows, settings.loader.pool_chunks, rows)
@@ -50,11 +54,19 @@ def opening(runs: Sequence[TrainRun]) -> str:
             f"rows above {plan.outliers.times:g} times the median norm are left out ({left_out}): "
             "outliers=null keeps them"
         )
-    if plan.world > 1:
-        # Exact selection over ranks is another algorithm; until it is there, nobody should take one for the other.
+    moments = plan.moments()
+    share = 1 - moments["variance"] / moments["mean_sq_norm"]
+    uncentred = [run.name for run in runs if not run.sae.apply_b_dec_to_input]
+    if share > LARGE_MEAN and uncentred:
         lines.append(
-            f"on {plan.world} ranks each selects within its own batch of {plan.batch}: BatchTopK's and Matryoshka's "
-            "largest, AuxK's residual norm and L0 targets are not those of one batch over all ranks"
+            f"the mean holds {share:.0%} of the activations' squared norm, and {', '.join(uncentred)} may lose most "
+            "latents to it, as the encoder reads it: give sae.apply_b_dec_to_input=true"
+        )
+    if plan.world > 1:
+        # Nobody should take these for what one process with the whole batch computes.
+        lines.append(
+            f"on {plan.world} ranks AuxK's residual norm, L0 targets and the threshold's calibration are of each "
+            f"rank's own batch of {plan.batch}, not of one batch over all ranks"
         )
     return "\n".join(lines)
 
@@ -76,7 +88,7 @@ def how_to_go_on(runs: Sequence[TrainRun], why: str) -> str:
 
 
 def closing(sae: SAE, training: dict[str, Any], folder: Path) -> str:
-    """The line that sums up a finished run."""
+    """Write the line that sums up a finished run."""
     held_out = training["heldout"]
     figures = ""
     if held_out:
@@ -84,6 +96,8 @@ def closing(sae: SAE, training: dict[str, Any], folder: Path) -> str:
     if "calibration" in training:
         calibration = training["calibration"]
         figures += f"  threshold {calibration['threshold']:.4g} (L0 {calibration['l0']:.1f} on the calibration rows)"
+    if "l0_calibration" in training:
+        figures += f"  ({training['l0_calibration']['before']:.1f} before calibration)"
     return (
         f"{label(sae)}  width {sae.width}  {training['tokens']:,} tokens{figures}"
         f"  dead {training['dead']}  {clock(training['seconds'])}"
@@ -92,7 +106,7 @@ def closing(sae: SAE, training: dict[str, Any], folder: Path) -> str:
 
 
 def diverged(run: TrainRun, training: dict[str, Any]) -> str | None:
-    """A sentence for a run that ends worse than the mean of the activations would do, else None."""
+    """Write a sentence for a run that ends worse than the mean of the activations would do, else None."""
     figures = training["heldout"] or training["last_step"]
     nmse = figures.get("nmse")
     if nmse is None or nmse <= 1:
@@ -108,12 +122,24 @@ def missed_l0(sae: SAE, training: dict[str, Any]) -> str | None:
     target = sae.config.wanted_l0
     if target is None:
         return None
-    last, calibration = training["last_step"], training.get("calibration")
+    last, moved = training["last_step"], training.get("l0_calibration")
+    calibration = training.get("calibration", moved)
     return l0_miss(
         sae.name,
         target,
         (training["heldout"] or calibration or last)["l0"],
         trained=(calibration or last)["l0"],
         calibrated=calibration is not None,
+        before=None if moved is None else moved["before"],
         coefficient=last.get("coefficient"),
+    )
+
+
+def slow_bf16(matmul: str, device: torch.device, units: bool) -> str | None:
+    """Say that matmul=bf16 saves no time on a CPU without `units` for it, where that is so."""
+    if matmul != "bf16" or device.type != "cpu" or units:
+        return None
+    return (
+        "matmul=bf16 rounds as asked but saves no time: this CPU has neither AMX nor AVX512-BF16, so matmul=float32 is "
+        "as fast and more precise"
     )

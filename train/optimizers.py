@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from torch.optim import Optimizer
 
 from train.config import OptimizerSettings
 
-OptimizerFactory = Callable[[Iterable[Tensor]], Optimizer]
+OptimizerFactory = Callable[[Iterable[Tensor] | Iterable[dict[str, Any]]], Optimizer]
 
 OPTIMIZERS: dict[str, type[Optimizer]] = {
     "adam": torch.optim.Adam,
@@ -21,5 +22,5 @@ OPTIMIZERS: dict[str, type[Optimizer]] = {
 
 
 def optimizer_from(settings: OptimizerSettings) -> OptimizerFactory:
-    """What makes the optimizer of given parameters."""
+    """Choose what makes the optimizer of given parameters."""
     return partial(OPTIMIZERS[settings.name], **settings.arguments())

@@ -58,11 +58,11 @@ class DataPlan:
 
     @property
     def tokens(self) -> int:
-        """Tokens the optimizer sees, repeated passes counted."""
+        """Return the tokens the optimizer sees, repeated passes counted."""
         return self.steps * self.batch * self.world
 
     def moments(self) -> dict[str, float]:
-        """E ||x||^2 and the variance of the training rows, less the outliers that are left out."""
+        """Return E ||x||^2 and the variance of the training rows, less the outliers that are left out."""
         stats, reader = self.store.stats(TRAIN, self.site), self.readers[TRAIN]
         if isinstance(reader, NormFilteredReader):
             return moments(stats, reader.left_out)
@@ -80,15 +80,18 @@ def refuse_ranks_in_sweep(settings: TrainSettings) -> None:
 
 
 def harvest_line(settings: TrainSettings, overrides: Sequence[str], tokens: int) -> str:
-    """The command that makes what this training asks for: its model, text and packing, its site and enough tokens."""
+    """Write the command that makes what this training asks for:
+    its model, text and packing, its site and enough tokens."""
     groups = ("experiment", "model", "text", "packing", "cache", "lm_batch")
+    # The overrides a harvest has as well, as the user wrote them; the rest of the line is worked out here.
     own = [item for item in overrides if item.lstrip("+~").split("=")[0].split(".")[0].split("@")[0] in groups]
     parts = [*own, f"sites=[{settings.site}]", f"tokens={tokens}", f"heldout_tokens={settings.heldout_tokens}"]
     return f'make harvest ARGS="{" ".join(parts)}"'
 
 
 def find_store(settings: TrainSettings, overrides: Sequence[str]) -> stores.Store:
-    """The store named by `store`, else the one in `cache` whose model, text and packing are the configured ones."""
+    """Find the store named by `store`, else the one in `cache` whose model,
+    text and packing are the configured ones."""
     if settings.store:
         return open_store(settings.store, parse_location(settings.cache))
     matches = find(parse_location(settings.cache), store_settings(settings.model_dump()))
@@ -99,7 +102,8 @@ def find_store(settings: TrainSettings, overrides: Sequence[str]) -> stores.Stor
 
 
 def origin(store: stores.Store, site: str) -> Group:
-    """What an SAE's config.json keeps of the activations it is of; `model_name` has no folder of this machine in it."""
+    """Return what an SAE's config.json keeps of the activations it is of;
+    `model_name` has no folder of this machine in it."""
     manifest = store.manifest
     names = {"site": site, "fingerprint": manifest.fingerprint, "store": manifest.folder}
     made_with = {"model": manifest.settings["model"], "packing": manifest.settings["packing"]}
@@ -107,13 +111,14 @@ def origin(store: stores.Store, site: str) -> Group:
 
 
 def needed_rows(settings: TrainSettings, margin: float = 1.0) -> int:
-    """Rows of train/ that one pass of the budget and the calibration need; `margin` leaves room for whole chunks."""
+    """Count the rows of train/ that one pass of the budget and the calibration need;
+    `margin` leaves room for whole chunks."""
     rows: float = settings.tokens / settings.epochs + settings.calibration_tokens
     return math.ceil(rows * margin)
 
 
 def _fixed_by(store: stores.Store) -> list[str]:
-    """Overrides that a harvest needs to add to this store, beside its settings."""
+    """Name the overrides that a harvest needs to add to this store, beside its settings."""
     lm_batch = store.manifest.identity.get("lm_batch")
     return [] if lm_batch is None else [f"lm_batch={lm_batch}"]
 
@@ -137,8 +142,9 @@ def _first_chunks(reader: Reader, rows: int) -> NDArray[np.int64]:
 def _filtered_readers(
     readers: dict[str, Reader], settings: TrainSettings, times: float, chunks: int, decode: DecodeRows
 ) -> tuple[dict[str, Reader], Outliers]:
-    """The readers without the rows above `times` the median norm; reads every row once."""
+    """Wrap the readers, without the rows above `times` the median norm; reads every row once."""
     median = median_norm(readers[TRAIN], chunks, decode)
+    # Of train/ alone, for held-out rows too: one limit, or the two splits would be cut differently.
     limit = times * median
     filtered: dict[str, Reader] = {}
     left_out: dict[str, int] = {}
@@ -151,9 +157,8 @@ def _filtered_readers(
 
 
 def _outlier_times(settings: TrainSettings, store: stores.Store, site: str) -> float | None:
-    """The limit of `outliers`: with auto 10 where the commit records show massive rows, so that these few rows are not
-    what the variance, the normalisation and the latents are spent on; None where every row is read.
-    """
+    """Settle the limit of `outliers`: with auto 10 where the commit records show massive rows, so that these few rows
+    are not what the variance, the normalisation and the latents are spent on; None where every row is read."""
     if settings.outliers != AUTO:
         return settings.outliers
     return TIMES_MEDIAN if has_massive_rows(store.stats(TRAIN, site)) else None
@@ -171,6 +176,8 @@ def make_plan(
     site = str(Site.parse(settings.site))
     store = find_store(settings, overrides)
     readers = _readers(settings, overrides, store, site)
+    # A store may have grown since the run began. With more chunks the order of all rows would be another, so a run that
+    # goes on keeps to those it began with.
     stored_chunks = len(readers[TRAIN].sizes[:stored_chunks])
     outliers = None
     times = _outlier_times(settings, store, site)
@@ -210,7 +217,8 @@ def make_plan(
 
 
 def _readers(settings: TrainSettings, overrides: Sequence[str], store: stores.Store, site: str) -> dict[str, Reader]:
-    """A reader of train/ and, if there is validation, of heldout/; UserError where the store lacks site or rows."""
+    """Open a reader of train/ and, if there is validation, of heldout/;
+    UserError where the store lacks site or rows."""
     sites = store.sites(TRAIN)
     if site not in sites:
         why = f"site {site} is not among the sites ({', '.join(sites) or 'none'})"
@@ -228,10 +236,11 @@ def _readers(settings: TrainSettings, overrides: Sequence[str], store: stores.St
 def _split(
     settings: TrainSettings, overrides: Sequence[str], store: stores.Store, sizes: NDArray[np.int64], steps: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Chunks for the optimizer and for calibration; UserError where they are too few for so many steps."""
+    """Choose the chunks for the optimizer and for calibration; UserError where they are too few for so many steps."""
     rows = int(sizes.sum())
     if rows > settings.calibration_tokens:
         chunks, reserved = split_calibration(sizes, settings.calibration_tokens, settings.seed)
+        # By batches and not by rows: each pass leaves out the last rows that fill none.
         one_pass = batches_per_epoch(int(sizes[chunks].sum()), batch=settings.batch, world=settings.world)
         if one_pass * settings.epochs >= steps:
             return chunks, reserved
@@ -257,7 +266,7 @@ class TrainRun:
     sweep: Path | None = None
 
     def stream(self) -> dict[str, Any]:
-        """What runs of one pass have in common: what is read, in which order, on what, at what pace."""
+        """Return what runs of one pass have in common: what is read, in which order, on what, at what pace."""
         store = self.plan.store.path
         read = {
             "store": str(store.resolve() if isinstance(store, Path) else store),
@@ -269,7 +278,7 @@ class TrainRun:
 
 
 def group_by_stream(runs: Sequence[TrainRun]) -> list[list[TrainRun]]:
-    """The runs by the pass over the cache that trains them: of one stream, and less than two checkpoints apart.
+    """Group the runs by the pass over the cache that trains them: of one stream, and less than two checkpoints apart.
 
     Checkpoints of one pass stand at one step, or one apart where a kill came between their files.
     """
@@ -277,6 +286,7 @@ def group_by_stream(runs: Sequence[TrainRun]) -> list[list[TrainRun]]:
     latest: dict[str, list[TrainRun]] = {}
     for run in sorted(runs, key=lambda run: run.step):
         stream = canonical(run.stream())
+        # Those far apart would make the ones behind read again what the others have, while these wait and hold memory.
         if stream not in latest or run.step - latest[stream][-1].step > run.settings.checkpoint_every:
             latest[stream] = []
             groups.append(latest[stream])

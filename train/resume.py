@@ -47,18 +47,19 @@ class RunRecord(Settings):
 
 
 def numbers(settings: TrainSettings, plan: DataPlan) -> Group:
-    """What determines the numbers of a run, the store's identity with it."""
+    """Return what determines the numbers of a run, the store's identity with it."""
+    # Settings that set no number (the folder, the pace, the logger) may differ between a run and its continuation.
     own = of_scope(settings, "sae", "stream")
     return {**own, "store": plan.store.manifest.fingerprint, "world": plan.world}
 
 
 def fingerprint(settings: TrainSettings, plan: DataPlan) -> str:
-    """A short hash of the numbers of a run, which its checkpoint carries."""
+    """Compute a short hash of the numbers of a run, which its checkpoint carries."""
     return hashlib.sha256(canonical(_comparable(numbers(settings, plan))).encode()).hexdigest()[:16]
 
 
 def _comparable(value: Any) -> Any:
-    """Nested mappings less what is null (the default of a setting that is newer than the run), 1.0 as 1."""
+    """Strip nested mappings of what is null (the default of a setting that is newer than the run), 1.0 as 1."""
     if isinstance(value, Mapping):
         return {name: _comparable(part) for name, part in value.items() if part is not None}
     if isinstance(value, list):
@@ -93,9 +94,10 @@ def read_run(folder: Path) -> RunRecord:
 
 
 def stored_chunks(folder: Path) -> int | None:
-    """How much of the store the run in `folder` began with; None where it left nothing to go on from."""
+    """Read how much of the store the run in `folder` began with; None where it left nothing to go on from."""
     from train.sae.io import CONFIG
 
+    # A run.json alone is of a run that died before its first checkpoint: a new one may begin in its place.
     left_something = (folder / LAST).is_file() or (folder / CONFIG).is_file()
     return read_run(folder).stored_chunks if left_something else None
 
@@ -104,18 +106,21 @@ def stored_chunks(folder: Path) -> int | None:
 
 
 def resumed(given: Mapping[str, Any], overrides: Sequence[str]) -> Group:
-    """The settings of the run that `resume` names; only what changes no number may be given anew, and the places."""
+    """Read the settings of the run that `resume` names;
+    only what changes no number may be given anew, and the places."""
     folder = Path(str(given["resume"]))
     if not (folder / RUN).is_file():
         raise UserError(f"resume={folder} is not the folder of a training run (it has no {RUN}): give one that has")
     if not (folder / LAST).is_file():
         raise UserError(f"{folder / LAST} is missing, so there is nothing to go on from: train anew")
+    # From the run, not from the command: a setting whose default has changed since must not change the run.
     saved: Group = dict(read_run(folder).settings)
     for override in overrides:
         name = override.lstrip("+~").split("=")[0]
         if name == "resume":
             continue
         scope = scope_of_override(override)
+        # A store may have been moved; that it is the same one is checked by its fingerprint.
         free = name in ("cache", "store") or (scope is not None and not scope.sets_numbers and name != "out")
         if not free:
             raise UserError(f"resume takes its settings from the run and would ignore {override}: leave it out")
@@ -132,7 +137,7 @@ def resumed(given: Mapping[str, Any], overrides: Sequence[str]) -> Group:
 
 
 def step_to_resume(folder: Path, settings: TrainSettings, plan: DataPlan) -> int | None:
-    """The step from which the run in `folder` goes on, 0 for a new one, None where it is done.
+    """Find the step from which the run in `folder` goes on, 0 for a new one, None where it is done.
 
     UserError names the fields in which another run stands there.
     """
@@ -159,7 +164,7 @@ def step_to_resume(folder: Path, settings: TrainSettings, plan: DataPlan) -> int
 
 
 def checkpoint_seal(state: Mapping[str, Any]) -> str:
-    """A hash over what must agree in a checkpoint: its run, its step and the place in the data."""
+    """Compute a hash over what must agree in a checkpoint: its run, its step and the place in the data."""
     return hashlib.sha256(canonical([state["run"], state["step"], state["loader"]]).encode()).hexdigest()[:16]
 
 
@@ -174,6 +179,7 @@ def read_checkpoint(folder: Path, settings: TrainSettings, plan: DataPlan, mappe
     remedy = "remove the folder and train anew"
     try:
         with zipfile.ZipFile(path) as parts:
+            # torch.save writes a zip whose parts have a CRC each; torch.load itself does not look at them.
             whole = parts.testzip() is None
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped) if whole else None
     except (zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError, EOFError, KeyError, NotImplementedError):
@@ -183,6 +189,7 @@ def read_checkpoint(folder: Path, settings: TrainSettings, plan: DataPlan, mappe
     needed = _PARTS | ({"average"} if settings.ema is not None else frozenset())
     if missing := sorted(needed - state.keys()):
         raise UserError(f"{path} lacks its part {missing[0]} (an earlier version wrote it, or it was edited): {remedy}")
+    # A checkpoint copied from another folder loads without complaint if the shapes agree. Its run's hash tells.
     if state["run"] != fingerprint(settings, plan):
         raise UserError(f"{path} is of another run than {folder / RUN}: put its own back, or {remedy}")
     step = state["step"]
@@ -195,7 +202,8 @@ def read_checkpoint(folder: Path, settings: TrainSettings, plan: DataPlan, mappe
 
 
 def first_rank() -> bool:
-    """Whether this process is the one of its ranks that writes; by what torchrun, Slurm or Lightning set."""
+    """Return whether this process is the one of its ranks that writes; by what torchrun, Slurm or Lightning set."""
+    # Global ranks first: LOCAL_RANK is 0 once on every host.
     for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK"):
         if name in os.environ:
             return os.environ[name] == "0"

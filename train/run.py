@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
+from pydantic import Field
 
 from data.base import cli
+from data.base.config import Real, Settings, Whole
 from data.base.errors import UserError
 from data.base.records import canonical
-from data.base.settings import number, whole
 from train.config import VARIANT_ALIASES, Group, TrainSettings, by_name, check_installed, of_scope
 from train.plan import DataPlan, TrainRun, group_by_stream, make_plan
 from train.rates import with_rate
@@ -25,8 +26,17 @@ from train.resume import first_rank, only_writer, resumed, step_to_resume, store
 if TYPE_CHECKING:
     from train.sae import SAE
 
-MOST_LATENTS = 10**9
+MOST_LATENTS = 10**9  # more is a slip of the keyboard, and would end in a failed allocation and not in a sentence
 _OFF_UNIT = 0.01  # rows of W_dec: dictionary_learning leaves its own off by about its learning rate
+
+
+class SizeSettings(Settings):
+    """How wide an SAE is: one of two ways to say it, so neither is a setting of the variant."""
+
+    width: Whole | None = Field(None, ge=1, le=MOST_LATENTS)
+    """Latents; goes before `expansion`."""
+    expansion: Real | None = Field(None, gt=0, le=MOST_LATENTS)
+    """Latents / width of the site."""
 
 
 @dataclass(frozen=True)
@@ -39,12 +49,12 @@ class TrainRequest:
 
     @property
     def folder(self) -> Path:
-        """Where it trains, before anything is checked."""
+        """Return where it trains, before anything is checked."""
         return Path(str(self.settings.get("resume") or self.settings.get("out")))
 
 
 def main(config: DictConfig) -> None:
-    """The Hydra job."""
+    """Train the Hydra job."""
     train_all([request_of(config)])
 
 
@@ -93,7 +103,8 @@ def train_all(jobs: Sequence[TrainRequest]) -> None:
 
 
 def _prepared(jobs: Sequence[TrainRequest], failed: dict[str, str]) -> dict[Path, TrainRun]:
-    """The runs of the jobs that pass every check, by folder; why the others do not goes into `failed`, by name."""
+    """Prepare the runs of the jobs that pass every check, by folder;
+    why the others do not goes into `failed`, by name."""
     runs: dict[Path, TrainRun] = {}
     plans: dict[str, DataPlan] = {}
     for job, name in zip(jobs, _names(jobs), strict=True):
@@ -112,7 +123,7 @@ def _prepared(jobs: Sequence[TrainRequest], failed: dict[str, str]) -> dict[Path
 
 
 def _names(jobs: Sequence[TrainRequest]) -> list[str]:
-    """What tells the jobs apart: the overrides that not all of them have, else their folders."""
+    """Name what tells the jobs apart: the overrides that not all of them have, else their folders."""
     shared = set.intersection(*(set(job.overrides) for job in jobs))
     own = [" ".join(item for item in job.overrides if item not in shared) for job in jobs]
     if len(set(own)) == len(jobs) > 1:
@@ -122,14 +133,14 @@ def _names(jobs: Sequence[TrainRequest]) -> list[str]:
 
 
 def _apart(groups: Sequence[Sequence[TrainRun]]) -> str:
-    """The settings in which the groups' streams differ."""
+    """Name the settings in which the groups' streams differ."""
     streams = [group[0].stream() for group in groups]
     names = [name for name in streams[0] if any(stream[name] != streams[0][name] for stream in streams)]
     return ", ".join(names) or "the step they stand at"
 
 
 def _summary(failed: Mapping[str, str], count: int) -> str:
-    """One sentence for all that failed of `count`."""
+    """Write one sentence for all that failed of `count`."""
     reasons = list(failed.values())
     if len(set(reasons)) == 1 and len(failed) == count:
         return reasons[0] if count == 1 else f"all {count} SAEs failed: {reasons[0]}"
@@ -138,7 +149,8 @@ def _summary(failed: Mapping[str, str], count: int) -> str:
 
 
 def prepare(job: TrainRequest, plans: dict[str, DataPlan] | None = None) -> TrainRun | None:
-    """Every check of a job that can be made before it trains; None where its folder holds the SAE already.
+    """Make every check of a job that can be made before it trains;
+    return its run, or None where its folder holds the SAE already.
 
     `plans` keeps the plans made, which jobs share that differ in nothing but the SAE and its optimizer.
     """
@@ -199,7 +211,8 @@ def start(sae: SAE, folder: Path) -> None:
 
 
 def build(settings: Mapping[str, Any], d_in: int, overrides: Sequence[str] = ()) -> SAE:
-    """The variant that the group `sae` describes, for activations of width `d_in`; `width` goes before `expansion`."""
+    """Build the variant that the group `sae` describes, for activations of width `d_in`;
+    `width` goes before `expansion`."""
     from train.sae import VARIANTS
 
     arguments = by_name(settings, "sae", "variant", VARIANT_ALIASES)
@@ -219,9 +232,13 @@ def build(settings: Mapping[str, Any], d_in: int, overrides: Sequence[str] = ())
         raise UserError(
             "sae.width and sae.expansion are both null: give one of them, the latents or latents/site width"
         )
-    name, value = ("sae.width", width) if width is not None else ("sae.expansion", expansion)
-    number({name: value}, name, 0, MOST_LATENTS)
-    if width is None and (width := expansion * d_in) != int(width):
-        raise UserError(f"sae.expansion={expansion} times the width {d_in} is not a whole number of latents")
-    config = variant.Config.of({"width": whole({"sae.width": width}, "sae.width", 1), **arguments}, "sae")
+    size = SizeSettings.of({"width": width, "expansion": expansion}, "sae")
+    # The width goes before the expansion, which conf/sae gives a default: a width on the command line is enough.
+    latents: float | None = size.width
+    if latents is None:
+        assert size.expansion is not None, "one of the two is given"
+        latents = size.expansion * d_in
+        if latents != int(latents):
+            raise UserError(f"sae.expansion={expansion} times the width {d_in} is not a whole number of latents")
+    config = variant.Config.of({"width": latents, **arguments}, "sae")
     return variant(d_in, **config.model_dump())

@@ -29,7 +29,7 @@ State = dict[str, Any]
 
 
 def random_state(device: torch.device) -> dict[str, Tensor]:
-    """The state of torch's generators that a step on `device` may draw from."""
+    """Return the state of torch's generators that a step on `device` may draw from."""
     cuda = {"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {}
     return {"cpu": torch.get_rng_state(), **cuda}
 
@@ -83,10 +83,10 @@ class SAETrainer(nn.Module):
         self.average = None if ema is None else WeightEMA(sae, ema)
         self.register_buffer("bad_step", torch.tensor(-1))
         try:
-            self.optimizer = optimizer(sae.parameters())
+            self.optimizer = optimizer(sae.parameter_groups())
         except (TypeError, ValueError) as error:
             raise UserError(f"the optimizer refuses its settings ({error}): fix them under optimizer.*") from None
-        self.rates = [rate * float(group["lr"]) for group in self.optimizer.param_groups]
+        self.rates = [rate * float(group["lr"]) * group.get("rate_share", 1.0) for group in self.optimizer.param_groups]
         self.step = 0
         self.failure: str | None = None
         self.loggers: Sequence[Logger] = ()
@@ -100,20 +100,26 @@ class SAETrainer(nn.Module):
     # The step
 
     def training_step(self, x_BD: Tensor) -> None:
-        """One step on a batch in model units; raises UserError where a loss was not finite, at a step that is logged.
+        """Take one step on a batch in model units; raise UserError where a loss was not finite,
+        at a step that is logged.
 
         On a GPU nothing waits for the device but the steps that are logged.
         """
+        # Each SAE draws from a state of its own, put in before its step and taken out after it: beside others it gets
+        # the numbers it would get alone.
         set_random_state(self.rng, x_BD.device)
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * self.schedule.lr(self.step)
-        context = TrainContext(sparsity_scale=self.schedule.sparsity(self.step))
+        context = TrainContext(sparsity_scale=self.schedule.sparsity(self.step), ranks=self.world)
         if self.sae.uses_auxk:
             tokens = len(x_BD) * self.world
+            # The list may be made anew after half the window at the latest, so that it never holds many that live.
             may_die_d = self.dead.may_die(self.dead_after, tokens, self.dead_after // (2 * tokens))
             context = replace(context, dead_F=self.dead.mask(self.dead_after), may_die_d=may_die_d)
         step = self.sae.loss(self.sae.norm.normalise(x_BD), context)
         step.loss.backward()  # type: ignore[no-untyped-call]
+        # After backward and before the projection and the clip, which then work on the gradient of the whole batch, as
+        # on one device.
         self._average_gradients()
         update(self.sae, self.optimizer, self.clip)
         self.optimizer.zero_grad()  # the next SAE's step has the memory
@@ -122,6 +128,8 @@ class SAETrainer(nn.Module):
         self.step += 1
         if self.average is not None:
             self.average.update(self.sae, self.step)
+        # Only here is the device waited for. A loss that is not finite is noted on the device in each step, and seen
+        # here.
         if self.step % self.log_every == 0 or self.step == self.schedule.total:
             self.check_finite()
             self.figures_logged = self._figures(step)
@@ -132,12 +140,16 @@ class SAETrainer(nn.Module):
     def _count(self, step: StepOutput) -> None:
         fired_F, tokens = step.fired_F, step.tokens
         if self.world > 1:
+            # A latent is alive if it fired on any rank's part of the batch.
             fired = fired_F.int()
             dist.all_reduce(fired, dist.ReduceOp.MAX)
             fired_F = fired.bool()
+            # A threshold follows the first rank's batches: ranks must not drift apart, and any one of them is a fair
+            # sample.
             for buffer in self.sae.buffers():
                 dist.broadcast(buffer, 0)
         self.dead.update(fired_F, tokens * self.world)
+        # Without a branch: the first bad step stays, and the host does not wait for it.
         bad = (self.bad_step < 0) & ~torch.isfinite(step.loss.detach())
         self.bad_step = torch.where(bad, self.step, self.bad_step)
 
@@ -149,7 +161,7 @@ class SAETrainer(nn.Module):
                 parameter.grad.div_(self.world)
 
     def _figures(self, step: StepOutput) -> dict[str, float]:
-        """What is logged of the step just done; reads values from the device."""
+        """Collect what is logged of the step just done; reads values from the device."""
         values = {"loss": float(step.loss.detach())}
         values |= {name: float(value) for name, value in step.figures.items()}
         values["dead"] = self.dead_count()
@@ -157,11 +169,11 @@ class SAETrainer(nn.Module):
         return values
 
     def dead_count(self) -> int:
-        """Latents dead now."""
+        """Return how many latents are dead now."""
         return int(self.dead.mask(self.dead_after).sum())
 
     def check_finite(self) -> None:
-        """Raises UserError naming the first step whose loss was not finite, on every rank alike."""
+        """Raise UserError naming the first step whose loss was not finite, on every rank alike."""
         if self.world > 1:
             dist.all_reduce(self.bad_step, dist.ReduceOp.MAX)
         if (step := int(self.bad_step)) >= 0:
@@ -179,7 +191,10 @@ class SAETrainer(nn.Module):
             logger.log_metrics({f"{prefix}/{name}": value for name, value in values.items()}, self.step)
 
     def swapped_in(self) -> AbstractContextManager[None]:
-        """While it lasts the SAE has the weights that are saved, where their threshold is known before the end."""
+        """Give the SAE for the `with` block the weights that are saved,
+        where their threshold is known before the end."""
+        # A threshold belongs to the weights it was measured with. Under BatchTopK's followed one the mean would be
+        # scored by a threshold of other weights.
         if self.average is None or self.sae.needs_calibration:
             return nullcontext()
         return self.average.swapped_in(self.sae)
@@ -198,6 +213,7 @@ class SAETrainer(nn.Module):
     def fail(self, why: str) -> None:
         """Stop it for good; its moments and loggers go."""
         self.failure = why
+        # Adam's moments are two thirds of what an SAE holds between steps; the others of the pass may need it.
         self.optimizer.state.clear()
         self.finalize("failed")
 
@@ -216,7 +232,7 @@ class SAETrainer(nn.Module):
         self.rng = random_state(torch.device("cpu"))
 
     def state(self) -> State:
-        """All that the next step depends on, beside the batch."""
+        """Return all that the next step depends on, beside the batch."""
         mean = {} if self.average is None else {"average": self.average.state_dict()}
         return mean | {
             "run": self.fingerprint,
@@ -255,8 +271,10 @@ class SAETrainer(nn.Module):
         self._moments = state["optimizer"]
 
     def begin(self, device: torch.device) -> None:
-        """To be called once the parameters are on `device`."""
+        """Make the optimizer; to be called once the parameters are on `device`."""
         if self._moments is not None:
+            # Loaded again, as load_state_dict brings the moments to where the parameters are, and they have been moved
+            # since.
             self.optimizer.load_state_dict(self._moments)
             self._moments = None
         if device.type == "cuda" and "cuda" not in self.rng:

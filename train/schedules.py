@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 
 def ramp(step: int, steps: int) -> float:
-    """Linear rise over the first `steps` steps, from 1/steps at step 0 to 1 at the last; 1 where steps is 0."""
+    """Return a linear rise over the first `steps` steps,
+    from 1/steps at step 0 to 1 at the last; 1 where steps is 0."""
     return min(1.0, (step + 1) / steps) if steps else 1.0
 
 
@@ -21,16 +22,17 @@ class Schedule:
 
     @classmethod
     def of_shares(cls, total: int, lr_warmup: float, lr_decay: float, sparsity_warmup: float) -> Schedule:
-        """The same with warm-ups and decay as shares of the run."""
+        """Make a schedule with warm-ups and decay as shares of the run."""
         steps = [round(total * share) for share in (lr_warmup, lr_decay, sparsity_warmup)]
         return cls(total, *steps)
 
     def lr(self, step: int) -> float:
-        """Factor on the learning rate: warm-up, flat, then linear to zero, reached one step after the last."""
+        """Return the factor on the learning rate: warm-up, flat, then linear to zero,
+        reached one step after the last."""
         left = max(0, self.total - step)
         down = min(1.0, left / self.lr_decay) if self.lr_decay else 1.0
         return min(ramp(step, self.lr_warmup), down)
 
     def sparsity(self, step: int) -> float:
-        """Factor on the sparsity penalty."""
+        """Return the factor on the sparsity penalty."""
         return ramp(step, self.sparsity_warmup)

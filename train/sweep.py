@@ -38,7 +38,8 @@ def job_folder(overrides: Sequence[str], swept: frozenset[str], sweep: str) -> s
 
 
 def _sets_numbers(override: str) -> bool:
-    """Whether a job with another value of this override trains another SAE; what is unknown here counts as such."""
+    """Return whether a job with another value of this override trains another SAE;
+    what is unknown here counts as such."""
     name = override.lstrip("+~").split("=")[0]
     scope = scope_of_override(override)
     moves = name in ("cache", "store") or name.startswith("hydra")  # a store may be moved, its rows are the same
@@ -46,7 +47,7 @@ def _sets_numbers(override: str) -> bool:
 
 
 def _begun_with(folder: Path) -> list[str] | None:
-    """The overrides that decide the numbers of the job that began in a folder; None where none did."""
+    """Return the overrides that decide the numbers of the job that began in a folder; None where none did."""
     path = folder / _OVERRIDES
     try:
         content = OmegaConf.to_container(OmegaConf.load(path))
@@ -58,6 +59,6 @@ def _begun_with(folder: Path) -> list[str] | None:
 
 
 def _readable(overrides: Sequence[str]) -> str:
-    """Overrides as a folder's name: an = in it could not be given to an override of Hydra."""
+    """Write overrides as a folder's name: an = in it could not be given to an override of Hydra."""
     name = "_".join(item.replace("=", "-") for item in overrides)
     return re.sub(r"[^\w.+-]", "-", name) or "default"

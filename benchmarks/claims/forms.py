@@ -23,7 +23,7 @@ Variant = TypeVar("Variant", bound=SAE)
 
 
 def turned(sae: SAE, variant: type[Variant]) -> Variant:
-    """An SAE of `variant` with the weights and the settings of `sae`, of those that it has too."""
+    """Return an SAE of `variant` with the weights and the settings of `sae`, of those that it has too."""
     takes = variant.Config.model_fields
     other = variant(sae.d_in, **{name: value for name, value in sae.config.model_dump().items() if name in takes})
     known = {name: tensor for name, tensor in sae.state_dict().items() if name in other.state_dict()}
@@ -32,7 +32,8 @@ def turned(sae: SAE, variant: type[Variant]) -> Variant:
 
 
 def with_threshold(sae: SAE, batches: Sequence[Tensor]) -> BatchTopK:
-    """The SAE's weights under a BatchTopK's threshold, calibrated for its k on training batches (model units)."""
+    """Return the SAE's weights under a BatchTopK's threshold,
+    calibrated for its k on training batches (model units)."""
     other = turned(sae, BatchTopK)
     other.calibrate(batches)
     return other
@@ -54,7 +55,8 @@ class Rescaled(ReLU):
 
 @torch.no_grad()
 def rescaled(sae: SAE, batches: Sequence[Tensor]) -> Rescaled:
-    """`sae` with the scales and shifts of least squared error on `batches` (model units), its decoder left as it is.
+    """Return `sae` with the scales and shifts of least squared error on `batches` (model units),
+    its decoder left as it is.
 
     The error is quadratic in both: with phi = [g, 1[g > 0]] the normal equations are
     (phi^T phi) * (W W^T) theta = sum_n phi_n * (W (x'_n - b_dec)), * entry by entry.

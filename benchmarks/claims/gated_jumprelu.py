@@ -42,7 +42,7 @@ def _gated(bench: Bench, rows: Callable[[Scored], Tensor]) -> list[Finding]:
         comparisons = at_equal_l0(gated, baseline, metric, names=("Gated", "L1"))
         statement = f"Gated improves on the L1 baseline in {name} at equal L0"
         findings.append(decide("S7", statement, comparisons, [*gated, *baseline]))
-    findings += [_shrinkage(gated, baseline), _compute(gated, baseline, rows)]
+    findings += [shrinkage(gated, baseline), _compute(gated, baseline, rows)]
     for metric, name in METRICS.items():
         comparisons = at_equal_l0(gated, rescaled, metric, names=("Gated", "L1 rescaled"))
         statement = f"a scale and a shift for each latent, fitted after training, do not close the gap in {name}"
@@ -50,7 +50,7 @@ def _gated(bench: Bench, rows: Callable[[Scored], Tensor]) -> list[Finding]:
     return findings
 
 
-def _shrinkage(gated: Sequence[Scored], baseline: Sequence[Scored]) -> Finding:
+def shrinkage(gated: Sequence[Scored], baseline: Sequence[Scored]) -> Finding:
     """Compare gamma of the baseline with 1, and its distance from 1 with Gated's."""
     statement = "the L1 baseline shrinks (gamma below 1), Gated's gamma is nearer to 1"
     below_one: dict[str, list[Estimate]] = {}

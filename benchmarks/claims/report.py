@@ -15,13 +15,14 @@ from benchmarks.claims.topk import named, shown
 from benchmarks.claims.verdict import Comparison
 from data.base.files import write_atomic
 from data.base.records import Json
-from evaluate.report.markdown import dumps, number, table
-from evaluate.report.png import against_l0
+from evaluate.report.columns import FEW_DOCUMENTS
+from evaluate.report.markdown import dumps, format_number, table
+from evaluate.report.png import plot_against_l0
 
 FORMAT = 2
 SWEEPS = ("topk", "batchtopk", "gated", "jumprelu", "relu")
 RULES = (
-    "Every interval is of 95%, by paired bootstrap over contexts; where a claim has several seeds, their spread is"
+    "Every interval is of 95%, by paired bootstrap over documents; where a claim has several seeds, their spread is"
     " added in quadrature, and where it has one, that spread is not in it, which its verdict says. A claim holds where"
     " every comparison's interval lies on its side. It does not hold where one lies on the other side, widened for the"
     " number of comparisons (Bonferroni): a claim exactly at its boundary fails in at most 5%. Else it is undecided."
@@ -82,9 +83,11 @@ def markdown(findings: Sequence[Finding], place: Json, plots: Sequence[str], sae
         f"# The papers' claims on {place['model']}, {place['site']}\n\n"
         f"Width {place['d_model']:,}; {len({sae.folder for sae in saes})} SAEs, in their inference form where no"
         f" other is named ({len(saes)} in all), scored on"
-        f" the same {place['heldout_tokens']:,} held-out tokens ({place['sequences']:,} contexts of"
-        f" {place['context']}).\n\n{RULES}"
+        f" the same {place['heldout_tokens']:,} held-out tokens ({place['contexts']:,} contexts of {place['context']},"
+        f" of {place['documents']:,} documents).\n\n{RULES}"
     )
+    if place["documents"] < FEW_DOCUMENTS:
+        head += f" With {place['documents']} documents, fewer than {FEW_DOCUMENTS}, an interval may be too narrow."
     rows = [
         [f"{one.claim}: {one.statement}", f"**{one.shown_verdict()}**", one.notes[0], *_extent(one)] for one in findings
     ]
@@ -116,8 +119,8 @@ def _comparisons_table(names: Sequence[str], comparisons: Sequence[Comparison]) 
     heading = {"share": "relative difference", "nats": "difference, nats"}.get(kind, kind)
     rows = []
     for one in comparisons:
-        figures = [number(value, 4) for value in one.shown.values()]
-        reading = number(one.reading_error, 4) if one.reading_error else ""
+        figures = [format_number(value, 4) for value in one.shown.values()]
+        reading = format_number(one.reading_error, 4) if one.reading_error else ""
         rows.append([one.label, *figures, shown(one), reading, str(one.seeds)])
     return table(["", *names, heading, "of it reading", "seeds"], rows)
 
@@ -130,7 +133,7 @@ def _saes_table(saes: Sequence[Scored]) -> str:
         training = sae.training
         options = ", ".join(f"{name}={value}" for name, value in sae.options.items())
         words = [sae.variant, f"{sae.width:,}", sae.target(), options, sae.form, str(training["batch"]), str(sae.seed)]
-        values = [number(sae.figure(name).value, digits) for name, digits in figures]
+        values = [format_number(sae.figure(name).value, digits) for name, digits in figures]
         rows.append([*words, *values, f"{training['dead'] / sae.width:.1%}"])
     return table(heads, rows)
 
@@ -144,7 +147,7 @@ def draw(bench: Bench, folder: Path, where: str) -> list[str]:
         rows += [_row(sae) for sae in saes if sae.seed == min(one.seed for one in saes)]
     figures: dict[str, Figure] = {}
     for metric, name in METRICS.items() if rows else ():
-        figures[f"at-width-{metric}"] = against_l0(rows, metric, name, f"{where}, F={bench.width:,}")
+        figures[f"at-width-{metric}"] = plot_against_l0(rows, metric, name, f"{where}, F={bench.width:,}")
     if bench.pick("topk"):
         figures["widths"] = _by_width(bench, where)
     special = [sae for sae in (*bench.special, *bench.pick("batchtopk", width=bench.width))]
@@ -156,7 +159,7 @@ def draw(bench: Bench, folder: Path, where: str) -> list[str]:
 
 
 def _by_width(bench: Bench, where: str) -> Figure:
-    """NMSE and CE increase against width, a line a k, of TopK (dashed) and BatchTopK."""
+    """Return NMSE and CE increase against width, a line a k, of TopK (dashed) and BatchTopK."""
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     for axes, (metric, name) in zip(figure.subplots(1, 2), METRICS.items(), strict=True):
         for number_, k in enumerate(sorted({sae.settings["k"] for sae in bench.pick("topk")})):
@@ -173,11 +176,12 @@ def _by_width(bench: Bench, where: str) -> Figure:
 
 
 def _by_token(saes: Sequence[Scored], where: str) -> Figure:
-    """Histogram of BatchTopK's L0 and its mean by position; where BOS is stored, its part of the histogram."""
+    """Return the histogram of BatchTopK's L0 and its mean by position;
+    where BOS is stored, its part of the histogram."""
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2)
     for number_, sae in enumerate(saes):
-        rest, first = (counts_SL.sum(0) for counts_SL in sae.counts)
+        rest, first = (counts_GL.sum(0) for counts_GL in sae.counts)
         total = (rest + first).sum()
         shares, colour = (rest + first) / total, f"C{number_ % 10}"
         left.plot(np.arange(len(shares)), np.where(shares > 0, shares, np.nan), color=colour, label=named(sae), lw=1.2)

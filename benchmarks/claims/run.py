@@ -42,7 +42,7 @@ class ClaimsSettings(Settings):
     lm_batch: Whole | None = Field(None, ge=1)
     """Contexts the model reads at a time; null: as the harvest did."""
     bootstrap: Whole = Field(ge=2)
-    """Samples of contexts behind each interval."""
+    """Samples of documents behind each interval."""
     seed: Whole = Field(ge=0)
     """Of the bootstrap."""
     device: Text = "auto"
@@ -129,7 +129,7 @@ def candidates(saes: Sequence[SavedSAE], expansion: float, batch: int) -> list[C
 def _place(site: ScoredSite, firing: Json) -> Json:
     """Give what the report says of the site and the tokens."""
     manifest = site.store.manifest
-    sizes = {name: firing[name] for name in ("heldout_tokens", "sequences", "context", "d_model")}
+    sizes = {name: firing[name] for name in ("heldout_tokens", "contexts", "documents", "context", "d_model")}
     return {"model": manifest.name, "site": site.site, "fingerprint": manifest.fingerprint, **sizes}
 
 

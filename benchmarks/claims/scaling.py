@@ -10,7 +10,7 @@ from benchmarks.claims import law
 from benchmarks.claims.bench import METRICS, NMSE, Bench, Finding, at_equal_l0, compared, decide, same
 from benchmarks.claims.scores import Scored
 from benchmarks.claims.verdict import FAILS, HOLDS, UNDECIDED, UNTESTED, Estimate, comparisons_of
-from evaluate.report.markdown import number
+from evaluate.report.markdown import format_number
 
 FITS, MISSES = 0.02, 0.05  # root mean square error of a point left out: the law holds up to the first
 LEAST = 8  # points that the law's six coefficients are fitted to
@@ -113,7 +113,13 @@ def _dead(bench: Bench) -> list[Finding]:
     ks = {sae.settings["k"] for sae in off}
     design = {name: [sae for sae in saes if sae.settings["k"] in ks] for name, saes in design.items()}
     rows = [
-        [name, f"{sae.settings['k']}", f"{sae.seed}", f"{_share(sae).value:.1%}", number(sae.figure(NMSE).value, 4)]
+        [
+            name,
+            f"{sae.settings['k']}",
+            f"{sae.seed}",
+            f"{_share(sae).value:.1%}",
+            format_number(sae.figure(NMSE).value, 4),
+        ]
         for name, saes in design.items()
         for sae in saes
     ]

@@ -1,6 +1,6 @@
 """The figures behind the claims: each SAE of a site, in each form a claim asks for, over the same held-out contexts.
 
-Letters: S sequences of the set, T tokens of a context, N kept tokens, F latents.
+Letters: S contexts of T tokens, G documents with a token that is scored, N kept tokens, F latents.
 """
 
 from __future__ import annotations
@@ -28,10 +28,11 @@ from data.loading.order import split_calibration
 from data.loading.reader import open_reader
 from data.store.manifest import TRAIN
 from data.store.store import Store
+from evaluate.documents import Documents
 from evaluate.forms import BatchForm, InferenceForm
 from evaluate.inputs import HeldoutText, SavedSAE, open_text
 from evaluate.massive import MassiveRule, rule_of, strictest, without_massive
-from evaluate.metrics import Columns, resampled, statistics, totals
+from evaluate.metrics import Columns, resampled, statistics, totals, without_empty
 from evaluate.score import SiteScore, TokenPlaces
 from evaluate.splice import Splice
 from train.sae.base import SAE
@@ -40,7 +41,7 @@ from train.sae.io import VARIANTS, WEIGHTS, load
 from train.sae.variants.batchtopk import BatchTopK
 from train.sae.variants.topk import TopK
 
-FORMAT = 1  # of a score's file
+FORMAT = 2  # of a score's file; 1 had its sums by context, where documents are what the bootstrap draws
 INFERENCE, BATCH, THRESHOLD, PER_TOKEN, RESCALED = "inference", "batch", "threshold", "per token", "rescaled"
 
 _OF_GRID = ("d_in", "width", "k", "target_l0", "sparsity")
@@ -67,7 +68,9 @@ class Candidate:
 class Scored:
     """An SAE's figures: pooled, resampled, and how its latents fire.
 
-    counts: [2, S, L0 + 1], each sequence's tokens by their L0, those after its first position and those at it.
+    columns: sums over each document, which the bootstrap draws: tokens of one document are alike.
+    counts: [2, G, L0 + 1], each document's tokens by their L0, those after the first position of a context and those
+    at it.
     special: whether the rows of special tokens are among them.
     """
 
@@ -93,7 +96,7 @@ class Scored:
         self._all, self._drawn = statistics(totals(columns)), statistics(resampled(columns, samples=samples, seed=seed))
 
     def figure(self, name: str) -> Estimate:
-        """One of `evaluate.metrics.statistics`."""
+        """Return one of `evaluate.metrics.statistics`."""
         return Estimate(float(self._all[name][0]), self._drawn[name])
 
     def target(self) -> str:
@@ -103,12 +106,12 @@ class Scored:
 
     @cached_property
     def options(self) -> Json:
-        """The settings that are not the variant's defaults, beside width and sparsity."""
+        """Return the settings that are not the variant's defaults, beside width and sparsity."""
         return options({"variant": self.variant, "settings": self.settings})
 
 
 def options(config: Json) -> Json:
-    """The settings of an SAE's record that are not its variant's defaults, beside width and sparsity."""
+    """Return the settings of an SAE's record that are not its variant's defaults, beside width and sparsity."""
     fields = VARIANTS[config["variant"]].Config.model_fields
     defaults = RETIRED | {name: field.default for name, field in fields.items()}
     given = {name: value for name, value in config["settings"].items() if name not in _OF_GRID}
@@ -135,16 +138,16 @@ class ScoredSite:
 
     @property
     def special(self) -> bool:
-        """Whether the rows of special tokens are among those stored and scored."""
+        """Return whether the rows of special tokens are among those stored and scored."""
         return bool(self.store.manifest.settings["packing"]["keep_special"])
 
     @cached_property
     def text(self) -> HeldoutText:
-        """The LM and the held-out contexts; opened when first needed, as scores that exist need neither."""
+        """Return the LM and the held-out contexts; opened when first needed, as scores that exist need neither."""
         return open_text(self.store, self.settings)
 
     def batches(self, trained: SavedSAE) -> Sequence[Tensor]:
-        """Calibration rows in batches as the SAE was trained in, in model units."""
+        """Return the calibration rows in batches as the SAE was trained in, in model units."""
         training = trained.config["training"]
         key = (training["batch"], training["seed"])
         if key not in self._batches:
@@ -185,13 +188,15 @@ class ScoredSite:
         site, text = Site.parse(self.site), self.text
         if rule is not None:
             text, _ = without_massive(text, site, rule)
-        keep = torch.from_numpy(text.packed.keep)
+        keep, documents = torch.from_numpy(text.packed.keep), Documents.of(text.packed)
+        document_ST = torch.from_numpy(documents.numbers(range(len(keep))))
         score = SiteScore(
             Splice(text.model, site),
             [self._formed(one) for one in candidates],
             torch.from_numpy(self.store.stats(TRAIN, self.site).mean),
             getattr(torch, self.store.layout.dtype),
             (len(keep), keep.shape[1]),
+            documents=documents,
         )
         counters = [TokenL0() for _ in candidates]
         for one, counter in zip(score.scores, counters, strict=True):
@@ -200,24 +205,30 @@ class ScoredSite:
             for batch in text.batches():
                 score.batch(batch.ids_BT, batch.keep_BT, batch.numbers.start)
                 bar.update(len(batch.numbers))
-        sizes = {"heldout_tokens": int(keep.sum()), "sequences": len(keep), "context": keep.shape[1]}
+        sizes = {"heldout_tokens": int(keep.sum()), "contexts": len(keep), "context": keep.shape[1]}
+        sizes["documents"] = score.n_documents()
         sizes["d_model"] = len(score.mean_D)
         for one, counter, path in zip(score.scores, counters, paths, strict=True):
             firing = {name: value for name, value in one.firing.result().items() if name != "fired"} | sizes
-            _write(path, score.columns(one), firing, by_sequence(torch.cat(counter.l0), keep))
+            columns = without_empty(score.sums(one).documents)
+            _write(path, columns, firing, by_document(torch.cat(counter.l0), keep, document_ST))
 
     def _formed(self, candidate: Candidate) -> SAE | InferenceForm:
         sae = load(candidate.trained.folder).eval()
         return FORMS[candidate.form](sae, partial(self.batches, candidate.trained))
 
 
-def by_sequence(l0_N: Tensor, keep_ST: Tensor) -> NDArray[np.int32]:
-    """Tokens of each sequence by their L0, those after its first position and those at it: [2, S, L0 + 1]."""
-    sequence_N, position_N = keep_ST.nonzero(as_tuple=True)
-    top, first_N = int(l0_N.max()) + 1, (position_N == 0).long()
-    place_N = (first_N * len(keep_ST) + sequence_N) * top + l0_N
-    counts = torch.bincount(place_N, minlength=2 * len(keep_ST) * top)
-    return counts.view(2, len(keep_ST), top).int().numpy()
+def by_document(l0_N: Tensor, keep_ST: Tensor, document_ST: Tensor) -> NDArray[np.int32]:
+    """Count each document's tokens by their L0, those after a context's first position and those at it.
+
+    Give [2, G, L0 + 1], the documents ascending, without those of which no token is kept.
+    """
+    known, document_N = np.unique(document_ST[keep_ST].numpy(), return_inverse=True)
+    documents, top = len(known), int(l0_N.max()) + 1
+    first_N = (keep_ST.nonzero(as_tuple=True)[1] == 0).long()
+    place_N = (first_N * documents + torch.from_numpy(document_N)) * top + l0_N
+    counts = torch.bincount(place_N, minlength=2 * documents * top)
+    return counts.view(2, documents, top).int().numpy()
 
 
 def _write(path: Path, columns: Columns, firing: Json, counts: NDArray[np.int32]) -> None:

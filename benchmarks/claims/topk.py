@@ -12,7 +12,7 @@ from benchmarks.claims.bench import CE, METRICS, NMSE, Bench, Finding, at_rivals
 from benchmarks.claims.scores import BATCH, INFERENCE, PER_TOKEN, THRESHOLD, Scored
 from benchmarks.claims.verdict import FAILS, UNTESTED, Comparison, Estimate, comparisons_of
 from evaluate.metrics import Columns, resampled, totals
-from evaluate.report.markdown import number
+from evaluate.report.markdown import format_number
 
 MARGINS = {NMSE: 0.01, CE: 0.002}  # S4: what "at least as good" forgives, of NMSE 1%, of CE in nats
 VARIES = 0.25  # S3: the standard deviation of L0 over its mean from which on it "varies by token"
@@ -29,7 +29,7 @@ def claims(bench: Bench) -> list[Finding]:
     findings = [*_better(bench, "S1", f"at every width, k={k}", places)]
     places = {(bench.width, k) for k in bench.ks("topk", bench.width)}
     findings += _better(bench, "S2", f"at width {bench.width:,}, every k", places)
-    return findings + _varying(bench) + _inference(bench) + _swapped(bench)
+    return findings + l0_varies(bench) + _inference(bench) + _swapped(bench)
 
 
 def _better(bench: Bench, claim: str, where: str, places: set[tuple[int, int]]) -> list[Finding]:
@@ -53,7 +53,7 @@ def _better(bench: Bench, claim: str, where: str, places: set[tuple[int, int]]) 
 
 
 def _plain_rows(comparisons: Sequence[Comparison]) -> list[list[str]]:
-    return [[one.label, *(number(value, 4) for value in one.shown.values()), shown(one)] for one in comparisons]
+    return [[one.label, *(format_number(value, 4) for value in one.shown.values()), shown(one)] for one in comparisons]
 
 
 def shown(comparison: Comparison) -> str:
@@ -62,7 +62,7 @@ def shown(comparison: Comparison) -> str:
     return f"{comparison.value:{digits}} [{comparison.low:{digits}}, {comparison.high:{digits}}]"
 
 
-def _varying(bench: Bench) -> list[Finding]:
+def l0_varies(bench: Bench) -> list[Finding]:
     saes = [*bench.pick("batchtopk", width=bench.width), *(s for s in bench.special if s.variant == "batchtopk")]
     varying = comparisons_of({named(sae): [_unlike(sae)] for sae in saes}, kind="sd of L0 / mean L0, below", margin=0.0)
     flat = [replace(one, shown={"sd / mean": VARIES - one.value}) for one in varying]
@@ -80,17 +80,17 @@ def named(sae: Scored) -> str:
 
 
 def _drawn(sae: Scored, **columns: NDArray[np.float64]) -> tuple[Columns, Columns]:
-    """Sum columns over the sequences: of all of them, and of the bootstrap's draws."""
+    """Sum columns over the documents: of all of them, and of the bootstrap's draws."""
     samples = len(sae.figure("l0").drawn_M)
     return totals(columns), resampled(columns, samples=samples, seed=0)
 
 
 def _unlike(sae: Scored) -> Estimate:
     """Give VARIES less the standard deviation of L0 over its mean."""
-    counts_SL = sae.counts.sum(0).astype(float)
-    l0 = np.arange(counts_SL.shape[1])
+    counts_GL = sae.counts.sum(0).astype(float)
+    l0 = np.arange(counts_GL.shape[1])
     both = []
-    for sums in _drawn(sae, n=counts_SL.sum(1), first=counts_SL @ l0, second=counts_SL @ l0**2):
+    for sums in _drawn(sae, n=counts_GL.sum(1), first=counts_GL @ l0, second=counts_GL @ l0**2):
         with np.errstate(invalid="ignore"):  # a draw without tokens
             mean, square = sums["first"] / sums["n"], sums["second"] / sums["n"]
         sd = np.sqrt(np.maximum(square - mean**2, 0))
@@ -122,22 +122,22 @@ def _low_peak(saes: Sequence[Scored]) -> Finding:
     rows: list[list[str]] = []
     without_peak = 0
     for sae in saes:
-        counts_PSL = sae.counts.astype(float)
-        histogram = counts_PSL.sum((0, 1))
+        counts_PGL = sae.counts.astype(float)
+        histogram = counts_PGL.sum((0, 1))
         context = len(sae.firing["by_position"])
         cut = low_peak(histogram)
-        first = counts_PSL[1].sum(0)
+        first = counts_PGL[1].sum(0)
         bos = f"{float(first @ np.arange(len(first)) / first.sum()):.1f}"
         row = [named(sae), f"{sae.figure('l0').value:.1f}", bos, str(int(histogram.argmax()))]
         if cut is None:
             rows.append([*row, "none", "–", "–"])
             without_peak += 1
             continue
-        low_S = counts_PSL[:, :, : cut + 1].sum((0, 2))
-        both = _drawn(sae, low=low_S, n=counts_PSL.sum((0, 2)))
+        low_G = counts_PGL[:, :, : cut + 1].sum((0, 2))
+        both = _drawn(sae, low=low_G, n=counts_PGL.sum((0, 2)))
         value, drawn = (np.abs(sums["low"] / sums["n"] * context - 1) for sums in both)
         shares[named(sae)] = [Estimate(float(value[0]), drawn)]
-        share, inside = low_S.sum() / histogram.sum(), first[: cut + 1].sum() / low_S.sum()
+        share, inside = low_G.sum() / histogram.sum(), first[: cut + 1].sum() / low_G.sum()
         if inside < 0.5:
             without_peak += 1  # a low peak, of other tokens than BOS
         rows.append([*row, f"L0 <= {cut}", f"{share:.2%} (1/context {1 / context:.2%})", f"{inside:.0%}"])

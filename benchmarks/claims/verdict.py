@@ -1,6 +1,6 @@
 """From paired figures to a verdict: differences with an interval, figures at equal L0, and what they decide.
 
-Letters: M samples of the bootstrap over sequences.
+Letters: M samples of the bootstrap over documents.
 """
 
 from __future__ import annotations
@@ -73,8 +73,8 @@ class Comparison:
     kind: str
     """"share" (a relative difference) or a unit."""
     value: float
-    sequence_error: float
-    """Standard error over sequences, by the bootstrap."""
+    document_error: float
+    """Standard error over documents, by the bootstrap."""
     seed_error: float = 0.0
     """Standard error over seeds, 0 where there is one."""
     seed_freedom: int = 0
@@ -88,13 +88,13 @@ class Comparison:
     def half_width(self, comparisons: int = 1) -> float:
         """Give half the width of the interval; of `comparisons`, all hold their true value at once in 95% (Bonferroni).
 
-        What is random, over sequences and over seeds, is added in quadrature; the error of reading is a bias, and
+        What is random, over documents and over seeds, is added in quadrature; the error of reading is a bias, and
         widens the interval by all it may be.
         """
         share = 1 - (1 - LEVEL) / (2 * comparisons)
-        of_sequences = normal_point(share) * self.sequence_error
+        of_documents = normal_point(share) * self.document_error
         of_seeds = student_point(share, self.seed_freedom) * self.seed_error if self.seed_freedom else 0.0
-        return math.hypot(of_sequences, of_seeds) + self.reading_error
+        return math.hypot(of_documents, of_seeds) + self.reading_error
 
     @property
     def low(self) -> float:
@@ -128,7 +128,7 @@ def comparisons_of(
 ) -> list[Comparison]:
     """Make a comparison of each label, from its difference at each seed.
 
-    The bootstrap draws the same sequences for all seeds; the spread over seeds is shared by the comparisons.
+    The bootstrap draws the same documents for all seeds; the spread over seeds is shared by the comparisons.
     """
     if not differences:
         return []
@@ -140,7 +140,7 @@ def comparisons_of(
             label,
             kind,
             value=float(np.mean([one.value for one in seeds])),
-            sequence_error=float(np.std(drawn_M, ddof=1)),
+            document_error=float(np.std(drawn_M, ddof=1)),
             seed_error=deviation / math.sqrt(len(seeds)),
             seed_freedom=freedom,
             reading_error=float(np.mean([one.reading_error for one in seeds])),

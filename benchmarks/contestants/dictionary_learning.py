@@ -34,7 +34,7 @@ _STEADY = 5000  # the first step: warm-ups over, the threshold followed
 
 @torch.no_grad()
 def elementwise(W_DF: Tensor, grad_DF: Tensor, activation_dim: int, d_sae: int) -> Tensor:
-    """Its remove_gradient_parallel_to_decoder_directions without the einsum."""
+    """Return its remove_gradient_parallel_to_decoder_directions without the einsum."""
     unit_DF = W_DF / (torch.norm(W_DF, dim=0, keepdim=True) + 1e-6)
     grad_DF -= (grad_DF * unit_DF).sum(0) * unit_DF
     return grad_DF

@@ -86,7 +86,7 @@ class DenseProducts:
 
 
 def _best(run: Callable[[], object], device: str) -> float:
-    """Least seconds of five runs."""
+    """Return the least seconds of five runs."""
     seconds = []
     for _ in range(6):
         wait(device)
@@ -103,7 +103,7 @@ def wait(device: str) -> None:
 
 
 def roofline(spec: Spec, x_BD: Tensor) -> dict[str, float]:
-    """The machine's rates, and what they make of the encoder's product and Adam's bytes.
+    """Return the machine's rates, and what they make of the encoder's product and Adam's bytes.
 
     tflops: of a product of the encoder's shape at the precision asked for; gb_s: of a copy, read and written.
     """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ _LOOK = 50  # steps between two looks at which latents may be dead, on a GPU: lo
 
 
 def settings(variant: str, k: int) -> dict[str, Any]:
-    """The SAE's own settings, as conf/sae has them."""
+    """Return the SAE's own settings, as conf/sae has them."""
     held = OmegaConf.to_container(OmegaConf.load(f"conf/sae/{variant}.yaml"))
     assert isinstance(held, dict)
     wanted = {str(name): value for name, value in held.items() if name not in ("variant", "width", "expansion")}
@@ -30,7 +31,7 @@ def settings(variant: str, k: int) -> dict[str, Any]:
 
 
 def adam(variant: str, parameters: Any) -> torch.optim.Optimizer:
-    """The optimizer of conf/optimizer, at the benchmark's rate."""
+    """Return the optimizer of conf/optimizer, at the benchmark's rate."""
     held = OmegaConf.load(f"conf/optimizer/{variant}.yaml").optimizer
     assert held["name"] == "adam"
     return torch.optim.Adam(parameters, lr=LR, betas=tuple(held.betas), eps=held.eps, fused=held.fused)
@@ -50,7 +51,7 @@ class Ours:
 
     @torch.no_grad()
     def _silence(self, sample_BD: Tensor) -> None:
-        """Dead latents, and the activity asked for."""
+        """Set which latents are dead, and the activity asked for."""
         index = self.spec.dead_latents()
         self.sae.W_enc[:, index] *= 0.01
         self.dead.since_F[index] = LONG_SILENT
@@ -88,4 +89,6 @@ class Ours:
 
 def make(name: str, spec: Spec, sample_BD: Tensor) -> Contestant:
     keep_freed_memory()  # as every stage does at its start
+    if name == "ours-bf16":
+        spec = replace(spec, precision="bf16")
     return Ours(spec, sample_BD)

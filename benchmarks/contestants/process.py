@@ -14,6 +14,7 @@ from benchmarks.contestants.spec import VARIANTS, Spec
 
 ROOT = Path(__file__).resolve().parents[2]
 OURS, FLOOR, DENSE = "ours", "sparse-floor", "five-dense-products"
+OURS_BF16 = "ours-bf16"  # with the encoder's product in bf16, whatever the others have
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ ENTRIES = {
     FLOOR: Entry("floors", peer=False),
     DENSE: Entry("floors", peer=False),
     OURS: Entry("ours", peer=False),
+    OURS_BF16: Entry("ours", peer=False),
     "sae-lens": Entry("sae_lens"),
     "sae-lens-sparse": Entry("sae_lens", ("topk",)),
     "dictionary-learning": Entry("dictionary_learning"),

@@ -29,13 +29,13 @@ _CLASSES: dict[str, tuple[Any, Any]] = {
 _BIAS = {"relu": "b_enc", "gated": "b_gate"}
 
 
-def build(spec: Spec, *, sparse: bool) -> Any:
-    """The training SAE with its defaults; `sparse`: TopK's sparse activations, without the decoder's norms.
+def build(spec: Spec, *, sparse: bool, **settings: Any) -> Any:
+    """Build the training SAE with its defaults, but for `settings`.
 
-    With them its backward fails on a CPU.
+    `sparse`: TopK's sparse activations, without the decoder's norms, with which its backward fails on a CPU.
     """
     cls, config = _CLASSES[spec.variant]
-    wanted: dict[str, Any] = {"k": spec.k} if spec.variant in SELECTING else {}
+    wanted: dict[str, Any] = settings | ({"k": spec.k} if spec.variant in SELECTING else {})
     if sparse:
         wanted |= {"use_sparse_activations": True, "rescale_acts_by_decoder_norm": False}
     if spec.variant == "matryoshka":

@@ -24,7 +24,7 @@ def coder(spec: Spec) -> Any:
 
 
 def optimizer(name: str, sae: Any) -> tuple[Any, Any]:
-    """Its default (sign descent with momentum, schedule-free), or its Adam with a schedule."""
+    """Return its default (sign descent with momentum, schedule-free), or its Adam with a schedule."""
     if name == "sparsify":
         from schedulefree import ScheduleFreeWrapper
         from sparsify.sign_sgd import SignSGD

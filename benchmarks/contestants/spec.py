@@ -37,16 +37,16 @@ class Spec:
 
     @property
     def activity(self) -> float:
-        """Mean latents active on a token."""
+        """Return the mean latents active on a token."""
         return self.k if self.variant in SELECTING else self.l0
 
     @property
     def prefixes(self) -> list[int]:
-        """Matryoshka's nested widths."""
+        """Return matryoshka's nested widths."""
         return [round(share * self.width) for share in PREFIXES]
 
     def dead_latents(self) -> Tensor:
-        """Indices of the dead ones, evenly spread."""
+        """Return the indices of the dead ones, evenly spread."""
         index = torch.arange(self.width, device=self.device)
         return index[(index + 1) * self.dead // 1 > index * self.dead // 1]
 
@@ -58,14 +58,15 @@ class Spec:
 
 class Contestant(Protocol):
     def step(self, x_BD: Tensor) -> object:
-        """One whole training step."""
+        """Return one whole training step."""
 
     def facts(self, x_BD: Tensor) -> dict[str, float]:
-        """What shows that the step did the work asked for: l0, dead (latents that count as dead), auxk (its loss)."""
+        """Return what shows that the step did the work asked for:
+        l0, dead (latents that count as dead), auxk (its loss)."""
 
 
 def level(z_BF: Tensor, activity: float) -> float:
-    """The value that `activity` entries of a row exceed, over the rows' mean."""
+    """Return the value that `activity` entries of a row exceed, over the rows' mean."""
     flat = z_BF.detach().flatten()
     return float(flat.kthvalue(flat.numel() - round(activity * z_BF.shape[0])).values)
 

@@ -14,7 +14,7 @@ Row = dict[str, Any]  # {"ms": a round each, "steps", "peak_mb", "device_mb", "f
 
 
 def ratio(row: Row, over: Row) -> float:
-    """Median over the rounds of both of one's time over the other's."""
+    """Return the median over the rounds of both of one's time over the other's."""
     return float(statistics.median(a / b for a, b in zip(row["ms"], over["ms"], strict=False)))
 
 
@@ -23,14 +23,14 @@ def valid(cell: Cell) -> dict[str, Row]:
 
 
 def fastest_peer(cell: Cell, among: Iterable[str] | None = None) -> str | None:
-    """The peer with the least median time, of those that finished."""
+    """Return the peer with the least median time, of those that finished."""
     rows = valid(cell)
     peers = [name for name in rows if ENTRIES[name].peer and (among is None or name in among)]
     return min(peers, key=lambda name: statistics.median(rows[name]["ms"])) if peers else None
 
 
 def memory(cell: Cell, name: str) -> float:
-    """MB above the start: of the device where there is one."""
+    """Return MB above the start: of the device where there is one."""
     row: Row = cell["rows"][name]
     return float(row["device_mb"] or row["peak_mb"])
 
@@ -58,7 +58,8 @@ def _line(cell: Cell, name: str, row: Row, fastest: str | None) -> str:
 
 
 def show(cell: Cell) -> str:
-    """The cell's table. `speed-up`: the fastest peer's time over this one's; `floors`: this one's over the floor's."""
+    """Return the cell's table. `speed-up`: the fastest peer's time over this one's;
+    `floors`: this one's over the floor's."""
     fastest = fastest_peer(cell)
     head = f"{'':<30}{'ms a step':>10}{'least':>10}{'most':>10}{'rounds':>8}{'speed-up':>10}{'floors':>9}"
     head += f"{'peak MB':>10}{'GPU MB':>10}{'L0':>9}{'dead':>8}{'AuxK':>10}"
@@ -109,7 +110,7 @@ def _on_gpu(cell: Cell, spec: Spec, fastest: str) -> list[str]:
 
 
 def goals(cells: Iterable[Cell]) -> list[str]:
-    """A line for each goal that a cell decides; TopK's is against sparsify."""
+    """Return a line for each goal that a cell decides; TopK's is against sparsify."""
     lines = []
     for cell in cells:
         spec, rows = Spec(**cell["spec"]), valid(cell)

@@ -25,11 +25,9 @@ from torch import Tensor
 from benchmarks.contestants.floors import wait
 from benchmarks.contestants.spec import Spec
 
-_MATMUL = {"float32": "highest", "tf32": "high", "bf16": "highest"}
-
 
 def resident(field: str) -> int:
-    """VmRSS, or VmHWM: the most there was since `forget_peak`; bytes."""
+    """Return VmRSS, or VmHWM: the most there was since `forget_peak`; bytes."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field + ":"))
 
@@ -41,7 +39,7 @@ def forget_peak(device: str) -> None:
 
 
 def rehearse(make: Any, name: str, spec: Spec) -> None:
-    """A step of a tiny one, so that what is loaded on first use is loaded before memory is counted."""
+    """Run a step of a tiny one, so that what is loaded on first use is loaded before memory is counted."""
     tiny = replace(spec, d_model=16, width=96, k=4, batch=32, l0=8.0)
     x_BD = torch.randn(tiny.batch, tiny.d_model, device=tiny.device)
     contestant = make(name, tiny, x_BD)
@@ -87,7 +85,8 @@ def main() -> None:
     os.dup2(2, 1)  # what the libraries print is no answer
     spec = Spec(**json.loads(spec_json))
     torch.manual_seed(0)
-    torch.set_float32_matmul_precision(_MATMUL[spec.precision])
+    rounding = torch.device(spec.device).type == "cuda" and spec.precision != "float32"
+    torch.set_float32_matmul_precision("high" if rounding else "highest")  # as train/fit.py
     make = importlib.import_module(module).make
     rehearse(make, name, spec)
     stepper = Stepper(make, name, spec, torch.load(path).to(spec.device))

@@ -23,7 +23,7 @@ from benchmarks.gpu.pieces import PIECES, PieceFailed, Sizes
 
 
 def machine(device: str) -> dict[str, str]:
-    """What the readings were taken on."""
+    """Return what the readings were taken on."""
     name = torch.cuda.get_device_name() if device == "cuda" else platform.processor() or "CPU"
     return {"device": name, "torch": torch.__version__, "python": platform.python_version()}
 
@@ -57,7 +57,7 @@ def number(value: object) -> str:
 
 
 def table(held: dict[str, Any]) -> str:
-    """A Markdown table of every reading, with what was expected and what else was read."""
+    """Return a Markdown table of every reading, with what was expected and what else was read."""
     lines = ["| piece | what | reading | expected | more |", "| :-- | :-- | --: | --: | :-- |"]
     for name, piece in held.items():
         if name == "machine":

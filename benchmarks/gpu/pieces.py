@@ -77,7 +77,7 @@ def run(sizes: Sizes, *command: str) -> str:
 
 
 def timed(act: Callable[[], object], device: str, repeats: int = 10) -> float:
-    """Median milliseconds of `act`, the device waited for around each."""
+    """Return the median milliseconds of `act`, the device waited for around each."""
 
     def wait() -> None:
         if device == "cuda":
@@ -160,7 +160,7 @@ def ceilings(sizes: Sizes, folder: Path) -> Readings:
 
 
 def step_cells(sizes: Sizes, out: Path, width: int, names: tuple[str, ...], *more: str) -> list[dict[str, Any]]:
-    """Cells of `benchmarks.step` at one width: {"spec", "rows"} each."""
+    """Return cells of `benchmarks.step` at one width: {"spec", "rows"} each."""
     precision = "tf32" if sizes.device == "cuda" else "float32"
     options = {
         "--width": width,
@@ -195,7 +195,7 @@ def steps(sizes: Sizes, folder: Path) -> Readings:
 
 
 def step_reading(cell: dict[str, Any]) -> dict[str, Any]:
-    """One line: milliseconds, tokens a second, the ratio to the floor and to the estimated roofline."""
+    """Return one line: milliseconds, tokens a second, the ratio to the floor and to the estimated roofline."""
     spec, rows = cell["spec"], cell["rows"]
     name = f"{spec['variant']} F={spec['width']:,} B={spec['batch']:,}"
     if "failed" in rows["ours"]:
@@ -243,7 +243,7 @@ def end_to_end(sizes: Sizes, folder: Path) -> Readings:
 
 
 def harvesting(sizes: Sizes, folder: Path) -> Readings:
-    """Harvest: share of the bare forward's speed, with one site and with five."""
+    """Measure the harvest: share of the bare forward's speed, with one site and with five."""
     said = run(sizes, "-m", "benchmarks.harvest", "--models", "embedded", "--rounds", str(sizes.rounds))
     lines = [line for line in said.splitlines() if line.strip()]
     return [{"name": "harvest beside the bare forward", "reading": " | ".join(lines[-4:])}]

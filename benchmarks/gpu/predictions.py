@@ -27,5 +27,5 @@ def roofline_ms(batch: int, d_model: int, width: int, k: int) -> float:
 
 
 def state_gb(d_model: int, width: int) -> float:
-    """Bytes of parameters, gradients and Adam's two moments of W_enc and W_dec in float32, in GB."""
+    """Return the bytes of parameters, gradients and Adam's two moments of W_enc and W_dec in float32, in GB."""
     return 4 * 4 * 2 * width * d_model / 1e9

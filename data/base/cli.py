@@ -42,12 +42,12 @@ def keep_freed_memory() -> None:
 
 @cache
 def _known(stage: str) -> frozenset[str]:
-    """The names of a stage's own settings; within a Hydra that is initialised."""
+    """Return the names of a stage's own settings; within a Hydra that is initialised."""
     return frozenset(map(str, hydra.compose(stage)))
 
 
 def preset_settings(config: DictConfig, stage: str, schema: type[Settings] | None = None) -> dict[str, Any]:
-    """A stage's settings of a composed preset (conf/experiment), resolved.
+    """Return a stage's settings of a composed preset (conf/experiment), resolved.
 
     A preset speaks to several stages: of a setting written `name: {harvest: ..., train: ...}` a stage takes its own
     part, and it leaves what is another's alone. UserError names what no stage has. The stage's own settings are the
@@ -71,7 +71,7 @@ def preset_settings(config: DictConfig, stage: str, schema: type[Settings] | Non
 
 
 def stage_settings(config: DictConfig, stage: str, schema: type[Settings] | None = None) -> dict[str, Any]:
-    """A stage's settings, resolved; of a preset, where one is asked for, what is of this stage."""
+    """Return a stage's settings, resolved; of a preset, where one is asked for, what is of this stage."""
     if HydraConfig.initialized() and "experiment" in HydraConfig.get().runtime.choices:
         if schema is not None:
             _refuse_of_other_stages(HydraConfig.get().overrides.task, schema)

@@ -62,7 +62,7 @@ def refuse_calls(own: Mapping[str, Any]) -> None:
 
 
 def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Every value of nested mappings and lists by its dotted path."""
+    """Yield every value of nested mappings and lists by its dotted path."""
     if isinstance(value, Mapping):
         for name, part in value.items():
             yield from _leaves(part, f"{path}.{name}" if path else str(name))
@@ -100,7 +100,7 @@ class GuardedLoader(ConfigLoaderImpl):
         return config
 
     def load_sweep_config(self, master_config: DictConfig, sweep_overrides: list[str]) -> DictConfig:
-        """One job's settings; its folder is named by `name_job`, unless hydra.sweep.subdir was given."""
+        """Return one job's settings; its folder is named by `name_job`, unless hydra.sweep.subdir was given."""
         own = _plain(master_config.hydra)
         if self.name_job is not None and own["sweep"]["subdir"] == _OVERRIDES_AS_NAME:
             excluded = frozenset(own["job"]["config"]["override_dirname"]["exclude_keys"])
@@ -109,7 +109,7 @@ class GuardedLoader(ConfigLoaderImpl):
         return super().load_sweep_config(master_config, sweep_overrides)
 
     def _sentence(self, error: Exception, config_name: str | None) -> str:
-        """One sentence for settings that do not compose."""
+        """Return one sentence for settings that do not compose."""
         lines = [line.strip() for line in f"{error}\n{error.__cause__ or ''}".splitlines() if line.strip()]
         missing = re.search(r"Could not find '(?:(\S+)/)?([^'/]+)'", lines[0])
         if missing is not None:
@@ -122,7 +122,7 @@ class GuardedLoader(ConfigLoaderImpl):
         return f"{strange[1]} is no setting: {self._hint(strange[1], config_name)}"
 
     def _hint(self, name: str, config_name: str | None) -> str:
-        """The nearest setting there is."""
+        """Name the nearest setting there is."""
         known = super().load_configuration(config_name, [], RunMode.MULTIRUN)
         names = [path for path, _ in _leaves(OmegaConf.to_container(known, resolve=False))]
         names += [path.rpartition(".")[0] for path in names]
@@ -133,14 +133,14 @@ class GuardedLoader(ConfigLoaderImpl):
 
 
 def _plain(config: DictConfig) -> dict[str, Any]:
-    """A configuration with its interpolations as they are written."""
+    """Return a configuration with its interpolations as they are written."""
     whole = OmegaConf.to_container(config, resolve=False)
     assert isinstance(whole, dict)
     return {str(name): value for name, value in whole.items()}
 
 
 def swept(own: Mapping[str, Any]) -> frozenset[str]:
-    """The names that a sweep gives several values, on the command line or in hydra.sweeper.params."""
+    """Return the names that a sweep gives several values, on the command line or in hydra.sweeper.params."""
     given = list(own["overrides"]["task"])
     params = own["sweeper"].get("params") or {}
     parser = OverridesParser.create()

@@ -59,7 +59,7 @@ class Settings(BaseModel):
 
 
 def _sentence(cls: type[BaseModel], error: ValidationError, at: str) -> str:
-    """One sentence for the first thing that is wrong."""
+    """Return one sentence for the first thing that is wrong."""
     errors = error.errors(include_url=False)
     first = errors[0]
     path = _path(cls, [str(part) for part in first["loc"]])
@@ -82,7 +82,8 @@ def _sentence(cls: type[BaseModel], error: ValidationError, at: str) -> str:
 
 
 def _path(cls: type[BaseModel], loc: list[str]) -> list[str]:
-    """The names of settings and list indices in an error's place, less pydantic's own for the parts of a union."""
+    """Return the names of settings and list indices in an error's place,
+    less pydantic's own for the parts of a union."""
     path: list[str] = []
     inside: type[BaseModel] | None = cls
     for part in loc:
@@ -97,14 +98,14 @@ def _path(cls: type[BaseModel], loc: list[str]) -> list[str]:
 
 
 def _shown(value: Any) -> str:
-    """A value as a user writes it on the command line."""
+    """Return a value as a user writes it on the command line."""
     if value is None:
         return "null"
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def unknown(name: str, path: list[str], cls: type[BaseModel]) -> str:
-    """The sentence for a setting that nothing reads, with the nearest one that exists."""
+    """Return the sentence for a setting that nothing reads, with the nearest one that exists."""
     names = _names(cls)
     near = [known for known in names if known.rpartition(".")[2] == path[-1]]
     near = near or difflib.get_close_matches(".".join(path), names, 1, 0.6)
@@ -114,7 +115,7 @@ def unknown(name: str, path: list[str], cls: type[BaseModel]) -> str:
 
 
 def _names(cls: type[BaseModel], prefix: str = "") -> list[str]:
-    """The dotted names of all settings of a group and those below it."""
+    """Return the dotted names of all settings of a group and those below it."""
     found = []
     for name, field in cls.model_fields.items():
         found.append(prefix + name)

@@ -39,7 +39,7 @@ _SENTENCES = {
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
-    """The error, what it was raised from, and so on."""
+    """Yield the error, what it was raised from, and so on."""
     seen: set[int] = set()
     at: BaseException | None = error
     while at is not None and id(at) not in seen:
@@ -49,7 +49,8 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
 
 
 def to_sentence(error: BaseException) -> str | None:
-    """What to tell a user of this error, or None where it is a fault of the program and deserves its traceback."""
+    """Return what to tell a user of this error, or None where it is a fault of the program and deserves its
+    traceback."""
     if isinstance(error, UserError):
         return str(error)
     if isinstance(error, OSError):
@@ -79,7 +80,7 @@ def _of_os_error(error: OSError) -> str | None:
 
 
 def _text(name: object) -> str:
-    """A file's name on one line, shortened where it is longer than a sentence can carry."""
+    """Return a file's name on one line, shortened where it is longer than a sentence can carry."""
     text = name.decode(errors="replace") if isinstance(name, bytes) else str(name)
     text = text.replace("\n", "\\n")
     return text if len(text) <= 200 else f"{text[:90]}...{text[-90:]}"

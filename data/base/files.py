@@ -35,6 +35,7 @@ def fsync(folder: Path) -> None:
 
 def open_plain(path: Path) -> int:
     """Open a file to read; an OSError where a folder, pipe or device is in its place, which could be waited for."""
+    # Opening a named pipe without a writer waits for ever; with O_NONBLOCK it returns and is refused below.
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     mode = os.fstat(descriptor).st_mode
     if stat.S_ISREG(mode):
@@ -52,6 +53,8 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
         with naming(path), open(path, "wb") as file:
             yield file
             file.flush()
+            # flush() hands the bytes to the system only; after a power failure a renamed file could be there and be
+            # empty.
             os.fsync(file.fileno())
     except BaseException:
         path.unlink(missing_ok=True)
@@ -85,19 +88,22 @@ def write_atomic_shared(path: Path, data: bytes) -> None:
         with whole_file(temporary) as file:
             file.write(data)
         os.replace(temporary, path)
+    # Killed processes may have left theirs. One that is being written now is removed as well; its writer finds the file
+    # made.
     for left in path.parent.glob(f".{path.name}.*.tmp"):
         left.unlink(missing_ok=True)
     fsync(path.parent)
 
 
 def expand_globs(pattern: str) -> list[str]:
-    """The paths that a name or a pattern such as `runs/**/topk-*` stands for, sorted; none where nothing matches."""
+    """Return the paths that a name or a pattern such as `runs/**/topk-*` stands for, sorted;
+    none where nothing matches."""
     # A name may hold brackets, so one that exists is never read as a pattern.
     return [pattern] if Path(pattern).exists() else sorted(glob.glob(pattern, recursive=True))
 
 
 def format_bytes(count: float) -> str:
-    """A number of bytes for people: `1.3 GB`."""
+    """Return a number of bytes for people: `1.3 GB`."""
     for unit in ("bytes", "kB", "MB", "GB"):
         if count < 1000:
             return f"{count:,.0f} bytes" if unit == "bytes" else f"{count:.1f} {unit}"

@@ -39,7 +39,7 @@ Location = Path | Url
 
 
 def refuse_credentials(text: str) -> None:
-    """UserError, which does not repeat it, for a URL in `text` with what must not be written down."""
+    """Refuse a URL in `text` with what must not be written down; the UserError does not repeat it."""
     if re.search(r"\w://[^/\s]*@", text) or re.search(r"\b(s3|memory)://\S*[?#]", text):
         raise UserError(
             "a URL is given as s3://bucket/prefix and nothing more: take the credentials or parameters out of it and "
@@ -48,7 +48,8 @@ def refuse_credentials(text: str) -> None:
 
 
 def parse_location(text: str | Location) -> Location:
-    """What a setting such as `cache` names; UserError for a URL of another kind or one with credentials in it."""
+    """Parse a setting such as `cache` into the location it names;
+    UserError for a URL of another kind or one with credentials in it."""
     if text == "":
         raise UserError("an empty name is no place for a store: name a folder, or give s3://bucket/prefix")
     found = None if isinstance(text, Path | Url) else _URL.fullmatch(str(text))

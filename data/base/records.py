@@ -13,17 +13,17 @@ Json = dict[str, Any]
 
 
 def canonical(obj: object) -> str:
-    """The one JSON text of a value: sorted keys, no spaces; NaN and infinities are refused."""
+    """Return the one JSON text of a value: sorted keys, no spaces; NaN and infinities are refused."""
     return json.dumps(obj, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
 
 
 def json_digest(obj: object) -> str:
-    """The sha256 of a value's one JSON text."""
+    """Return the sha256 of a value's one JSON text."""
     return hashlib.sha256(canonical(obj).encode()).hexdigest()
 
 
 def seal(obj: Json, indent: int | None = None) -> bytes:
-    """JSON bytes of `obj` with a `check` field over all others, so that any damage to the file shows."""
+    """Return the JSON bytes of `obj` with a `check` field over all others, so that any damage to the file shows."""
     return (json.dumps(obj | {"check": json_digest(obj)}, indent=indent, ensure_ascii=False) + "\n").encode()
 
 
@@ -39,7 +39,8 @@ def unseal(data: bytes, path: object, remedy: str) -> Json:
 
 
 def seal_array(metadata: Json) -> bytes:
-    """A zarr.json that carries the same check in its attributes, beside others, where other readers let it be."""
+    """Return a zarr.json that carries the same check in its attributes, beside others,
+    where other readers let it be."""
     rest = {key: value for key, value in metadata.items() if key != "attributes"}
     kept = {key: value for key, value in metadata.get("attributes", {}).items() if key != "check"}
     check = json_digest(rest | {"attributes": kept} if kept else rest)
@@ -47,7 +48,7 @@ def seal_array(metadata: Json) -> bytes:
 
 
 def flatten(obj: object, prefix: str = "") -> dict[str, object]:
-    """{dotted name: value} of nested mappings."""
+    """Return {dotted name: value} of nested mappings."""
     if not isinstance(obj, Mapping) or (prefix and not obj):
         return {prefix: obj}
     found: dict[str, object] = {}
@@ -57,7 +58,7 @@ def flatten(obj: object, prefix: str = "") -> dict[str, object]:
 
 
 def diff_fields(a: Json, b: Json) -> list[str]:
-    """Dotted names of the fields that differ, with both values: `packing.context: 128 here, 256 asked`.
+    """Return the dotted names of the fields that differ, with both values: `packing.context: 128 here, 256 asked`.
 
     A field that is null is as one that is absent: a setting that was thought of later asks nothing of older records.
     """

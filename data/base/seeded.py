@@ -11,14 +11,14 @@ Ints = NDArray[np.int64]
 
 
 def seeded_words(n: int, *key: int | str) -> NDArray[np.uint64]:
-    """Random words that depend on `key` alone: bit generators are stable between numpy versions."""
+    """Return the random words that depend on `key` alone: bit generators are stable between numpy versions."""
     entropy = int.from_bytes(hashlib.sha256(repr(key).encode()).digest(), "little")
     words: NDArray[np.uint64] = np.random.PCG64(entropy).random_raw(n)
     return words
 
 
 def seeded_permutation(n: int, *key: int | str) -> Ints:
-    """A permutation of 0..n-1 that depends on `key` alone, on any machine and numpy version.
+    """Return a permutation of 0..n-1 that depends on `key` alone, on any machine and numpy version.
 
     Sorts random 64-bit words whose low bits carry the index, so that no two are equal; `Generator.permutation` is not
     promised to stay as it is.

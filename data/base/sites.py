@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from data.base.errors import UserError
 
-KINDS = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")
-_KIND = "|".join(KINDS)
+SITE_KINDS = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")
+_KIND = "|".join(SITE_KINDS)
 _CANONICAL = re.compile(rf"({_KIND})\.(\d+)")
 _TRANSFORMER_LENS = re.compile(rf"blocks\.(\d+)\.hook_({_KIND})")
 _MODULE_PATH = re.compile(r"[A-Za-z_]\w*(\.\w+)*")
@@ -16,7 +16,8 @@ _MODULE_PATH = re.compile(r"[A-Za-z_]\w*(\.\w+)*")
 
 @dataclass(frozen=True)
 class Site:
-    """One named point of a model: a kind of `KINDS` at a layer, or (kind "module") the output of the module `path`."""
+    """One named point of a model: a kind of `SITE_KINDS` at a layer, or (kind "module") the output of the module
+    `path`."""
 
     kind: str
     layer: int | None = None
@@ -29,7 +30,7 @@ class Site:
             return cls(found[1], int(found[2]))
         if found := _TRANSFORMER_LENS.fullmatch(name):
             return cls(found[2], int(found[1]))
-        if not _MODULE_PATH.fullmatch(name) or name in KINDS or re.match(rf"({_KIND})\.|.*\.hook_", name):
+        if not _MODULE_PATH.fullmatch(name) or name in SITE_KINDS or re.match(rf"({_KIND})\.|.*\.hook_", name):
             raise UserError(f"site {name!r} is not known: name one as {choices()}")
         return cls("module", path=name)
 
@@ -38,5 +39,5 @@ class Site:
 
 
 def choices() -> str:
-    """The end of a sentence that says how a site may be named."""
-    return f"{', '.join(f'{kind}.<layer>' for kind in KINDS)} or the path of a module of the model"
+    """Return the end of a sentence that says how a site may be named."""
+    return f"{', '.join(f'{kind}.<layer>' for kind in SITE_KINDS)} or the path of a module of the model"

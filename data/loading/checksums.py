@@ -32,7 +32,7 @@ def forget() -> None:
 
 
 def crc32c(parts: Iterable[NDArray[Any]]) -> str:
-    """The crc32c of arrays' bytes, one after another, as commit records write it."""
+    """Return the crc32c of arrays' bytes, one after another, as commit records write it."""
     import google_crc32c
 
     crc = 0
@@ -52,6 +52,7 @@ class ChunkChecks:
         self._locks: defaultdict[str, Lock] = defaultdict(Lock)
 
     def is_done(self, record: Chunk) -> bool:
+        # With the crc in the name: a unit that was made anew under the same key is another file, to be checked again.
         return record.key + record.crc32c in self._done
 
     def compare(self, record: Chunk, unit: int, content: Iterable[NDArray[Any]]) -> None:
@@ -69,6 +70,7 @@ class ChunkChecks:
                 self.compare(record, unit, self._content(record, unit))
 
     def _content(self, record: Chunk, unit: int) -> Iterable[NDArray[Any]]:
+        # A shard may have a gigabyte: it is read in pieces, through one buffer.
         buffer = np.empty(min(_READ_BYTES, record.bytes), np.uint8)
         for begin in range(0, record.bytes, len(buffer)):
             part = buffer[: record.bytes - begin]
@@ -80,7 +82,7 @@ class ChunkChecks:
             yield part
 
     def refuse_length(self, record: Chunk, unit: int, length: int) -> None:
-        """UserError where a file has another length than was committed."""
+        """Raise UserError where a file has another length than was committed."""
         if length != record.bytes:
             raise self.wrong(record, unit, f"has {length} bytes where {record.bytes} were committed")
 

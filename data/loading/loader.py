@@ -66,6 +66,7 @@ class ActivationLoader:
                 f"{self.rows} rows over {world} processes fill no batch of {batch}: lower it or harvest more"
             )
         self._length = count if limit_batches is None else min(count, limit_batches)
+        # Every rank stops after the same number of batches, whatever its part is: in DDP each step waits for all ranks.
         self._stop = min(self._length * batch, self.rows // world)  # rows of an epoch
         self.epoch, self.delivered, self._goes_on = 0, 0, False
         self.waited = 0.0  # seconds that batches were waited for
@@ -73,7 +74,7 @@ class ActivationLoader:
         self._held: Tensor | None = None
 
     def __len__(self) -> int:
-        """Batches of an epoch, the same on every rank."""
+        """Return batches of an epoch, the same on every rank."""
         return self._length
 
     def __iter__(self) -> Iterator[Real[Tensor, "B W"]]:
@@ -85,13 +86,15 @@ class ActivationLoader:
         began = time.perf_counter()
         for batch in self._batches(self.epoch, delivered * self.batch):
             delivered += 1
+            # Counted before the batch is handed out: a checkpoint is saved by whoever has it, so the batch counts as
+            # used.
             self.delivered = delivered
             self.waited += time.perf_counter() - began
             yield batch
             began = time.perf_counter()
 
     def sample(self, n: int) -> Real[Tensor, "N W"]:
-        """The first `n` rows (or all there are) of the current epoch's order, without moving on."""
+        """Return the first `n` rows (or all there are) of the current epoch's order, without moving on."""
         taken, rows = [], 0
         for batch in self._batches(self.epoch, 0):
             taken.append(batch[: n - rows])
@@ -101,7 +104,8 @@ class ActivationLoader:
         return torch.cat(taken)
 
     def _order(self) -> dict[str, int | bool | str]:
-        """What the order of rows depends on, beside epoch and rank."""
+        """Return what the order of rows depends on, beside epoch and rank."""
+        # Little-endian on every machine, as it is compared with what another one wrote.
         digest = hashlib.sha256(self.chunks.astype("<i8").tobytes() + self.sizes.astype("<i8").tobytes())
         fixed = ("seed", "world", "pool_chunks", "batch", "shuffle", "rows")
         return {name: getattr(self, name) for name in fixed} | {"chunks": digest.hexdigest()[:16], "run": RUN_ROWS}
@@ -117,14 +121,17 @@ class ActivationLoader:
         if changed:
             raise UserError(f"the loader cannot go on where it stopped: {', '.join(changed)}; use the same settings")
         self.epoch, self.delivered = int(state["epoch"]), int(state["delivered"])
+        # Saved after its last batch an epoch is over: the next iteration begins the next one.
         self._goes_on = self.delivered < len(self)
 
     def _batches(self, epoch: int, at: int) -> Iterator[Tensor]:
-        """The batches of an epoch from its row `at` on."""
+        """Return the batches of an epoch from its row `at` on."""
         if at >= self._stop:
             return iter(())
         place = {"seed": self.seed, "epoch": epoch, "rank": self.rank}
         settings = {"world": self.world, "pool_chunks": self.pool_chunks}
+        # Pools that are done, or lie beyond the last batch, are not read at all: going on costs no more than the pool
+        # it is in.
         pools = [
             pool
             for pool in order.pools(self.sizes, **place, **settings, shuffle=self.shuffle)
@@ -136,5 +143,6 @@ class ActivationLoader:
         if self.preload:
             if self._held is None:
                 self._held = load_all(self.reader, self.chunks, self.device or torch.device("cpu"), self.threads)
+            # The gather from resident rows takes time as well; a thread does it while the batch before is trained on.
             return prefetch(from_resident(part, self._held))
         return stream_to_cpu(part) if self.device is None else prefetch(stream_to_device(part, self.device))

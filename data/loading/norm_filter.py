@@ -20,14 +20,14 @@ DecodeRows = Callable[[NDArray[Any]], NDArray[Any]]
 
 
 def norms(rows: NDArray[Any]) -> Float64[np.ndarray, " N"]:
-    """||x|| of rows [N, D] as floats."""
+    """Return ||x|| of rows [N, D] as floats."""
     wide = rows.astype(np.float64)
     found: NDArray[np.float64] = np.sqrt(np.einsum("nd,nd->n", wide, wide))
     return found
 
 
 def sampled_chunks(sizes: Ints, most: int) -> Iterator[int]:
-    """The fewest chunks of a seeded order that hold at least `most` rows, or all there are."""
+    """Yield the fewest chunks of a seeded order that hold at least `most` rows, or all there are."""
     for index in seeded_permutation(len(sizes), "info"):
         yield int(index)
         if (most := most - int(sizes[index])) <= 0:
@@ -35,14 +35,14 @@ def sampled_chunks(sizes: Ints, most: int) -> Iterator[int]:
 
 
 def read_norms(reader: Reader, chunk: int, decode: DecodeRows) -> Float64[np.ndarray, " N"]:
-    """||x|| of a chunk's rows."""
+    """Return ||x|| of a chunk's rows."""
     rows = np.empty((int(reader.sizes[chunk]), reader.width), reader.dtype)
     reader.read(chunk, rows)
     return norms(decode(rows))
 
 
 def median_norm(reader: Reader, chunks: int, decode: DecodeRows) -> float:
-    """The median ||x|| of a seeded sample of the first `chunks` chunks."""
+    """Return the median ||x|| of a seeded sample of the first `chunks` chunks."""
     sample = [read_norms(reader, chunk, decode) for chunk in sampled_chunks(reader.sizes[:chunks], SAMPLE)]
     return float(np.median(np.concatenate(sample)))
 
@@ -64,7 +64,7 @@ class NormFilteredReader:
         self.left_out = Stats.merge(stats for _, stats in found)
 
     def _look(self, chunk: int) -> tuple[Ints, Stats]:
-        """The numbers of the rows that are kept, and the statistics of the others."""
+        """Find the numbers of the rows that are kept, and the statistics of the others."""
         rows = np.empty((int(self.reader.sizes[chunk]), self.width), self.dtype)
         self.reader.read(chunk, rows)
         wide = self.decode(rows)
@@ -79,6 +79,8 @@ class NormFilteredReader:
         kept = self.kept[chunk][start : start + len(out)]
         if not len(kept):
             return
+        # One read from the first to the last row wanted, those left out among them: they are rare, and one long read
+        # beats many short ones.
         rows = np.empty((int(kept[-1] - kept[0]) + 1, *self.row_shape), self.dtype)
         self.reader.read(chunk, rows, int(kept[0]))
         # "clip" (all indices are in range) lets numpy write in place; "raise" would take a copy first.
@@ -86,8 +88,9 @@ class NormFilteredReader:
 
 
 def moments(total: Stats, left_out: Stats) -> dict[str, float]:
-    """E ||x||^2 and E ||x - E x||^2 of all rows but those left out."""
+    """Return E ||x||^2 and E ||x - E x||^2 of all rows but those left out."""
     rows = total.rows - left_out.rows
+    # From the sums of the commit records less those left out, so the rows that stay need not be read for this.
     mean_sq_norm = (total.sum_sq - left_out.sum_sq) / rows
     mean = (total.sum - left_out.sum) / rows
     return {"mean_sq_norm": mean_sq_norm, "variance": max(mean_sq_norm - float(mean @ mean), 0.0)}

@@ -53,7 +53,7 @@ class Runs:
     rows: Ints
 
     def cut(self, at: Ints) -> Runs:
-        """The same rows in the same order, with a new run at each row of the pool's order that `at` names."""
+        """Return the same rows in the same order, with a new run at each row of the pool's order that `at` names."""
         ends = np.cumsum(self.rows)
         begins = ends - self.rows
         points = np.union1d(begins, at)
@@ -61,7 +61,8 @@ class Runs:
         return Runs(self.chunks[of], self.starts[of] + points - begins[of], np.diff(points, append=ends[-1:]))
 
     def indices(self, begins: Ints) -> Ints:
-        """Where each row lies in an array in which the chunk at place i of the pool begins at row `begins[i]`."""
+        """Return where each row lies in an array in which the chunk at place i of the pool begins at row
+        `begins[i]`."""
         ends = np.cumsum(self.rows)
         offsets = begins[self.chunks] + self.starts - (ends - self.rows)
         return np.repeat(offsets, self.rows) + np.arange(int(ends[-1]))
@@ -72,6 +73,7 @@ def split_calibration(sizes: Ints, rows: int, seed: int) -> tuple[Ints, Ints]:
 
     Reserved rows serve the calibration, the optimizer never sees them. Raises UserError where nothing would be left.
     """
+    # Of its own key: what is set aside must not depend on the epoch's order, which is another with each epoch.
     order = seeded_permutation(len(sizes), "reserve", seed)
     count = int(np.searchsorted(np.cumsum(sizes[order]), rows)) + 1 if rows > 0 else 0
     if count >= len(sizes):
@@ -79,19 +81,21 @@ def split_calibration(sizes: Ints, rows: int, seed: int) -> tuple[Ints, Ints]:
             f"{rows} rows cannot be set aside for calibration and leave chunks to train on: the store holds "
             f"{int(sizes.sum())} rows in {len(sizes)} chunks, so harvest more tokens or lower calibration_tokens"
         )
+    # Sorted, as the order of chunks is drawn anew each epoch and this one means nothing.
     return np.sort(order[count:]), np.sort(order[:count])
 
 
 def pools(
     sizes: Ints, *, seed: int, epoch: int, rank: int, world: int, pool_chunks: int, shuffle: bool = True
 ) -> list[Pool]:
-    """The pools of one rank in one epoch.
+    """Return the pools of one rank in one epoch.
 
     Each rank has rows [N*rank//world, N*(rank+1)//world) of the chunk order, so a chunk at a border is shared by rows.
     """
     order = seeded_permutation(len(sizes), "chunks", seed, epoch) if shuffle else np.arange(len(sizes))
     ends = np.cumsum(sizes[order])
     begins, total = ends - sizes[order], int(sizes.sum())
+    # By rows, not by chunks: ranks then differ by at most one row, however few chunks there are.
     first, last = total * rank // world, total * (rank + 1) // world
     starts, stops = np.maximum(first - begins, 0), np.minimum(last - begins, sizes[order])
     mine = np.flatnonzero(starts < stops)
@@ -104,7 +108,7 @@ def pools(
 
 
 def pool_runs(pool: Pool, *, seed: int, epoch: int, rank: int, shuffle: bool = True) -> Runs:
-    """The order of a pool's rows.
+    """Make the order of a pool's rows.
 
     Each chunk is cut at a random offset and then every RUN_ROWS rows. Its n runs, in a random order, have one random
     place each in the n-ths of the pool, and the runs of all chunks are sorted by place.
@@ -112,8 +116,11 @@ def pool_runs(pool: Pool, *, seed: int, epoch: int, rank: int, shuffle: bool = T
     chunks, rows = np.arange(len(pool.chunks)), pool.stops - pool.starts
     if not shuffle:
         return Runs(chunks, pool.starts, rows)
+    # An upper limit of the number of runs: a chunk of n rows has a shorter one at each end. All words are drawn by one
+    # call, which costs less than one a chunk.
     most = int((rows // RUN_ROWS + 2).sum())
     words = seeded_words(len(rows) + 2 * most, "pool", seed, epoch, rank, pool.index)
+    # Without it the same 16 rows would stand together in every epoch; with it a row's neighbours change.
     offsets = (words[: len(rows)] % np.uint64(RUN_ROWS)).astype(np.int64)
     counts = -(-(rows + offsets) // RUN_ROWS)
     of = np.repeat(chunks, counts)
@@ -122,14 +129,18 @@ def pool_runs(pool: Pool, *, seed: int, epoch: int, rank: int, shuffle: bool = T
     starts, stops = np.maximum(begins, pool.starts[of]), np.minimum(begins + RUN_ROWS, pool.stops[of])
     shuffled, jitter = words[len(rows) :][: len(of)], words[len(rows) + most :][: len(of)]
     turns = np.empty_like(number)
+    # Sorting by a random word within each chunk is a permutation of its runs.
     turns[np.lexsort((shuffled, of))] = number
+    # (turn + u) / n of the pool, u uniform in [0, 1), in fixed point with 40 bits: integers, so that no machine rounds
+    # otherwise.
     places = ((turns << 40) + (jitter >> np.uint64(24)).astype(np.int64)) // counts[of]
+    # Stable, so that equal places fall in the same order everywhere.
     order = np.argsort(places, kind="stable")
     return Runs(of[order], starts[order], (stops - starts)[order])
 
 
 def batches_per_epoch(rows: int, *, batch: int, world: int, drop_last: bool = True) -> int:
-    """Batches of every rank: as many as the rank with the fewest of the `rows` rows has."""
+    """Return batches of every rank: as many as the rank with the fewest of the `rows` rows has."""
     least = rows // world
     return least // batch if drop_last else -(-least // batch)
 
@@ -146,7 +157,7 @@ def check_order(sizes: Ints, *, seed: int, epoch: int, world: int, pool_chunks: 
 
 
 def mixing_span(unit_rows: int, pool_chunks_units: int, total: int) -> float:
-    """The uniform shuffle buffer, in rows, that mixes as well: 1 / (1/(H*K) + 1/N).
+    """Return the uniform shuffle buffer, in rows, that mixes as well: 1 / (1/(H*K) + 1/N).
 
     H rows of a unit, K units in a pool, N rows in all.
     """

@@ -20,7 +20,7 @@ from data.loading.checksums import ChunkChecks
 from data.store.commit import Chunk
 from data.store.store import Store
 
-_MOST_PARTS = 1024  # that one preadv takes, on Linux and elsewhere
+MOST_PARTS = 1024  # that one preadv takes, on Linux and elsewhere
 _TORCH = {
     **{"uint16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32},
     **{"int8": torch.int8, "int32": torch.int32},
@@ -33,7 +33,8 @@ class Reader(Protocol):
 
     @property
     def width(self) -> int:
-        """Numbers in a row as it is stored: rows are read so, and `Store.decoder` makes activations of them."""
+        """Return how many numbers a row has as it is stored:
+        rows are read so, and `Store.decoder` makes activations of them."""
         ...
 
     @property
@@ -41,12 +42,12 @@ class Reader(Protocol):
 
     @property
     def sizes(self) -> Ints:
-        """Valid rows of each chunk."""
+        """Return the valid rows of each chunk."""
         ...
 
     @property
     def dtype(self) -> np.dtype[Any]:
-        """In memory; uint16 are the bits of bfloat16."""
+        """Return the dtype of rows in memory; uint16 are the bits of bfloat16."""
         ...
 
     @property
@@ -54,7 +55,7 @@ class Reader(Protocol):
 
     @property
     def bytes_read(self) -> int:
-        """Bytes of rows that it has read so far, in all threads."""
+        """Return the bytes of rows that it has read so far, in all threads."""
         ...
 
     def read(self, chunk: int, out: NDArray[Any], start: int = 0) -> None:
@@ -70,6 +71,7 @@ class _CommittedReader:
     """What both readers know from the commit records alone."""
 
     def __init__(self, store: Store, split: str, site: str) -> None:
+        # A record that was lost would only make the store smaller, and training would go on without its rows, unseen.
         store.refuse_missing_records(split, site)
         self.store, self.split, self.site = store, split, site
         self.checks = ChunkChecks(store, split, site)
@@ -84,6 +86,8 @@ class _CommittedReader:
         sizes: list[int] = []
         layout = store.layout
         for unit, commit in store.committed(split, site).items():
+            # With shards a file holds a unit's chunks, without them one: rows are counted in chunks either way, so that
+            # the order of rows does not depend on how they are filed.
             for file, number in zip(commit.chunks, count(unit * layout.files_per_unit)):
                 rows = layout.chunks(file.rows)
                 first = number * layout.file_rows // layout.chunk_rows
@@ -100,18 +104,18 @@ class _CommittedReader:
             self.bytes_read += sum(part.nbytes for part in rows)
 
     def _part(self, chunk: int, out: NDArray[Any], start: int) -> NDArray[Any]:
-        """The rows of `out` that a read fills."""
+        """Return the rows of `out` that a read fills."""
         assert out.dtype == self.dtype and out.shape[1:] == self.row_shape, (out.dtype, out.shape)
         assert 0 <= start <= self.sizes[chunk], (chunk, start)
         return out[: int(self.sizes[chunk]) - start]
 
     def _offset(self, chunk: int, start: int) -> int:
-        """The byte of its file at which a chunk's row `start` begins, where no codec is used."""
+        """Return the byte of its file at which a chunk's row `start` begins, where no codec is used."""
         row = self.within[chunk] * self.store.layout.chunk_rows + start
         return row * self.width * self.dtype.itemsize
 
     def _must_compare(self, chunk: int, offset: int, nbytes: int) -> bool:
-        """Whether the bytes of a read are to be compared: it is the first of its file, and takes all of it.
+        """Return whether the bytes of a read are to be compared: it is the first of its file, and takes all of it.
 
         The first read of a part has its file read, whole, for the check.
         """
@@ -127,6 +131,7 @@ class _CommittedReader:
 def _missing(file: int, outs: Sequence[NDArray[Any]], at: int) -> int:
     """Fill `outs` one after another from byte `at` of a file on; the bytes that its end leaves unfilled."""
     wanted = sum(out.nbytes for out in outs)
+    # One call scatters a chunk over many batches; reading it whole first would copy each row once more.
     got = os.preadv(file, outs, at)  # type: ignore[arg-type]  # numpy's arrays are buffers, which 3.11's types cannot say
     while got < wanted:  # some file systems give less than they have
         skipped, left = 0, []
@@ -165,16 +170,19 @@ class DirectReader(_CommittedReader):
         except FileNotFoundError:
             raise self.checks.wrong(record, unit, "is missing") from None
         try:
+            # A file that grew or shrank is refused before anything of it is used, also by processes that checked it
+            # before.
             length = os.fstat(file).st_size
             if length == record.bytes:
-                for first in range(0, len(outs), _MOST_PARTS):
-                    parts = outs[first : first + _MOST_PARTS]
+                for first in range(0, len(outs), MOST_PARTS):
+                    parts = outs[first : first + MOST_PARTS]
                     length -= _missing(file, parts, at)
                     at += sum(part.nbytes for part in parts)
         finally:
             os.close(file)
         self.checks.refuse_length(record, unit, length)
         if compare:
+            # On the bytes where they landed: this covers the disk, the bus and the copy, and needs no second read.
             self.checks.compare(record, unit, outs)
         self._count(outs)
 
@@ -217,6 +225,8 @@ class ZarrReader(_CommittedReader):
         if length is None:  # zarr would give zeros
             raise self.checks.wrong(record, unit, "is missing")
         self.checks.refuse_length(record, unit, length)
+        # zarr reads the file again after this, so what it decodes is checked as far as the cache of the system serves
+        # both.
         if not self.checks.is_done(record):
             self.checks.read_and_compare(record, unit)
         first = self.numbers[chunk] * self.store.layout.chunk_rows + start
@@ -241,10 +251,13 @@ def scatter(reader: Reader, chunk: int, outs: Sequence[NDArray[Any]], start: int
 
 
 def open_reader(store: Store, split: str, site: str) -> Reader:
-    """The fastest reader that can read this site; a UserError where the store does not have it."""
+    """Open the fastest reader that can read this site; a UserError where the store does not have it."""
     metadata, layout = store.metadata(split, site), store.layout
     as_written = store.rows_of(site).format(tuple(metadata["shape"][1:])).metadata()
+    # Only where the array's own description says just what we write may its files be read past zarr; another tool may
+    # have written it with other codecs.
     plain = layout.codec is None and metadata["codecs"] == as_written["codecs"]
+    # Stored bytes are little-endian, and are read into memory as they are.
     if sys.byteorder == "little" and plain:
         if not isinstance(store.path, Path):
             return RangeReader(store, split, site)

@@ -30,14 +30,14 @@ class LeaseStorage(Protocol):
 
     @property
     def stages_are_private(self) -> bool:
-        """Whether what is staged is committed by its own writer or by no one.
+        """Return whether what is staged is committed by its own writer or by no one.
 
         In an object store another may settle on it at any time, so it must not be removed before its unit is committed.
         """
         ...
 
     def look(self, key: str) -> tuple[bytes, str]:
-        """A file's content, and a tag that changes with every change of it."""
+        """Read a file's content, and a tag that changes with every change of it."""
         ...
 
     def put_if(self, key: str, data: bytes, tag: str | None) -> str | None:
@@ -53,7 +53,7 @@ class LeaseStorage(Protocol):
         ...
 
     def entries(self, folder: str) -> list[str]:
-        """The names of files and folders right below a folder, sorted; none where it does not exist."""
+        """List files and folders right below a folder, sorted; none where it does not exist."""
         ...
 
     def make_stage(self, stage: Any) -> None:
@@ -96,31 +96,31 @@ class Storage(Protocol):
         ...
 
     def read_many(self, keys: Sequence[str]) -> Iterator[bytes | OSError]:
-        """The content of many files, in their order, or what one could not be read for."""
+        """Read many files in their order: the content, or the error for which one could not be read."""
         ...
 
     def size(self, key: str) -> int | None:
-        """None where there is no such file."""
+        """Return the bytes of a file; None where there is no such file."""
         ...
 
     def list_files(self, folder: str) -> list[str]:
-        """The names of the files in a folder, sorted; none where it does not exist."""
+        """List the files in a folder, sorted; none where it does not exist."""
         ...
 
     def folders(self) -> list[str]:
-        """The names of the folders right below, sorted; none where there is nothing."""
+        """List the folders right below, sorted; none where there is nothing."""
         ...
 
     def entries(self, folder: str) -> list[str]:
-        """The names of all that is right below a folder, sorted; none where it does not exist."""
+        """List all that is right below a folder, sorted; none where it does not exist."""
         ...
 
     def sizes(self) -> dict[str, int]:
-        """{key: bytes} of every file; links count as themselves."""
+        """Return {key: bytes} of every file; links count as themselves."""
         ...
 
     def seconds_since_write(self) -> float:
-        """Seconds since anything below was written."""
+        """Return the seconds since anything below was written."""
         ...
 
     def create(self, key: str, data: bytes) -> None:
@@ -151,5 +151,5 @@ class Storage(Protocol):
         ...
 
     def zarr(self, key: str) -> dict[str, Any]:
-        """The arguments by which zarr opens the array at `key`."""
+        """Return the arguments by which zarr opens the array at `key`."""
         ...

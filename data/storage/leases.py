@@ -41,15 +41,18 @@ _held: set[str] = set()
 
 
 def this_host() -> str:
-    """This host and, on Linux, this boot and container: within them a process number says who."""
+    """Return this host and, on Linux, this boot and container: within them a process number says who."""
     with contextlib.suppress(OSError):
+        # The boot's id, since process numbers begin anew after a restart; the namespace of processes, since two
+        # containers of one host each have a process 1.
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{socket.gethostname()} {boot} {os.readlink('/proc/self/ns/pid')}"
     return socket.gethostname()
 
 
 def _is_zombie(pid: int) -> bool:
-    """Whether a process ended and its parent has not asked how, which in a container may be for ever (Linux only)."""
+    """Return whether a process ended and its parent has not asked how,
+    which in a container may be for ever (Linux only)."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
     except OSError:
@@ -57,12 +60,13 @@ def _is_zombie(pid: int) -> bool:
 
 
 def is_gone(owner: Json) -> bool:
-    """Whether the process of a lease is known to be gone; on another host that is never known."""
+    """Return whether the process of a lease is known to be gone; on another host that is never known."""
     if owner["host"] != this_host():
         return False
     if owner["pid"] == os.getpid():
         return owner["token"] not in _held
     try:
+        # Signal 0 sends nothing: it only asks whether the process is there.
         os.kill(owner["pid"], 0)
     except ProcessLookupError:
         return True
@@ -72,11 +76,12 @@ def is_gone(owner: Json) -> bool:
 
 
 def read_owner(data: bytes) -> Json | None:
-    """What a lease says of its owner; None for what no owner wrote, or had not written when it died."""
+    """Read what a lease says of its owner; None for what no owner wrote, or had not written when it died."""
     try:
         owner = json.loads(data)
     except ValueError:
         return None
+    # A lease may be cut off in the middle of its write: what is not whole names no living owner.
     kinds = {"host": str, "pid": int, "token": str, "names": list, "made_by": dict}
     if isinstance(owner, dict) and all(isinstance(owner.get(name), kind) for name, kind in kinds.items()):
         return owner
@@ -85,7 +90,7 @@ def read_owner(data: bytes) -> Json | None:
 
 @contextlib.contextmanager
 def owning(names: Sequence[str], made_by: Json) -> Iterator[Json]:
-    """What a lease of this process says of its owner, who lives as long as the `with` block."""
+    """Yield what a lease of this process says of its owner, who lives as long as the `with` block."""
     token = uuid.uuid4().hex
     _held.add(token)
     try:
@@ -116,11 +121,13 @@ class UnitLeases:
                     with self._beating(key, owner, tag):
                         yield True
             finally:
+                # Only this owner's own version: one that was taken over belongs to another by now.
                 if tried and (still := self._still(key, owner)):
                     self._storage.delete_if(key, still)
 
     def stage(self, split: str, unit: int, site: str) -> Location:
-        """A new folder or prefix for the chunk files of one write."""
+        """Make a new folder or prefix for the chunk files of one write."""
+        # A new name for every attempt, so a slow writer and the one that took over never write the same file.
         stage = self.folder / f"{split}.{unit:06d}.{site}.{uuid.uuid4().hex}"
         self._storage.make_stage(stage)
         return stage
@@ -130,13 +137,13 @@ class UnitLeases:
         self._storage.discard(stage)
 
     def owners(self) -> list[Json]:
-        """What the leases say of their owners."""
+        """Return what the leases say of their owners."""
         files = [self._look(f"{LEASES_FOLDER}/{name}") for name in self._entries() if _LEASE.fullmatch(name)]
         owners = [read_owner(file[0]) for file in files if file is not None]
         return [owner for owner in owners if owner is not None]
 
     def any(self) -> bool:
-        """Whether anything is leased or staged, or left of either."""
+        """Return whether anything is leased or staged, or left of either."""
         return bool(self._entries())
 
     def sweep(self, is_committed: Callable[[str, int, str], bool]) -> None:
@@ -153,6 +160,7 @@ class UnitLeases:
             if _LEASE.fullmatch(name) or not (match := _STAGE.fullmatch(name)):
                 continue
             split, unit, site = match[1], int(match[2]), match[3]
+            # In an object store a stage may be what others have settled on, so only a commit makes it litter.
             abandoned = self._storage.stages_are_private and f"{split}.{match[2]}" not in leased
             if abandoned or is_committed(split, unit, site):
                 gone.append(name)
@@ -181,8 +189,10 @@ class UnitLeases:
             return None
 
     def _is_free(self, key: str, data: bytes, tag: str) -> bool:
-        """Whether the owner of a lease is dead."""
+        """Return whether the owner of a lease is dead."""
         now = time.monotonic()
+        # The clock starts when this process first sees a version: how old the file says it is would compare two hosts'
+        # clocks.
         if self._seen.get(key, ("", 0.0))[0] != tag:
             self._seen[key] = (tag, now)
         owner = read_owner(data)
@@ -194,6 +204,7 @@ class UnitLeases:
         if file is not None and not self._is_free(key, *file):
             return None
         tag = self._storage.put_if(key, json.dumps(owner).encode(), file[1] if file else None)
+        # The answer to a put that was done may be lost and the request repeated, which then fails on our own lease.
         tag = tag or self._still(key, owner)
         if tag is not None and self._storage.stages_are_private:
             # What is staged of this unit is a dead process's: the lease is ours, and we staged nothing yet.
@@ -202,7 +213,7 @@ class UnitLeases:
         return tag
 
     def _still(self, key: str, owner: Json) -> str | None:
-        """The version of a lease that is this owner's, whatever an answer that was lost would have said."""
+        """Return the version of a lease that is this owner's, whatever an answer that was lost would have said."""
         file = self._look(key)
         there = read_owner(file[0]) if file else None
         return file[1] if file and there and there["token"] == owner["token"] else None
@@ -210,6 +221,7 @@ class UnitLeases:
     @contextlib.contextmanager
     def _beating(self, key: str, owner: Json, tag: str) -> Iterator[None]:
         """Show every BEAT_S that the owner of a lease lives, for as long as it is this owner's."""
+        # A thread of its own: a forward that takes minutes must not make its process look dead.
         done = threading.Event()
 
         def beat(tag: str | None) -> None:
@@ -218,6 +230,7 @@ class UnitLeases:
                 count += 1
                 with contextlib.suppress(UserError, OSError):  # the next beat will tell
                     text = json.dumps(owner | {"beat": count}).encode()
+                    # None where the lease was taken over: the thread ends, and the commit will find out.
                     tag = self._storage.put_if(key, text, tag) or self._still(key, owner)
 
         thread = threading.Thread(target=beat, args=(tag,), name=f"heartbeat {key}", daemon=True)

@@ -22,7 +22,8 @@ TRIES = 100  # to make something in a folder that others may remove when it is e
 
 
 def _tag(data: bytes, status: os.stat_result) -> str:
-    """Changes with the content and with the time of change, which processes of an older version set as heartbeat."""
+    """Make a tag that changes with the content and with the time of change,
+    which processes of an older version set as heartbeat."""
     return f"{status.st_mtime_ns}.{hashlib.sha256(data).hexdigest()[:16]}"
 
 
@@ -48,6 +49,7 @@ class LocalStorage:
 
     def _open(self, key: str) -> io.FileIO:
         """Open a file to read; an OSError where something else is in its place, which reading would wait for."""
+        # Unbuffered: reads are of whole files or large parts, which a buffer would copy once more.
         return os.fdopen(open_plain(self.path / key), "rb", buffering=0)
 
     def read(self, key: str) -> bytes:
@@ -113,6 +115,7 @@ class LocalStorage:
         with self._alone():
             old = path.read_bytes() if path.exists() else None
             new = change(old)
+            # A rewrite with the same bytes would cost two fsyncs, and make an idle store look written to.
             if new == old:
                 return
             made = [folder.parent for folder in path.parents if not folder.exists()]
@@ -223,7 +226,12 @@ class LocalStorage:
                 return path.read_bytes()
             places = [self.path / key for key in keys]
             for place in places:
+                # A rename within one file system is atomic. If the process dies between two of them the record is
+                # missing, so the chunks that came to their places are no part of the store, and the next writer's take
+                # theirs.
                 os.replace(stage / place.name, place)
+            # The names of the chunks are on the disk before the record that names them is: after a power failure no
+            # record can be there without its chunks.
             for folder in {place.parent for place in places}:
                 fsync(folder)
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -235,6 +243,8 @@ class LocalStorage:
             (self.path / key).unlink(missing_ok=True)
 
     def remove_all(self) -> None:
+        # First what says that the store is whole, then what says that units are: killed at any point this leaves a
+        # store with fewer rows, never one with records of files that are gone.
         (self.path / "complete.json").unlink(missing_ok=True)
         shutil.rmtree(self.path / "commits", ignore_errors=True)
         shutil.rmtree(self.path)

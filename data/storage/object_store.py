@@ -44,27 +44,30 @@ _OWN_CREDENTIALS = "http://169.254.169.254"  # where obstore looks for a machine
 
 
 @cache
-def _opened(scheme: str, bucket: str) -> Any:
-    """obstore's store of a whole bucket; one a process, so that memory:// keeps what was put there."""
+def open_bucket(scheme: str, bucket: str) -> Any:
+    """Open obstore's store of a whole bucket; one a process, so that memory:// keeps what was put there."""
     try:
         from obstore.store import MemoryStore, S3Store
     except ImportError:
         raise UserError(f'{scheme}:// needs the extra s3: .venv/bin/pip install -e ".[s3]"') from None
     if scheme == "memory":
         return MemoryStore()
+    # obstore refuses unencrypted endpoints unless it is told; a server on one's own network often is one.
     plain = os.environ.get("AWS_ENDPOINT_URL", "").startswith("http://")
     options = _TIMEOUTS | ({"allow_http": True} if plain else {})
     return S3Store(bucket, client_options=options, retry_config=_RETRY)  # type: ignore[arg-type]
 
 
 @cache
-def _uploaders() -> ThreadPoolExecutor:
+def uploaders() -> ThreadPoolExecutor:
+    """Return the threads of this process that put staged chunks."""
     return ThreadPoolExecutor(AT_ONCE, thread_name_prefix="upload")
 
 
 def to_user_error(url: Url, error: Exception) -> UserError:
-    """One sentence for what a request failed of."""
+    """Return one sentence for what a request failed of."""
     text, bucket = str(error), f"{url.scheme}://{url.bucket}"
+    # An endpoint's URL may hold a password.
     at = re.sub(r"//[^/]*@", "//", os.environ.get("AWS_ENDPOINT_URL", "AWS"))
     code = found[1] if (found := re.search(r"<Code>(\w+)</Code>", text)) else type(error).__name__
     status = found[1] if (found := re.search(r"status code: (\d+)", text)) else ""
@@ -96,6 +99,7 @@ def _asking(url: Url) -> Iterator[None]:
             raise
         from obstore.exceptions import AlreadyExistsError, PreconditionError
 
+        # No failure but an answer: the condition of the put did not hold.
         if isinstance(error, AlreadyExistsError | PreconditionError):
             raise
         raise to_user_error(url, error) from None
@@ -112,7 +116,7 @@ class ObjectStorage:
 
     def __init__(self, path: Url) -> None:
         self.path = path
-        self._store = _opened(path.scheme, path.bucket)
+        self._store = open_bucket(path.scheme, path.bucket)
         self.leases = UnitLeases(self)
         self._offered: set[Url] = set()
         self._uploads: dict[Url, list[Future[str | None]]] = {}
@@ -124,7 +128,7 @@ class ObjectStorage:
         return self.look(key)[0]
 
     def look(self, key: str) -> tuple[bytes, str]:
-        """(content, what changes with it)."""
+        """Read (content, what changes with it)."""
         import obstore
 
         with _asking(self.path / key):
@@ -161,6 +165,8 @@ class ObjectStorage:
                 return error
 
         with ThreadPoolExecutor(AT_ONCE) as threads:
+            # A window that moves: some requests are under way at any time, and no more answers wait in memory than
+            # that.
             left = iter(keys)
             waiting = deque(threads.submit(read, key) for key in islice(left, AT_ONCE))
             try:
@@ -198,7 +204,7 @@ class ObjectStorage:
         return time.time() - max((meta["last_modified"].timestamp() for meta in self.below("").values()), default=0.0)
 
     def below(self, folder: str) -> dict[str, Any]:
-        """{path below the folder: what obstore says of it} of every object in it."""
+        """Return {path below the folder: what obstore says of it} of every object in it."""
         import obstore
 
         prefix = self._key(folder)
@@ -242,7 +248,7 @@ class ObjectStorage:
         return sorted({key.partition("/")[0] for key in self.below(folder)})
 
     def make_stage(self, stage: Url) -> None:
-        """A prefix is there as soon as an object has it."""
+        """Do nothing: a prefix is there as soon as an object has it."""
 
     def discard_entries(self, names: Collection[str]) -> None:
         if names:
@@ -258,7 +264,9 @@ class ObjectStorage:
                 return self.read(key)
 
     def create(self, key: str, data: bytes) -> None:
-        """Also makes sure that the store minds conditions, on which all else hangs."""
+        """Write a new file; also make sure that the store minds conditions, on which all else hangs."""
+        # The second put of the same key must fail. Servers that ignore the condition exist, and there two writers would
+        # each believe that they were first.
         self.put_if_absent(key, data)
         if self.put(key, data, new=True) is not None:
             raise UserError(
@@ -273,6 +281,7 @@ class ObjectStorage:
             except FileNotFoundError:
                 old, tag = None, None
             new = change(old)
+            # Read, change, put if nobody else did meanwhile, else again: an object store's way to a lock.
             if new == old or self.put(key, new, tag, new=tag is None) is not None:
                 return
 
@@ -280,11 +289,12 @@ class ObjectStorage:
         """Begin to put it; AT_ONCE are under way at a time, and `settle` waits for all."""
         uploads = self._uploads.setdefault(stage, [])
         if len(uploads) >= AT_ONCE:
+            # Waits for the eldest that may still be under way, so memory holds at most AT_ONCE chunks.
             uploads[-AT_ONCE].result()
-        uploads.append(_uploaders().submit(self.put, self._below(stage / name), b"".join(pieces)))
+        uploads.append(uploaders().submit(self.put, self._below(stage / name), b"".join(pieces)))
 
     def _below(self, url: Url) -> str:
-        """The key of a URL below this place."""
+        """Return the key of a URL below this place."""
         assert not self.path.key or url.key.startswith(self.path.key + "/")
         return url.key[len(self.path.key) + 1 if self.path.key else 0 :]
 
@@ -294,7 +304,10 @@ class ObjectStorage:
         self._offered.add(stage)  # from here on others may do what it says
         settled = f"{self._below(stage).rpartition('.')[0]}.settled"
         plan = json.dumps({"stage": stage.name, "keys": [*keys], "record": data.decode()})
+        # Another's plan may stand there already: then its chunks are the unit, and ours are removed below.
         chosen = json.loads(self.put_if_absent(settled, plan.encode()))
+        # The record is looked for after the plan stands: another may have settled, committed and removed its plan since
+        # our unit was found free, and ours would be a second copy.
         standing = self._get(record) or self._bring(chosen, record)
         stages = dict.fromkeys((chosen["stage"], stage.name))
         staged = [f"{LEASES_FOLDER}/{at}/{_name(key)}" for at in stages for key in chosen["keys"]]
@@ -349,6 +362,8 @@ class ObjectStorage:
     def remove_all(self) -> None:
         keys = self.below("")
         records = [key for key in keys if key.startswith("commits/")]
+        # As for a folder: first the claims to be whole, the manifest last, so that what is left is still known for a
+        # store.
         for some in (["complete.json"], records, keys.keys() - {"manifest.json"}, ["manifest.json"]):
             self.remove(some)
 

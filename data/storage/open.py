@@ -10,7 +10,7 @@ from data.storage.local import LocalStorage
 
 
 def open_storage(location: Location) -> Storage:
-    """The files below a location; UserError where an object store is named and cannot be used."""
+    """Open the files below a location; UserError where an object store is named and cannot be used."""
     if isinstance(location, Path):
         return LocalStorage(location)
     from data.storage.object_store import ObjectStorage  # an extra: obstore

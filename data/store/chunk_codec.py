@@ -21,6 +21,7 @@ from data.store.layout import Layout
 _ZSTD = {"level": 1, "checksum": False}
 _BLOSC = {"cname": "lz4", "clevel": 5, "shuffle": "bitshuffle", "blocksize": 0}
 _INDEX_CODECS: list[Json] = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]
+# The value that zarr's sharding specification gives a chunk that is not stored.
 _ABSENT = 2**64 - 1
 _INDEX_ENTRY_BYTES, _CRC_BYTES = 16, 4  # of a shard's index: an offset and a length a chunk, then its crc32c
 
@@ -39,11 +40,11 @@ class ChunkCodec:
 
     @property
     def chunk_bytes(self) -> int:
-        """Of a chunk without its codec."""
+        """Return the bytes of a chunk without its codec."""
         return self.layout.chunk_rows * self.row_bytes
 
     def file_bytes(self, rows: int) -> int | None:
-        """The length of a file of so many valid rows; None where only a compressor knows it."""
+        """Return the length of a file of so many valid rows; None where only a compressor knows it."""
         if self.layout.codec is not None:
             return None
         chunks = len(self.layout.chunks(rows)) * self.chunk_bytes
@@ -51,8 +52,9 @@ class ChunkCodec:
         return chunks + index
 
     def metadata(self) -> Json:
-        """`chunk_grid` and `codecs` of the array's zarr.json."""
+        """Return `chunk_grid` and `codecs` of the array's zarr.json."""
         codecs: list[Json] = [{"name": "bytes"}]
+        # zarr-python leaves `endian` out for single bytes, and `open_reader` compares with what zarr wrote.
         if self.dtype.itemsize > 1:
             codecs[0]["configuration"] = {"endian": "little"}
         if self.compressor is not None:
@@ -66,26 +68,30 @@ class ChunkCodec:
 
     @property
     def compressor(self) -> Json | None:
-        """The codec as zarr names it."""
+        """Return the compressor as zarr names it."""
         if self.layout.codec is None:
             return None
         settings = _ZSTD if self.layout.codec == "zstd" else {"typesize": self.dtype.itemsize} | _BLOSC
         return {"name": self.layout.codec, "configuration": settings}
 
     def encode(self, chunks: Iterable[NDArray[Any]]) -> Iterator[bytes]:
-        """The bytes of a file, one piece after another. chunks: the valid rows of each chunk."""
+        """Yield the bytes of a file, one piece after another. chunks: the valid rows of each chunk."""
         index, at = np.full((self.layout.chunks_per_unit, 2), _ABSENT, "<u8"), 0
         for number, rows in enumerate(chunks):
             data = rows.astype(self.dtype.newbyteorder("<"), copy=False).tobytes()
+            # The last chunk is padded with zeros to full size: Zarr's regular grid has no short chunk, and other
+            # readers expect it so.
             data = self._compress(data + bytes(self.chunk_bytes - len(data)))
             index[number] = at, len(data)
             at += len(data)
             yield data
         if self.layout.shards:
+            # After the chunks ("index_location": "end"), since their offsets are known only once they have been
+            # compressed.
             yield _sealed(index)
 
     def decode(self, content: bytes, valid: Iterable[int]) -> Iterator[NDArray[Any]]:
-        """The valid rows of each chunk of a file; a ValueError where its bytes are not what `encode` gives."""
+        """Yield the valid rows of each chunk of a file; a ValueError where its bytes are not what `encode` gives."""
         parts = self._parts(content) if self.layout.shards else [memoryview(content)]
         for part, n in zip(parts, valid, strict=True):
             data = self._expand(part)
@@ -94,9 +100,10 @@ class ChunkCodec:
             yield np.frombuffer(data, self.dtype.newbyteorder("<")).reshape(-1, *self.row_shape)[:n]
 
     def _parts(self, content: bytes) -> list[memoryview]:
-        """The chunks that are in a shard, which must lie in it from its beginning on without a gap."""
+        """Cut out the chunks that are in a shard, which must lie in it from its beginning on without a gap."""
         end = len(content) - _INDEX_ENTRY_BYTES * self.layout.chunks_per_unit - _CRC_BYTES
         index = np.frombuffer(content[max(end, 0) : -_CRC_BYTES], "<u8").reshape(-1, 2)
+        # The index has a checksum of its own, so a damaged one is told apart from a damaged chunk.
         if end < 0 or _sealed(index) != content[end:]:
             raise ValueError("its index of chunks is damaged")
         there = index[index[:, 0] != _ABSENT].astype(np.int64)
@@ -133,7 +140,7 @@ class ChunkCodec:
 
 
 def _sealed(index: NDArray[np.uint64]) -> bytes:
-    """The bytes of a shard's index and their crc32c."""
+    """Return the bytes of a shard's index and their crc32c."""
     import google_crc32c
 
     data = index.tobytes()

@@ -56,6 +56,7 @@ class Commit:
         if (self.split, self.unit, self.site) != (split, unit, site):
             return f"is the record of unit {self.unit} of {self.split}/{self.site}"
         rows = [chunk.rows for chunk in self.chunks]
+        # All chunks of a unit but the last are full, so that the place of a row follows from the layout alone.
         if rows != layout.files(self.rows) or self.rows > layout.unit_rows:
             return f"has chunks of {rows} rows for its {self.rows}"
         return None
@@ -72,6 +73,7 @@ class Commit:
             if chunk.key != key:
                 return f"names {chunk.key} where {key} belongs"
             size = codec.file_bytes(chunk.rows)
+            # A codec's length depends on the values; the crc32c alone must vouch for such a file.
             if size not in (None, chunk.bytes):
                 return f"has {chunk.bytes} bytes for {chunk.key} where its array's files have {size}"
         return None
@@ -85,21 +87,21 @@ RECORD = re.compile(r"(\d{6,})\.(\w[\w.-]*)\.json")  # the name of a record: uni
 
 
 def record_key(split: str, unit: int, site: str) -> str:
-    """The path of a commit record below its store."""
+    """Return the path of a commit record below its store."""
     return f"commits/{split}/{unit:06d}.{site}.json"
 
 
 def unit_of(key: str) -> int:
-    """The unit that a commit record's path names."""
+    """Return the unit that a commit record's path names."""
     return int(key.rpartition("/")[2].partition(".")[0])
 
 
 def chunk_key(split: str, site: str, number: int, row_shape: tuple[int, ...]) -> str:
-    """The path, below the store, of the number-th chunk file of an array."""
+    """Return the path, below the store, of the number-th chunk file of an array."""
     return f"{split}/{site}/c.{number}" + ".0" * len(row_shape)
 
 
 def remake(store: Location, split: str, unit: int, site: str) -> str:
-    """The one remedy for a damaged unit of a site, as the end of a sentence."""
+    """Return the one remedy for a damaged unit of a site, as the end of a sentence."""
     record = store / record_key(split, unit, site)
     return f"delete {record} and run the same harvest again, which makes unit {unit} of {split}/{site} anew"

@@ -17,29 +17,33 @@ SPLITS = (TRAIN, HELDOUT)
 
 
 def is_store(path: Location) -> bool:
-    """Whether a folder is a store or what is left of one; one that cannot be looked into may be."""
+    """Return whether a folder is a store or what is left of one; one that cannot be looked into may be."""
     storage = open_storage(path)
     try:
         return storage.size("manifest.json") is not None or "commits" in storage.folders()
+    # Refused to look: `gc` must not take it for an empty folder and delete it.
     except OSError:
         return True
 
 
 def stores_below(path: Location) -> list[Location]:
-    """The folder itself, if it is a store, else all stores below it, by path; a UserError where it does not exist."""
+    """Return the folder itself, if it is a store, else all stores below it, by path;
+    a UserError where it does not exist."""
     if isinstance(path, Path) and not path.is_dir():
         raise UserError(f"{path} is no folder: name a store, or a folder that holds some")
     if is_store(path):
         return [path]
     below = (path / name for name in open_storage(path).folders())
+    # Links are not followed: they may lead in a circle, or to a store that is listed where it really lies.
     return [store for at in below if not (isinstance(at, Path) and at.is_symlink()) for store in stores_below(at)]
 
 
 def leftovers(names: Collection[str], keys: Collection[str]) -> list[str]:
-    """Those of a store's files that are no part of it; `keys` are the chunk files its records name."""
+    """Return those of a store's files that are no part of it; `keys` are the chunk files its records name."""
 
     def belongs(name: str) -> bool:
         *folders, file = name.split("/")
+        # The root's, a split's and an array's are zarr's own groups; deeper ones are no part of a store.
         if file == "zarr.json":
             return len(folders) <= 2 and folders[:1] in ([], *([split] for split in SPLITS))
         if folders[:1] == ["commits"]:
@@ -50,13 +54,13 @@ def leftovers(names: Collection[str], keys: Collection[str]) -> list[str]:
 
 
 def arrays(store: Store, split: str) -> list[str]:
-    """Every array of a split that has a commit record, tokens and origin among them."""
+    """Return every array of a split that has a commit record, tokens and origin among them."""
     records = (RECORD.fullmatch(name) for name in store.storage.list_files(f"commits/{split}"))
     return sorted({record[2] for record in records if record})
 
 
 def chunk_keys(store: Store) -> set[str]:
-    """The chunk files that the commit records name; a UserError names a damaged record."""
+    """Return the chunk files that the commit records name; a UserError names a damaged record."""
     return {
         chunk.key
         for split in SPLITS
@@ -67,5 +71,5 @@ def chunk_keys(store: Store) -> set[str]:
 
 
 def extent(store: Store) -> Json:
-    """{split: {site: committed rows}}, as complete.json says it when all that was asked for is there."""
+    """Return {split: {site: committed rows}}, as complete.json says it when all that was asked for is there."""
     return {split: {site: store.rows(split, site) for site in store.sites(split)} for split in SPLITS}

@@ -16,13 +16,15 @@ CACHE = Path("outputs/cache")  # where harvests put stores unless they are told 
 
 
 def _stores(cache: Location) -> tuple[list[Store], list[UserError]]:
-    """All stores of a cache folder by name, and what is wrong with those that cannot be opened."""
+    """Open all stores of a cache folder by name, return them and what is wrong with those that cannot be opened."""
     found, wrong = [], []
     for path in (cache / name for name in open_storage(cache).folders()):
+        # Folders of other programs, and what is left of a removed store, are not worth a message.
         if open_storage(path).size("manifest.json") is None:
             continue
         try:
             found.append(Store.open(path))
+        # One damaged neighbour must not keep others from being found; it is named only if nothing else matches.
         except UserError as error:
             wrong.append(error)
         except OSError as error:  # a neighbour that cannot be read
@@ -31,7 +33,7 @@ def _stores(cache: Location) -> tuple[list[Store], list[UserError]]:
 
 
 def _matching(cache: Location, matches: Callable[[Store], bool]) -> list[Store]:
-    """The stores that match; where none does but some could not be opened, the first such error."""
+    """Choose the stores that match; where none does but some could not be opened, the first such error."""
     stores, wrong = _stores(cache)
     found = [store for store in stores if matches(store)]
     if not found and wrong:
@@ -40,7 +42,7 @@ def _matching(cache: Location, matches: Callable[[Store], bool]) -> list[Store]:
 
 
 def find(cache: Location, settings: Json, defaults: Mapping[str, object] | None = None) -> list[Store]:
-    """All stores of a cache that were asked for with just these settings.
+    """Find all stores of a cache that were asked for with just these settings.
 
     Nulls and defaults do not count (`manifest.normalised`), so that a setting that was added since finds older stores.
     defaults: {dotted name: value} in place of `manifest.DEFAULTS`.
@@ -50,7 +52,7 @@ def find(cache: Location, settings: Json, defaults: Mapping[str, object] | None 
 
 
 def find_fingerprint(cache: Location, fingerprint: str) -> Store:
-    """The store with this fingerprint; a UserError where there is none."""
+    """Find the store with this fingerprint; a UserError where there is none."""
     stores = _matching(cache, lambda store: store.manifest.fingerprint == fingerprint)
     if not stores:
         raise UserError(f"no store in {cache} has the fingerprint {fingerprint[:12]}: harvest it again or set cache=")
@@ -58,14 +60,16 @@ def find_fingerprint(cache: Location, fingerprint: str) -> Store:
 
 
 def open_store(name: str | Location, cache: Location = CACHE) -> Store:
-    """The store in a folder or at a URL, or the one in `cache` whose folder's name is, or begins with, `name`.
+    """Open the store in a folder or at a URL, or the one in `cache` whose folder's name is, or begins with, `name`.
 
     A UserError lists several of that beginning, or says what is there where none is of it.
     """
     location = parse_location(name)
+    # A bare word is a name in the cache, unless a store lies at just that path.
     if not isinstance(location, Path) or len(location.parts) != 1 or (location / "manifest.json").is_file():
         return Store.open(location)
     folders = [folder for folder in open_storage(cache).folders() if folder.startswith(str(name))]
+    # Before prefixes: one store's whole name may begin another's.
     if str(name) in folders:
         return Store.open(cache / str(name))
     stores = [folder for folder in folders if open_storage(cache / folder).size("manifest.json") is not None]
@@ -84,7 +88,7 @@ def open_store(name: str | Location, cache: Location = CACHE) -> Store:
 
 
 def pick(stores: Sequence[Store]) -> Store:
-    """The one store of `stores` (at least one); a UserError lists several, for nothing is guessed."""
+    """Choose the one store of `stores` (at least one); a UserError lists several, for nothing is guessed."""
     assert stores, "no store to pick from"
     if len(stores) > 1:
         names = ", ".join(str(store.path) for store in stores)

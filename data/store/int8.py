@@ -40,7 +40,8 @@ class FeatureScale:
 
     @classmethod
     def of(cls, x: Float[np.ndarray, "N D"]) -> FeatureScale:
-        """From the pilot's rows, those not finite left out: they are refused where they are to be stored.
+        """Measure the scale on the pilot's rows, those not finite left out:
+        they are refused where they are to be stored.
 
         In numpy, whose sums do not depend on a number of threads.
         """
@@ -48,11 +49,14 @@ class FeatureScale:
         if not len(wide):
             wide = np.zeros((1, x.shape[1]))
         std = wide.std(0)
+        # A dimension that is constant on the pilot would divide by zero, and one that is nearly so would turn its noise
+        # into the row's largest |z|, which sets the scale of all others. If all are constant any floor will do: 1.
         floor = _LEAST_STD * float(np.sqrt(np.mean(std**2))) or 1.0
         return cls(wide.mean(0).astype(np.float32), np.maximum(std, floor).astype(np.float32))
 
     def attributes(self, site: str) -> Json:
-        """What the arrays' attributes say under `encoding`; float32 and JSON's shortest decimals map one to one."""
+        """Return what the arrays' attributes say under `encoding`;
+        float32 and JSON's shortest decimals map one to one."""
         numbers = {"mean": self.mean.tolist(), "std": self.std.tolist()}
         return {"name": "int8", "site": site, "formula": _FORMULA, **numbers}
 
@@ -62,12 +66,18 @@ class FeatureScale:
 
 
 def encode_int8(x_ND: Float[Tensor, "N D"], standard: FeatureScale) -> Int8[Tensor, "N S"]:
-    """int8 rows on the device of `x_ND`; a value that is not finite decodes to one that is not."""
+    """Encode rows as int8 on the device of `x_ND`; a value that is not finite decodes to one that is not."""
     assert sys.byteorder == "little", "int8 rows are written on little-endian machines"
     mean_D, std_D = (torch.from_numpy(part).to(x_ND.device) for part in (standard.mean, standard.std))
+    # In float32 as the decoder has it: the error that is left is then the rounding to 255 levels and nothing of the
+    # arithmetic.
     z_ND = (x_ND.float() - mean_D) / std_D
+    # -128 is never used: a symmetric range keeps the formula free of an offset. A NaN or an infinity ends up in the
+    # scale, so the whole row decodes to no finite number and the writer refuses it.
     scale_N1 = z_ND.abs().amax(1, keepdim=True) / _LARGEST
+    # A row that equals the mean has scale 0; it is divided by 1 and stored as zeros, which decode to the mean.
     q_ND = (z_ND / torch.where(scale_N1 == 0, 1.0, scale_N1)).round().clamp(-_LARGEST, _LARGEST)
+    # The scale travels as the last four bytes of its own row, so a permutation of rows cannot part them.
     return torch.cat([q_ND.to(torch.int8), scale_N1.view(torch.int8)], 1)
 
 
@@ -85,6 +95,8 @@ class RowDecoder(nn.Module):
         self.width, self.encoded = width, standard is not None
         if standard is not None:
             for name, value in (("mean", standard.mean), ("std", standard.std)):
+                # Not persistent: the decoder belongs to the store, and an SAE's state must not depend on how its rows
+                # were stored.
                 self.register_buffer(name, torch.from_numpy(value), persistent=False)
 
     def forward(self, rows: Real[Tensor, "B S"]) -> Real[Tensor, "B D"]:

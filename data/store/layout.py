@@ -15,8 +15,12 @@ SCALE_BYTES = 4  # a float32 at the end of an int8 row: data/store/int8.py
 
 # 6 MiB is 4,096 rows of GPT-2 small in bfloat16: smaller chunks mix better in the same memory, larger ones read faster.
 _CHUNK_BYTES = 6 << 20
+# Smaller files cost more to open than to read.
 _CHUNK_ROWS_MIN = 128
+# A harvester holds a whole unit of all its sites in memory before it is permuted and written, and another while it
+# waits.
 _HELD_BYTES = 10**9
+# Rows are permuted within a unit only, so a store of few units would be read in nearly the text's order.
 _UNITS_MIN = 32
 _CHUNKS_PER_UNIT = (8, 16, 32, 64, 128)
 
@@ -40,6 +44,7 @@ class Layout:
 
     def __post_init__(self) -> None:
         choices: dict[str, tuple[object, ...]] = {"dtype": tuple(ITEMSIZE), "shards": (False, True)}
+        # Hydra hands over whatever YAML says: 1 equals True in Python, but `shards: 1` would make another identity.
         for name, known in {**choices, "encoding": (None, *ENCODINGS), "codec": (None, *CODECS)}.items():
             value = getattr(self, name)
             if not any(type(value) is type(choice) and value == choice for choice in known):  # 1 == True
@@ -48,6 +53,7 @@ class Layout:
         for name in ("context", "chunk_rows", "chunks_per_unit"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} must be at least 1, not {getattr(self, name)}")
+        # Units are harvested one by one, by any process: a context cut between two would have to be run for both.
         if self.unit_rows % self.context:
             raise UserError(
                 f"store.chunk_rows {self.chunk_rows} times store.chunks_per_unit {self.chunks_per_unit} must be "
@@ -80,24 +86,27 @@ class Layout:
 
     @property
     def json(self) -> Json:
-        """Without what has its default, so that a store made before a field was thought of keeps its identity."""
+        """Return the fields but those at their default,
+        so that a store made before a field was thought of keeps its identity."""
+        # This JSON is hashed into the store's fingerprint, and a new field must not move the stores that exist.
         return {f.name: value for f in fields(self) if (value := getattr(self, f.name)) is not f.default}
 
     def row_bytes(self, width: int) -> int:
-        """Bytes of a stored row of activations, before any codec."""
+        """Return the bytes of a stored row of activations, before any codec."""
         return width + SCALE_BYTES if self.encoding == "int8" else width * ITEMSIZE[self.dtype]
 
     def chunks(self, rows: int) -> list[int]:
-        """The valid rows of each chunk that `rows` rows from the beginning of one fill."""
+        """Return the valid rows of each chunk that `rows` rows from the beginning of one fill."""
         return [min(self.chunk_rows, rows - at) for at in range(0, rows, self.chunk_rows)]
 
     def files(self, rows: int) -> list[int]:
-        """The valid rows of each file of a unit of `rows` rows."""
+        """Return the valid rows of each file of a unit of `rows` rows."""
         return [min(self.file_rows, rows - at) for at in range(0, rows, self.file_rows)]
 
 
 def _unit_target(rows: int, held_bytes: int, row_bytes: int) -> int:
-    """The largest unit that leaves 32 in `rows`, holds at most 1 GB over all sites and has at most 128 chunks."""
+    """Choose the largest unit that leaves 32 in `rows`,
+    holds at most 1 GB over all sites and has at most 128 chunks."""
     held = _HELD_BYTES // held_bytes
     return min(rows // _UNITS_MIN, held, _CHUNKS_PER_UNIT[-1] * max(1, _CHUNK_BYTES // row_bytes))
 
@@ -127,14 +136,19 @@ def choose_layout(
     row_bytes = Layout(dtype, 1, 1, 1, 0, **encoded).row_bytes(d_model)
     target = _unit_target(rows, d_model * ITEMSIZE[dtype] * n_sites, row_bytes)  # held as they come
     if chunks_per_unit is None and chunk_rows is not None:
+        # A unit of n chunks holds whole contexts just where n * chunk_rows is a multiple of the context: n a multiple
+        # of step.
         step = context // math.gcd(context, chunk_rows)
         wanted = min(max(target // chunk_rows, _CHUNKS_PER_UNIT[0]), _CHUNKS_PER_UNIT[-1])
         chunks_per_unit = max(1, wanted // step) * step
     elif chunks_per_unit is None:
+        # The fewest chunks that keep each at 6 MiB or less: larger chunks read faster, and the unit, which mixes, stays
+        # as it is.
         fits = (n for n in _CHUNKS_PER_UNIT if target * row_bytes <= n * _CHUNK_BYTES)
         chunks_per_unit = next(fits, _CHUNKS_PER_UNIT[-1])
     if chunk_rows is None:
         step = context // math.gcd(context, chunks_per_unit)
+        # The same the other way round: now the number of chunks is fixed and the rows of one are rounded to fit.
         wanted = max(target // chunks_per_unit, _CHUNK_ROWS_MIN)
         chunk_rows = max(1, wanted // step) * step
     return Layout(dtype, context, chunk_rows, chunks_per_unit, mixing_seed, **encoded)

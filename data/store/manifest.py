@@ -52,14 +52,17 @@ class Manifest:
 
     @classmethod
     def from_json(cls, data: bytes, path: object) -> Manifest:
-        """From a manifest's content; a UserError naming the file where it is damaged or of a newer format."""
+        """Read a manifest's content; a UserError naming the file where it is damaged or of a newer format."""
         remedy = "restore it from a copy, or delete the folder and harvest again"
         obj = unseal(data, path, remedy)
+        # Before any field is looked at: a newer format may have other fields, and "damaged" would be the wrong word for
+        # it.
         if obj.pop("format", 0) > STORE_FORMAT:
             raise UserError(f"{path} is of a newer format than this version reads ({STORE_FORMAT}): update the program")
         try:
             fingerprint = obj.pop("fingerprint")
             manifest = cls(**obj)
+            # The layout is parsed here, so that a bad one is found when the store is opened and not at the first chunk.
             sound = manifest.fingerprint == fingerprint and manifest.layout is not None
         except (TypeError, KeyError, AssertionError):  # sealed, but a file of another kind
             sound = False
@@ -69,7 +72,7 @@ class Manifest:
 
 
 def _plain(value: Any) -> Any:
-    """Nested mappings and sequences (Hydra's included) as plain JSON, without `_target_`."""
+    """Convert nested mappings and sequences (Hydra's included) as plain JSON, without `_target_`."""
     if isinstance(value, Mapping):
         return {str(k): _plain(v) for k, v in value.items() if k != "_target_"}
     if isinstance(value, Sequence) and not isinstance(value, str | bytes):
@@ -78,19 +81,24 @@ def _plain(value: Any) -> Any:
 
 
 def normalised(settings: Json, defaults: Mapping[str, object] | None = None) -> dict[str, object]:
-    """Settings as they are compared: {dotted name: value} without what is null, empty or at its default."""
+    """Return the settings as they are compared: {dotted name: value} without what is null, empty or at its default."""
     known = DEFAULTS if defaults is None else defaults
     fields = flatten(settings)
     return {
         name: value
         for name, value in fields.items()
+        # Sweeps repeat settings, and YAML files gain lines: what says nothing must not part a store from its settings.
         if value not in (None, {}, []) and not (name in known and value == known[name])
     }
 
 
 def store_settings(cfg: Mapping[str, Any]) -> Json:
-    """The model, text and packing of a resolved configuration, less what does not name numbers (device, `_target_`)."""
+    """Return the model, text and packing of a resolved configuration,
+    less what does not name numbers (device, `_target_`)."""
     settings: Json = {group: _plain(cfg[group]) for group in ("model", "text", "packing")}
+    # Where the model ran is in each commit record (`made_by`). Two devices may differ in the last bit of an activation,
+    # but a user who moves from one to the other means the same store; `harvest.units.refuse_mixed` says when they must
+    # not mix.
     for name in ("device", "device_map"):
         settings["model"].pop(name, None)
     return settings

@@ -20,19 +20,19 @@ LARGEST_ENTRY = 2.5
 
 
 def norm_spread(stats: Stats) -> float:
-    """The root mean square of the norms over their mean; 1 where there is nothing to compare."""
+    """Return the root mean square of the norms over their mean; 1 where there is nothing to compare."""
     return stats.mean_sq_norm**0.5 / stats.mean_norm if stats.mean_norm else 1.0
 
 
 def has_massive_rows(stats: Stats) -> bool:
-    """Whether a site's rows are so unlike in norm that the largest should be left out of training."""
+    """Return whether a site's rows are so unlike in norm that the largest should be left out of training."""
     largest_entry = stats.max_abs / stats.mean_norm if stats.mean_norm else 0.0
     # A row is at least as long as its largest entry, so that one such entry proves a massive row, however rare.
     return largest_entry > TIMES_MEDIAN or (largest_entry > LARGEST_ENTRY and norm_spread(stats) >= SPREAD)
 
 
 def massive_line(site: str, stats: Stats) -> str | None:
-    """One line that warns of a site with massive activations and says what to do; None where it has none."""
+    """Return one line that warns of a site with massive activations and says what to do; None where it has none."""
     if not has_massive_rows(stats):
         return None
     return (

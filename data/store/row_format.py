@@ -44,35 +44,36 @@ class RowFormat:
 
     @property
     def native(self) -> np.dtype[Any]:
-        """In memory, as they are given; uint16 are the bits of bfloat16."""
+        """Return the dtype of rows as they are given; uint16 are the bits of bfloat16."""
+        # numpy has no bfloat16: its bits travel as uint16, which no arithmetic is ever done on.
         return np.dtype(np.int32 if self.is_book else _NATIVE[self.layout.dtype])
 
     @property
     def dtype(self) -> np.dtype[Any]:
-        """In memory, as they are stored."""
+        """Return the dtype of rows as they are stored."""
         return np.dtype(np.int8) if self.is_int8 else self.native
 
     def shape(self, width: int) -> tuple[int, ...]:
-        """Of a stored row of `width` numbers."""
+        """Return the shape of a stored row of `width` numbers."""
         return INDEX_ARRAYS.get(self.site, (width + SCALE_BYTES if self.is_int8 else width,))
 
     def width(self, shape: tuple[int, ...]) -> int:
-        """Numbers in a row that is stored in this shape."""
+        """Return how many numbers a row stored in this shape has."""
         return int(np.prod(shape)) - (SCALE_BYTES if self.is_int8 else 0)
 
     def format(self, shape: tuple[int, ...]) -> ChunkCodec:
-        """How files of rows of this shape are made."""
+        """Return how files of rows of this shape are made."""
         return ChunkCodec(self.layout, self.dtype, shape)
 
     @cached_property
     def standard(self) -> FeatureScale | None:
-        """What int8 rows are encoded by; None where no array says it yet."""
+        """Return what int8 rows are encoded by; None where no array says it yet."""
         from data.store.int8 import FeatureScale
 
         return FeatureScale.from_attributes(self.attributes["encoding"]) if "encoding" in self.attributes else None
 
     def decoder(self, width: int) -> RowDecoder:
-        """A new module that turns stored rows, as tensors, into activations."""
+        """Return a new module that turns stored rows, as tensors, into activations."""
         from data.store.int8 import RowDecoder
 
         if self.is_int8 and self.standard is None:
@@ -83,29 +84,31 @@ class RowFormat:
         return RowDecoder(width, self.standard if self.is_int8 else None)
 
     def values(self, stored: NDArray[Any]) -> NDArray[Any]:
-        """Stored rows as the floats that readers get of them."""
+        """Decode stored rows to the floats that readers get of them."""
         if self.is_int8:
             decoded: NDArray[Any] = self.decoder(self.width(stored.shape[1:]))(_tensor(stored)).numpy()
             return decoded
         return _widen(stored)
 
     def stored(self, given: NDArray[Any]) -> NDArray[Any]:
-        """Given rows as they are stored."""
+        """Encode given rows as they are stored."""
         if self.is_int8:
             from data.store.int8 import encode_int8
 
             assert self.standard is not None, f"no standard for {self.site}"
             encoded: NDArray[Any] = encode_int8(_tensor(_widen(given)), self.standard).numpy()
             return encoded
+        # Floats are stored as they are given; a copy here would double the memory of a chunk for nothing.
         return given
 
     def zarr_files(self, split: str, shape: tuple[int, ...]) -> dict[str, bytes]:
-        """{key: content} of what zarr describes a new array and its groups with."""
+        """Return {key: content} of what zarr describes a new array and its groups with."""
         import zarr
         from zarr.storage import MemoryStore
 
         from data.store.zarr_bfloat16 import BFloat16
 
+        # A store in memory: zarr writes its JSON there, and the caller decides how it gets to the disk.
         files: dict[str, Any] = {}
         zarr.open_group(MemoryStore(files), mode="a").require_group(split).create_array(
             self.site,
@@ -123,14 +126,14 @@ class RowFormat:
 
 
 def _tensor(array: NDArray[Any]) -> Tensor:
-    """torch takes no memory that may not be written to, such as that of bytes."""
+    """Make a tensor of an array; copied where it may not be written to, which torch does not take."""
     import torch
 
     return torch.from_numpy(array if array.flags.writeable else array.copy())
 
 
 def _widen(rows: NDArray[Any]) -> NDArray[Any]:
-    """Native rows as floats."""
+    """Convert native rows to floats."""
     if rows.dtype != np.uint16:
         return rows
     from data.store.zarr_bfloat16 import to_float32

@@ -25,10 +25,11 @@ class Stats:
     @classmethod
     @np.errstate(invalid="ignore")  # sums over NaN and infinities: the caller looks at max_abs
     def of(cls, x: Float[np.ndarray, "N D"]) -> Stats:
-        """The statistics of rows `x`."""
+        """Compute the statistics of rows `x`."""
         total, sum_sq, norms, max_abs = np.zeros(x.shape[1]), 0.0, 0.0, 0.0
         wide = np.empty((min(len(x), _BLOCK), x.shape[1]))
         for start in range(0, len(x), _BLOCK):
+            # One buffer for all blocks; float64 because a float32 sum loses digits as rows add up.
             block = wide[: len(x) - start]
             block[...] = x[start : start + _BLOCK]
             squares = np.einsum("nd,nd->n", block, block)
@@ -41,7 +42,7 @@ class Stats:
 
     @classmethod
     def merge(cls, parts: Iterable[Stats]) -> Stats:
-        """The statistics of all rows of `parts` (at least one) together."""
+        """Merge `parts` (at least one) to the statistics of all their rows."""
         parts = list(parts)
         assert parts, "nothing to merge"
         rows = sum(part.rows for part in parts)
@@ -49,6 +50,7 @@ class Stats:
             rows,
             np.sum([part.sum for part in parts], axis=0),
             float(sum(part.sum_sq for part in parts)),
+            # Means are weighted by rows: units differ in size, as the last of a split does.
             float(sum(part.mean_norm * part.rows for part in parts)) / max(rows, 1),
             float(np.max([part.max_abs for part in parts])),
         )
@@ -59,10 +61,12 @@ class Stats:
 
     @property
     def mean_sq_norm(self) -> float:
-        """E ||x||^2."""
+        """Return E ||x||^2."""
         return self.sum_sq / max(self.rows, 1)
 
     @property
     def variance(self) -> float:
-        """E ||x - E x||^2."""
+        """Return E ||x - E x||^2."""
+        # E||x||^2 - ||E x||^2 cancels where the mean dominates; float64 has the digits for it, and rounding must not
+        # make it negative.
         return max(self.mean_sq_norm - float(self.mean @ self.mean), 0.0)

@@ -46,7 +46,7 @@ _SITE = re.compile(r"\w[\w.-]*")
 
 
 def read_manifest(path: Location) -> Manifest:
-    """The manifest in a folder, whatever the folder's name; a UserError where there is none or it is damaged."""
+    """Read the manifest in a folder, whatever the folder's name; a UserError where there is none or it is damaged."""
     try:
         return Manifest.from_json(open_storage(path).read("manifest.json"), path / "manifest.json")
     except (FileNotFoundError, NotADirectoryError):
@@ -69,6 +69,7 @@ class Store:
         """Open a folder or URL; a UserError where it is no store, its manifest is damaged or its format is newer."""
         path = parse_location(path)
         manifest = read_manifest(path)
+        # A folder may be reached by a symlink of another name, so the name that it resolves to counts as well.
         names = {path.name} if isinstance(path, Url) else {path.absolute().name, path.resolve().name}
         if manifest.folder not in names:
             raise UserError(
@@ -83,11 +84,15 @@ class Store:
         path = cache / manifest.folder
         place = open_storage(path)
         if place.size("manifest.json") is None:
+            # Without its manifest a store cannot say what its rows are. A new one over old chunks would give them
+            # another meaning.
             if "commits" in place.folders():
                 raise UserError(
                     f"{path} has lost its manifest.json: restore it, or delete the folder and harvest again"
                 )
             place.create("manifest.json", manifest.to_json())
+        # Another process may have made it in between: what counts is what lies there now, not what this one wanted to
+        # write.
         there = read_manifest(path)
         fields = diff_fields(there.identity, manifest.identity)
         if fields:
@@ -102,7 +107,7 @@ class Store:
         return self.path / split / site
 
     def metadata(self, split: str, site: str) -> Json:
-        """The array's zarr.json; a UserError where the store has no such site."""
+        """Read the array's zarr.json; a UserError where the store has no such site."""
         key = f"{split}/{site}/zarr.json"
         try:
             return self._parsed(key, self.storage.read(key))
@@ -116,6 +121,8 @@ class Store:
         """Parse a zarr.json, which carries a check of its own unless another program wrote it."""
         try:
             metadata: Json = json.loads(data)
+            # zarr-python keeps attributes it does not know, but a tool that rewrites the file may drop the check: then
+            # only the shape is looked at, as for any other array of Zarr.
             checked = "check" in metadata.get("attributes", {})
             if all(type(n) is int for n in metadata["shape"]) and not (checked and data != seal_array(metadata)):
                 return metadata
@@ -126,22 +133,25 @@ class Store:
         )
 
     def row_shape(self, split: str, site: str) -> tuple[int, ...]:
-        """Of rows as they are stored."""
+        """Return the shape of rows as they are stored."""
         return tuple(self.metadata(split, site)["shape"][1:])
 
     def rows_of(self, site: str) -> RowFormat:
-        """The forms that the rows of a site or book have, in either split."""
+        """Return the forms that the rows of a site or book have, in either split."""
         rows = self._rows.get(site) or RowFormat(self.layout, site, {})
+        # Both splits of a site share one scale, measured on train/. The array of either may exist first, so both are
+        # looked at.
         if rows.is_int8 and not rows.attributes:
             for split in (TRAIN, HELDOUT):
                 if not rows.attributes and self.storage.size(f"{split}/{site}/zarr.json") is not None:
                     rows = RowFormat(self.layout, site, self.metadata(split, site).get("attributes", {}))
+        # Cached only once it is known for good: an int8 site whose array is yet to be made gets its attributes later.
         if rows.attributes or not rows.is_int8:
             self._rows[site] = rows
         return rows
 
     def decoder(self, split: str, site: str) -> RowDecoder:
-        """A new module that turns stored rows [B, W] into activations [B, `decoder.width`], on any device."""
+        """Return a new module that turns stored rows [B, W] into activations [B, `decoder.width`], on any device."""
         rows = self.rows_of(site)
         return rows.decoder(rows.width(self.row_shape(split, site)))
 
@@ -156,7 +166,10 @@ class Store:
         key, unit_rows = f"{split}/{site}/zarr.json", self.layout.unit_rows
         capacity = -(-rows_capacity // unit_rows) * unit_rows
         row_shape = self.rows_of(site).shape(width)
+        # zarr itself writes the description of a new array, in memory, so that its defaults are not repeated here.
         made = {} if self.storage.size(key) else self.rows_of(site).zarr_files(split, (capacity, *row_shape))
+        # The groups above the array may be there already, made by a process that is at another site: they are left as
+        # they are.
         for group in (name for name in made if name != key):
             self.storage.update(group, lambda old, new=made[group]: old or new)  # type: ignore[misc]
 
@@ -166,14 +179,18 @@ class Store:
             assert tuple(found["shape"]) == shape, f"{key} has rows of shape {found['shape'][1:]}, not {row_shape}"
             if self.rows_of(site).is_int8:
                 encoded_by = self.rows_of(site).standard or standard
+                # A scale that is on the disk goes before the one measured now: rows encoded by it may be committed
+                # already.
                 assert encoded_by is not None and len(encoded_by.mean) == width, f"{site} has no standard for {width}"
                 found["attributes"] = {"encoding": encoded_by.attributes(site)}
+            # Only the shape grows. Chunks that do not exist read as zeros, and no reader goes beyond what commit
+            # records count.
             return seal_array(found | {"shape": [max(capacity, shape[0]), *row_shape]})
 
         self.storage.update(key, grown)
 
     def _records(self, split: str) -> list[tuple[int, str, str]]:
-        """(unit, site, key) of every commit of a split, by unit."""
+        """Return (unit, site, key) of every commit of a split, by unit."""
         names = (RECORD.fullmatch(name) for name in self.storage.list_files(f"commits/{split}"))
         records = sorted((int(match[1]), match[2]) for match in names if match)
         return [(unit, site, record_key(split, unit, site)) for unit, site in records]
@@ -182,8 +199,9 @@ class Store:
         return self.storage.size(record_key(split, unit, site)) is not None
 
     def committed(self, split: str, site: str) -> dict[int, Commit]:
-        """The commits of a site by unit, in order; a UserError names a damaged record."""
+        """Read the commits of a site by unit, in order; a UserError names a damaged record."""
         records = [(unit, key) for unit, name, key in self._records(split) if name == site]
+        # Listing is cheap and shows what others have committed since; a record that was read once is not read again.
         unread = [key for _, key in records if key not in self._commits]
         if unread:
             self._read_records(split, site, unread)
@@ -206,13 +224,14 @@ class Store:
             self._commits[key] = commit
 
     def refuse_missing_records(self, split: str, site: str) -> None:
-        """UserError where complete.json counts rows of a site whose commit records are not there."""
+        """Raise UserError where complete.json counts rows of a site whose commit records are not there."""
         complete = self.complete or {}  # before the records: what is committed meanwhile is not in it
         sites = complete.get(split)
         counted = sites.get(site, 0) if isinstance(sites, dict) else 0
         commits = self.committed(split, site)
         rows = sum(commit.rows for commit in commits.values())
         if isinstance(counted, int) and rows < counted:
+            # Units are committed in any order, so the first one that is missing may lie before others that are there.
             first = next(unit for unit in itertools.count() if unit not in commits)
             raise UserError(
                 f"{self.path / record_key(split, first, site)} is missing: complete.json counts {counted:,} rows of "
@@ -220,7 +239,7 @@ class Store:
             )
 
     def permutation(self, split: str, unit: int, n: int) -> Ints:
-        """The seeded order of a unit's `n` rows, the same for all its sites, tokens and origin."""
+        """Return the seeded order of a unit's `n` rows, the same for all its sites, tokens and origin."""
         return seeded_permutation(n, "mixing", self.layout.mixing_seed, split, unit)
 
     def write(
@@ -242,9 +261,13 @@ class Store:
             moments = (stats.sum.tolist(), stats.sum_sq, stats.mean_norm, stats.max_abs)
             commit = Commit(split, unit, site, len(rows), tuple(chunks), *moments, nonfinite=0, made_by=made_by)
             record, keys = record_key(split, unit, site), [chunk.key for chunk in chunks]
+            # Whoever comes first wins: if another process committed this unit meanwhile, its record is returned and not
+            # ours.
             standing = self.storage.commit_staged(stage, keys, record, seal(asdict(commit)))
             return Commit.of(standing, self.path / record)
         except FileNotFoundError:
+            # The stage is gone though the array is there: another process took this one for dead and swept what it had
+            # staged. If the array is gone too, somebody removed the whole store, and the error says so.
             if self.storage.size(f"{split}/{site}/zarr.json") is not None:
                 raise LeaseLost(f"unit {unit} of {split}/{site}") from None
             raise
@@ -264,12 +287,15 @@ class Store:
         """Write the chunk files of a unit into `stage`; statistics are of the values that will be read."""
         parts: list[Stats] = []
 
+        # A generator, so that no more than one chunk of the unit exists a second time while its file is written.
         def stored(first: int, n: int) -> Iterator[NDArray[Any]]:
             for at in range(first, first + n, self.layout.chunk_rows):
                 chunk = slice(at, min(at + self.layout.chunk_rows, first + n))
                 # Only a chunk is there twice; and rows[order[chunk]] takes ten times as long.
                 part = kind.stored(rows[chunk] if order is None else rows.take(order[chunk], axis=0))
                 if not kind.is_book:
+                    # Of the decoded rows, not the given ones: training normalises what it will read, with the rounding
+                    # of int8 in it.
                     parts.append(Stats.of(kind.values(part)))
                     if not np.isfinite(parts[-1].max_abs):
                         at_site = f"unit {unit} of {split}/{kind.site}"
@@ -282,6 +308,7 @@ class Store:
             pieces = kind.format(row_shape).encode(stored(at, n))
             chunks.append(Chunk(key, n, *self._write_chunk(stage, key, pieces)))
             at += n
+        # Tokens and origin have no statistics worth keeping; their record has empty sums (`Commit.wrong_array` knows).
         return chunks, Stats.merge(parts) if parts else Stats(len(rows), np.zeros(0), 0.0, 0.0, 0.0)
 
     def _write_chunk(self, stage: Location, key: str, pieces: Iterable[bytes]) -> tuple[int, str]:
@@ -293,6 +320,8 @@ class Store:
         def counted() -> Iterator[bytes]:
             nonlocal crc, size
             for data in pieces:
+                # Computed while the bytes pass by, so that what is checked later is what was meant to be written, not
+                # what a disk made of it.
                 crc, size = google_crc32c.extend(crc, data), size + len(data)
                 yield data
 
@@ -300,16 +329,17 @@ class Store:
         return size, f"{crc:08x}"
 
     def rows(self, split: str, site: str) -> int:
-        """Committed rows."""
+        """Return the committed rows."""
         return sum(commit.rows for commit in self.committed(split, site).values())
 
     def sites(self, split: str) -> list[str]:
-        """Activation sites with something committed, without tokens and origin."""
+        """Return the activation sites with something committed, without tokens and origin."""
         return sorted({site for _, site, _ in self._records(split)} - INDEX_ARRAYS.keys())
 
     def stats(self, split: str, site: str) -> Stats:
-        """Statistics over all committed rows; a UserError where there are none."""
+        """Return the statistics over all committed rows; a UserError where there are none."""
         self.refuse_missing_records(split, site)
+        # A unit without a kept row has nothing to add, and no mean.
         parts = [commit.stats for commit in self.committed(split, site).values() if commit.rows]
         if not parts:
             raise UserError(f"{self.path} holds no rows of {site} in split {split}: harvest them first")
@@ -321,7 +351,7 @@ class Store:
 
     @property
     def complete(self) -> Json | None:
-        """The extent last marked complete, or None."""
+        """Return the extent last marked complete, or None."""
         try:
             data = self.storage.read("complete.json")
         except FileNotFoundError:

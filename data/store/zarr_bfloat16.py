@@ -21,16 +21,19 @@ _NAN = 0x7FC0
 
 
 def to_float32(bits: NDArray[np.uint16]) -> NDArray[np.float32]:
-    """The exact values of bfloat16 bit patterns."""
+    """Convert bfloat16 bit patterns to their exact values."""
     wide = bits.astype(np.uint32)
     wide <<= 16
     return wide.view(np.float32)
 
 
 def from_float32(x: NDArray[np.float32]) -> NDArray[np.uint16]:
-    """Bit patterns of the nearest bfloat16, ties to even; NaN becomes the quiet NaN."""
+    """Convert to bit patterns of the nearest bfloat16, ties to even; NaN becomes the quiet NaN."""
     wide = np.ascontiguousarray(x).view(np.uint32)
+    # Half of the last place that is kept, less one, plus its own last bit: exact halves go to the even neighbour. A
+    # carry out of the mantissa raises the exponent, which is the right result, up to infinity.
     rounded = (wide + (0x7FFF + ((wide >> 16) & 1)).astype(np.uint32)) >> 16
+    # The addition would carry some NaNs over into other bit patterns, infinity among them.
     return np.where(np.isnan(x), np.uint16(_NAN), rounded.astype(np.uint16))
 
 
@@ -54,6 +57,7 @@ class BFloat16(UInt16):
     def to_json_scalar(self, data: object, *, zarr_format: int) -> Any:
         bits = np.array([data], np.uint16)
         value = float(to_float32(bits)[0])
+        # Zarr's JSON has words for NaN and infinities only; other NaNs are written as hex, so no bit is lost.
         if math.isnan(value):
             return "NaN" if bits[0] == _NAN else f"0x{int(bits[0]):04x}"
         return value if math.isfinite(value) else ("Infinity" if value > 0 else "-Infinity")

@@ -39,7 +39,8 @@ class Candidate:
 
 
 def references(outputs: Path) -> set[str]:
-    """The fingerprints that SAEs below a folder name; a UserError where one cannot be read, for nothing is guessed."""
+    """Return the fingerprints that SAEs below a folder name;
+    a UserError where one cannot be read, for nothing is guessed."""
     if not outputs.is_dir():
         raise UserError(f"{outputs} is no folder: name with --outputs where the trained SAEs are")
     found: set[object] = set()
@@ -74,7 +75,7 @@ def _leftovers(entry: Entry) -> list[Candidate]:
 
 
 def candidates(folder: Location, outputs: Path, idle_minutes: float) -> tuple[list[Candidate], list[str]]:
-    """What may go, and why other stores were not considered."""
+    """Find what may go, and why other stores were not considered."""
     needed, found, spared = references(outputs), list[Candidate](), []
     for entry in entries(folder):
         if entry.state == DAMAGED or entry.store is None:

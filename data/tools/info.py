@@ -30,7 +30,7 @@ class Norms:
 
     @classmethod
     def of(cls, store: Store, split: str, site: str, most: int) -> Norms:
-        """Over the fewest chunks of a seeded order that hold at least `most` rows, or over all there are."""
+        """Measure over the fewest chunks of a seeded order that hold at least `most` rows, or over all there are."""
         from data.loading.reader import open_reader
 
         reader, norms, positions = open_reader(store, split, site), [], []
@@ -47,7 +47,7 @@ class Norms:
         return cls(np.concatenate(norms), np.concatenate(positions))
 
     def by_position(self) -> list[tuple[str, float]]:
-        """(positions, mean norm): 0, 1, 2, 3, then ranges that double."""
+        """Return (positions, mean norm): 0, 1, 2, 3, then ranges that double."""
         found, first, last = [], 0, int(self.positions.max())
         while first <= last:
             stop = first + 1 if first < 4 else 2 * first
@@ -59,13 +59,13 @@ class Norms:
         return found
 
     def outliers(self, times: float) -> NDArray[np.bool_]:
-        """Rows whose norm is above `times` the median."""
+        """Return the rows whose norm is above `times` the median."""
         above: NDArray[np.bool_] = self.norms > times * float(np.median(self.norms))
         return above
 
 
 def _places(store: Store, split: str, site: str) -> list[tuple[int, int]]:
-    """(unit, chunk of the unit) of each chunk, in the order in which a reader counts them."""
+    """Return (unit, chunk of the unit) of each chunk, in the order in which a reader counts them."""
     units = store.committed(split, site).items()
     return [(unit, i) for unit, commit in units for i in range(len(store.layout.chunks(commit.rows)))]
 
@@ -77,7 +77,7 @@ def _fields(title: str, obj: dict[str, object]) -> Iterator[str]:
 
 
 def _split(store: Store, split: str) -> Iterator[str]:
-    """Sizes and statistics of every array of a split, from the commit records alone."""
+    """Yield the sizes and statistics of every array of a split, from the commit records alone."""
     names = arrays(store, split)
     if not names:
         return
@@ -98,7 +98,7 @@ def _split(store: Store, split: str) -> Iterator[str]:
 
 
 def _massive(store: Store) -> Iterator[str]:
-    """A line for each site with massive activations, from the commit records alone."""
+    """Yield a line for each site with massive activations, from the commit records alone."""
     for site in store.sites(TRAIN):
         if store.rows(TRAIN, site):
             line = massive_line(site, store.stats(TRAIN, site))
@@ -107,7 +107,7 @@ def _massive(store: Store) -> Iterator[str]:
 
 
 def _norms(store: Store, split: str, site: str, times: float, most: int) -> Iterator[str]:
-    """Norms by position and outlier tokens of a site."""
+    """Yield norms by position and outlier tokens of a site."""
     total = store.rows(split, site)
     found = Norms.of(store, split, site, most)
     n, above = len(found.norms), found.outliers(times)
@@ -125,7 +125,7 @@ def _norms(store: Store, split: str, site: str, times: float, most: int) -> Iter
 
 
 def report(path: Location, times: float, most: int) -> Iterator[str]:
-    """The lines of `info`. times: what makes an outlier. most: rows of a site whose norms are looked at."""
+    """Yield the lines of `info`. times: what makes an outlier. most: rows of a site whose norms are looked at."""
     store = Store.open(path)
     entry, layout = Entry.of(path), store.layout
     yield entry.line

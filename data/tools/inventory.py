@@ -42,12 +42,13 @@ class Entry:
 
 
 def entries(folder: Location) -> list[Entry]:
-    """Every store at or below a folder."""
+    """Find every store at or below a folder."""
     return [Entry.of(path) for path in stores_below(folder)]
 
 
 def makers_of(store: Store) -> Counter[str]:
-    """How many commit records each kind of device and set of libraries made; more than one kind: the store is mixed."""
+    """Count how many commit records each kind of device and set of libraries made;
+    more than one kind: the store is mixed."""
     found = Counter[str]()
     for split in SPLITS:
         for site in arrays(store, split):
@@ -57,7 +58,7 @@ def makers_of(store: Store) -> Counter[str]:
 
 
 def describe_entry(entry: Entry) -> list[str]:
-    """An entry in a few lines."""
+    """Describe an entry in a few lines."""
     if entry.store is None:
         return [entry.line, f"  {entry.wrong}"]
     asked = flatten(entry.store.manifest.settings)
@@ -80,7 +81,7 @@ def describe_entry(entry: Entry) -> list[str]:
 
 
 def listing(folder: Location) -> list[str]:
-    """All stores below a folder in lines for people."""
+    """List all stores below a folder in lines for people."""
     found = entries(folder)
     total = sum(entry.bytes for entry in found)
     lines = [line for entry in found for line in describe_entry(entry)]

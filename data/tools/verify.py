@@ -50,7 +50,7 @@ _COMPLETE = "delete it and run the same harvest again"
 
 
 def unreadable(error: OSError) -> str:
-    """What is wrong with a file that could not be read, as the end of a sentence."""
+    """Return what is wrong with a file that could not be read, as the end of a sentence."""
     if isinstance(error, FileNotFoundError):
         return "is missing"
     reasons = {
@@ -63,16 +63,17 @@ def unreadable(error: OSError) -> str:
     return reasons.get(error.errno or 0, f"cannot be read ({error.strerror})")
 
 
-def _sealed(data: bytes, path: Location, indent: int | None = None) -> Json:
-    """A record, if it is byte for byte what was written; a UserError otherwise."""
+def read_sealed(data: bytes, path: Location, indent: int | None = None) -> Json:
+    """Read a record, which must be byte for byte what was written; a UserError otherwise."""
     obj = unseal(data, path, "")
     if data != seal(obj, indent):
         raise UserError(f"{path} is damaged")
     return obj
 
 
-def _array(raw: bytes, layout: Layout, site: str) -> tuple[RowFormat, tuple[int, ...]]:
-    """The rows that an array's zarr.json tells of, and their shape; a UserError where it is not as it was written."""
+def read_array(raw: bytes, layout: Layout, site: str) -> tuple[RowFormat, tuple[int, ...]]:
+    """Read the rows that an array's zarr.json tells of, and their shape;
+    a UserError where it is not as it was written."""
     try:
         found = json.loads(raw)
         sound = isinstance(found, dict) and raw == seal_array(found) and all(type(n) is int for n in found["shape"])
@@ -121,7 +122,8 @@ class Verifier:
         self.unit_damaged(self.path / record_key(split, unit, site), what, split, unit, site)
 
     def run(self, quiet: bool = False) -> list[Finding]:
-        """All findings, leftovers last; where the manifest is damaged, nothing else is looked at."""
+        """Check everything and return all findings, leftovers last;
+        where the manifest is damaged, nothing else is looked at."""
         if manifest := self._manifest():
             self.store = Store(self.path, manifest)
             self.layout = manifest.layout
@@ -153,7 +155,7 @@ class Verifier:
         """Read complete.json and every commit record, and hold each against its name and the layout."""
         path = self.path / "complete.json"
         try:
-            complete = _sealed(self.storage.read("complete.json"), path)
+            complete = read_sealed(self.storage.read("complete.json"), path)
             if all(isinstance(sites, dict) for sites in complete.values()):
                 self.complete = complete
             else:
@@ -186,7 +188,7 @@ class Verifier:
             self.record_damaged(unreadable(data), split, unit, site)
             return None
         try:
-            _sealed(data, path)
+            read_sealed(data, path)
             commit = Commit.of(data, path)
         except UserError:
             self.record_damaged("is not as it was written", split, unit, site)
@@ -197,7 +199,7 @@ class Verifier:
         return commit
 
     def _metadata(self) -> None:
-        """Every zarr.json: of the store, of its splits, of the arrays that are there or have records."""
+        """Check every zarr.json: of the store, of its splits, of the arrays that are there or have records."""
         self._group("zarr.json")
         for split in SPLITS:
             folders = {
@@ -210,7 +212,7 @@ class Verifier:
                 key = f"{split}/{site}/zarr.json"
                 try:
                     raw = self.storage.read(key)
-                    self.arrays[split, site] = _array(raw, self.layout, site)
+                    self.arrays[split, site] = read_array(raw, self.layout, site)
                     self.capacity[split, site] = json.loads(raw)["shape"][0]
                 except FileNotFoundError:
                     self.damaged(self.path / key, "is missing", _RESTORE)
@@ -261,7 +263,7 @@ class Verifier:
                     self._statistics(commit, Stats.merge(parts))
 
     def _fits_array(self, commit: Commit) -> bool:
-        """Whether a record is one of its array; no where the array's own metadata is damaged."""
+        """Return whether a record is one of its array; false where the array's own metadata is damaged."""
         at = commit.split, commit.site
         if at not in self.arrays:
             return False
@@ -272,7 +274,7 @@ class Verifier:
         return wrong is None
 
     def _is_as_committed(self, commit: Commit, chunk: Chunk, content: bytes | OSError) -> bool:
-        """Whether a chunk file has the length and the crc32c of its record."""
+        """Return whether a chunk file has the length and the crc32c of its record."""
         import google_crc32c
 
         if isinstance(content, OSError):
@@ -314,7 +316,7 @@ class Verifier:
             self.record_damaged(what, commit.split, commit.unit, commit.site)
 
     def _extent(self) -> None:
-        """What complete.json counts must be committed, and what is committed must be known by token and origin."""
+        """Check that what complete.json counts is committed, and what is committed is known by token and origin."""
         for split, sites in (self.complete or {}).items():
             folders = self._folders(split)
             for site, counted in sites.items():
@@ -352,7 +354,7 @@ class Verifier:
             have += max(known.rows if known else self.layout.unit_rows, 1)
 
     def _aligned(self, split: str) -> None:
-        """All arrays of a split must have the same rows in a unit."""
+        """Check that all arrays of a split have the same rows in a unit."""
         first: dict[int, Commit] = {}
         for (at, site), units in self.commits.items():
             for unit, commit in units.items() if at == split else ():
@@ -361,7 +363,7 @@ class Verifier:
                     self.record_damaged(what, split, unit, site)
 
     def _leftovers(self) -> None:
-        """Files that no record names; of a damaged record's unit, all chunks may be its own."""
+        """List files that no record names; of a damaged record's unit, all chunks may be its own."""
         keys, per_unit = set[str](), self.layout.files_per_unit
         for (split, site), units in self.commits.items():
             ends = ("", ".0", ".0.0")
@@ -378,5 +380,6 @@ class Verifier:
 
 
 def verify(path: Location, quiet: bool = False) -> list[Finding]:
-    """What is wrong with the store at `path`: nothing, if the list is empty. Shows its progress unless `quiet`."""
+    """Find what is wrong with the store at `path`: nothing, if the list is empty.
+    Shows its progress unless `quiet`."""
     return Verifier(path).run(quiet)

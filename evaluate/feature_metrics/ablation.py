@@ -26,19 +26,22 @@ AFTER = 16
 
 
 def sparsity(d_ATV: Float[Tensor, "A T V"]) -> Float[Tensor, " A"]:
-    """(||d||_1 / ||d||_2)^2 / (V T) after the median over V (of an even V the lower) is taken from each token; NaN
-    where nothing moves."""
+    """Compute (||d||_1 / ||d||_2)^2 / (V T) after the median over V (of an even V the lower) is taken from each token;
+    NaN where nothing moves."""
     d = (d_ATV.double() - d_ATV.double().median(-1, keepdim=True).values).flatten(1)
     return d.abs().sum(1).square() / d.square().sum(1) / d.shape[1]
 
 
 def places(text: FeatureText, contexts: int, seed: int) -> list[tuple[int, int]]:
-    """(context, position) of seeded random kept tokens of the second half, one a context, with AFTER more to come."""
+    """Draw (context, position) of seeded random kept tokens of the second half, one a context,
+    with AFTER more to come."""
     length = text.packed.contexts.shape[1]
     if length <= AFTER:
         raise UserError(
             f"the ablation looks {AFTER} tokens ahead and contexts have {length}: leave it out of feature_metrics"
         )
+    # The second half, as probes and patterns are scored on it; a stream of random numbers of its own, so that no other
+    # metric moves it.
     rng, half = np.random.default_rng([seed, 7]), text.half(True)
     chosen = []
     for context in rng.permutation(np.arange(half.start, half.stop)).tolist():
@@ -52,7 +55,8 @@ def places(text: FeatureText, contexts: int, seed: int) -> list[tuple[int, int]]
 
 @torch.inference_mode()
 def ablate(text: FeatureText, basis: Basis, place: tuple[int, int], count: int, rng: np.random.Generator) -> Tensor:
-    """The figures of at most `count` units active at a place, [A], in one forward with the clean one beside them."""
+    """Measure at most `count` units active at a place, [A],
+    in one forward with the clean one beside them."""
     context, position = place
     reader = text.reader
     device = text.heldout.device
@@ -69,6 +73,8 @@ def ablate(text: FeatureText, basis: Basis, place: tuple[int, int], count: int, 
 
     def put(x_BTD: Tensor) -> Tensor:
         changed = x_BTD.clone()
+        # Row 0 stays clean: both come from one batch, so what kernels of another batch size would round otherwise
+        # cancels.
         changed[1:, position] -= part_AD.to(changed)
         return changed
 
@@ -88,7 +94,8 @@ def downstream(
     seed: int,
     on_progress: Callable[[int], Any],
 ) -> dict[str, Any]:
-    """Mean sparsity over ablations, with an interval over documents; how many there were and how many moved nothing."""
+    """Return the mean sparsity over ablations, with an interval over documents;
+    how many there were and how many moved nothing."""
     rng = np.random.default_rng([seed, 11])
     documents = text.heldout.documents
     by_document: dict[int, list[float]] = {}  # sum of the figures and their number

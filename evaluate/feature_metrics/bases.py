@@ -30,17 +30,17 @@ class Basis(ABC):
 
     @abstractmethod
     def values(self, x_ND: Float[Tensor, "N X"], units: slice) -> Float[Tensor, "N units"]:
-        """What a probe reads."""
+        """Compute what a probe reads."""
 
     @abstractmethod
     def active(self, x_ND: Float[Tensor, "N X"]) -> Float[Tensor, "N F"]:
-        """The activations, 0 where a unit is not active."""
+        """Compute the activations, 0 where a unit is not active."""
 
     @abstractmethod
     def part(
         self, x_ND: Float[Tensor, "N X"], f_N: Float[Tensor, " N"], unit_N: Int64[Tensor, " N"]
     ) -> Float[Tensor, "N D"]:
-        """What unit_N, active with f_N, adds to each token's tensor at the site, in model units."""
+        """Return what unit_N, active with f_N, adds to each token's tensor at the site, in model units."""
 
 
 class SAEBasis(Basis):
@@ -110,7 +110,7 @@ class Neurons:
 
 
 def neurons_before(model: nn.Module, site: Site, ids_BT: Tensor) -> Neurons | None:
-    """None where the site is not such a point, or the MLP's output is not just its last linear map.
+    """Find the MLP's neurons before the site; None where it is no MLP's output, or not just its last linear map.
 
     That it is, is checked on these tokens to the bit.
     """
@@ -131,6 +131,7 @@ def neurons_before(model: nn.Module, site: Site, ids_BT: Tensor) -> Neurons | No
         put_out = run_to(model, [mlp_out], ids_BT)[str(mlp_out)]
     finally:
         handle.remove()
+    # Not by its name: a dropout, a norm or a bias after the last map would make the neurons' parts not add up.
     if len(seen) != 1 or not torch.equal(seen[0].reshape(put_out.shape), put_out):
         return None
     weight = linear.weight.detach()
@@ -141,7 +142,7 @@ def _out(module: nn.Module) -> int:
     return int(module.out_features if isinstance(module, nn.Linear) else module.nf)  # type: ignore[arg-type]
 
 
-class Reader:
+class BasisReader:
     """Runs the LM and gives what the bases read at a site: {False: the site's rows, True: neurons}, float32."""
 
     def __init__(self, model: nn.Module, site: Site, neurons: Neurons | None) -> None:
@@ -149,7 +150,7 @@ class Reader:
 
     @torch.inference_mode()
     def read(self, ids_BT: Int64[Tensor, "B T"]) -> dict[bool, Tensor]:
-        """[B, T, X] each, by one forward as far as the site."""
+        """Read each tensor [B, T, X] by one forward as far as the site."""
         reads: dict[bool, Tensor] = {}
         with ExitStack() as stack:
             seen = stack.enter_context(capture(self.model, [self.site]))
@@ -165,6 +166,6 @@ class Reader:
 
     @torch.inference_mode()
     def whole(self, ids_BT: Int64[Tensor, "B T"]) -> Tensor:
-        """The logits of one plain forward."""
+        """Compute the logits of one plain forward."""
         logits: Tensor = self.model(input_ids=ids_BT, use_cache=False).logits
         return logits

@@ -28,7 +28,7 @@ class Fit(NamedTuple):
 
 
 def cross_entropy(eta: Float[Tensor, "M C"], y_M: Float[Tensor, " M"]) -> Float[Tensor, "M C"]:
-    """-log p(y) of each token in nats, p(1) = sigmoid(eta)."""
+    """Compute -log p(y) of each token in nats, p(1) = sigmoid(eta)."""
     return functional.softplus(eta, threshold=50) - y_M[:, None] * eta
 
 
@@ -45,19 +45,22 @@ class _Point(NamedTuple):
 def _point(u_MC: Tensor, yu_C: Tensor, y_mean: float, w_C: Tensor, b_C: Tensor) -> _Point:
     eta = torch.addcmul(b_C, u_MC, w_C)
     p = eta.sigmoid()
+    # log(1 + e^eta) - y eta, its mean over tokens. The part in y is linear in w and b, so y meets z once, before the
+    # first step (yu_C).
     objective = functional.softplus(eta, threshold=50).mean(0) - w_C * yu_C - b_C * y_mean + RIDGE / 2 * w_C.square()
     g_w, g_b = torch.linalg.vecdot(p, u_MC, dim=0) / len(u_MC) - yu_C + RIDGE * w_C, p.mean(0) - y_mean
     s = p - p.square()
     su = s * u_MC
     h_bb, h_wb = s.mean(0), su.mean(0)
     h_ww = torch.linalg.vecdot(su, u_MC, dim=0) / len(u_MC) + RIDGE
+    # The Hessian is 2 x 2 for each candidate: its inverse is written out, and thousands are solved by a few products.
     det = (h_ww * h_bb - h_wb.square()).clamp_min(1e-12)
     step_w, step_b = (h_wb * g_b - h_bb * g_w) / det, (h_wb * g_w - h_ww * g_b) / det
     return _Point(objective, torch.maximum(g_w.abs(), g_b.abs()), -(g_w * step_w + g_b * step_b) / 2, step_w, step_b)
 
 
-def fit(z_MC: Float[Tensor, "M C"], y_M: Float[Tensor, " M"], tolerance: float | None = None) -> Fit:
-    """The optimum for each column of z, in z's dtype; y in {0, 1}, both present.
+def fit_logistic(z_MC: Float[Tensor, "M C"], y_M: Float[Tensor, " M"], tolerance: float | None = None) -> Fit:
+    """Find the optimum for each column of z, in z's dtype; y in {0, 1}, both present.
 
     Newton's steps, halved while they do not lower the objective, until the gradient is below `tolerance` (1e-5 in
     float32, 1e-12 in float64) or the dtype cannot tell what a step gains. RIDGE lies on the standardised weight.
@@ -69,6 +72,7 @@ def fit(z_MC: Float[Tensor, "M C"], y_M: Float[Tensor, " M"], tolerance: float |
     y_mean = float(y_M.mean())
     yu_C = y_M @ u_MC / len(y_M)
     w_C = torch.zeros_like(mean_C)
+    # The optimum where z says nothing: from there a Newton step rarely overshoots.
     b_C = torch.full_like(mean_C, torch.logit(torch.tensor(y_mean, dtype=torch.float64)).item())
     result = _descend(u_MC, yu_C, y_mean, w_C, b_C, tolerance)
     w_C, b_C, objective_C, gradient_C = result
@@ -79,7 +83,7 @@ def fit(z_MC: Float[Tensor, "M C"], y_M: Float[Tensor, " M"], tolerance: float |
 def _descend(
     u_MC: Tensor, yu_C: Tensor, y_mean: float, w_C: Tensor, b_C: Tensor, tolerance: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """w, b, objective and gradient at the optima; columns that have arrived are left out of later steps."""
+    """Find w, b, objective and gradient at the optima; columns that have arrived are left out of later steps."""
     now = _point(u_MC, yu_C, y_mean, w_C, b_C)
     fitted = torch.stack([w_C, b_C, now.objective, now.gradient])
     share_C, live_c = torch.ones_like(w_C), torch.arange(len(w_C), device=w_C.device)
@@ -91,10 +95,13 @@ def _descend(
         now = _Point(*(torch.where(better, a, b) for a, b in zip(new, now, strict=True)))
         share_C = torch.where(better, 1.0, share_C / 2)
         fitted[:, live_c] = torch.stack([w_C, b_C, now.objective, now.gradient])
+        # Half of what the quadratic model promises. Below the objective's last digit no step can be seen to help, and
+        # halving would go on to the end.
         is_above_rounding = now.decrease > torch.finfo(now.objective.dtype).eps * now.objective
         open_c = ((now.gradient > tolerance) & is_above_rounding & (share_C > HALVINGS)).nonzero().squeeze(1)
         if not len(open_c):
             break
+        # Copying the columns that are left costs a pass over them: worth it only where enough have arrived.
         if len(open_c) <= 0.7 * len(live_c):
             u_MC, yu_C, live_c = u_MC[:, open_c], yu_C[open_c], live_c[open_c]
             w_C, b_C, share_C = w_C[open_c], b_C[open_c], share_C[open_c]

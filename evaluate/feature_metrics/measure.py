@@ -18,7 +18,7 @@ from evaluate.feature_metrics import logistic
 from evaluate.feature_metrics.ablation import AFTER, downstream
 from evaluate.feature_metrics.bases import Basis, Directions, Neurons, SAEBasis
 from evaluate.feature_metrics.patterns import LONGEST, SUBSTITUTES, explain
-from evaluate.feature_metrics.probe import BLOCK, ask, probe
+from evaluate.feature_metrics.probe import BLOCK, make_questions, probe
 from evaluate.feature_metrics.sample import FeatureText, Sample, take
 from evaluate.feature_metrics.tasks import Task, load_tasks
 from train.sae.base import SAE
@@ -70,7 +70,7 @@ def bases_of(
     neurons: Neurons | None,
     seed: int,
 ) -> list[Basis]:
-    """The SAEs by name, then the baselines; neurons are left out where the site has none."""
+    """Return the SAEs by name, then the baselines; neurons are left out where the site has none."""
     x_MD = sample.reads[False]
     mean_D, width = mean_D.to(x_MD), x_MD.shape[1]
     bases: list[Basis] = [SAEBasis(name, sae.to(x_MD.device).eval()) for name, sae in saes.items()]
@@ -118,7 +118,7 @@ class FeatureMetricsRun:
         self.whole_s = seconds(lambda: text.reader.whole(ids_BT)) / ids_BT.numel()
 
     def samples(self) -> tuple[Sample, Sample]:
-        """A sample of each half, for probes and for the baselines' thresholds."""
+        """Draw a sample of each half, for probes and for the baselines' thresholds."""
         tokens = self.text.packed.contexts.size
         announce("sample", f"{tokens:,} tokens through the LM as far as the site", self.read_s * tokens)
         with bar("sample", self.sequences, "contexts") as progress:
@@ -129,11 +129,11 @@ class FeatureMetricsRun:
         return first, second
 
     def probes(self, bases: Sequence[Basis], samples: tuple[Sample, Sample]) -> tuple[list[Any], list[str]]:
-        questions = ask(self.text, self.settings.tasks, samples)
+        questions = make_questions(self.text, self.settings.tasks, samples)
         fits = sum(basis.width for basis in bases) * len(questions.names)
         z_MC = bases[0].values(samples[0].reads[bases[0].of_neurons], slice(0, BLOCK))
         y = torch.from_numpy(questions.chosen[0]).to(z_MC).clamp_min(0)
-        each = seconds(lambda: logistic.fit(z_MC, y)) / z_MC.shape[1]
+        each = seconds(lambda: logistic.fit_logistic(z_MC, y)) / z_MC.shape[1]
         work = f"{len(questions.names)} tasks x {fits // len(questions.names):,} units of {len(bases)} bases"
         tokens = " + ".join(f"{len(sample.sequence_M):,}" for sample in samples)
         announce("probe", f"{work} on {tokens} tokens, no forward pass", each * fits)
@@ -176,7 +176,7 @@ class FeatureMetricsRun:
 def measure(
     text: FeatureText, saes: Mapping[str, SAE], mean_D: Tensor, density: float, settings: FeatureMetricsConfig
 ) -> dict[str, Any]:
-    """The site's part of the report: {"settings", "left_out", "bases": one entry a basis}.
+    """Measure a site and return its part of the report: {"settings", "left_out", "bases": one entry a basis}.
 
     saes: by the name they have in the report. density: the share of tokens on which a baseline's unit is to be active.
     """

@@ -46,7 +46,7 @@ class Examples:
 def examples(
     text: FeatureText, basis: Basis, units_U: Tensor, count: int, seed: int, on_progress: OnProgress
 ) -> Examples:
-    """At most `count` tokens of the first half for each unit, drawn at random from those where it fires.
+    """Choose at most `count` tokens of the first half for each unit, drawn at random from those where it fires.
 
     Every firing token gets a random rank; the lowest of each unit stay. Memory does not grow with the text.
     """
@@ -69,7 +69,7 @@ def examples(
 
 
 def _endings(ids_BT: Int64[Tensor, "B T"]) -> Int64[Tensor, "B T longest"]:
-    """The LONGEST tokens that end at each token, ANY before the context."""
+    """Return the LONGEST tokens that end at each token, ANY before the context."""
     before = torch.full((len(ids_BT), LONGEST - 1), ANY)
     return torch.cat([before, ids_BT], 1).unfold(1, LONGEST, 1)
 
@@ -79,7 +79,8 @@ def _active(text: FeatureText, basis: Basis, ids_BT: Tensor, keep_BT: Tensor) ->
 
 
 def activation_at_end(text: FeatureText, basis: Basis, units_U: Tensor, on_forward: Callable[[], Any]) -> Activation:
-    """Reads cut-out texts, behind a BOS where the packing has one; `on_forward` is called after each forward."""
+    """Make what reads cut-out texts, behind a BOS where the packing has one;
+    `on_forward` is called after each forward."""
     device = text.heldout.device
 
     def at_end(unit_n: Tensor, ids_nm: Tensor) -> Tensor:
@@ -98,7 +99,7 @@ def activation_at_end(text: FeatureText, basis: Basis, units_U: Tensor, on_forwa
 
 
 def shortest(sampled: Examples, at_end: Activation) -> Tensor:
-    """How many tokens each example needs to fire at half strength, [n]; 0 where all there are do not do."""
+    """Find how many tokens each example needs to fire at half strength, [n]; 0 where all there are do not do."""
     length_n = torch.zeros(len(sampled.f_n), dtype=torch.int64)
     for length in range(1, LONGEST + 1):
         left = ((length_n == 0) & (sampled.ids_nL[:, -length] != ANY)).nonzero().squeeze(1)
@@ -108,7 +109,7 @@ def shortest(sampled: Examples, at_end: Activation) -> Tensor:
 
 
 def patterns(sampled: Examples, at_end: Activation, others: Tensor, seed: int) -> list[set[Pattern]]:
-    """The patterns of each sampled unit (as many as `sampled` knows), ANY for a token that does not matter.
+    """Find the patterns of each sampled unit (as many as `sampled` knows), ANY for a token that does not matter.
 
     others: ids of the text to draw substitutes from. A pattern begins with a token that matters; one in which none
     does is dropped, for it would foretell the unit everywhere.
@@ -147,7 +148,7 @@ def substitutes(others: Int64[Tensor, " M"], ids_n: Int64[Tensor, " n"], rng: to
 
 
 def foretold(ids_BT: Int64[Tensor, "B T"], known: set[Pattern]) -> Bool[Tensor, "B T"]:
-    """The tokens at which one of the patterns ends, all of it within the context."""
+    """Mark the tokens at which one of the patterns ends, all of it within the context."""
     hit_BT = torch.zeros_like(ids_BT, dtype=torch.bool)
     for pattern in known:
         width = ids_BT.shape[1] - len(pattern) + 1
@@ -164,8 +165,8 @@ def foretold(ids_BT: Int64[Tensor, "B T"], known: set[Pattern]) -> Bool[Tensor, 
 def score(
     text: FeatureText, basis: Basis, units_U: Tensor, known: list[set[Pattern]], on_progress: OnProgress
 ) -> Tensor:
-    """Sums over the second half for each unit, [U, 5]: foretold and firing, foretold, firing, activation foretold,
-    activation."""
+    """Sum over the second half for each unit, [U, 5]:
+    foretold and firing, foretold, firing, activation foretold, activation."""
     sums = torch.zeros(len(units_U), 5, dtype=torch.float64)
     for batch in text.batches(text.half(True)):
         ids_BT, keep_BT = batch.ids_BT, batch.keep_BT
@@ -190,8 +191,8 @@ def explain(
     on_progress: OnProgress,
     on_forward: Callable[[], Any],
 ) -> dict[str, Any]:
-    """Precision, recall and F1 of the patterns, means over the sampled units that fire in both halves, with intervals
-    over units; each unit's sums and patterns."""
+    """Return precision, recall and F1 of the patterns, means over the sampled units that fire in both halves, with
+    intervals over units; each unit's sums and patterns."""
     rng = np.random.default_rng(seed)
     chosen = np.sort(rng.choice(basis.width, min(units, basis.width), replace=False))
     units_U = torch.from_numpy(chosen).long()
@@ -215,7 +216,7 @@ def explain(
 
 
 def _figures(sums: np.ndarray[Any, Any]) -> tuple[float, float, float, float]:
-    """Precision (0 where nothing is foretold), recall, share of the activation foretold, F1."""
+    """Compute precision (0 where nothing is foretold), recall, share of the activation foretold, F1."""
     both, n_foretold, n_firing, f_foretold, f_all = sums
     precision = both / n_foretold if n_foretold else 0.0
     recall = both / n_firing

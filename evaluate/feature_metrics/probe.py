@@ -35,8 +35,8 @@ class Questions:
     left_out: list[str]
 
 
-def ask(text: FeatureText, tasks: Sequence[Task], samples: tuple[Sample, Sample]) -> Questions:
-    """UserError where no task is left."""
+def make_questions(text: FeatureText, tasks: Sequence[Task], samples: tuple[Sample, Sample]) -> Questions:
+    """Choose the tasks that both samples can answer; UserError where none is left."""
     texts = TokenTexts(text.tokenizer)
     halves = [_answers(text, tasks, texts, sample) for sample in samples]
     counts = [np.stack([(y == 1).sum(1), (y == 0).sum(1)]).min(0) for y in halves]
@@ -56,10 +56,10 @@ def _answers(text: FeatureText, tasks: Sequence[Task], texts: TokenTexts, sample
     return answers_KM
 
 
-def choose(
+def choose_candidates(
     basis: Basis, x_MX: Tensor, answers_KM: Answers, on_progress: Callable[[int], Any]
 ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """For each task the unit with the lowest loss, [K], and that loss.
+    """Choose for each task the unit with the lowest loss, [K], and that loss.
 
     `on_progress` is called with the number of units x tasks that were fitted.
     """
@@ -71,7 +71,7 @@ def choose(
         for task, y_M in enumerate(answers_KM):
             whole = len(rows[task]) == len(y_M)
             y = torch.from_numpy(y_M).to(z_MC)[rows[task]]
-            loss_C = logistic.fit(z_MC if whole else z_MC[rows[task]], y).loss_C
+            loss_C = logistic.fit_logistic(z_MC if whole else z_MC[rows[task]], y).loss_C
             at = int(loss_C.argmin())
             if float(loss_C[at]) < best[task]:
                 best[task], unit[task] = float(loss_C[at]), first + at
@@ -82,13 +82,13 @@ def choose(
 def refit(
     basis: Basis, unit: int, halves: tuple[Tensor, Tensor], labels: tuple[Answers, Answers]
 ) -> tuple[float, NDArray[np.float64], NDArray[np.float64]]:
-    """In float64: the unit's loss on the first half; its loss, and that of the base rate, on each token of the second
-    (NaN where the task has no answer)."""
+    """Fit again in float64 and return the unit's loss on the first half; its loss, and that of the base rate, on each
+    token of the second (NaN where the task has no answer)."""
     (z, y), (z2, y2) = (
         (basis.values(x, slice(unit, unit + 1)).cpu()[known].double(), torch.from_numpy(label[known]).double())
         for x, label, known in ((x, label, label != UNKNOWN) for x, label in zip(halves, labels, strict=True))
     )
-    fit = logistic.fit(z, y)
+    fit = logistic.fit_logistic(z, y)
     rate = torch.logit(y.mean())
     result = np.full((2, len(labels[1])), np.nan)
     known = labels[1] != UNKNOWN
@@ -106,10 +106,10 @@ def probe(
     seed: int,
     on_progress: Callable[[int], Any],
 ) -> dict[str, Any]:
-    """The mean loss over the tasks in nats, that of the base rates, and each task's unit and losses."""
+    """Probe: return the mean loss over the tasks in nats, that of the base rates, and each task's unit and losses."""
     halves = tuple(sample.reads[basis.of_neurons] for sample in samples)
     assert len(halves) == 2
-    units, _ = choose(basis, halves[0], questions.chosen, on_progress)
+    units, _ = choose_candidates(basis, halves[0], questions.chosen, on_progress)
     document_M = samples[1].document_M
     documents = np.unique(document_M)
     tasks: dict[str, Any] = {}
@@ -136,8 +136,8 @@ def probe(
 def interval(
     items: NDArray[np.float64], statistic: Callable[[NDArray[np.float64]], float], samples: int, seed: int
 ) -> dict[str, float | None]:
-    """`statistic` of the sum over items (first axis), its standard error and 95% percentile interval by bootstrap over
-    the items; None for what is not known."""
+    """Estimate `statistic` of the sum over items (first axis), its standard error and 95% percentile interval by
+    bootstrap over the items; None for what is not known."""
     if not len(items):
         return dict.fromkeys(("value", "se", "low", "high"))
     rng, count = np.random.default_rng(seed), len(items)

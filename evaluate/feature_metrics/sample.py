@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from data.base.errors import UserError
-from evaluate.feature_metrics.bases import Reader
+from evaluate.feature_metrics.bases import BasisReader
 from evaluate.inputs import ContextBatch, HeldoutText
 from harvest.packing import PackedTokens
 
@@ -26,21 +26,21 @@ class FeatureText:
     """The held-out text and what reads it at a site; `bos` is put before a text that is cut out of its context."""
 
     heldout: HeldoutText
-    reader: Reader
+    reader: BasisReader
     bos: int | None
 
     @property
     def packed(self) -> PackedTokens:
-        """The contexts."""
+        """Return the contexts."""
         return self.heldout.packed
 
     @property
     def tokenizer(self) -> Any:
-        """The tokenizer that the text was packed with."""
+        """Return the tokenizer that the text was packed with."""
         return self.heldout.tokenizer
 
     def half(self, second: bool) -> range:
-        """The numbers of the contexts of a half; UserError where the text has too few for two."""
+        """Return the numbers of the contexts of a half; UserError where the text has too few for two."""
         sequences = len(self.packed.contexts)
         if sequences < 4:
             raise UserError(
@@ -67,7 +67,7 @@ class Sample:
 
 
 def draw(keep_ST: NDArray[np.bool_], contexts: range, tokens: int, seed: int) -> tuple[NDArray[Any], NDArray[Any]]:
-    """Sequence and position of at most `tokens` kept tokens of the contexts, without replacement, in order.
+    """Draw sequence and position of at most `tokens` kept tokens of the contexts, without replacement, in order.
 
     A count for each context first, then places within it, so that no list of all tokens is text.
     """
@@ -83,7 +83,7 @@ def draw(keep_ST: NDArray[np.bool_], contexts: range, tokens: int, seed: int) ->
 
 
 def take(text: FeatureText, contexts: range, tokens: int, seed: int, on_progress: Callable[[int], Any]) -> Sample:
-    """A sample of the contexts; `on_progress` is called with how many contexts were read."""
+    """Take a sample of the contexts; `on_progress` is called with how many contexts were read."""
     sequence_M, position_M = draw(text.packed.keep, contexts, tokens, seed)
     parts: dict[bool, list[Tensor]] = {}
     for batch in text.batches(contexts):

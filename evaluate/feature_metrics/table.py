@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from data.base.records import Json
 
-DEFINITIONS = {
+FEATURE_DEFINITIONS = {
     "probe loss": "mean over {tasks} binary tasks of the cross-entropy (nats) of the best unit's 1-d logistic probe on"
     " its pre-activation (Gated: the gate's), the unit chosen on one half of the contexts and scored on the other;"
     " guessing by each task's base rate loses {base}. Lower is better.",
@@ -22,7 +22,7 @@ DEFINITIONS = {
 
 
 def shown(entry: Json, digits: int) -> str:
-    """`value [low, high]`."""
+    """Write `value [low, high]`."""
     if entry["value"] is None:
         return "–"
     text = f"{entry['value']:.{digits}f}"
@@ -41,17 +41,17 @@ COLUMNS: dict[str, tuple[str, Callable[[Json], str]]] = {
 }
 
 
-def section(gao: Json, table: Callable[[list[str], list[list[str]]], str]) -> list[str]:
-    """A heading, the table of all bases and what its columns mean."""
-    bases = gao["bases"]
+def feature_section(measured: Json, table: Callable[[list[str], list[list[str]]], str]) -> list[str]:
+    """Write a heading, the table of all bases and what its columns mean."""
+    bases = measured["bases"]
     columns = {name: (metric, cell) for name, (metric, cell) in COLUMNS.items() if metric in bases[0]}
     cells = [[row["name"], f"{row['width']:,}", *(cell(row[m]) for m, cell in columns.values())] for row in bases]
     probed = bases[0].get("probe", {"tasks": {}, "loss_base_rate": 0.0})
-    known = {"tasks": len(probed["tasks"]), "base": f"{probed['loss_base_rate']:.4f}", **gao["settings"]}
-    used = [name for name in DEFINITIONS if name == "baselines" or any(c in columns for c in name.split(", "))]
-    words = [f"- **{name}**: {DEFINITIONS[name].format(**known)}" for name in used]
-    if gao["left_out"]:
-        words.append(f"- Tasks with too few tokens of one answer, left out: {', '.join(gao['left_out'])}.")
+    known = {"tasks": len(probed["tasks"]), "base": f"{probed['loss_base_rate']:.4f}", **measured["settings"]}
+    used = [name for name in FEATURE_DEFINITIONS if name == "baselines" or any(c in columns for c in name.split(", "))]
+    words = [f"- **{name}**: {FEATURE_DEFINITIONS[name].format(**known)}" for name in used]
+    if measured["left_out"]:
+        words.append(f"- Tasks with too few tokens of one answer, left out: {', '.join(measured['left_out'])}.")
     return [
         "### Feature metrics (Gao et al. 2406.04093)\n\nIn brackets 95% intervals (bootstrap over documents; over units"
         " for the patterns).",

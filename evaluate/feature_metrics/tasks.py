@@ -28,12 +28,13 @@ from harvest.packing import PackedTokens
 Answers = NDArray[np.int8]  # 1, 0, or UNKNOWN
 UNKNOWN = -1
 NEIGHBOURS = {"token": 0, "next": 1, "previous": -1}
-KINDS = (*NEIGHBOURS, "span", "position", "document", "labels")
+TASK_KINDS = (*NEIGHBOURS, "span", "position", "document", "labels")
 
 
 @dataclass(frozen=True)
 class Task:
-    """One question: `kind` of KINDS and what it asks for, a pattern, a range (first, end) or labels by document."""
+    """One question: `kind` of TASK_KINDS and what it asks for, a pattern, a range (first, end) or labels by
+    document."""
 
     name: str
     kind: str
@@ -53,7 +54,7 @@ def load_tasks(path: Path) -> list[Task]:
         ) from None
     if not isinstance(entries, list) or not entries:
         raise UserError(
-            f"feature_metrics_with.tasks={path} is no list of tasks: each is a name and one of {', '.join(KINDS)}"
+            f"feature_metrics_with.tasks={path} is no list of tasks: each is a name and one of {', '.join(TASK_KINDS)}"
         )
     tasks = [_task(path, entry) for entry in entries]
     names = [task.name for task in tasks]
@@ -64,9 +65,9 @@ def load_tasks(path: Path) -> list[Task]:
 
 
 def _task(path: Path, entry: Any) -> Task:
-    kinds = [kind for kind in KINDS if isinstance(entry, dict) and kind in entry]
+    kinds = [kind for kind in TASK_KINDS if isinstance(entry, dict) and kind in entry]
     if len(kinds) != 1 or set(entry) != {"name", kinds[0]} or not isinstance(entry["name"], str):
-        raise UserError(f"{path} has the task {entry!r}: write a name and one of {', '.join(KINDS)}")
+        raise UserError(f"{path} has the task {entry!r}: write a name and one of {', '.join(TASK_KINDS)}")
     (kind,) = kinds
     name, question = entry["name"], entry[kind]
     if kind in ("position", "document"):
@@ -117,7 +118,7 @@ class TokenTexts:
 
 
 def _spans(pattern: re.Pattern[str], texts: Sequence[str]) -> Answers:
-    """Which tokens a match over the joined texts covers a part of."""
+    """Mark the tokens of which a match over the joined texts covers a part."""
     ends = np.cumsum([len(text) for text in texts])
     covered = np.zeros(int(ends[-1]) + 1, np.int64)
     for match in pattern.finditer("".join(texts)):
@@ -140,7 +141,7 @@ def _shifted(matches: Callable[[str], Any], texts: Sequence[str], by: int) -> An
 
 
 def answers(tasks: Sequence[Task], texts: TokenTexts, packed: PackedTokens, sequence: int) -> Answers:
-    """[tasks, T]: what each task answers for each token of a context."""
+    """Return [tasks, T]: what each task answers for each token of a context."""
     ids = packed.contexts[sequence]
     words, context = [texts[int(token)] for token in ids], len(ids)
     position = np.arange(context)

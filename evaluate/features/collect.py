@@ -20,7 +20,8 @@ GATHERED = 1 << 22  # activations of windows looked up at a time
 
 
 def priority(token_n: NDArray[np.int64], latent_n: NDArray[np.int64], width: int, seed: int) -> NDArray[np.float64]:
-    """Numbers in [0, 1) that depend on (seed, token, latent) alone: the largest ones of a latent are a fair sample.
+    """Draw numbers in [0, 1) that depend on (seed, token, latent) alone:
+    the largest ones of a latent are a fair sample.
 
     splitmix64 of token * F + latent, so that neither batches nor order decide what is sampled.
     """
@@ -66,7 +67,9 @@ class Shelf:
         return self.key_FK.shape[1]
 
     def candidates(self, latent_n: NDArray[np.int64], key_n: NDArray[np.float64]) -> NDArray[np.int64]:
-        """Which examples, given by latent and token, can stay: by latent, best first, K a latent at most."""
+        """Choose which examples, given by latent and token, can stay: by latent, best first, K a latent at most."""
+        # The last place has the smallest key of the shelf: most firings of a long text do not come near it and end
+        # here.
         index_m = np.flatnonzero(key_n > self.key_FK[latent_n, -1])
         index_m = index_m[np.lexsort((-key_n[index_m], latent_n[index_m]))]
         return index_m[_rank(latent_n[index_m]) < self.places]
@@ -98,12 +101,13 @@ class Shelf:
             both = np.concatenate([table[touched], np.full_like(table[touched], -np.inf if order is None else 0)], 1)
             both[at] = new
             if order is None:  # the keys are the first table
+                # Stable, and what was there comes before what is new: of equal keys the earlier token's stays.
                 order = np.argsort(-both, axis=1, kind="stable")[:, : self.places]
             table[touched] = both[np.arange(len(touched))[:, None], order]
 
 
 def _rank(latent_m: NDArray[np.int64]) -> NDArray[np.int64]:
-    """The place of each entry among those of its latent, of latents in groups."""
+    """Rank each entry among those of its latent, of latents in groups."""
     starts = np.flatnonzero(np.diff(latent_m, prepend=-1))
     sizes = np.diff(starts, append=len(latent_m))
     return np.arange(len(latent_m)) - np.repeat(starts, sizes)
@@ -172,9 +176,10 @@ class Collector:
         self._histogram_FH += np.bincount(latent * BINS + bins, minlength=self.width * BINS).reshape(-1, BINS)
 
     def _peaks(self, firings: Firings, sequence_N: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Of each latent in each context the first of its largest firings; counts the contexts."""
+        """Find for each latent in each context the first of its largest firings; counts the contexts."""
         if not len(firings.latent_n):
             return np.zeros(0, np.int64)
+        # Firings are ordered by latent and token, so those of one latent in one context stand together.
         group = firings.latent_n * (int(sequence_N[-1]) + 1) + sequence_N[firings.row_n]
         starts = np.flatnonzero(np.diff(group, prepend=-1))
         sizes = np.diff(starts, append=len(group))
@@ -192,7 +197,7 @@ class Collector:
         sequence_m: NDArray[np.int64],
         position_m: NDArray[np.int64],
     ) -> NDArray[np.float32]:
-        """[m, W] activations on the tokens around each example."""
+        """Cut out the activations [m, W] on the tokens around each example."""
         out = np.zeros((len(latent_m), len(self.offsets_W)), np.float32)
         step = max(1, GATHERED // len(self.offsets_W))
         for at in range(0, len(latent_m), step):
@@ -204,14 +209,16 @@ class Collector:
         return out
 
     def histogram(self, latent: int) -> tuple[list[int], float]:
-        """Firings in equal bins from 0 as far as the maximum's, and the width of a bin; nothing of a silent latent."""
+        """Count firings in equal bins from 0 as far as the maximum's, and the width of a bin;
+        nothing of a silent latent."""
         if not self.fired_F[latent]:
             return [], 0.0
         counts = self._histogram_FH[latent]
         return counts[: int(np.flatnonzero(counts)[-1]) + 1].tolist(), float(2.0 ** self._exponent_F[latent] / BINS)
 
     def interest_F(self) -> NDArray[np.float64]:
-        """log10(1 / density) * (1 - mean / max) * min(1, contexts / 8): rare, peaked, and met in eight contexts.
+        """Compute log10(1 / density) * (1 - mean / max) * min(1, contexts / 8):
+        rare, peaked, and met in eight contexts.
 
         0 for a silent latent; mean and max are of the activations above 0.
         """

@@ -68,7 +68,9 @@ def collect(sae: SAE, text: HeldoutText, site: Site, settings: FeaturesSettings)
     return collector
 
 
-def describe(sae: SAE, text: HeldoutText, site: Site, collector: Collector, settings: FeaturesSettings) -> Latents:
+def describe_latents(
+    sae: SAE, text: HeldoutText, site: Site, collector: Collector, settings: FeaturesSettings
+) -> Latents:
     """Put what was collected together with what the weights say."""
     from tqdm import tqdm
 
@@ -90,7 +92,7 @@ def describe(sae: SAE, text: HeldoutText, site: Site, collector: Collector, sett
 
 
 def as_arrays(ends: tuple[Tensor, Tensor]) -> tuple[NDArray[Any], NDArray[Any]]:
-    """Ids and values as arrays."""
+    """Return the ids and values as arrays."""
     return ends[0].numpy(), ends[1].numpy()
 
 
@@ -111,7 +113,7 @@ def make_pages(settings: FeaturesSettings) -> Path:
     from evaluate.features import pages
 
     collector = collect(sae, scored.text, site, settings)
-    latents = describe(sae, scored.text, site, collector, settings)
+    latents = describe_latents(sae, scored.text, site, collector, settings)
     about = {
         "variant": trained.config["variant"],
         "width": sae.width,
@@ -131,7 +133,7 @@ def make_pages(settings: FeaturesSettings) -> Path:
         "settings": {"settings": trained.config["settings"], "training": trained.config.get("training", {})},
     }
     with tqdm(total=sae.width, unit="page", desc="pages", mininterval=1.0) as bar:
-        return pages.write(latents, about, Path(settings.out), bar.update)
+        return pages.write_pages(latents, about, Path(settings.out), bar.update)
 
 
 def make_for(evaluation: HeldoutSettings, folder: str) -> Path:

@@ -17,12 +17,12 @@ from numpy.typing import NDArray
 from data.base.files import write_atomic
 from data.base.records import Json
 from evaluate.features.collect import Collector, Shelf
-from evaluate.report.render import asset, digest, render, safe_json
+from evaluate.report.render import asset, render, safe_json, script_hash
 from harvest.packing import PackedTokens
 
 LATENTS_A_PIECE = 128
 LABELS = 4  # tokens that name a latent in lists, of those it fires on and of those it raises
-FORMAT = 1
+PAGES_FORMAT = 1
 
 
 class Strings:
@@ -49,7 +49,7 @@ class Words:
     tokenizer: Any
 
     def text(self, token: int) -> str:
-        """As the tokenizer decodes the token alone, with the space that a piece of SentencePiece begins with."""
+        """Decode the token alone as the tokenizer does, with the space that a piece of SentencePiece begins with."""
         text = str(self.tokenizer.decode([token], skip_special_tokens=False, clean_up_tokenization_spaces=False))
         raw = self.tokenizer.convert_ids_to_tokens(token)
         return f" {text}" if isinstance(raw, str) and raw.startswith("▁") and not text.startswith(" ") else text
@@ -70,12 +70,13 @@ class Latents:
 
 
 def short(value: float) -> float:
-    """Three significant digits."""
+    """Round to three significant digits."""
     return float(f"{value:.3g}")
 
 
 def nearest(values_k: NDArray[np.float32], targets: Sequence[float], count: int) -> list[list[int]]:
-    """For each target the places of up to `count` values nearest to it; what one target takes, later ones lack."""
+    """Find for each target the places of up to `count` values nearest to it;
+    what one target takes, later ones lack."""
     free, taken = list(range(len(values_k))), []
     for target in targets:
         free.sort(key=lambda place: (abs(float(values_k[place]) - target), place))
@@ -92,7 +93,8 @@ class Pieces:
         self.interest_F = latents.collector.interest_F()
 
     def context(self, shelf: Shelf, latent: int, place: int, tokens: Strings, documents: dict[str, int]) -> Json:
-        """One example: token numbers, the place of its token among them, and (place, activation) where it fires."""
+        """Return one example: token numbers, the place of its token among them, and (place,
+        activation) where it fires."""
         packed, offsets = self.latents.packed, self.latents.collector.offsets_W
         sequence, position = int(shelf.sequence_FK[latent, place]), int(shelf.position_FK[latent, place])
         inside = (position + offsets >= 0) & (position + offsets < packed.contexts.shape[1])
@@ -109,7 +111,7 @@ class Pieces:
         }
 
     def groups(self, latent: int, tokens: Strings, documents: dict[str, int]) -> list[Json]:
-        """The top contexts, then examples around each quantile of the sample that are not among the top ones."""
+        """Return the top contexts, then examples around each quantile of the sample that are not among the top ones."""
         top, sample = self.latents.collector.top, self.latents.collector.sample
         shown = [place for place in range(top.places) if top.sequence_FK[latent, place] >= 0]
         groups: list[Json] = [{"c": [self.context(top, latent, place, tokens, documents) for place in shown]}]
@@ -126,7 +128,7 @@ class Pieces:
         return groups
 
     def latent(self, latent: int, tokens: Strings, documents: dict[str, int]) -> Json:
-        """All of one latent but what the summary has."""
+        """Return all of one latent but what the summary has."""
         counts, bin_width = self.latents.collector.histogram(latent)
         ids, cosines = self.latents.near
         piece: Json = {
@@ -142,21 +144,21 @@ class Pieces:
         return piece
 
     def piece(self, first: int) -> Json:
-        """The latents from `first` on, with the strings they need."""
+        """Return the latents from `first` on, with the strings they need."""
         tokens, documents = Strings(self.latents.words.text), dict[str, int]()
         every = range(first, min(first + LATENTS_A_PIECE, self.latents.collector.width))
         latents = [self.latent(latent, tokens, documents) for latent in every]
         return {"latents": latents, "tokens": tokens.texts, "documents": list(documents)}
 
     def peak_tokens(self, latent: int) -> list[int]:
-        """The tokens at the peaks of the top contexts, the most frequent first."""
+        """Return the tokens at the peaks of the top contexts, the most frequent first."""
         top, contexts = self.latents.collector.top, self.latents.packed.contexts
         places = [place for place in range(top.places) if top.sequence_FK[latent, place] >= 0]
         at = (top.sequence_FK[latent, places], top.position_FK[latent, places])
         return [token for token, _ in Counter(contexts[at].tolist()).most_common(LABELS)]
 
     def summary(self) -> Json:
-        """What lists, search and sort need of every latent."""
+        """Return what lists, search and sort need of every latent."""
         collector, tokens = self.latents.collector, Strings(self.latents.words.text)
         raised = self.latents.raised
         every = range(collector.width)
@@ -172,7 +174,7 @@ class Pieces:
         }
 
 
-def write(latents: Latents, about: Json, out: Path, bar: Callable[[int], Any]) -> Path:
+def write_pages(latents: Latents, about: Json, out: Path, bar: Callable[[int], Any]) -> Path:
     """Write the pages into `out`, `index.html` last; its path. `about` stands at the top.
 
     `bar` is called with how many latents were written.
@@ -191,7 +193,7 @@ def write(latents: Latents, about: Json, out: Path, bar: Callable[[int], Any]) -
     script = asset("features.js")
     html = render(
         "features.html", page=page, about=about, style=asset("base.css") + asset("features.css"), script=script,
-        script_digest=digest(script),
+        script_digest=script_hash(script),
     )  # fmt: skip
     write_atomic(out / "index.html", html)
     return out / "index.html"
@@ -202,7 +204,7 @@ def piece_name(number: int) -> str:
 
 
 def _beyond(out: Path, count: int) -> Iterator[Path]:
-    """Pieces of an SAE with more latents that had its pages here before."""
+    """Find pieces of an SAE with more latents that had its pages here before."""
     for path in out.glob("part-*.js"):
         if path.stem.removeprefix("part-").isdigit() and int(path.stem.removeprefix("part-")) >= count:
             yield path

@@ -31,6 +31,7 @@ class Lens:
     def logits(self, rows_RD: Float[Tensor, "R D"]) -> Float[Tensor, "R V"]:
         weight = self.unembedding.weight
         assert isinstance(weight, Tensor)
+        # A residual's length, which the norm divides by: at length 1 the norm's epsilon would count.
         unit_RD = nn.functional.normalize(rows_RD.float().to(weight.device)) * rows_RD.shape[1] ** 0.5
         unit_RD = unit_RD.to(weight.dtype)
         through_RD = (self.norm(unit_RD) - self.norm(-unit_RD)) / 2
@@ -41,7 +42,8 @@ class Lens:
 
 @torch.inference_mode()
 def find_lens(model: Any, d_in: int) -> Lens | None:
-    """The lens of a causal LM, its norm found as the module whose output the unembedding reads in a short forward.
+    """Find the lens of a causal LM, its norm found as the module whose output the unembedding reads in a short
+    forward.
 
     None where the model has none that takes vectors of `d_in` entries.
     """
@@ -62,6 +64,7 @@ def find_lens(model: Any, d_in: int) -> Lens | None:
             elif not any(True for _ in module.children()):
                 stack.callback(module.register_forward_hook(note).remove)
         model(input_ids=torch.arange(4, device=next(model.parameters()).device)[None], use_cache=False)
+    # The last module to put out what the unembedding reads; an inner one may have done so earlier.
     for module, given, made in reversed(outputs):
         if read and made.numel() == read[-1].numel() and torch.equal(made.reshape(read[-1].shape), read[-1]):
             return Lens(module, unembedding) if given.shape[-1] == d_in == made.shape[-1] else None
@@ -74,7 +77,7 @@ Ends = tuple[Int64[Tensor, "F K"], Float[Tensor, "F K"]]
 def ends(
     lens: Lens, W_dec_FD: Float[Tensor, "F D"], vocabulary: int, count: int, bar: Callable[[int], Any]
 ) -> list[Ends]:
-    """The `count` tokens that each row raises and lowers most, strongest first, and logits.
+    """Find the `count` tokens that each row raises and lowers most, strongest first, and logits.
 
     `bar` is called with how many rows were done.
     """
@@ -92,7 +95,7 @@ def ends(
 
 @torch.inference_mode()
 def neighbours(W_dec_FD: Float[Tensor, "F D"], count: int, bar: Callable[[int], Any]) -> Ends:
-    """The `count` rows with the largest cosine to each row, itself left out, nearest first.
+    """Find the `count` rows with the largest cosine to each row, itself left out, nearest first.
 
     `bar` is called with how many rows were done.
     """

@@ -12,7 +12,7 @@ from typing import Any
 
 from data.base.records import Json
 
-FORMAT = 1  # of report.json
+REPORT_FORMAT = 1  # of report.json
 SHIPPED, BATCH = "shipped", "batch"  # the forms of an SAE in report.json
 FEW_DOCUMENTS = 50  # below so many documents an interval says that it may be too narrow
 
@@ -33,7 +33,7 @@ class Column:
 
 
 def metric(key: str, heading: str, digits: int, definition: str = "") -> Column:
-    """A statistic of `row["metrics"]`."""
+    """Return a statistic of `row["metrics"]`."""
     return Column(key, heading, digits, definition, lambda row: row["metrics"][key])
 
 
@@ -45,19 +45,19 @@ def _dead(row: Json) -> str | None:
 
 
 def sparsity_setting(settings: Json) -> str:
-    """How sparse an SAE was set to be, by the settings that say so."""
+    """Return how sparse an SAE was set to be, by the settings that say so."""
     known = ((name, settings.get(name)) for name in ("k", "target_l0", "sparsity"))
     return ", ".join(f"{name}={value:g}" for name, value in known if value is not None)
 
 
 def sae_name(row: Json) -> str:
-    """What an SAE is called in the report: its number, its variant, and its form where that is not its own."""
+    """Return what an SAE is called in the report: its number, its variant, and its form where that is not its own."""
     form = row.get("form", SHIPPED)
     return f"{row['number']} {row['variant']}" + ("" if form == SHIPPED else f" ({form} form)")
 
 
 def pareto_names(row: Json) -> str | None:
-    """The costs in which no other SAE of the table is better at its L0."""
+    """Return the costs in which no other SAE of the table is better at its L0."""
     names = {"nmse": "NMSE", "ce_increase": "CE"}
     return ", ".join(names[cost] for cost in row["pareto"]) or None
 
@@ -151,7 +151,7 @@ BY_KEY = {column.key: column for column in (*SPLICE, *DETAIL, *OF_SITE)}
 
 
 def _definitions() -> dict[str, str]:
-    """The legend in the order in which it is read."""
+    """Return the legend in the order in which it is read."""
     defined = {column.heading: column.definition for column in (*SPLICE, *DETAIL) if column.definition}
     named = {"SAE": "variant; the number is the row of the sizes table below, which names the folder."}
     order = ("L0", "L0 sd", "NMSE", "NMSE token", "NMSE btk", "cosine", "gamma", "CE", "CE increase")
@@ -169,7 +169,7 @@ DEFINITIONS = _definitions()
 
 
 def few_documents(site: Json) -> str | None:
-    """A sentence where a site's intervals draw from few documents."""
+    """Return a sentence where a site's intervals draw from few documents."""
     count = site.get("documents")
     if count is None or count >= FEW_DOCUMENTS:
         return None
@@ -180,7 +180,7 @@ def few_documents(site: Json) -> str | None:
 
 
 def massive_rows(site: Json) -> list[str]:
-    """Sentences about the rows of a site whose norm is massive; none where there are none."""
+    """Return the sentences about the rows of a site whose norm is massive; none where there are none."""
     massive = site.get("massive")
     if massive is None:
         return []

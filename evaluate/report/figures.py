@@ -18,7 +18,7 @@ from evaluate.report.tables import figure
 
 SYMBOLS = {"o": "circle", "s": "square", "^": "triangle-up", "D": "diamond", "v": "triangle-down", "P": "cross"}
 CURVES = {"nmse": "NMSE of the batch", "l0": "L0 of the batch", "dead": "dead latents", "lr": "learning rate"}
-LEGEND = 12  # SAEs a legend can name and still be read
+PAGE_LEGEND = 12  # SAEs a legend can name and still be read
 
 
 def style(variant: str) -> tuple[str, str]:
@@ -28,14 +28,14 @@ def style(variant: str) -> tuple[str, str]:
 
 
 def axis(title: str, values: list[float], **more: Any) -> Json:
-    """An axis, logarithmic where its values span a wide range."""
+    """Return an axis, logarithmic where its values span a wide range."""
     wide = is_wide(values)
     ticks = {"dtick": "D2" if wide and max(values) < 100 * min(values) else 1, "tickformat": "~g"}
     return {"title": {"text": title}, **({"type": "log", **ticks} if wide else {}), **more}
 
 
 def drawn(traces: list[Any], xaxis: Json, yaxis: Json, *, height: int = 420) -> Json:
-    """A figure as plain JSON; colours of text and lines are set by the page, which knows whether it is dark."""
+    """Return a figure as plain JSON; colours of text and lines are set by the page, which knows whether it is dark."""
     layout = {
         "template": "none",
         "height": height,
@@ -61,8 +61,9 @@ def hover(row: Json, metric: str, label: str) -> str:
     return "<br>".join([*lines, row["folder"].replace("&", "&amp;").replace("<", "&lt;")])
 
 
-def against_l0(rows: list[Json], metric: str, label: str) -> Json | None:
-    """A line a variant and width of a metric against L0, with one standard error each way; None where none is known."""
+def figure_against_l0(rows: list[Json], metric: str, label: str) -> Json | None:
+    """Draw a line a variant and width of a metric against L0, with one standard error each way;
+    None where none is known."""
     numbers = series.against_l0(rows, metric)
     if not numbers.lines:
         return None
@@ -96,7 +97,7 @@ def against_l0(rows: list[Json], metric: str, label: str) -> Json | None:
 
 
 def lines(rows: list[Json]) -> Iterator[tuple[Json, Json]]:
-    """Each SAE with how its own line is drawn: by variant, paler where its L0 is smaller.
+    """Say for each SAE how its own line is drawn: by variant, paler where its L0 is smaller.
 
     The legend names each SAE, or the variant and width alone where they are many.
     """
@@ -104,14 +105,14 @@ def lines(rows: list[Json]) -> Iterator[tuple[Json, Json]]:
         for row, opacity in zip(own, np.linspace(0.45 if len(own) > 1 else 1, 1, len(own)), strict=True):
             name = f"{sae_name(row)}, L0 {figure(row['metrics']['l0']['value'])}"
             look = {"line": {"color": style(variant)[0], "width": 1.6}, "opacity": float(opacity), "mode": "lines"}
-            if len(rows) > LEGEND:
+            if len(rows) > PAGE_LEGEND:
                 look |= {"legendgroup": label, "showlegend": row is own[-1]}
                 name = label if row is own[-1] else name
             yield row, {**look, "name": name}
 
 
 def l0_figure(rows: list[Json]) -> Json:
-    """The share of tokens at each number of active latents."""
+    """Draw the share of tokens at each number of active latents."""
     numbers = series.l0_histogram(rows)
     middle = [first + (numbers.step - 1) / 2 for first in numbers.first]
     shares = {id(row): share for row, share in zip(rows, numbers.shares, strict=True)}
@@ -128,7 +129,7 @@ def l0_figure(rows: list[Json]) -> Json:
 
 
 def density_histogram(rows: list[Json], tokens: int) -> Json:
-    """Latents by the share of tokens on which they fire; those that never do are not drawn."""
+    """Draw the latents by the share of tokens on which they fire; those that never do are not drawn."""
     numbers = series.densities(rows, tokens)
     edges = np.array(numbers.edges)
     middle = np.sqrt(edges[1:] * edges[:-1]).tolist()
@@ -146,7 +147,7 @@ def density_histogram(rows: list[Json], tokens: int) -> Json:
 
 
 def training_curves(rows: list[Json]) -> list[tuple[str, Json]]:
-    """(title, figure) of each quantity of `CURVES` that any of the SAEs logged."""
+    """Return (title, figure) of each quantity of `CURVES` that any of the SAEs logged."""
     logs = [(series.training_log(Path(row["folder"])), look) for row, look in lines(rows)]
     figures = []
     for name, title in CURVES.items():

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from data.base.files import write_atomic
 from data.base.records import Json
-from evaluate.feature_metrics.table import section
+from evaluate.feature_metrics.table import feature_section
 from evaluate.report.columns import (
     ALL_ROWS,
     BATCH,
@@ -28,7 +28,7 @@ from evaluate.report.columns import (
 )
 
 
-def write(report: Json, out: Path) -> Path:
+def write_markdown(report: Json, out: Path) -> Path:
     """Write `report.json`, the figures and, last, `report.md` into `out`; the path of `report.md`."""
     from evaluate.report.png import draw_site
 
@@ -41,70 +41,70 @@ def write(report: Json, out: Path) -> Path:
 
 
 def stems(sites: list[Json]) -> list[str]:
-    """A short file name for each site, with the store's folder only where two stores are in one report."""
+    """Return a short file name for each site, with the store's folder only where two stores are in one report."""
     several = len({site["fingerprint"] for site in sites}) > 1
     names = [f"{site['store']}-{site['site']}" if several else site["site"] for site in sites]
     return [re.sub(r"[^\w.-]+", "-", name) for name in names]
 
 
 def dumps(report: Json) -> str:
-    """Indented JSON in which a list of plain numbers stays on one line."""
+    """Write indented JSON in which a list of plain numbers stays on one line."""
     text = json.dumps(report, indent=1, allow_nan=False)
     return re.sub(r"\[[\s\d.,eE+-]*(?:null[\s\d.,eE+-]*)*\]", lambda match: re.sub(r"\s+", " ", match[0]), text) + "\n"
 
 
-def number(value: float | None, digits: int = 3) -> str:
-    """A fixed number of decimals, more where the value is small; a dash for what is not known."""
+def format_number(value: float | None, digits: int = 3) -> str:
+    """Format with a fixed number of decimals, more where the value is small; a dash for what is not known."""
     if value is None:
         return "–"
     return f"{value:.{digits}f}" if value == 0 or abs(value) >= 10**-digits else f"{value:.1e}"
 
 
 def with_error(row: Json, metric: str, digits: int = 3) -> str:
-    """`value ± standard error` of a metric of an SAE."""
+    """Format `value ± standard error` of a metric of an SAE."""
     return statistic(row["metrics"][metric], digits)
 
 
 def statistic(entry: Json, digits: int = 3) -> str:
-    """`value ± standard error`."""
+    """Format `value ± standard error`."""
     if entry["value"] is None or entry["se"] is None:
-        return number(entry["value"], digits)
-    return f"{number(entry['value'], digits)} ± {number(entry['se'], digits)}"
+        return format_number(entry["value"], digits)
+    return f"{format_number(entry['value'], digits)} ± {format_number(entry['se'], digits)}"
 
 
 def table(heads: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table, its first column to the left and the rest to the right."""
+    """Write a Markdown table, its first column to the left and the rest to the right."""
     lines = [heads, [":--"] + ["--:"] * (len(heads) - 1), *rows]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
 def column_cell(row: Json, column: Column, *, error: bool = True) -> str:
-    """A column's value of an SAE, with its standard error where it has one and `error`."""
+    """Format a column's value of an SAE, with its standard error where it has one and `error`."""
     value = column.read(row)
     if isinstance(value, dict):
-        return with_error(row, column.key, column.digits) if error else number(value["value"], column.digits)
+        return with_error(row, column.key, column.digits) if error else format_number(value["value"], column.digits)
     if value is None or isinstance(value, float):
-        return number(value, column.digits)
+        return format_number(value, column.digits)
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
 def sae_table(rows: list[Json], columns: Sequence[Column], *, error: bool = True) -> str:
-    """A table of the SAEs of a site."""
+    """Write a table of the SAEs of a site."""
     cells = [[sae_name(row), *(column_cell(row, column, error=error) for column in columns)] for row in rows]
     return table(["SAE", *(column.heading for column in columns)], cells)
 
 
 def _delta(row: Json, metric: str, digits: int) -> str:
-    """`difference [low, high]`, bold where the interval does not hold 0."""
+    """Format `difference [low, high]`, bold where the interval does not hold 0."""
     entry = row["delta"][metric]
     if entry["low"] is None:
-        return number(entry["value"], digits)
+        return format_number(entry["value"], digits)
     text = f"{entry['value']:+.{digits}f} [{entry['low']:+.{digits}f}, {entry['high']:+.{digits}f}]"
     return f"**{text}**" if entry["low"] > 0 or entry["high"] < 0 else text
 
 
 def _comparison(site: Json) -> list[str]:
-    """A heading line and the table of differences, where there is a baseline."""
+    """Write a heading line and the table of differences, where there is a baseline."""
     if site["baseline"] is None:
         return []
     l0, columns = BY_KEY["l0"], [BY_KEY[key] for key in DELTAS]
@@ -119,7 +119,7 @@ def _comparison(site: Json) -> list[str]:
 
 
 def _all_rows(rows: list[Json]) -> list[str]:
-    """A heading line and the table over all rows, where massive ones are among them."""
+    """Write a heading line and the table over all rows, where massive ones are among them."""
     if "all_rows" not in rows[0]:
         return []
     columns = [BY_KEY[key] for key in ALL_ROWS]
@@ -140,7 +140,7 @@ def _site_lines(site: Json) -> list[str]:
         f" CE over {site['predicted']:,} predicted tokens: each kept token that is not the first of its context.",
         f"CE in nats: {ce} (zero and mean: the kept tokens' x set to 0, or to the training mean).",
         f"Storage: x is rounded to {storage['dtype']} in the store;"
-        f" rounding alone has NMSE {number(storage['nmse'], 6)}."
+        f" rounding alone has NMSE {format_number(storage['nmse'], 6)}."
         " The splice itself uses x unrounded.",
     ]
     if "text" in site:
@@ -162,7 +162,7 @@ def _site_section(site: Json) -> str:
         sae_table(rows, [*SPLICE, PARETO]),
         *_all_rows(rows),
         *_comparison(site),
-        *(section(site["gao"], table) if "gao" in site else []),
+        *(feature_section(site["gao"], table) if "gao" in site else []),
         sae_table(rows, DETAIL, error=False),
         sae_table(rows, SIZES),
         figures,
@@ -171,7 +171,7 @@ def _site_section(site: Json) -> str:
 
 
 def markdown(report: Json) -> str:
-    """The whole report as Markdown."""
+    """Write the whole report as Markdown."""
     settings = report["settings"]
     form = "with the SAE in its inference form"
     if settings["form"] == BATCH:

@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from data.base.files import write_atomic
 from data.base.records import Json
 from evaluate.report.columns import DEFINITIONS, OF_SITE, few_documents, massive_rows, sae_name
-from evaluate.report.render import asset, digest, render
+from evaluate.report.render import asset, render, script_hash
 from evaluate.report.tables import Table, cell, heading, is_plain, sae_tables, site_tables
 
 # Of a site: what the page says in its own words.
@@ -30,7 +30,7 @@ IN_WORDS = {
 }
 
 
-def write(
+def write_page(
     report: Json, config: Mapping[str, Any], identities: Mapping[str, Json], features: Mapping[str, Path]
 ) -> Path:
     """Write `report.html` into the folder of the report; its path.
@@ -44,27 +44,27 @@ def write(
     plotly, script = get_plotlyjs(), asset("report.js")
     page = render(
         "report.html",
-        sites=[section(site, config, identities[site["fingerprint"]], features) for site in report["sites"]],
+        sites=[site_section(site, config, identities[site["fingerprint"]], features) for site in report["sites"]],
         definitions=DEFINITIONS,
         settings=report["settings"],
         config=OmegaConf.to_yaml(OmegaConf.create(dict(config))),
         style=asset("base.css") + asset("report.css"),
         plotly=type(script)(plotly),
         script=script,
-        digests=f"{digest(plotly)} {digest(script)}",
+        digests=f"{script_hash(plotly)} {script_hash(script)}",
     )
     write_atomic(out / "report.html", page)
     return out / "report.html"
 
 
-def section(site: Json, config: Mapping[str, Any], identity: Json, features: Mapping[str, Path]) -> Json:
+def site_section(site: Json, config: Mapping[str, Any], identity: Json, features: Mapping[str, Path]) -> Json:
     """Gather what the page shows of one site."""
     from evaluate.report import figures
 
     rows: list[Json] = site["saes"]
     made = {
-        "NMSE against L0": figures.against_l0(rows, "nmse", "NMSE"),
-        "CE increase against L0": figures.against_l0(rows, "ce_increase", "CE increase (nats)"),
+        "NMSE against L0": figures.figure_against_l0(rows, "nmse", "NMSE"),
+        "CE increase against L0": figures.figure_against_l0(rows, "ce_increase", "CE increase (nats)"),
         "Active latents of a token": figures.l0_figure(rows),
         "Densities of the latents": figures.density_histogram(rows, site["tokens"]),
     }

@@ -12,9 +12,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from evaluate.report import series
-from evaluate.report.series import OTHER, STYLES, Row, families, is_wide
+from evaluate.report.series import OTHER, STYLES, ReportRow, families, is_wide
 
-LEGEND = 8  # lines a legend can name and still be read
+PNG_LEGEND = 8  # lines a legend can name and still be read
 
 
 def _log_if_wide(axes: Axes, name: str, values: Sequence[float]) -> None:
@@ -30,9 +30,9 @@ def _log_if_wide(axes: Axes, name: str, values: Sequence[float]) -> None:
     axis.set_minor_formatter(lambda value, _: "")
 
 
-def against_l0(rows: list[Row], metric: str, label: str, title: str) -> Figure:
-    """One line a variant of `metric` against mean L0, with one standard error (bootstrap over documents) each way; and
-    the front of the SAEs that no other beats in both."""
+def plot_against_l0(rows: list[ReportRow], metric: str, label: str, title: str) -> Figure:
+    """Plot one line a variant of `metric` against mean L0, with one standard error (bootstrap over documents) each
+    way; and the front of the SAEs that no other beats in both."""
     figure = Figure(figsize=(7, 4.6), layout="constrained")
     axes = figure.add_subplot()
     drawn = series.against_l0(rows, metric)
@@ -52,7 +52,7 @@ def against_l0(rows: list[Row], metric: str, label: str, title: str) -> Figure:
 
 
 def _shades(colour: str, count: int) -> list[tuple[float, float, float, float]]:
-    """`count` shades of one colour, from pale (small L0) to full."""
+    """Return `count` shades of one colour, from pale (small L0) to full."""
     from matplotlib.colors import to_rgba
 
     red, green, blue, _ = to_rgba(colour)
@@ -62,9 +62,9 @@ def _shades(colour: str, count: int) -> list[tuple[float, float, float, float]]:
 
 
 def panels(
-    rows: list[Row], xlabel: str, ylabel: str, title: str, draw: Callable[[Axes, int, Any, str], None]
+    rows: list[ReportRow], xlabel: str, ylabel: str, title: str, draw: Callable[[Axes, int, Any, str], None]
 ) -> Figure:
-    """A panel a variant (and width); `draw(axes, i, colour, label)` adds the line of `rows[i]` to its panel."""
+    """Draw a panel a variant (and width); `draw(axes, i, colour, label)` adds the line of `rows[i]` to its panel."""
     groups = list(families(rows))
     number = {id(row): i for i, row in enumerate(rows)}
     across = min(3, len(groups))
@@ -74,7 +74,7 @@ def panels(
     for axes, (name, variant, own) in zip(grid.flat, groups, strict=False):
         shades = _shades(STYLES.get(variant, OTHER)[0], len(own))
         for i, (row, shade) in enumerate(zip(own, shades, strict=True)):
-            named = len(own) <= LEGEND or i in (0, len(own) - 1)
+            named = len(own) <= PNG_LEGEND or i in (0, len(own) - 1)
             draw(axes, number[id(row)], shade, f"L0 {row['metrics']['l0']['value']:.1f}" if named else "_")
         axes.set_title(name, fontsize=10)
         axes.grid(alpha=0.3)
@@ -87,8 +87,9 @@ def panels(
     return figure
 
 
-def l0_histograms(rows: list[Row], title: str) -> Figure:
-    """The share of held-out tokens by their number of active latents, as far as 99.9% of each SAE's tokens reach."""
+def l0_histograms(rows: list[ReportRow], title: str) -> Figure:
+    """Plot the share of held-out tokens by their number of active latents,
+    as far as 99.9% of each SAE's tokens reach."""
     drawn = series.l0_histogram(rows)
     edges = np.array([*drawn.first, drawn.first[-1] + drawn.step]) - 0.5
 
@@ -101,8 +102,9 @@ def l0_histograms(rows: list[Row], title: str) -> Figure:
     )
 
 
-def density_panels(rows: list[Row], tokens: int, title: str) -> Figure:
-    """Latents by the share of held-out tokens on which they fire, on a log scale; the legend counts the silent ones."""
+def density_panels(rows: list[ReportRow], tokens: int, title: str) -> Figure:
+    """Plot the latents by the share of held-out tokens on which they fire, on a log scale;
+    the legend counts the silent ones."""
     drawn = series.densities(rows, tokens)
 
     def draw(axes: Axes, i: int, colour: Any, label: str) -> None:
@@ -118,8 +120,8 @@ def draw_site(site: dict[str, Any], folder: Path, stem: str) -> list[str]:
     folder.mkdir(parents=True, exist_ok=True)
     rows, where = site["saes"], f"{site['model']}, {site['site']}, {site['tokens']:,} held-out tokens"
     figures = {
-        "nmse": against_l0(rows, "nmse", "NMSE (0 is perfect, 1 the mean)", where),
-        "ce-increase": against_l0(rows, "ce_increase", "CE increase when spliced in (nats)", where),
+        "nmse": plot_against_l0(rows, "nmse", "NMSE (0 is perfect, 1 the mean)", where),
+        "ce-increase": plot_against_l0(rows, "ce_increase", "CE increase when spliced in (nats)", where),
         "l0": l0_histograms(rows, where),
         "density": density_panels(rows, site["tokens"], where),
     }

@@ -17,13 +17,14 @@ _UNSAFE = str.maketrans({char: f"\\u{ord(char):04x}" for char in "<>&"})
 
 
 def safe_json(value: Any) -> str:
-    """JSON that is also JavaScript and holds no character that ends or begins markup; ASCII only (so no U+2028)."""
+    """Write JSON that is also JavaScript and holds no character that ends or begins markup;
+    ASCII only (so no U+2028)."""
     return json.dumps(value, ensure_ascii=True, allow_nan=False, separators=(",", ":")).translate(_UNSAFE)
 
 
 @cache
 def environment() -> Environment:
-    """The templates beside this module; a name that is not given is an error."""
+    """Return the templates beside this module; a name that is not given is an error."""
     templates = Environment(
         loader=FileSystemLoader(TEMPLATES),
         autoescape=True,
@@ -36,15 +37,15 @@ def environment() -> Environment:
 
 
 def asset(name: str) -> Markup:
-    """A style sheet or script of ours, to stand inline as it is."""
+    """Read a style sheet or script of ours, to stand inline as it is."""
     return Markup((TEMPLATES / name).read_text(encoding="utf-8"))
 
 
-def digest(script: str) -> str:
-    """What a Content-Security-Policy calls an inline script that may run."""
+def script_hash(script: str) -> str:
+    """Compute what a Content-Security-Policy calls an inline script that may run."""
     return f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
 
 
 def render(template: str, **values: Any) -> str:
-    """A filled template."""
+    """Fill a template."""
     return environment().get_template(template).render(**values)

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-Row = dict[str, Any]  # one SAE of the report
+ReportRow = dict[str, Any]  # one SAE of the report
 
 # Okabe and Ito's colours, told apart with any colour vision; each variant has its colour and marker in every figure.
 STYLES = {
@@ -28,16 +28,17 @@ STYLES = {
 OTHER = ("#56B4E9", "X")
 WIDE = 4.0  # a quantity that spans more than this factor is drawn on a log axis
 MOST_BINS = 60  # of the histogram of L0
-METRICS = "metrics.csv"  # in an SAE's folder, where training logged into one
+METRICS_CSV = "metrics.csv"  # in an SAE's folder, where training logged into one
 
 
 def is_wide(values: Sequence[float]) -> bool:
-    """Whether an axis with these values should be logarithmic."""
+    """Return whether an axis with these values should be logarithmic."""
     return bool(values) and min(values) > 0 and max(values) > WIDE * min(values)
 
 
-def families(rows: Sequence[Row]) -> Iterator[tuple[str, str, list[Row]]]:
-    """(label, variant, rows in order of L0) of each line to draw: a variant, split by width where the widths differ."""
+def families(rows: Sequence[ReportRow]) -> Iterator[tuple[str, str, list[ReportRow]]]:
+    """Yield (label, variant, rows in order of L0) of each line to draw:
+    a variant, split by width where the widths differ."""
     several = len({row["width"] for row in rows}) > 1
     keys = sorted({(row["variant"], row["width"]) for row in rows})
     for variant, width in keys:
@@ -52,7 +53,7 @@ class Line:
 
     label: str
     variant: str
-    rows: list[Row]
+    rows: list[ReportRow]
     l0: list[float]
     l0_error: list[float]
     value: list[float]
@@ -68,17 +69,17 @@ class AgainstL0:
 
     @property
     def l0(self) -> list[float]:
-        """The L0 of every SAE."""
+        """Return the L0 of every SAE."""
         return [l0 for line in self.lines for l0 in line.l0]
 
     @property
     def value(self) -> list[float]:
-        """The metric of every SAE."""
+        """Return the metric of every SAE."""
         return [value for line in self.lines for value in line.value]
 
 
-def against_l0(rows: Sequence[Row], metric: str) -> AgainstL0:
-    """The SAEs whose metric is known; the front is what `pareto` in their rows says (evaluate/pareto.py)."""
+def against_l0(rows: Sequence[ReportRow], metric: str) -> AgainstL0:
+    """Choose the SAEs whose metric is known; the front is what `pareto` in their rows says (evaluate/pareto.py)."""
     known = [row for row in rows if row["metrics"].get(metric, {}).get("value") is not None]
     lines = []
     for label, variant, own in families(known):
@@ -107,8 +108,8 @@ class L0Histogram:
     least: float
 
 
-def l0_histogram(rows: Sequence[Row]) -> L0Histogram:
-    """As far as 99.9% of each SAE's tokens reach, in at most MOST_BINS bins that hold as many numbers each."""
+def l0_histogram(rows: Sequence[ReportRow]) -> L0Histogram:
+    """Count as far as 99.9% of each SAE's tokens reach, in at most MOST_BINS bins that hold as many numbers each."""
     histograms = [row["l0"]["histogram"] for row in rows]
     top = max(int(np.searchsorted(np.cumsum(counts), 0.999 * sum(counts))) for counts in histograms)
     step = max(1, math.ceil((top + 1) / MOST_BINS))
@@ -129,7 +130,7 @@ class Densities:
     counts: list[list[int]]
 
 
-def densities(rows: Sequence[Row], tokens: int) -> Densities:
+def densities(rows: Sequence[ReportRow], tokens: int) -> Densities:
     """Count the latents by density; those that never fire are in no bin."""
     edges = np.logspace(math.floor(math.log10(1 / tokens)), 0, 41)
     counts = []
@@ -140,9 +141,10 @@ def densities(rows: Sequence[Row], tokens: int) -> Densities:
 
 
 def training_log(folder: Path) -> dict[str, tuple[list[int], list[float]]]:
-    """Steps and values of each `train/` column of an SAE's metrics.csv; empty where there is no such file."""
+    """Read the steps and values of each `train/` column of an SAE's metrics.csv;
+    empty where there is no such file."""
     try:
-        with (folder / METRICS).open(encoding="utf-8", newline="") as file:
+        with (folder / METRICS_CSV).open(encoding="utf-8", newline="") as file:
             lines = list(csv.DictReader(file))
     except OSError:
         return {}
@@ -160,7 +162,7 @@ def training_log(folder: Path) -> dict[str, tuple[list[int], list[float]]]:
 
 
 def _number(text: Any) -> float | None:
-    """A finite number, or None for whatever else a damaged log may hold."""
+    """Read a finite number, or None for whatever else a damaged log may hold."""
     try:
         value = float(text)
     except (TypeError, ValueError):

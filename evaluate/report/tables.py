@@ -42,14 +42,14 @@ def heading(name: str) -> str:
 
 
 def figure(value: float, digits: int = 4) -> str:
-    """So many significant digits, trailing zeros kept, as a plain number where that is short."""
+    """Format so many significant digits, trailing zeros kept, as a plain number where that is short."""
     if value and not 1e-4 <= abs(value) < 1e6:
         return f"{value:.{digits - 1}e}"
     return f"{value:,.0f}" if abs(value) >= 10**digits else f"{value:#.{digits}g}".removesuffix(".")
 
 
 def is_entry(value: Any) -> bool:
-    """Whether this is a statistic with its standard error, its interval or both."""
+    """Return whether this is a statistic with its standard error, its interval or both."""
     return isinstance(value, dict) and "value" in value and set(value) <= {"value", "se", "low", "high"}
 
 
@@ -62,7 +62,7 @@ def is_words(value: Any) -> bool:
 
 
 def cell(value: Any) -> Cell:
-    """A value that is not known is a dash and sorts last."""
+    """Format a value; one that is not known is a dash and sorts last."""
     if is_entry(value):
         inner, error = cell(value["value"]), ""
         if value.get("low") is not None:
@@ -80,7 +80,8 @@ def cell(value: Any) -> Cell:
 
 
 def rows_table(title: str, rows: Sequence[Json], parts: Sequence[Json]) -> Table | None:
-    """A line an SAE of what `parts` hold of each, columns in the order met; None where there are none."""
+    """Make a table, a line an SAE, of what `parts` hold of each, columns in the order met;
+    None where there are none."""
     names = list(dict.fromkeys(name for part in parts for name, value in part.items() if is_plain(value)))
     if not names:
         return None
@@ -91,8 +92,9 @@ def rows_table(title: str, rows: Sequence[Json], parts: Sequence[Json]) -> Table
     return Table(title, ["SAE", *map(heading, names)], lines)
 
 
-def ordered(part: Any, first: Sequence[str], without: Sequence[str] = ()) -> Json:
-    """Of a dict the names in `first`, or where that is empty all but those in `without`; nothing of what is no dict."""
+def in_key_order(part: Any, first: Sequence[str], without: Sequence[str] = ()) -> Json:
+    """Choose of a dict the names in `first`, or where that is empty all but those in `without`;
+    nothing of what is no dict."""
     if not isinstance(part, dict):
         return {}
     return {name: part[name] for name in first or part if name in part and name not in without}
@@ -101,7 +103,7 @@ def ordered(part: Any, first: Sequence[str], without: Sequence[str] = ()) -> Jso
 def sae_tables(rows: Sequence[Json]) -> list[Table]:
     """Give the tables of the SAEs of a site."""
     metrics = [row["metrics"] for row in rows]
-    first = [ordered(part, FIRST) for part in metrics]
+    first = [in_key_order(part, FIRST) for part in metrics]
     detail = [
         {name: value for name, value in row["metrics"].items() if name not in (*FIRST, *SITE)}
         | {"L0 sd": row["l0"]["std"], "silent": row["l0"]["silent"], "dead": row["training"].get("dead")}
@@ -120,7 +122,7 @@ def sae_tables(rows: Sequence[Json]) -> list[Table]:
         for row in rows
     ]
     more = dict.fromkeys(name for row in rows for name, v in row.items() if name not in SHOWN and not is_plain(v))
-    others = [(name, [ordered(row.get(name), (), SITE) for row in rows]) for name in more]
+    others = [(name, [in_key_order(row.get(name), (), SITE) for row in rows]) for name in more]
     titled = [("What the splice costs", first), ("Reconstruction and firing", detail), ("The SAEs", sizes)]
     titled += [(title_of(name), parts) for name, parts in others]
     return [table for title, parts in titled if (table := rows_table(title, rows, parts))]
@@ -132,7 +134,7 @@ def title_of(*names: str) -> str:
 
 
 def plain_table(title: str, lines: Iterable[Json]) -> Table | None:
-    """A table of dicts, those within them as columns of their own; None where nothing in them is plain."""
+    """Make a table of dicts, those within them as columns of their own; None where nothing in them is plain."""
     flat = [
         {
             name: value
@@ -152,7 +154,8 @@ def inner(key: str, part: Json) -> list[tuple[str, Any]]:
 
 
 def site_tables(site: Json, shown: set[str]) -> list[Table]:
-    """What else a site holds: a table of each list of dicts, as deep as there are, and of each dict of dicts."""
+    """Make tables of what else a site holds: a table of each list of dicts, as deep as there are,
+    and of each dict of dicts."""
     tables: list[Table | None] = []
 
     def add(value: Any, *names: str) -> None:

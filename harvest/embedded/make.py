@@ -51,7 +51,7 @@ class Recipe:
 
 
 def split_documents() -> tuple[list[Document], list[Document]]:
-    """(training, held-out) documents of the standard library, by the same rule as the harvest's."""
+    """Split documents (training, held-out) of the standard library, by the same rule as the harvest's."""
     train: list[Document] = []
     heldout: list[Document] = []
     for doc in unique(StdlibText().documents()):
@@ -60,7 +60,7 @@ def split_documents() -> tuple[list[Document], list[Document]]:
 
 
 def train_tokenizer(texts: list[str], vocab: int) -> Tokenizer:
-    """Byte-level BPE on the training texts alone; token 0 ends a document."""
+    """Train a byte-level BPE tokenizer on the training texts alone; token 0 ends a document."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -70,13 +70,13 @@ def train_tokenizer(texts: list[str], vocab: int) -> Tokenizer:
     return tokenizer
 
 
-def encode(tokenizer: Tokenizer, docs: list[Document]) -> list[Tokens]:
-    """One token array a document, each led by the end-of-text token."""
+def tokenize(tokenizer: Tokenizer, docs: list[Document]) -> list[Tokens]:
+    """Tokenize to one array a document, each led by the end-of-text token."""
     return [np.array([0, *e.ids], np.int64) for e in tokenizer.encode_batch([d.text for d in docs])]
 
 
 def epoch_windows(docs: list[Tokens], context: int, rng: np.random.Generator) -> Tokens:
-    """[N, context] windows of one epoch: documents in a new order, cut at a new offset, windows shuffled."""
+    """Cut the windows [N, context] of one epoch: documents in a new order, cut at a new offset, windows shuffled."""
     stream = np.concatenate([docs[i] for i in rng.permutation(len(docs))])
     stream = stream[rng.integers(context) :]
     windows = stream[: len(stream) // context * context].reshape(-1, context)
@@ -84,7 +84,7 @@ def epoch_windows(docs: list[Tokens], context: int, rng: np.random.Generator) ->
 
 
 def batches(docs: list[Tokens], recipe: Recipe, start: int) -> Iterator[Tensor]:
-    """[batch, context] token batches from step `start` on, a pure function of the recipe."""
+    """Yield [batch, context] token batches from step `start` on, a pure function of the recipe."""
     step, epoch = 0, 0
     while True:
         windows = epoch_windows(docs, recipe.context, np.random.default_rng([recipe.seed, epoch]))
@@ -113,7 +113,7 @@ def build_model(recipe: Recipe) -> GPT2LMHeadModel:
 
 
 def build_optimizers(model: nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]:
-    """Muon for the blocks' matrices, AdamW for embeddings, biases and norms."""
+    """Make Muon for the blocks' matrices, AdamW for embeddings, biases and norms."""
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and ".h." in n]
     others = [p for n, p in model.named_parameters() if not (p.ndim == 2 and ".h." in n)]
     return [
@@ -123,13 +123,13 @@ def build_optimizers(model: nn.Module, recipe: Recipe) -> list[torch.optim.Optim
 
 
 def schedule(step: int, total: int, recipe: Recipe) -> float:
-    """Learning-rate factor: linear warm-up, then linear to zero."""
+    """Compute the learning rate's factor: linear warm-up, then linear to zero."""
     at = step / total
     return min(at / recipe.warmup, (1 - at) / (1 - recipe.warmup))
 
 
 def token_loss(model: nn.Module, ids: Tensor) -> Tensor:
-    """Next-token cross-entropy in nats, [batch, context - 1]."""
+    """Compute the next-token cross-entropy in nats, [batch, context - 1]."""
     with torch.autocast("cpu", torch.bfloat16, enabled=model.training):
         logits = model(input_ids=ids, use_cache=False).logits
     nats = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="none")
@@ -168,7 +168,7 @@ class Run:
         self.curve, self.step = state["curve"], state["step"]
 
 
-def train(docs: list[Tokens], heldout: Tokens, recipe: Recipe, folder: Path) -> GPT2LMHeadModel:
+def train_model(docs: list[Tokens], heldout: Tokens, recipe: Recipe, folder: Path) -> GPT2LMHeadModel:
     """Train to the recipe's last step, going on from `folder`/checkpoint.pt where there is one."""
     model = build_model(recipe)
     run = Run(model, build_optimizers(model, recipe), [], 0)
@@ -208,7 +208,8 @@ def windows_of(docs: list[Tokens], context: int) -> Tokens:
 
 
 def baselines(docs: list[Tokens], windows: Tokens, vocab: int) -> dict[str, float]:
-    """Nats of the n-gram models on the tokens the language model is scored on: all but each window's first."""
+    """Measure the nats of the n-gram models on the tokens the language model is scored on:
+    all but each window's first."""
     counted = np.concatenate([d for i, d in enumerate(docs) if i % 10])
     fitted = np.concatenate(docs[::10])
     scored = np.ones(windows.shape, bool)
@@ -231,7 +232,7 @@ def sample(model: GPT2LMHeadModel, tokenizer: Tokenizer, prompt: str, length: in
     return tokenizer.decode(ids[0, 1:].tolist())
 
 
-def save(model: GPT2LMHeadModel, tokenizer: Tokenizer, folder: Path) -> None:
+def save_model(model: GPT2LMHeadModel, tokenizer: Tokenizer, folder: Path) -> None:
     """Write config.json, model.safetensors in float16 and the tokenizer's files."""
     model.half().save_pretrained(folder)
     (folder / "generation_config.json").unlink(missing_ok=True)
@@ -241,7 +242,7 @@ def save(model: GPT2LMHeadModel, tokenizer: Tokenizer, folder: Path) -> None:
 
 
 def card_text(card: dict[str, Any], curve: list[dict[str, float]]) -> str:
-    """The model's card, every figure from the run that made it."""
+    """Write the model's card, every figure from the run that made it."""
     recipe, nats = card["recipe"], card["nats"]
     scores = "\n".join(f"| {name} | {nats[name]:.4f} |" for name in ("unigram", "bigram", "trigram", "model"))
     points = "\n".join(f"| {p['step']:,} | {p['tokens']:,} | {p['train']:.3f} | {p['heldout']:.4f} |" for p in curve)
@@ -300,13 +301,13 @@ def main() -> None:
     out.mkdir(parents=True, exist_ok=True)
     train_docs, heldout_docs = split_documents()
     tokenizer = train_tokenizer([d.text for d in train_docs], recipe.vocab)
-    tokens, heldout = encode(tokenizer, train_docs), windows_of(encode(tokenizer, heldout_docs), recipe.context)
+    tokens, heldout = tokenize(tokenizer, train_docs), windows_of(tokenize(tokenizer, heldout_docs), recipe.context)
     figures = baselines(tokens, heldout, recipe.vocab)
     print(
         f"{len(tokens)} training files, {len(heldout_docs)} held out; n-gram baselines in nats: {figures}", flush=True
     )
-    model = train(tokens, heldout, recipe, out)
-    save(model, tokenizer, out)
+    model = train_model(tokens, heldout, recipe, out)
+    save_model(model, tokenizer, out)
     stored = GPT2LMHeadModel.from_pretrained(out, dtype=torch.float32)
     card = {
         "recipe": dataclasses.asdict(recipe),

@@ -22,7 +22,8 @@ class _Counts:
         self.contexts, self.m = np.unique(grams // vocab, return_counts=True)
 
     def probability(self, tokens: Tokens) -> NDArray[np.float64]:
-        """p(token | the order-1 tokens before it) at each n-gram of `tokens`, 0 where its context was never seen."""
+        """Compute p(token | the order-1 tokens before it) at each n-gram of `tokens`,
+        0 where its context was never seen."""
         keys = _keys(tokens, self.order, self.vocab)
         n = _look_up(self.grams, self.n, keys)
         m = _look_up(self.contexts, self.m, keys // self.vocab)
@@ -66,6 +67,6 @@ class NGram:
         return np.stack([uniform, *orders], 1)
 
     def nats(self, tokens: Tokens) -> NDArray[np.float64]:
-        """Cross-entropy in nats of every token but the first `order - 1`."""
+        """Compute the cross-entropy in nats of every token but the first `order - 1`."""
         probability: NDArray[np.float64] = self._parts(tokens) @ self.weights
         return -np.log(probability)

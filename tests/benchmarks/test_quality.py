@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from benchmarks.contestants.process import ROOT
-from benchmarks.quality import Score, best_rates, interval, main, results
+from benchmarks.contestants.train_peer import Job, Trained, next_penalty, train
+from benchmarks.quality import Score, best_rates, interval, main, penalties_of, results
 from tests.helpers.corpus import save_model, write_stories
 
 PEERS_PYTHON = ROOT / ".venv-peers/bin/python"
@@ -53,6 +54,54 @@ def test_a_row_a_library_with_means_and_intervals() -> None:
     assert lines[3].startswith("| topk | sae_lens | 0.01 | 1 | 8.00 ± nan |")
 
 
+def test_with_known_features_the_share_found_stands_for_the_ce_increase() -> None:
+    made = [
+        Score("ours", "topk", seed, None, 8.0, 0.1, float("nan"), 16, found) for seed, found in enumerate((0.5, 0.7))
+    ]
+    heads, _, row = results(made, 8, 0.6, width=64).splitlines()
+    assert heads.endswith("| silent | features found |") and "CE" not in heads
+    assert row.endswith("| 25.0 ± 0.0% | 60.0 ± 127.1% |")
+
+
+def job(library: str, variant: str, out: Path, rate: float = 1e-2) -> Job:
+    return Job(library, variant, "", 64, 8, rate, 0, str(out))
+
+
+@pytest.mark.parametrize("power", [0.5, 1.0, 2.5])
+def test_a_coefficient_is_corrected_until_l0_is_near(tmp_path: Path, power: float) -> None:
+    """L0 = 100 / coefficient^power, from the library's default on: the search ends within 3% of 8."""
+    tried: list[float] = []
+
+    def library(_: Job, __: object, penalty: float | None) -> Trained:
+        assert penalty is not None
+        tried.append(penalty)
+        return Trained(100 * penalty**-power, lambda out: out.mkdir())
+
+    asked = job("sae_lens", "relu", tmp_path / "out")
+    train(asked, library, None)
+    assert tried[0] == 1.0 and len(tried) <= 6
+    assert 100 * tried[-1] ** -power == pytest.approx(8, rel=0.03)
+    found = penalties_of([asked], {("sae_lens", "relu"): [1e-2]})
+    assert found == {("sae_lens", "relu"): tried[-1]}
+    assert penalties_of([asked], {("sae_lens", "relu"): [1e-3]}) == {}
+
+
+def test_a_coefficient_moves_at_most_eightfold() -> None:
+    assert next_penalty([(1.0, 0.0)], 8) == pytest.approx(1 / 8)
+    assert next_penalty([(1.0, 1e6)], 8) == pytest.approx(8)
+
+
+def test_a_library_that_aims_at_an_l0_trains_once(tmp_path: Path) -> None:
+    asked: list[float | None] = []
+
+    def library(_: Job, __: object, penalty: float | None) -> Trained:
+        asked.append(penalty)
+        return Trained(30.0, lambda out: out.mkdir())
+
+    train(job("dictionary_learning", "jumprelu", tmp_path / "out"), library, None)
+    assert asked == [None]
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not PEERS_PYTHON.exists(), reason="needs make peers")
 def test_peers_train_on_the_same_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -61,9 +110,9 @@ def test_peers_train_on_the_same_rows(tmp_path: Path, capsys: pytest.CaptureFixt
     sizes = ["--tokens", "4096", "--heldout", "500", "--k", "4", "--batch", "256", "--seeds", "0", "--rates", "1e-2"]
     sizes += ["--context", "32"]
     where = ["--model", str(tmp_path / "lm"), "--text", str(tmp_path / "stories.jsonl"), "--site", "resid_post.0"]
-    main([*where, *sizes, "--variants", "topk", "batchtopk", "--out", str(tmp_path / "out")])
+    main([*where, *sizes, "--variants", "topk", "gated", "--out", str(tmp_path / "out")])
     table = capsys.readouterr().out
-    for variant in ("topk", "batchtopk"):
+    for variant in ("topk", "gated"):
         for library in ("ours", "dictionary_learning", "sae_lens"):
             assert f"| {variant} | {library} |" in table
     batches = np.load(tmp_path / "out" / "batches-0.npy")

@@ -53,6 +53,17 @@ def test_rates_are_compared_at_one_l0(store: Path, tmp_path: Path) -> None:
         rates.search(tmp_path, ["relu"], [1.0], [*SMALL, f"store={store}", f"site={SITE}"])
 
 
+def test_a_mean_that_dwarfs_the_rest_is_said_where_the_encoder_reads_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = Dictionary(d=16, features=24, l0=2, offset=20).write(tmp_path / "cache", 16_000, 1_000).path
+    asked = [*SMALL, f"store={store}", f"site={SITE}", "sae.k=2"]
+    rates.search(tmp_path / "saes", ["relu", "gated", "jumprelu"], [1.0], asked)
+    (line,) = [one for one in capsys.readouterr().out.splitlines() if "the mean holds 9" in one]
+    assert "relu-" in line and "gated" not in line and "jumprelu" not in line
+    assert "give sae.apply_b_dec_to_input=true" in line
+
+
 def test_the_dictionary_has_the_l0_and_the_features_it_says() -> None:
     known = Dictionary(d=32, features=64, l0=4)
     x = known.rows(20_000, 0)

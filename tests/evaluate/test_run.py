@@ -276,7 +276,12 @@ def test_the_command_ends_with_the_report(
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == f"report: {config['out']}/report.md"
-    failed = subprocess.run([*command, "saes=nowhere"], cwd=ROOT, capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.slow
+def test_the_command_ends_with_a_sentence() -> None:
+    command = [sys.executable, "-m", "evaluate", "saes=nowhere"]
+    failed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert failed.returncode == 1
     assert failed.stderr.splitlines()[-1].startswith("error: saes=nowhere holds no trained SAE")
     assert "Traceback" not in failed.stderr

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from data.base.errors import UserError
 from harvest import lm
-from harvest.hooks import KINDS, Site, locate, replace, run_to
+from harvest.hooks import SITE_KINDS, Site, locate, replace, run_to
 from tests.helpers.families import (
     COMMON,
     LAYERS,
@@ -102,7 +102,7 @@ def read_by_plain_hooks(model: nn.Module, tiny: Tiny, ids: Tensor) -> dict[str, 
 
 def sums(model: nn.Module, tiny: Tiny, seen: dict[str, Tensor], layer: int) -> list[tuple[Tensor, Tensor]]:
     """Pairs that are equal if the block does what the family is said to do."""
-    pre, mid, post, attn, mlp = (seen.get(f"{kind}.{layer}") for kind in KINDS)
+    pre, mid, post, attn, mlp = (seen.get(f"{kind}.{layer}") for kind in SITE_KINDS)
     assert pre is not None and post is not None and attn is not None and mlp is not None
     if tiny.form == PARALLEL:
         return [(pre + attn + mlp, post)]
@@ -128,7 +128,7 @@ def check(name: str) -> Row:
     tiny, ids = TINY[name], tokens()
     model = tiny.build()
     clean, truth = logits(model, ids), read_by_plain_hooks(model, tiny, ids)
-    assert len(truth) == LAYERS * (len(KINDS) - (not tiny.mid))
+    assert len(truth) == LAYERS * (len(SITE_KINDS) - (not tiny.mid))
 
     # What is read is what the plain hooks read, and adds up.
     seen = run_to(model, [Site.parse(site) for site in truth], ids)

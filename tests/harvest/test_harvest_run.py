@@ -375,7 +375,7 @@ def test_an_interrupt_says_how_to_go_on(
 def test_an_interrupt_lets_the_unit_that_is_written_be_finished(
     model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    fill, write, units = Harvester._fill, Harvester._write, []
+    fill, write, units = Harvester.run_unit, Harvester.write_unit, []
 
     def filled(self: Harvester, unit: Any, *rest: Any) -> None:
         units.append(unit)
@@ -388,8 +388,8 @@ def test_an_interrupt_lets_the_unit_that_is_written_be_finished(
             time.sleep(0.001)
         write(self, unit, held)
 
-    monkeypatch.setattr(Harvester, "_fill", filled)
-    monkeypatch.setattr(Harvester, "_write", written)
+    monkeypatch.setattr(Harvester, "run_unit", filled)
+    monkeypatch.setattr(Harvester, "write_unit", written)
     cfg = config(model, text, tmp_path, SITES)
     with pytest.raises(SystemExit):
         main(OmegaConf.create(cfg))
@@ -404,14 +404,14 @@ def test_an_interrupt_lets_the_unit_that_is_written_be_finished(
 def test_every_unit_is_committed_before_the_next_but_one_is_run(
     model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, units, seen = Harvester._fill, [], []
+    real, units, seen = Harvester.run_unit, [], []
 
     def fill(self: Harvester, unit: Any, *rest: Any) -> None:
         real(self, unit, *rest)
         units.append((unit.split, unit.index))
         seen.append({at for at in units if self.store.is_committed(*at, "origin")})  # the last to be written
 
-    monkeypatch.setattr(Harvester, "_fill", fill)
+    monkeypatch.setattr(Harvester, "run_unit", fill)
     harvest(config(model, text, tmp_path))
     assert len(units) > 5
     assert all(set(units[: i - 1]) <= seen[i] for i in range(1, len(units)))
@@ -421,7 +421,7 @@ def test_the_next_unit_is_run_while_one_is_written(
     model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each write waits for the forward of the next unit, which would be for ever were they done by turns."""
-    fill, write, run, last = Harvester._fill, Harvester._write, [], []
+    fill, write, run, last = Harvester.run_unit, Harvester.write_unit, [], []
 
     def filled(self: Harvester, unit: Any, *rest: Any) -> None:
         fill(self, unit, *rest)
@@ -435,8 +435,8 @@ def test_the_next_unit_is_run_while_one_is_written(
         last.append(run[-1].index)
         write(self, unit, held)
 
-    monkeypatch.setattr(Harvester, "_fill", filled)
-    monkeypatch.setattr(Harvester, "_write", written)
+    monkeypatch.setattr(Harvester, "run_unit", filled)
+    monkeypatch.setattr(Harvester, "write_unit", written)
     harvest(config(model, text, tmp_path))
     assert len(last) == UNITS
 

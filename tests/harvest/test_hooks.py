@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from data.base.errors import UserError
-from harvest.hooks import KINDS, Site, capture, locate, replace, run_to
+from harvest.hooks import SITE_KINDS, Site, capture, locate, replace, run_to
 
 VOCABULARY, LAYERS, WIDTH = 61, 3, 32
 PARALLEL = {"phi", "gpt_neox", "cohere"}
@@ -82,7 +82,7 @@ def logits(model: Any, ids: Tensor) -> Tensor:
 
 
 def kinds_of(name: str) -> list[str]:
-    return [kind for kind in KINDS if kind != "resid_mid" or name not in PARALLEL]
+    return [kind for kind in SITE_KINDS if kind != "resid_mid" or name not in PARALLEL]
 
 
 def at(kind: str, layer: int) -> Site:
@@ -368,7 +368,7 @@ def test_a_plain_module_without_a_config_is_named_by_its_class() -> None:
         locate(nn.Linear(2, 2), at("resid_post", 0))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", SITE_KINDS)
 def test_names(kind: str) -> None:
     assert Site.parse(f"{kind}.3") == Site.parse(f"blocks.3.hook_{kind}") == Site(kind, 3)
     assert str(Site(kind, 3)) == f"{kind}.3" and Site.parse(f"{kind}.03") == Site(kind, 3)

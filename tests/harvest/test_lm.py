@@ -274,4 +274,4 @@ def test_under_torchrun_each_process_has_its_own_gpu(
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     if rank is not None:
         monkeypatch.setenv("LOCAL_RANK", rank)
-    assert lm._device(device) == found
+    assert lm.torch_device(device) == found

@@ -81,13 +81,13 @@ def test_harvests_started_at_once_share_the_work(
     model: Path, text: Path, tmp_path: Path, whole: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Threads stand for processes: claims tell them apart by token."""
-    real, made = Harvester._fill, Counter[tuple[str, int, str]]()
+    real, made = Harvester.run_unit, Counter[tuple[str, int, str]]()
 
     def fill(self: Harvester, unit: Any, *rest: Any) -> None:
         made[unit.split, unit.index, threading.current_thread().name] += 1
         real(self, unit, *rest)
 
-    monkeypatch.setattr(Harvester, "_fill", fill)
+    monkeypatch.setattr(Harvester, "run_unit", fill)
     load, one = lm.load_model, threading.Lock()
 
     def load_alone(settings: Any) -> Any:
@@ -149,17 +149,16 @@ def test_one_that_was_only_slow_goes_on_to_other_units(
 ) -> None:
     """In the midst of its first unit a harvest stands still, is taken for dead, and another does all the work."""
     cfg = config(model, text, tmp_path, SITES, *MORE)
-    stage, slow = Store._stage, []
+    commit, slow = LocalStorage.commit_staged, []
 
-    def standing(self: Store, folder: Path, *rest: Any) -> Any:
-        staged = stage(self, folder, *rest)
+    def standing(self: LocalStorage, *staged: Any) -> bytes:
         if not slow:
             slow.append(self)
             monkeypatch.setattr(claims, "LEASE_S", -1.0)
             harvest(cfg)
-        return staged
+        return commit(self, *staged)
 
-    monkeypatch.setattr(Store, "_stage", standing)
+    monkeypatch.setattr(LocalStorage, "commit_staged", standing)
     harvest(cfg)
     assert slow
     assert same(tmp_path / whole.path.name, whole)
@@ -202,7 +201,7 @@ def test_a_finished_store_may_be_read_only(
 ) -> None:
     cfg = config(model, text, tmp_path)
     harvest(cfg)
-    monkeypatch.setattr(LocalStorage, "_alone", None)
+    monkeypatch.setattr("data.storage.local.alone", None)
     harvest(cfg)
     assert "nothing to do" in capsys.readouterr().out
 
@@ -221,14 +220,14 @@ def test_two_kinds_of_device_do_not_begin_a_store_together(
 def test_of_two_kinds_that_begin_at_once_the_later_is_refused(
     model: Path, text: Path, tmp_path: Path, whole: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    store, require = begun(whole, tmp_path), Harvester._require
+    store, require = begun(whole, tmp_path), Harvester.make_arrays
 
     def late(self: Harvester, units: Any) -> None:
         """The other makes its claim after this one has looked."""
         require(self, units)
         claim(store, 1, os.getppid(), claims.this_host(), {**self.made_by, "device": "an abacus"})
 
-    monkeypatch.setattr(Harvester, "_require", late)
+    monkeypatch.setattr(Harvester, "make_arrays", late)
     with pytest.raises(UserError, match="an abacus"):
         harvest(config(model, text, tmp_path, SITES, *MORE))
     assert not list(store.glob("commits"))

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
+
+from tests.helpers import composing
 
 ROOT = Path(__file__).resolve().parents[2]
 BOS, EOS, UNKNOWN = "<s>", "</s>", "<unk>"
@@ -92,16 +92,13 @@ def save_model(folder: Path, name: str = "gpt2", sink: float = 0.0) -> Path:
 
 def config(model: Path, text: Path, cache: Path | str, *overrides: str) -> dict[str, Any]:
     """conf/harvest.yaml with a tiny model and text: contexts of 16, units of two contexts in four chunks of 8 rows."""
-    given = [
-        *(f"model.name={model}", "model.device=cpu", "text=files", f"text.paths=[{text}]", f"cache={cache}"),
+    given = (
+        *("model.name=model_here", "model.device=cpu", "text=files", "text.paths=[text_here]", "cache=cache_here"),
         *("tokens=200", "heldout_tokens=40", "sites=[resid_post.1]", "lm_batch=2", f"packing.context={CONTEXT}"),
         *("packing.heldout=0.3", "store.chunk_rows=8", "store.chunks_per_unit=4"),
-    ]
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        composed = compose("harvest", [*given, *overrides])
-    plain = OmegaConf.to_container(composed, resolve=True)
-    assert isinstance(plain, dict)
-    return {str(key): value for key, value in plain.items()}
+        *overrides,
+    )
+    return composing.composed("harvest", given, {"model_here": model, "text_here": text, "cache_here": cache})
 
 
 def contents(folder: Path) -> dict[str, bytes]:

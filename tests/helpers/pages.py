@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from evaluate.features.collect import Collector
-from evaluate.features.pages import Latents, Words, write
+from evaluate.features.pages import Latents, Words, write_pages
 from harvest.packing import PackedTokens
 
 HOSTILE = [
@@ -63,7 +63,7 @@ def a_page(out: Path, width: int = 5) -> tuple[Latents, Path]:
         },
         **{"sample": 4, "seed": 0, "logits": True, "settings": {"a": HOSTILE[2]}},
     }
-    return latents, write(latents, about, out, lambda count: None)
+    return latents, write_pages(latents, about, out, lambda count: None)
 
 
 def called(path: Path) -> Any:

@@ -10,16 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
 from torch import Tensor
 
-from data.base.cli import CONF
 from data.store.int8 import FeatureScale
 from data.store.layout import Layout
 from data.store.manifest import HELDOUT, TRAIN, Manifest, store_settings
 from data.store.store import Store
 from data.store.zarr_bfloat16 import from_float32
+from tests.helpers import composing
 from train.callbacks import LastCheckpoint
 from train.config import TrainSettings
 from train.plan import DataPlan, make_plan
@@ -33,10 +31,22 @@ Compose = Callable[..., Settings]
 
 
 def composed(*overrides: str) -> Settings:
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        found = OmegaConf.to_container(compose("train", [*overrides]), resolve=True)
-    assert isinstance(found, dict)
-    return found
+    """The settings of a run; where it reads and writes makes no other composition."""
+    given = [item.partition("=") for item in overrides]
+    places = {f"{name}_here": value for name, _, value in given if name in ("cache", "out") and value != "null"}
+    words = (f"{name}={name}_here" if f"{name}_here" in places else name + sign + value for name, sign, value in given)
+    return composing.composed("train", tuple(words), places)
+
+
+def short_run(cache: Path, folder: Path, *overrides: str) -> Settings:
+    """Settings of a run of 30 steps of 64 tokens into a folder."""
+    small = ["batch=64", "tokens=1920", "calibration_tokens=512", "heldout_tokens=512", "trainer=cpu"]
+    paces = ["log_every=10", "validate_every=15", "checkpoint_every=10", "loader.pool_chunks=4", "loader.threads=1"]
+    families = {"gated": "sparsity=0.02", "jumprelu": "sparsity=0.02", "relu": "sparsity=0.02"}
+    variant = next((item.removeprefix("sae=") for item in overrides if item.startswith("sae=")), "batchtopk")
+    sparsity = f"sae.{families.get(variant, 'k=4')}"
+    places = [f"cache={cache}", f"out={folder}"]
+    return composed(*small, *paces, *places, sparsity, "sae.expansion=4", *overrides)
 
 
 def activations(rows: int, seed: int) -> np.ndarray:

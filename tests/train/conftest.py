@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from data.store.store import Store
-from tests.helpers.runs import Compose, Settings, composed, make_store
+from tests.helpers.runs import Compose, composed, make_store, short_run
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -32,18 +33,8 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def short(cache: Path, tmp_path: Path) -> Compose:
-    """Settings of a run of 30 steps of 64 tokens into `<tmp>/run`, from the command line's overrides."""
-
-    def make(*overrides: str) -> Settings:
-        small = ["batch=64", "tokens=1920", "calibration_tokens=512", "heldout_tokens=512", "trainer=cpu"]
-        paces = ["log_every=10", "validate_every=15", "checkpoint_every=10", "loader.pool_chunks=4", "loader.threads=1"]
-        families = {"gated": "sparsity=0.02", "jumprelu": "sparsity=0.02", "relu": "sparsity=0.02"}
-        variant = next((item.removeprefix("sae=") for item in overrides if item.startswith("sae=")), "batchtopk")
-        sparsity = f"sae.{families.get(variant, 'k=4')}"
-        places = [f"cache={cache}", f"out={tmp_path / 'run'}"]
-        return composed(*small, *paces, *places, sparsity, "sae.expansion=4", *overrides)
-
-    return make
+    """Settings of a short run into `<tmp>/run`, from the command line's overrides."""
+    return partial(short_run, cache, tmp_path / "run")
 
 
 @pytest.fixture

@@ -20,6 +20,7 @@ from data.loading.reader import open_reader
 from data.store.manifest import HELDOUT, TRAIN
 from tests.helpers.runs import make_store, plan_of
 from train import datamodule, lit
+from train.messages import slow_bf16
 from train.resume import LAST
 from train.run import train
 from train.sae import VARIANTS, load, load_config
@@ -48,7 +49,7 @@ def rows_of(short: Any, split: str, chunks: Any) -> Tensor:
 
 @pytest.mark.parametrize("name", RUNS)
 def test_every_variant_trains_and_ships(short: Any, tmp_path: Path, name: str) -> None:
-    train(short(*RUNS[name], "tokens=3584", "epochs=1"))
+    train(short(*RUNS[name]))
     folder = tmp_path / "run"
     assert sorted(p.name for p in folder.iterdir()) == [
         "checkpoints",
@@ -59,7 +60,7 @@ def test_every_variant_trains_and_ships(short: Any, tmp_path: Path, name: str) -
     ]
     sae, config = load(folder), load_config(folder)
     assert config["variant"] == name.split()[0] == sae.name
-    assert (config["site"], config["training"]["tokens"], config["training"]["steps"]) == ("resid_post.3", 3584, 56)
+    assert (config["site"], config["training"]["tokens"], config["training"]["steps"]) == ("resid_post.3", 1920, 30)
     store = plan_of(short()).store
     assert (config["fingerprint"], config["store"]) == (store.manifest.fingerprint, store.path.name)
 
@@ -87,7 +88,7 @@ def test_every_variant_trains_and_ships(short: Any, tmp_path: Path, name: str) -
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_training_lowers_the_loss(short: Any, tmp_path: Path, variant: str) -> None:
-    train(short(f"sae={variant}", "tokens=14000", "epochs=4", "optimizer.lr=0.003", "validate_every=20"))
+    train(short(f"sae={variant}", "tokens=6400", "epochs=2", "optimizer.lr=0.003", "validate_every=20"))
     with (tmp_path / "run" / "metrics.csv").open() as file:
         nmse = [float(row["val/nmse"]) for row in csv.DictReader(file) if row["val/nmse"]]
     assert nmse[-1] < nmse[0]
@@ -108,14 +109,9 @@ def test_every_input_norm(short: Any, tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize(
     "overrides",
     [
-        ["clip=null"],
-        ["dead_after=64"],
-        ["heldout_tokens=0"],
-        ["lr_warmup=0", "lr_decay=1", "sparsity_warmup=0.5"],
-        ["sae.width=40"],
-        ["trainer=auto", "trainer.accelerator=cpu", "trainer.deterministic=true"],
-        ["loader.pool_chunks=1", "loader.threads=2"],
-        ["matmul=bf16"],
+        ["clip=null", "sae.width=40", "loader.pool_chunks=1", "loader.threads=2"],
+        ["heldout_tokens=0", "dead_after=64", "lr_warmup=0", "lr_decay=1", "sparsity_warmup=0.5"],
+        ["trainer=auto", "trainer.accelerator=cpu", "trainer.deterministic=true", "matmul=bf16"],
         ["sae.auxk_norm=variance", "sae.auxk_k=2", "dead_after=64"],
     ],
     ids=" ".join,
@@ -150,9 +146,17 @@ def test_a_product_that_the_device_lacks_is_refused(short: Any) -> None:
         train(short("matmul=tf32"))
 
 
+def test_a_cpu_without_units_for_bf16_says_so() -> None:
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    said = slow_bf16("bf16", cpu, False)
+    assert said is not None and "has neither AMX nor AVX512-BF16" in said
+    quiet = [("bf16", cpu, True), ("bf16", gpu, False), ("float32", cpu, False)]
+    assert [slow_bf16(*case) for case in quiet] == [None, None, None]
+
+
 def test_preloaded_rows_train_the_same_sae(short: Any, tmp_path: Path) -> None:
     for preload in ("null", "ram", "device"):
-        train(short("sae=topk", "epochs=2", "tokens=5120", f"loader.preload={preload}", f"out={tmp_path / preload}"))
+        train(short("sae=topk", "epochs=2", "tokens=4096", f"loader.preload={preload}", f"out={tmp_path / preload}"))
         assert 0 < load_config(tmp_path / preload)["training"]["waited"] < 1
     weights = [(tmp_path / name / "sae.safetensors").read_bytes() for name in ("null", "ram", "device")]
     assert weights[0] == weights[1] == weights[2]
@@ -162,10 +166,11 @@ def test_preloaded_rows_train_the_same_sae(short: Any, tmp_path: Path) -> None:
 def test_rows_that_do_not_fit_are_refused_with_both_sizes(
     short: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, preload: str
 ) -> None:
-    monkeypatch.setattr(datamodule, "free_bytes", lambda device: 114_687)  # one byte less than 3,584 rows of 32
+    free = [114_687]  # one byte less than 3,584 rows of 32
+    monkeypatch.setattr(datamodule, "free_bytes", lambda device: free[0])
     with pytest.raises(UserError, match=r"keep 114\.7 kB of training rows on cpu, where 114\.7 kB are free"):
         train(short("sae=topk", f"loader.preload={preload}"))
-    monkeypatch.setattr(datamodule, "free_bytes", lambda device: 114_688)
+    free[0] += 1
     train(short("sae=topk", f"loader.preload={preload}"))
 
 

@@ -21,7 +21,7 @@ from data.base.cli import CONF
 from data.base.errors import UserError
 from data.loading.reader import DirectReader
 from tests.helpers.runs import Broken, assert_same, assert_same_sae, break_after, final_state
-from train.fit import _member
+from train.fit import make_member
 from train.plan import group_by_stream
 from train.resume import LAST
 from train.run import TrainRequest, prepare, train, train_all
@@ -288,7 +288,7 @@ def test_two_ranks_average_their_gradients_and_count_both_batches(
     monkeypatch.setattr(dist, "broadcast", lambda tensor, rank: None)
     members = []
     for world in (1, 2):
-        member = _member(replace(run, plan=replace(run.plan, world=world), sae=copy.deepcopy(run.sae)))
+        member = make_member(replace(run, plan=replace(run.plan, world=world), sae=copy.deepcopy(run.sae)))
         member.initialise(torch.cat(batches), 16.0, 16.0)
         for x_BD in batches:
             member.training_step(x_BD)

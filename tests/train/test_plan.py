@@ -139,8 +139,8 @@ def test_devices_in_a_sweep(short: Any, monkeypatch: pytest.MonkeyPatch) -> None
     [
         ({"expansion": None}, "both null: give one of them"),
         ({"expansion": 1.03}, "not a whole number"),
-        ({"expansion": "wide"}, r"sae\.expansion=wide must be a number"),
-        ({"width": 100.5}, r"sae\.width=100\.5 must be a whole number"),
+        ({"expansion": "wide"}, r"sae\.expansion=wide is not allowed: it should be a valid number"),
+        ({"width": 100.5}, r"sae\.width=100\.5 is not allowed: it should be a whole number"),
         ({"k": 1.5}, r"sae\.k=1\.5 is not allowed: it should be a whole number"),
         ({"k": None}, r"sae\.k=null is not allowed: it should be a whole number"),
         ({"k": True}, r"sae\.k=true is not allowed: it should be a whole number"),
@@ -184,7 +184,9 @@ def test_refused_before_lightning_is_imported(short: Any) -> None:
 
 
 def test_calibration_rows_are_never_trained_on(short: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from data.loading.loader import ActivationLoader
     from data.loading.reader import DirectReader
+    from train.datamodule import ActivationData
 
     read: dict[str, set[int]] = {"train": set(), "calibrate": set()}
     stage = "train"
@@ -195,17 +197,15 @@ def test_calibration_rows_are_never_trained_on(short: Any, monkeypatch: pytest.M
             read[stage].add(chunk)
         plain(self, chunk, *args)
 
-    from train import fit
+    loader = ActivationData.calibration_loader
 
-    calibrate = fit._calibrate
-
-    def calibrating(*args: Any) -> Any:
+    def calibrating(self: ActivationData) -> ActivationLoader:
         nonlocal stage
         stage = "calibrate"
-        return calibrate(*args)
+        return loader(self)
 
     monkeypatch.setattr(DirectReader, "scatter", note)
-    monkeypatch.setattr(fit, "_calibrate", calibrating)
+    monkeypatch.setattr(ActivationData, "calibration_loader", calibrating)
     settings = short("sae=batchtopk", "tokens=3584")
     train(settings)
     plan = plan_of(settings)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import torch
 
 from data.base.cli import CONF
 from data.base.errors import UserError
-from tests.helpers.runs import Broken, assert_same_sae, break_after
+from tests.helpers.runs import Broken, assert_same_sae, break_after, short_run
 from train.resume import LAST, checkpoint_seal, only_writer
 from train.run import train
 from train.sae.variants.topk import TopK
@@ -146,13 +147,20 @@ def test_a_lock_dies_with_its_process(tmp_path: Path) -> None:
         pass
 
 
-@pytest.fixture
-def broken_off(short: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A run with a checkpoint at step 20."""
-    with monkeypatch.context() as patch, pytest.raises(Broken):
+@pytest.fixture(scope="module")
+def at_step_20(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with a checkpoint at step 20, not to be changed."""
+    folder = tmp_path_factory.mktemp("broken") / "run"
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Broken):
         break_after(patch, 20)
-        train(short("sae=topk"))
-    return tmp_path / "run"
+        train(short_run(cache, folder, "sae=topk"))
+    return folder
+
+
+@pytest.fixture
+def broken_off(at_step_20: Path, tmp_path: Path) -> Path:
+    """A copy of it, in the folder of the test's own run."""
+    return Path(shutil.copytree(at_step_20, tmp_path / "run"))
 
 
 def test_another_run_s_checkpoint_is_refused(

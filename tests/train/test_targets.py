@@ -30,6 +30,14 @@ def test_it_says_what_to_do(variant: str, trained: float, given: dict[str, Any],
     assert line is not None and "asked for an L0 of 8, got 14.5" in line and advice in line
 
 
+def test_a_long_way_of_calibration_is_said_though_the_target_is_met() -> None:
+    line = l0_miss("jumprelu", 8, 8.1, trained=8.0, calibrated=True, before=14.5)
+    assert line is not None
+    assert "asked for an L0 of 8, training ended at 14.5 and calibration brought it to 8.1" in line
+    assert "train longer" in line
+    assert l0_miss("jumprelu", 8, 8.1, trained=8.0, calibrated=True, before=8.6) is None
+
+
 def test_a_run_ends_with_it(short: Any, capsys: pytest.CaptureFixture[str]) -> None:
     train(short("sae=relu", "sae.k=2", "sparsity_warmup=1"))  # too short a run to get there
-    assert "relu: asked for an L0 of 2, got" in capsys.readouterr().err
+    assert "relu: asked for an L0 of 2, training ended at" in capsys.readouterr().err

@@ -25,7 +25,7 @@ _DIGITS = {"l0": 1}
 
 
 def reported(report: Path, folder: Path, fingerprint: str) -> Json:
-    """The row and site of `folder` in an evaluation's report.json; UserError where it has none."""
+    """Find the row and site of `folder` in an evaluation's report.json; UserError where it has none."""
     try:
         sites = json.loads(report.read_text(encoding="utf-8"))["sites"]
     except FileNotFoundError:
@@ -44,7 +44,8 @@ def reported(report: Path, folder: Path, fingerprint: str) -> Json:
 
 
 def card(sae: SAE, origin: Origin, config: Mapping[str, Any], loading: str, found: Json | None) -> str:
-    """Markdown. `sae`: as exported; `config`: of the folder it came from; `found`: what `reported` gave."""
+    """Write the model card in Markdown. `sae`: as exported; `config`: of the folder it came from;
+    `found`: what `reported` gave."""
     training = config.get("training", {})
     lines = [
         f"# {origin.variant}, {sae.width:,} latents, {origin.site} of {origin.model}",

@@ -20,7 +20,7 @@ class FolderSettings(Settings):
     """The folder to write; of several SAEs each below it, by its folder's name."""
 
     def folders(self) -> dict[Path, Path]:
-        """The folders that `saes` names, by the folder that each goes to; UserError where there is none."""
+        """Find the folders that `saes` names, by the folder that each goes to; UserError where there is none."""
         if not self.out:
             raise UserError("out is not set: name the folder to write")
         if not self.saes:

@@ -71,7 +71,7 @@ _VARIANT_OF = {name: variant for variant, name in _OF_VARIANT.items()} | {
 
 
 def files(sae: SAE, origin: Origin) -> dict[str, bytes]:
-    """Every variant fits; `token` does not."""
+    """Make the files of an SAE: every variant fits; `token` does not."""
     if sae.input_norm == "token":
         raise UserError(
             "dictionary_learning has no class that normalises each token, as input_norm=token does: export it with "
@@ -110,7 +110,7 @@ def _theirs(sae: SAE, theirs: str, ours: str) -> Tensor:
 
 
 def read(folder: Path) -> Foreign:
-    """An SAE of any of its classes that is one of our variants, in the units it was saved in."""
+    """Read an SAE of any of its classes that is one of our variants, in the units it was saved in."""
     path = folder / CONFIG
     config = settings_in(path)
     trainer = wanted(config, "trainer", path)
@@ -131,7 +131,8 @@ def read(folder: Path) -> Foreign:
 
 
 def _special(name: str, tensors: dict[str, Tensor]) -> Json:
-    """Settings that stand among the tensors, which are taken out; thresholds that relu makes idle become 0."""
+    """Take out the settings that stand among the tensors;
+    thresholds that relu makes idle become 0."""
     found: Json = {}
     if "k" in tensors:
         found["k"] = int(tensors.pop("k"))

@@ -38,7 +38,7 @@ def export(folder: Path, to: str, out: Path, report: Path | None = None) -> None
 
 
 def main(config: DictConfig) -> None:
-    """The command, from Hydra's configuration."""
+    """Run the command from Hydra's configuration."""
     settings = ExportSettings.of(cli.stage_settings(config, "export"))
     report = Path(settings.report) if settings.report else None
     for folder, out in settings.folders().items():

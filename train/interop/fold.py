@@ -25,18 +25,21 @@ def rebuilt(sae: SAE, state: dict[str, Tensor], **settings: Any) -> SAE:
 
 
 def unit_rows(W_dec_FD: Tensor) -> bool:
-    """Whether all rows are unit, to rounding."""
+    """Return whether all rows are unit, to rounding."""
     return bool(((torch.linalg.vector_norm(W_dec_FD, dim=1) - 1).abs() < _UNIT).all())
 
 
 @torch.no_grad()
 def folded(sae: SAE) -> SAE:
-    """The same x_hat of model-unit x with `dataset` folded in (`token` cannot be) and, for April's ReLU, unit rows.
+    """Keep the x_hat of model-unit x with `dataset` folded in (`token` cannot be) and,
+    for April's ReLU, unit rows.
 
     z, f, b_dec, the latents' biases, theta, T are divided by s; W_enc, W_dec and r_mag stay as they are. April's norms
     go from the rows of W_dec to W_enc and b_enc, and with them to f.
     """
     state = {name: tensor.clone() for name, tensor in sae.state_dict().items()}
+    # x' = s x. z' = (x' - b') W + b' is s times (x - b'/s) W + b'/s, so everything that is added to z or compared with
+    # it is divided by s and the weights stay: f and x_hat come out in the model's units.
     s = sae.norm.scale
     for name in ("b_dec", *sae.bias_names, "theta", "threshold"):
         if name in state:
@@ -48,6 +51,8 @@ def folded(sae: SAE) -> SAE:
     if isinstance(sae, ReLU):
         settings["form"] = "bricken"
         if not sae.unit_rows and not unit_rows(sae.W_dec):
+            # relu(c z) = c relu(z) for c > 0: a row's length may move from the decoder to the encoder without any
+            # change of x_hat.
             norm_F = torch.linalg.vector_norm(sae.W_dec, dim=1).clamp_min(1e-12)
             state["W_dec"] /= norm_F[:, None]
             state["W_enc_FD"] *= norm_F[:, None]
@@ -57,10 +62,12 @@ def folded(sae: SAE) -> SAE:
 
 @torch.no_grad()
 def subtracting(sae: SAE, wanted: bool) -> SAE:
-    """The same function with or without b_dec subtracted at the encoder: what it adds to h goes into the biases."""
+    """Keep the function, with or without b_dec subtracted at the encoder:
+    what it adds to h goes into the biases."""
     if sae.apply_b_dec_to_input == wanted:
         return sae
     state = {name: tensor.clone() for name, tensor in sae.state_dict().items()}
+    # (x' - b_dec) W = x' W - b_dec W: a constant of each latent. In float64, since a threshold may lie close to z.
     moved_F = sae.W_enc_FD.double() @ sae.b_dec.double() * (1 if wanted else -1)
     for name in sae.bias_names:
         by_F = moved_F * sae.get_parameter("r_mag").double().exp() if name == "b_mag" else moved_F

@@ -48,7 +48,7 @@ class Origin:
 
     @classmethod
     def of(cls, config: Mapping[str, Any], folder: Path) -> Origin:
-        """UserError where the record lacks something."""
+        """Read the origin from an SAE's record; UserError where it lacks something."""
         if missing := [
             name for name in ("site", "fingerprint", "store", "model_name", "packing") if name not in config
         ]:
@@ -60,22 +60,22 @@ class Origin:
 
     @property
     def hook(self) -> str:
-        """The site as TransformerLens names it; a module's path is its own name."""
+        """Return the site as TransformerLens names it; a module's path is its own name."""
         return self.site.path or f"blocks.{self.site.layer}.hook_{self.site.kind}"
 
     @property
     def layer(self) -> int | None:
-        """The site's layer, by the first number of a module's path where it is one."""
+        """Return the site's layer, by the first number of a module's path where it is one."""
         found = _LAYER.search(self.site.path or "")
         return int(found[1]) if found else self.site.layer
 
     @property
     def prepend_bos(self) -> bool:
-        """Whether a text began with a BOS token in training."""
+        """Return whether a text began with a BOS token in training."""
         return bool(self.packing["bos"] != "none")
 
     def json(self) -> Json:
-        """What our readers want back."""
+        """Return what our readers want back."""
         names = {"site": str(self.site), "fingerprint": self.fingerprint, "store": self.store}
         return {"variant": self.variant, "settings": self.settings, **names}
 
@@ -108,7 +108,8 @@ def fill(sae: SAE, tensors: Mapping[str, Tensor], folder: Path) -> SAE:
 
 
 def own_record(settings: Mapping[str, Any], folder: Path) -> Json:
-    """What we wrote into a format's settings, {} where we wrote nothing; UserError where it is not what we write."""
+    """Read what we wrote into a format's settings, {} where we wrote nothing;
+    UserError where it is not what we write."""
     ours = settings.get(OURS)
     if ours is None:
         return {}
@@ -118,7 +119,7 @@ def own_record(settings: Mapping[str, Any], folder: Path) -> Json:
 
 
 def settings_in(path: Path) -> Json:
-    """A JSON object from a file; UserError where it is none."""
+    """Read a JSON object from a file; UserError where it is none."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except ValueError:
@@ -129,14 +130,15 @@ def settings_in(path: Path) -> Json:
 
 
 def wanted(settings: Mapping[str, Any], name: str, path: Path) -> Any:
-    """A setting that must be there."""
+    """Read a setting that must be there."""
     if name not in settings:
         raise UserError(f"{path} does not say {name}: restore the folder")
     return settings[name]
 
 
 def tensors_in(path: Path, names: Mapping[str, str]) -> dict[str, Tensor]:
-    """The tensors of a safetensors file or a state dict of torch.save, by our names: {theirs: ours}; UserError."""
+    """Read the tensors of a safetensors file or a state dict of torch.save, by our names:
+    {theirs: ours}; UserError."""
     try:
         held = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
     except FileNotFoundError:
@@ -159,7 +161,7 @@ def json_bytes(obj: Json) -> bytes:
 
 
 def torch_bytes(state: Mapping[str, Tensor]) -> bytes:
-    """What torch.save would write."""
+    """Write in memory what torch.save would write."""
     file = io.BytesIO()
     torch.save(dict(state), file)
     return file.getvalue()

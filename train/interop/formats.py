@@ -34,7 +34,7 @@ FORMATS = {
 
 
 def format_of(folder: Path) -> Format:
-    """The format whose files a folder holds; UserError where it is none of them."""
+    """Find the format whose files a folder holds; UserError where it is none of them."""
     for known in FORMATS.values():
         if all((folder / name).is_file() for name in known.holds):
             return known

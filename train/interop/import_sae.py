@@ -49,7 +49,7 @@ def adopt(folder: Path, store: Store, site: str | None, out: Path) -> None:
 
 
 def _rows(store: Store, site: str) -> Tensor:
-    """A sample of the training rows, in model units."""
+    """Read a sample of the training rows, in model units."""
     reader = open_reader(store, TRAIN, site)
     loader = ActivationLoader(reader, batch=1)
     rows: Tensor = store.decoder(TRAIN, site)(loader.sample(min(_ROWS, int(reader.sizes.sum())))).float()
@@ -63,7 +63,7 @@ def _site(folder: Path, named: str | None) -> str:
 
 
 def main(config: DictConfig) -> None:
-    """The command, from Hydra's configuration."""
+    """Run the command from Hydra's configuration."""
     settings = ImportSettings.of(cli.stage_settings(config, "adopt"))
     if not settings.store:
         raise UserError("store is not set: name the folder of the activations that the SAE is to be scored on")

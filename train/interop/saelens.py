@@ -49,7 +49,7 @@ _BIASES = {"gated": ("b_gate", "b_mag", "r_mag")}
 
 
 def files(sae: SAE, origin: Origin) -> dict[str, bytes]:
-    """Every variant fits."""
+    """Make the files of an SAE: every variant fits."""
     architecture = _ARCHITECTURES[sae.name]
     tensors = {name: getattr(sae, name).detach() for name in _names(architecture)}
     config: Json = {
@@ -91,7 +91,8 @@ def _metadata(origin: Origin) -> Json:
 
 
 def read(folder: Path) -> Foreign:
-    """Whichever of SAELens' inference classes is one of our variants; UserError with the reason for the others."""
+    """Read whichever of SAELens' inference classes is one of our variants;
+    UserError with the reason for the others."""
     path = folder / CONFIG
     config = settings_in(path)
     metadata = config.get("metadata") or {}
@@ -116,6 +117,7 @@ def read(folder: Path) -> Foreign:
             tensors = _unit(tensors)
         sae = construct("topk", ours, k=wanted(config, "k", path), **common)
     elif architecture == "standard":
+        # The two forms compute the same f; which of them it is only matters where it is trained on.
         form = "bricken" if unit_rows(tensors["W_dec"].float()) else "april"
         sae = construct("relu", ours, form=form, **common)
     else:
@@ -124,7 +126,8 @@ def read(folder: Path) -> Foreign:
 
 
 def _norm(config: Json, path: Path) -> str:
-    """Our `input_norm`; UserError for one whose numbers are not in the folder, and for shapes and factors not ours."""
+    """Choose our `input_norm`; UserError for one whose numbers are not in the folder,
+    and for shapes and factors not ours."""
     kind = config.get("normalize_activations", "none")
     if kind not in ("none", "layer_norm"):
         raise UserError(
@@ -137,15 +140,16 @@ def _norm(config: Json, path: Path) -> str:
 
 
 def _thresholded(tensors: dict[str, Tensor], ours: Json, common: Json) -> tuple[SAE, dict[str, Tensor]]:
-    """A jumprelu, or the BatchTopK or Matryoshka that we wrote as one."""
+    """Read a jumprelu, or the BatchTopK or Matryoshka that we wrote as one."""
     theta_F = tensors.pop("threshold").clamp_min(0)  # its relu lets nothing below 0 through
+    # Whoever changed a threshold of theirs made a JumpReLU of it.
     if ours.get("variant") in ("batchtopk", "matryoshka") and bool((theta_F == theta_F[0]).all()):
         return construct(ours["variant"], ours, **common), tensors | {"threshold": theta_F[0]}
     return construct("jumprelu", ours, **common), tensors | {"theta": theta_F}
 
 
 def _unit(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """TopK that chooses by z * ||W_dec_j||, as one with unit rows that chooses by z."""
+    """Turn a TopK that chooses by z * ||W_dec_j|| into one with unit rows that chooses by z."""
     norm_F = torch.linalg.vector_norm(tensors["W_dec"].float(), dim=1)
     tensors = dict(tensors)
     tensors["W_dec"] = tensors["W_dec"].float() / norm_F[:, None]

@@ -36,7 +36,7 @@ _NAMES = {"encoder.weight": "W_enc_FD", "encoder.bias": "b_enc", "W_dec": "W_dec
 
 
 def files(sae: SAE, origin: Origin) -> dict[str, bytes]:
-    """TopK alone, and without `token`."""
+    """Make the files of an SAE: TopK alone, and without `token`."""
     if not isinstance(sae, TopK):
         raise UserError(
             f"sparsify knows TopK alone and has no threshold, gate or plain relu to hold a {sae.name}: use to=saelens"
@@ -65,7 +65,7 @@ def files(sae: SAE, origin: Origin) -> dict[str, bytes]:
 
 
 def read(folder: Path) -> Foreign:
-    """A TopK without skip connection; UserError with the reason for the others."""
+    """Read a TopK without skip connection; UserError with the reason for the others."""
     path = folder / CONFIG
     config = settings_in(path)
     if (activation := config.get("activation", "topk")) != "topk":

@@ -7,7 +7,7 @@ x is in model units, x' ("xn") normalised, z pre-activations, f the latents' act
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -19,6 +19,7 @@ from data.base.errors import UserError
 from train.sae.config import SAEConfig
 from train.sae.parts.init import SAMPLES, directions, geometric_median
 from train.sae.parts.norm import InputNorm
+from train.sae.parts.threshold import L0Calibration
 from train.sae.sparse.codes import Codes
 from train.sae.sparse.encode import encode
 from train.sae.sparse.rules import Selection
@@ -37,10 +38,12 @@ class TrainContext:
     """Latents, ascending, outside of which `dead_F` marks none: with it no device is waited for to find the dead."""
     sparsity_scale: float = 1.0
     """Share of the sparsity coefficient in the warm-up, from 0 to 1; only variants with a coefficient use it."""
+    ranks: int = 1
+    """Processes of torch's default group, each with as many tokens, that have one batch together."""
 
     @property
     def warmed_up(self) -> bool:
-        """Whether the coefficient's warm-up is over."""
+        """Return whether the coefficient's warm-up is over."""
         return self.sparsity_scale >= _WARM
 
 
@@ -69,17 +72,17 @@ class StepOutput:
 
     @property
     def tokens(self) -> int:
-        """Tokens of the batch."""
+        """Return the tokens of the batch."""
         return self.codes.shape[0]
 
     @property
     def fired_F(self) -> Bool[Tensor, " F"]:
-        """Latents that fired on any token of the batch."""
+        """Return the latents that fired on any token of the batch."""
         return self.codes.fired(self.codes.values)
 
     @property
     def figures(self) -> dict[str, Tensor]:
-        """All scalars that are logged of the step."""
+        """Return all scalars that are logged of the step."""
         typed = {"min_kept": self.min_kept, "coefficient": self.coefficient}
         return self.metrics | {name: value for name, value in typed.items() if value is not None}
 
@@ -122,14 +125,18 @@ class SAE(nn.Module, ABC):
         self.unit_rows = True
         self.matmul = "float32"  # of the encoder's product in training; bf16: its factors rounded to bfloat16
         self.norm = InputNorm(self.config.input_norm, d_in)
+        # Any values will do here, as `initialise` or a state dict sets others; unit rows make an untrained SAE a sane
+        # one.
         rows_FD = directions(self.width, d_in, seed=0)
         self.W_enc_FD = nn.Parameter(rows_FD.clone())  # latent by latent, as its gradients come and optimizers walk
         self.W_dec = nn.Parameter(rows_FD)
         self.b_dec = nn.Parameter(torch.zeros(d_in))
         for name in self.bias_names:
             self.register_parameter(name, nn.Parameter(torch.zeros(self.width)))
+        # Buffers, so that they are saved with the weights: a loss can be repeated later from the SAE alone.
         self.register_buffer("variance", torch.ones(()))
         self.register_buffer("mean_sq", torch.tensor(float(d_in)))
+        # Last, so that a variant may build on all of the above.
         self.add_state()
 
     # What a variant defines
@@ -159,8 +166,27 @@ class SAE(nn.Module, ABC):
     def start_variant(self, xn_ND: Float[Tensor, "N D"]) -> None:
         """Set what a variant takes from normalised samples, last in `initialise`; default nothing."""
 
+    def calibrate_l0(self, batches: Sequence[Float[Tensor, "_ D"]]) -> L0Calibration | None:
+        """Bring the mean L0 on `batches` (model units, not trained on) to its target; None where there is none."""
+        return None
+
     def start_encoder(self) -> None:
         """Change the encoder that `initialise` has set to the decoder's transpose; default nothing."""
+
+    # What an optimizer takes
+
+    @property
+    def rate_shares(self) -> Mapping[str, float]:
+        """Shares of the learning rate, of the parameters that do not take all of it."""
+        return {}
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Group the parameters as optimizers take them; `rate_share` of a group is its part of the learning rate."""
+        plain = [parameter for name, parameter in self.named_parameters() if name not in self.rate_shares]
+        groups: list[dict[str, Any]] = [{"params": plain}]
+        for name, share in self.rate_shares.items():
+            groups.append({"params": [self.get_parameter(name)], "rate_share": share})
+        return groups
 
     # What describes it
 
@@ -177,22 +203,22 @@ class SAE(nn.Module, ABC):
 
     @property
     def input_norm(self) -> str:
-        """How x' is made from x."""
+        """Return how x' is made from x."""
         return self.config.input_norm
 
     @property
     def apply_b_dec_to_input(self) -> bool:
-        """Whether the encoder reads x' - b_dec."""
+        """Return whether the encoder reads x' - b_dec."""
         return self.config.apply_b_dec_to_input
 
     @property
     def W_enc(self) -> Float[Tensor, "D F"]:
-        """The encoder's weights as the formula has them."""
+        """Return the encoder's weights as the formula has them."""
         return self.W_enc_FD.t()
 
     @property
     def bias_F(self) -> Float[Tensor, " F"]:
-        """The bias of z."""
+        """Return the bias of z."""
         bias_F: Tensor = getattr(self, self.bias_names[0])
         return bias_F
 
@@ -223,6 +249,8 @@ class SAE(nn.Module, ABC):
     def encode_decode(self, x: Float[Tensor, "... D"]) -> tuple[Float[Tensor, "... F"], Float[Tensor, "... D"]]:
         """Compute f and x_hat of model-unit input; x_hat in model units and the parameters' dtype."""
         x_BD = self._rows(x)
+        # By way of codes, also where all of f is asked for: the decoder's product then touches the k active rows of
+        # W_dec and not all F.
         codes, f = self.encode_sparse(self.norm.normalise(x_BD))
         x_hat_BD = self.norm.denormalise(self.decode_sparse(codes, f), x_BD)
         return codes.dense(f).reshape(*x.shape[:-1], self.width), x_hat_BD.reshape(x.shape)
@@ -265,6 +293,7 @@ class SAE(nn.Module, ABC):
     ) -> list[Codes]:
         """Compute what the selections keep of z with this bias; only training rounds the product's factors."""
         b_dec_D = self.b_dec if self.apply_b_dec_to_input else None
+        # The scores of the inference form must not depend on how the training saved time.
         matmul = self.matmul if self.training else "float32"
         return encode(xn_BD, self.W_enc_FD, bias_F, b_dec_D, selections, matmul=matmul)
 
@@ -272,12 +301,15 @@ class SAE(nn.Module, ABC):
 
     def nmse(self, xn_hat_BD: Float[Tensor, "B D"], xn_BD: Float[Tensor, "B D"]) -> Float[Tensor, ""]:
         """Compute E over tokens of ||x' - x_hat'||^2 / Vx."""
+        # In bfloat16 a step of Adam is often smaller than the spacing of the weights, which then never move.
         if self.W_dec.dtype not in (torch.float32, torch.float64):
             raise UserError(f"parameters in {self.W_dec.dtype} cannot follow small gradients: train the SAE in float32")
         return (xn_hat_BD - xn_BD).square().sum() / (xn_BD.shape[0] * self.variance)
 
     def l1(self, f: Tensor, tokens: int) -> Float[Tensor, ""]:
         """Compute E over tokens of sum_j f_j / sqrt(Vx), for f at least 0, of the latents active on so many tokens."""
+        # sqrt(Vx), not Vx: an L1 scales as x does, a squared error as its square. With both relative, one coefficient
+        # means the same at every site.
         return f.sum() / (tokens * self.variance.sqrt())
 
     # The start
@@ -305,10 +337,13 @@ class SAE(nn.Module, ABC):
         xn_ND = self.norm.normalise(sample_ND[:SAMPLES])
         self.b_dec.copy_(geometric_median(xn_ND))
         self.W_dec.copy_(directions(self.width, self.d_in, seed))
+        # c has no closed form, as it depends on which latents are chosen. But f grows in proportion to c (but for
+        # thresholds of a variant's own): one forward at c = 1 says by how much x_hat' is too short.
         self._start_encoder(1.0)
         xn_BD = xn_ND[:_SCALING_ROWS]
         explained = (self.loss(xn_BD).xn_hat_BD - self.b_dec).square().sum()
         to_explain = (xn_BD - self.b_dec).square().sum()
+        # Nothing to scale by where no latent fired, or all tokens are alike.
         if explained > 0 and to_explain > 0:
             self._start_encoder(float((to_explain / explained).sqrt()))
         self.start_variant(xn_ND)

@@ -27,12 +27,12 @@ class SAEConfig(Settings):
 
     @property
     def aim(self) -> str:
-        """What the sparsity aims at, in a few letters."""
+        """Return what the sparsity aims at, in a few letters."""
         raise NotImplementedError
 
     @property
     def wanted_l0(self) -> int | float | None:
-        """The mean L0 that training aims at; None where there is none."""
+        """Return the mean L0 that training aims at; None where there is none."""
         return None
 
 

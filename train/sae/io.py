@@ -23,7 +23,7 @@ from train.sae.variants.matryoshka import Matryoshka
 from train.sae.variants.relu import ReLU
 from train.sae.variants.topk import TopK
 
-FORMAT = 1
+SAE_FORMAT = 1
 WEIGHTS, CONFIG = "sae.safetensors", "config.json"
 SHA256 = "weights_sha256"  # in config.json, of sae.safetensors; folders of earlier versions have none
 _NAMES = ("W_enc_FD", "W_enc")  # of the parameter, in the file
@@ -46,10 +46,11 @@ def save(sae: SAE, folder: str | Path, record: dict[str, Any]) -> None:
     folder = Path(folder)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in _turned(sae.state_dict(), *_NAMES).items()}
     weights = to_bytes(tensors)
-    config = {"format": FORMAT, "variant": sae.name, "settings": sae.settings(), **record}
+    config = {"format": SAE_FORMAT, "variant": sae.name, "settings": sae.settings(), **record}
     config[SHA256] = hashlib.sha256(weights).hexdigest()
     text = json.dumps(config, indent=2, allow_nan=False) + "\n"
     folder.mkdir(parents=True, exist_ok=True)
+    # An older SAE's config beside new weights would be a wrong SAE; without a config the folder holds none.
     (folder / CONFIG).unlink(missing_ok=True)
     write_atomic(folder / WEIGHTS, weights)
     write_atomic(folder / CONFIG, text.encode())
@@ -68,9 +69,9 @@ def load_config(folder: str | Path) -> dict[str, Any]:
         raise UserError(f"{path} is damaged: train this SAE again or restore the file") from None
     if not isinstance(config, dict) or not {"format", "variant", "settings"} <= config.keys():
         raise UserError(f"{path} does not describe an SAE: train this SAE again or restore the file")
-    if config["format"] != FORMAT:
+    if config["format"] != SAE_FORMAT:
         raise UserError(
-            f"{path} has format {config['format']} and this version reads {FORMAT}: use the version that wrote it"
+            f"{path} has format {config['format']} and this version reads {SAE_FORMAT}: use the version that wrote it"
         )
     if config["variant"] not in VARIANTS:
         raise UserError(f"{path} names the variant {config['variant']!r}: this version knows {', '.join(VARIANTS)}")
@@ -88,6 +89,7 @@ def load(folder: str | Path) -> SAE:
         data = path.read_bytes()
     except FileNotFoundError:
         raise UserError(f"{path} is missing: train this SAE again or restore the file") from None
+    # Before the bytes are parsed: a damaged file may still parse, into other weights.
     if config.get(SHA256, digest := hashlib.sha256(data).hexdigest()) != digest:
         raise UserError(f"{path} is damaged, its checksum is another: train this SAE again or restore the file")
     try:

@@ -14,7 +14,7 @@ from tests.helpers.tiny_lm import harvested, tiny_lm
 
 __all__ = ["harvested", "tiny_lm"]
 
-SEQUENCES, TOKENS = 40, 10
+DOCUMENTS, TOKENS = 40, 10
 
 
 class Made(Protocol):
@@ -25,15 +25,15 @@ class Made(Protocol):
 def made() -> Made:
     """An SAE over d_in 16 with this NMSE and L0, and what `told` says: k, seed, batch, ce, gamma, dead, form, options.
 
-    All have the same sequences, some harder than others, so that paired differences have no spread but `noise`.
+    All have the same documents, some harder than others, so that paired differences have no spread but `noise`.
     """
     rng = np.random.default_rng(0)
-    hard = rng.uniform(0.5, 1.5, SEQUENCES)
+    hard = rng.uniform(0.5, 1.5, DOCUMENTS)
     hard /= hard.mean()
 
     def make(variant: str, width: int, *, nmse: float, l0: float, **told: Any) -> Scored:
-        tokens = np.full(SEQUENCES, float(TOKENS))
-        noise = 1 + told.get("noise", 0.0) * rng.standard_normal(SEQUENCES)
+        tokens = np.full(DOCUMENTS, float(TOKENS))
+        noise = 1 + told.get("noise", 0.0) * rng.standard_normal(DOCUMENTS)
         squares = {"deviation": tokens, "deviation_token": tokens, "error": nmse * tokens * hard * noise}
         gamma = told.get("gamma", 1.0)
         columns = {
@@ -49,7 +49,7 @@ def made() -> Made:
         training = {"tokens": 1000, "seed": told.get("seed", 0), "batch": told.get("batch", 8)}
         training |= {"dead": told.get("dead", 0), "dead_after": 100}
         config = {"variant": variant, "settings": settings, "training": training}
-        counts = told.get("counts", np.full((2, SEQUENCES, 2), [[[0, TOKENS]], [[0, 0]]], np.int32))
+        counts = told.get("counts", np.full((2, DOCUMENTS, 2), [[[0, TOKENS]], [[0, 0]]], np.int32))
         firing = {"by_position": [1.0] * TOKENS}
         candidate = Candidate(SavedSAE(Path("nowhere"), config), told.get("form", "inference"))
         return Scored(candidate, columns, firing, counts, samples=200, seed=0)

@@ -12,10 +12,10 @@ from benchmarks.claims import gated_jumprelu as rivals
 from benchmarks.claims import scaling, topk
 from benchmarks.claims.bench import BASELINE, NMSE, Bench, Finding, at_equal_l0
 from benchmarks.claims.law import Law
-from benchmarks.claims.scores import Scored, by_sequence
+from benchmarks.claims.scores import Scored, by_document
 from benchmarks.claims.topk import low_peak
 from benchmarks.claims.verdict import FAILS, HOLDS, UNDECIDED, UNTESTED
-from tests.benchmarks.claims.conftest import SEQUENCES, TOKENS, Made
+from tests.benchmarks.claims.conftest import DOCUMENTS, TOKENS, Made
 
 SETTINGS = {"expansion": 8, "batch": 8}
 WIDTHS, KS = (64, 128, 256), (1, 2, 4)
@@ -121,7 +121,7 @@ def test_shrinkage_takes_both_halves(made: Made) -> None:
     def verdict(gated: float, baseline: float) -> str:
         saes = [*sweep(made, "gated", 0.9, gamma=gated), *sweep(made, "relu", 1.0, gamma=baseline)]
         gated_, relu = saes[:3], saes[3:]
-        return rivals._shrinkage(gated_, relu).verdict
+        return rivals.shrinkage(gated_, relu).verdict
 
     assert verdict(1.01, 0.8) == HOLDS
     assert verdict(1.3, 0.8) == FAILS
@@ -157,8 +157,8 @@ def test_dead_latents_are_compared_within_the_design(made: Made, dead: tuple[int
 
 
 def peaked(low: int, context: int = TOKENS) -> np.ndarray[Any, Any]:
-    """Counts of sequences whose first token has this L0, the others 8 to 10."""
-    counts = np.zeros((2, SEQUENCES, 16), np.int32)
+    """Counts of documents of one context whose first token has this L0, the others 8 to 10."""
+    counts = np.zeros((2, DOCUMENTS, 16), np.int32)
     counts[1, :, low] = 1
     counts[0, :, 8] = counts[0, :, 10] = (context - 1) // 3
     counts[0, :, 9] = context - 1 - 2 * ((context - 1) // 3)
@@ -168,19 +168,19 @@ def peaked(low: int, context: int = TOKENS) -> np.ndarray[Any, Any]:
 @pytest.mark.parametrize(("low", "verdict"), [(2, HOLDS), (12, FAILS), (9, FAILS)])
 def test_the_low_peak_is_one_of_every_context(made: Made, low: int, verdict: str) -> None:
     sae = made("batchtopk", 128, nmse=0.1, l0=9, k=9, counts=peaked(low))
-    part = of(topk._varying(Bench([sae], [sae], SETTINGS)), "S3", "low peak")
+    part = of(topk.l0_varies(Bench([sae], [sae], SETTINGS)), "S3", "low peak")
     assert part.verdict == verdict
     if verdict == HOLDS:
         assert part.table is not None and part.table[1][0][-3:] == ["L0 <= 2", "10.00% (1/context 10.00%)", "100%"]
 
 
 def test_l0_that_never_changes_does_not_vary(made: Made) -> None:
-    flat, wide = np.zeros((2, SEQUENCES, 16), np.int32), np.zeros((2, SEQUENCES, 16), np.int32)
+    flat, wide = np.zeros((2, DOCUMENTS, 16), np.int32), np.zeros((2, DOCUMENTS, 16), np.int32)
     flat[0, :, 5] = wide[0, :, 1] = TOKENS
     wide[0, :, 9] = TOKENS
     for counts, verdict in ((flat, FAILS), (wide, HOLDS)):
         sae = made("batchtopk", 128, nmse=0.1, l0=5, k=5, counts=counts)
-        part = of(topk._varying(Bench([sae], [], SETTINGS)), "S3", "varies")
+        part = of(topk.l0_varies(Bench([sae], [], SETTINGS)), "S3", "varies")
         assert part.verdict == verdict
     assert part.comparisons[0].shown["sd / mean"] == pytest.approx(4 / 5)
 
@@ -193,11 +193,13 @@ def test_where_a_low_peak_ends(histogram: list[int], cut: int | None) -> None:
     assert low_peak(np.array(histogram, float)) == cut
 
 
-def test_counts_by_sequence() -> None:
+def test_counts_by_document() -> None:
+    """Two contexts of three tokens; document 0 ends within the first, 1 has no kept token, 2 is in both."""
     keep = torch.tensor([[True, True, False], [False, True, True]])
-    counts = by_sequence(torch.tensor([3, 1, 0, 1]), keep)
+    document = torch.tensor([[0, 2, 2], [2, 2, 2]])
+    counts = by_document(torch.tensor([3, 1, 0, 1]), keep, document)
     expected = np.zeros((2, 2, 4), int)
-    expected[1, 0, 3] = expected[0, 0, 1] = expected[0, 1, 0] = expected[0, 1, 1] = 1
+    expected[1, 0, 3], expected[0, 1, 0], expected[0, 1, 1] = 1, 1, 2
     np.testing.assert_array_equal(counts, expected)
 
 

@@ -49,6 +49,8 @@ def test_scores_are_kept_and_made_once(
     assert len(told["saes"]) == 4
     by_form = {(sae["settings"]["k"], sae["form"]): sae["metrics"]["l0"]["value"] for sae in told["saes"]}
     assert by_form[2, "inference"] == 2
+    assert 1 < told["place"]["documents"] < told["place"]["contexts"]
+    assert f"of {told['place']['documents']} documents" in path.read_text()
     monkeypatch.setattr("benchmarks.claims.scores.open_text", None)  # nothing is left to be scored
     assert judge(settings) == path
     assert json.loads((path.parent / "claims.json").read_text()) == told

@@ -118,15 +118,15 @@ def test_curves_meet_where_both_reach() -> None:
 @pytest.mark.parametrize("seeds", [1, 3])
 @pytest.mark.parametrize("count", [1, 9])
 def test_a_claim_at_its_boundary_fails_in_at_most_five_percent(seeds: int, count: int) -> None:
-    """Simulated: every true difference is 0, each seed adds its own spread and all seeds share the sequences'."""
+    """Simulated: every true difference is 0, each seed adds its own spread and all seeds share the documents'."""
     rng = np.random.default_rng(0)
-    sequence_error, seed_error, runs = 1.0, 0.7 if seeds > 1 else 0.0, 1000
-    drawn_M = sequence_error * np.linspace(-1, 1, 50)
-    drawn_M *= sequence_error / drawn_M.std(ddof=1)
+    document_error, seed_error, runs = 1.0, 0.7 if seeds > 1 else 0.0, 1000
+    drawn_M = document_error * np.linspace(-1, 1, 50)
+    drawn_M *= document_error / drawn_M.std(ddof=1)
     failed = 0
     for _ in range(runs):
-        of_sequences = rng.normal(0, sequence_error, count)
-        values = of_sequences[:, None] + rng.normal(0, seed_error, (count, seeds))
+        of_documents = rng.normal(0, document_error, count)
+        values = of_documents[:, None] + rng.normal(0, seed_error, (count, seeds))
         differences = {str(i): [Estimate(value, value + drawn_M) for value in row] for i, row in enumerate(values)}
         failed += verdict_of(comparisons_of(differences, kind="nats")) == FAILS
     assert failed / runs <= 0.05

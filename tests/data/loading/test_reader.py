@@ -40,7 +40,7 @@ def test_rows_are_scattered(
     build: Build, cls: type[DirectReader | ZarrReader], most: int, part: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever one call of the system takes, and where it gives less than it has."""
-    monkeypatch.setattr("data.loading.reader._MOST_PARTS", most)
+    monkeypatch.setattr("data.loading.reader.MOST_PARTS", most)
     plain = os.preadv
 
     def short(file: int, outs: list[np.ndarray], at: int) -> int:

@@ -112,7 +112,7 @@ def stepwise(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("put", "get", "copy", "delete", "list"):
         monkeypatch.setattr(obstore, name, counted(getattr(obstore, name)))
     monkeypatch.setattr(module, "ThreadPoolExecutor", AtOnce)
-    monkeypatch.setattr(module, "_uploaders", AtOnce)
+    monkeypatch.setattr(module, "uploaders", AtOnce)
 
 
 def check(url: Url, *writers: Writer) -> None:
@@ -351,7 +351,7 @@ def test_answers_that_are_lost_change_nothing(bucket: str, patient: Server) -> N
 
 def refused(url: str) -> str:
     """The sentence with which a look is refused, within seconds."""
-    module._opened.cache_clear()
+    module.open_bucket.cache_clear()
     began, at = time.monotonic(), parse_location(url)
     assert isinstance(at, Url)
     with pytest.raises(UserError) as error:

@@ -376,15 +376,14 @@ def test_a_writer_whose_chunks_were_cleared_away_is_told(
     build: Build, monkeypatch: pytest.MonkeyPatch, at: int
 ) -> None:
     """Told when it writes the next chunk, or when it moves them to their places."""
-    store, write_chunk = build([]), Store._write_chunk
+    store, put_staged = build([]), LocalStorage.put_staged
 
-    def cleared(self: Store, stage: Path, key: str, pieces: Iterable[bytes]) -> tuple[int, str]:
-        chunk = write_chunk(self, stage, key, pieces)
-        if key.endswith(f"c.{at}.0"):
+    def cleared(self: LocalStorage, stage: Path, name: str, pieces: Iterable[bytes]) -> None:
+        put_staged(self, stage, name, pieces)
+        if name == f"c.{at}.0":
             shutil.rmtree(stage)
-        return chunk
 
-    monkeypatch.setattr(Store, "_write_chunk", cleared)
+    monkeypatch.setattr(LocalStorage, "put_staged", cleared)
     with pytest.raises(LeaseLost, match=f"unit 0 of {TRAIN}/{SITE}"):
         store.write(TRAIN, 0, SITE, numbered(np.arange(16), "bfloat16"), {})
     assert not store.is_committed(TRAIN, 0, SITE)

@@ -89,9 +89,9 @@ def test_every_bit_of_what_says_how_rows_are_encoded(tmp_path: Path) -> None:
         content[bit // 8] ^= 1 << bit % 8
         path.write_bytes(content)
         with pytest.raises(UserError):
-            module._array(path.read_bytes(), store.layout, SITE)
+            module.read_array(path.read_bytes(), store.layout, SITE)
     path.write_bytes(whole)
-    assert module._array(path.read_bytes(), store.layout, SITE)
+    assert module.read_array(path.read_bytes(), store.layout, SITE)
 
 
 def test_a_site_encoded_by_another_s_standard_is_named(tmp_path: Path) -> None:
@@ -141,8 +141,8 @@ def test_every_bit_of_a_commit_record(store: Store) -> None:
         content = bytearray(whole)
         content[bit // 8] ^= 1 << bit % 8
         with pytest.raises(UserError, match="damaged"):
-            module._sealed(bytes(content), path)
-    assert module._sealed(whole, path) == record
+            module.read_sealed(bytes(content), path)
+    assert module.read_sealed(whole, path) == record
 
 
 def test_a_leftover_is_named_and_is_no_damage(store: Store) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from data.base.errors import UserError
 from data.base.sites import Site
 from evaluate.feature_metrics.ablation import AFTER, ablate, downstream, places, sparsity
-from evaluate.feature_metrics.bases import Basis, Directions, Reader, SAEBasis, neurons_before
+from evaluate.feature_metrics.bases import Basis, BasisReader, Directions, SAEBasis, neurons_before
 from evaluate.feature_metrics.patterns import (
     ANY,
     LONGEST,
@@ -24,7 +24,7 @@ from evaluate.feature_metrics.patterns import (
     patterns,
     substitutes,
 )
-from evaluate.feature_metrics.probe import ask, interval, probe
+from evaluate.feature_metrics.probe import interval, make_questions, probe
 from evaluate.feature_metrics.sample import FeatureText, draw, take
 from evaluate.feature_metrics.tasks import Task
 from evaluate.inputs import HeldoutText
@@ -45,7 +45,7 @@ def held(tiny_lm: Any) -> FeatureText:
     """24 contexts of a BOS and 30 tokens, one of them excluded here and there."""
     ids = np.random.default_rng(0).integers(1, 12, (24, 31)).astype(np.int32)
     ids[:, 0] = 0
-    reader = Reader(tiny_lm, SITE, neurons_before(tiny_lm, SITE, torch.from_numpy(ids[:1]).long()))
+    reader = BasisReader(tiny_lm, SITE, neurons_before(tiny_lm, SITE, torch.from_numpy(ids[:1]).long()))
     starts = np.arange(0, 24 * 30, 45)  # documents of one and a half contexts
     packed = PackedTokens(ids, ids > 0, starts, [str(start) for start in starts], stride=30)
     return FeatureText(HeldoutText(tiny_lm, packed, Words(), 5), reader, 0)
@@ -209,7 +209,7 @@ def test_neurons_add_what_the_mlp_does(tiny_lm: Any, held: FeatureText) -> None:
     assert neurons is not None
     ids = torch.from_numpy(held.packed.contexts[:2]).long()
     h = held.reader.read(ids)[True]
-    out = Reader(tiny_lm, Site("mlp_out", 0), None).read(ids)[False]
+    out = BasisReader(tiny_lm, Site("mlp_out", 0), None).read(ids)[False]
     torch.testing.assert_close(h @ neurons.out_HD + tiny_lm.transformer.h[0].mlp.c_proj.bias, out, rtol=1e-4, atol=1e-4)
     before = neurons_before(tiny_lm, Site("resid_pre", 1), ids)
     assert before is not None and before.linear is neurons.linear
@@ -273,7 +273,7 @@ def test_probes_choose_on_one_half_and_score_on_the_other(spelt: FeatureText) ->
     import re
 
     tasks = [Task("is c", "token", re.compile("c")), Task("never", "token", re.compile("z"))]
-    questions = ask(spelt, tasks, samples)  # type: ignore[arg-type]
+    questions = make_questions(spelt, tasks, samples)  # type: ignore[arg-type]
     assert questions.names == ["is c"] and questions.left_out == ["never"]
     counted: list[int] = []
     got = probe(After(), samples, questions, bootstrap=20, seed=0, on_progress=counted.append)  # type: ignore[arg-type]

@@ -10,7 +10,7 @@ import pytest
 
 from data.base.cli import CONF
 from data.base.errors import UserError
-from evaluate.feature_metrics.tasks import KINDS, UNKNOWN, TokenTexts, answers, load_tasks
+from evaluate.feature_metrics.tasks import TASK_KINDS, UNKNOWN, TokenTexts, answers, load_tasks
 from harvest.packing import PackedTokens
 
 WORDS = ["<s>", "def", " f", "(", "x", ")", ":", "\n", "  # ", "a 1"]
@@ -97,4 +97,4 @@ def test_a_mistake_in_the_file_is_told(tmp_path: Path, text: str, told: str) -> 
 
 def test_the_projects_own_list_can_be_read() -> None:
     tasks: list[Any] = load_tasks(CONF / "probes.yaml")
-    assert len(tasks) > 40 and {task.kind for task in tasks} == set(KINDS) - {"labels"}
+    assert len(tasks) > 40 and {task.kind for task in tasks} == set(TASK_KINDS) - {"labels"}

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from evaluate.features import pages
-from evaluate.report.page import write
+from evaluate.report.page import write_page
 from evaluate.run import evaluate
 from harvest.run import harvest
 from tests.helpers.pages import HOSTILE, a_page, called
@@ -316,7 +316,7 @@ def report(harvested: dict[str, Any], tmp_path: Path) -> Callable[..., Path]:
         rows[1]["folder"] = HOSTILE[1]
         manifest = harvested["store"].manifest
         config = {"cache": harvested["config"]["cache"], "out": str(tmp_path), "saes": HOSTILE[2]}
-        return write(
+        return write_page(
             a_report(rows, fingerprint=manifest.fingerprint),
             config,
             {manifest.fingerprint: manifest.identity},

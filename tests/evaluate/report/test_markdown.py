@@ -11,8 +11,8 @@ import pytest
 from matplotlib.image import imread
 
 from evaluate.report.columns import DEFINITIONS
-from evaluate.report.markdown import dumps, markdown, number, stems, table, write
-from evaluate.report.png import against_l0, l0_histograms
+from evaluate.report.markdown import dumps, format_number, markdown, stems, table, write_markdown
+from evaluate.report.png import l0_histograms, plot_against_l0
 from evaluate.report.series import families
 from tests.helpers.reports import VARIANTS, a_report, a_row
 
@@ -23,7 +23,7 @@ def rows() -> list[dict[str, Any]]:
 
 
 def test_write_leaves_json_markdown_and_readable_figures(tmp_path: Path, rows: list[dict[str, Any]]) -> None:
-    path = write(a_report(rows), tmp_path / "new" / "folder")
+    path = write_markdown(a_report(rows), tmp_path / "new" / "folder")
     assert path == tmp_path / "new" / "folder" / "report.md"
     read = json.loads((path.parent / "report.json").read_text())
     plots = read["sites"][0]["plots"]
@@ -54,16 +54,18 @@ def test_unknown_values_are_dashes_not_zeros(rows: list[dict[str, Any]], tmp_pat
     rows[0]["metrics"]["ce_increase"] = {"value": None, "se": None}
     rows[0]["training"] = {}
     rows[0]["storage_share"] = None
-    line = next(line for line in write(a_report(rows), tmp_path).read_text().splitlines() if "| 1 batchtopk" in line)
+    line = next(
+        line for line in write_markdown(a_report(rows), tmp_path).read_text().splitlines() if "| 1 batchtopk" in line
+    )
     assert line.count("–") == 2
 
 
 def test_numbers_keep_small_values_visible() -> None:
-    assert number(0.12345, 4) == "0.1235" or number(0.12345, 4) == "0.1234"
-    assert number(0.000012, 4) == "1.2e-05"
-    assert number(0.0, 2) == "0.00"
-    assert number(-0.5, 1) == "-0.5"
-    assert number(None) == "–"
+    assert format_number(0.12345, 4) == "0.1235" or format_number(0.12345, 4) == "0.1234"
+    assert format_number(0.000012, 4) == "1.2e-05"
+    assert format_number(0.0, 2) == "0.00"
+    assert format_number(-0.5, 1) == "-0.5"
+    assert format_number(None) == "–"
 
 
 def test_table_is_markdown() -> None:
@@ -95,13 +97,13 @@ def test_lines_are_one_a_variant_and_width_in_order_of_l0() -> None:
     ]
     got = [(label, [row["number"] for row in own]) for label, _, own in families(rows)]
     assert got == [("relu, F=64", [4]), ("topk, F=64", [2, 1]), ("topk, F=128", [3])]
-    axes = against_l0(rows, "nmse", "NMSE", "").axes[0]
+    axes = plot_against_l0(rows, "nmse", "NMSE", "").axes[0]
     assert [text.get_text() for text in axes.get_legend().get_texts()] == ["Pareto front", *(label for label, _ in got)]
     assert axes.get_xlabel() and axes.get_ylabel() == "NMSE"
 
 
 def test_error_bars_are_the_standard_errors() -> None:
-    axes = against_l0([a_row(1, "topk", 9, 0.1)], "nmse", "NMSE", "").axes[0]
+    axes = plot_against_l0([a_row(1, "topk", 9, 0.1)], "nmse", "NMSE", "").axes[0]
     vertical = axes.containers[0].lines[2][1].get_segments()[0]
     np.testing.assert_allclose(vertical[:, 1], [0.098, 0.102])
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from evaluate.report import figures, series
-from evaluate.report.page import write
+from evaluate.report.page import write_page
 from evaluate.report.tables import cell, figure, sae_tables, site_tables
 from tests.helpers.pages import HOSTILE
 from tests.helpers.reports import VARIANTS, a_report, a_row
@@ -80,7 +80,7 @@ def written(harvested: dict[str, Any], tmp_path: Path) -> Written:
         report = a_report(rows, fingerprint=manifest.fingerprint, store=manifest.folder, **site)
         config = {"cache": harvested["config"]["cache"], "out": str(tmp_path), "saes": HOSTILE[2], "features": None}
         identities = {manifest.fingerprint: manifest.identity}
-        return Page(write(report, config, identities, features or {}).read_text(encoding="utf-8"))
+        return Page(write_page(report, config, identities, features or {}).read_text(encoding="utf-8"))
 
     return make
 
@@ -133,7 +133,7 @@ def test_the_front_is_of_the_saes_that_no_other_beats() -> None:
     rows = [a_row(i, "topk", l0, nmse) for i, (l0, nmse) in enumerate([(4, 0.2), (2, 0.5), (3, 0.6), (5, 0.1)], 1)]
     rows[2]["pareto"] = ["ce_increase"]
     assert series.against_l0(rows, "nmse").front == [(2, 0.5), (4, 0.2), (5, 0.1)]
-    page = figures.against_l0(rows, "nmse", "NMSE")
+    page = figures.figure_against_l0(rows, "nmse", "NMSE")
     assert page is not None
     drawn = {trace["name"]: trace for trace in page["data"]}["Pareto front"]
     assert list(zip(drawn["x"], drawn["y"], strict=True)) == [(2, 0.5), (4, 0.2), (5, 0.1)]

@@ -46,10 +46,14 @@ class DeadLatents(nn.Module):
         Call it before each step, of at most `tokens` tokens. Asks the device once in `every` steps (1 to 50 of them),
         then for all that can be dead by the last of them.
         """
+        # A CPU can afford to count the dead in each step, and then takes just those.
         if not backend_for(self.since_F).fixed_sizes:
             return None
         if not self._left:
             every = max(1, min(_LONGEST, every))
+            # A latent needs `dead_after` silent tokens. Who may be dead after `every - 1` more steps has been silent
+            # for all but those tokens by now, so the list holds for all of them; `alive_d` takes out who is not dead
+            # yet.
             self._may_die_d = self.mask(dead_after - (every - 1) * tokens).nonzero().squeeze(1)
             self._left = every
         self._left -= 1
@@ -85,6 +89,7 @@ def auxk_error(
     assert not residual_BD.requires_grad, "AuxK explains the residual and must not change it"
     a = codes.values
     if codes.support is None and k < a.shape[1]:
+        # The choice itself passes no gradient; only the values that were chosen do.
         z_Bd = a.detach() if alive_d is None else a.detach().masked_fill(alive_d, -torch.inf)
         a = torch.where(backend_for(z_Bd).mark_largest(z_Bd, k), a, 0.0)
     if alive_d is not None:  # taken where fewer are dead than k_aux

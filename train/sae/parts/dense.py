@@ -9,6 +9,8 @@ from torch import Tensor
 
 def largest_of_each_token(z_BF: Float[Tensor, "B F"], k: int) -> Bool[Tensor, "B F"]:
     """Mark the k largest entries of each row."""
+    # topk says nothing of ties; a stable sort keeps equal values in the order of their indices, so the lowest comes
+    # first.
     order_BF = z_BF.detach().argsort(dim=1, descending=True, stable=True)
     return torch.zeros_like(z_BF, dtype=torch.bool).scatter_(1, order_BF[:, :k], True)
 

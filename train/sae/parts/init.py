@@ -11,7 +11,8 @@ SAMPLES = 32_768  # tokens the geometric median is taken over, as in OA
 
 
 def directions(width: int, d_in: int, seed: int) -> Float[Tensor, "F D"]:
-    """Random unit rows from a generator of their own: the same for every variant at a seed; no global state moves."""
+    """Draw random unit rows from a generator of their own: the same for every variant at a seed;
+    no global state moves."""
     rows_FD = torch.randn(width, d_in, generator=torch.Generator().manual_seed(seed))
     return nnf.normalize(rows_FD, dim=1)
 
@@ -19,7 +20,8 @@ def directions(width: int, d_in: int, seed: int) -> Float[Tensor, "F D"]:
 def geometric_median(
     x_ND: Float[Tensor, "N D"], *, iterations: int = 200, tolerance: float = 1e-6
 ) -> Float[Tensor, " D"]:
-    """argmin_m sum_n ||x_n - m|| by Weiszfeld's iteration, until a step is below `tolerance` of the data's spread."""
+    """Compute argmin_m sum_n ||x_n - m|| by Weiszfeld's iteration,
+    until a step is below `tolerance` of the data's spread."""
     median_D = x_ND.mean(0)
     spread = torch.linalg.vector_norm(x_ND - median_D, dim=1).mean()
     if spread == 0:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from data.base.errors import UserError
 
-KINDS = ("none", "dataset", "token")
+NORM_KINDS = ("none", "dataset", "token")
 _EPS = 1e-5  # added to a token's standard deviation, as OA, BatchTopK's code and SAELens' layer_norm do
 
 
@@ -29,8 +29,8 @@ class InputNorm(nn.Module):
 
     def __init__(self, kind: str, d_in: int) -> None:
         super().__init__()
-        if kind not in KINDS:
-            raise UserError(f"input_norm={kind!r} is unknown: choose one of {', '.join(KINDS)}")
+        if kind not in NORM_KINDS:
+            raise UserError(f"input_norm={kind!r} is unknown: choose one of {', '.join(NORM_KINDS)}")
         if kind == "token" and d_in < 2:
             raise UserError(
                 "input_norm=token divides by the spread over a token's entries and needs a width of at least 2"
@@ -46,7 +46,8 @@ class InputNorm(nn.Module):
             self.scale.fill_((self.d_in / mean_sq_norm) ** 0.5)
 
     def normalise(self, x_BD: Float[Tensor, "B D"]) -> Float[Tensor, "B D"]:
-        """Model units to x'."""
+        """Convert model units to x'."""
+        # Stores hold bfloat16 or float16; the SAE computes in its own float32.
         x_BD = x_BD.to(self.scale.dtype)
         if self.kind == "dataset":
             return x_BD * self.scale
@@ -56,10 +57,13 @@ class InputNorm(nn.Module):
         return x_BD
 
     def denormalise(self, xn_BD: Float[Tensor, "B D"], x_BD: Float[Tensor, "B D"]) -> Float[Tensor, "B D"]:
-        """x' units to model units; `x_BD` is the input (model units) whose mean and spread `token` gives back."""
+        """Convert x' units to model units; `x_BD` is the input
+        (model units) whose mean and spread `token` gives back."""
         if self.kind == "dataset":
             return xn_BD / self.scale
         if self.kind == "token":
+            # Measured again rather than remembered: the input is at hand wherever a token has to be given back its
+            # units.
             std_B1, mean_B1 = torch.std_mean(x_BD.to(self.scale.dtype), dim=1, keepdim=True, correction=1)
             return xn_BD * (std_B1 + _EPS) + mean_B1
         return xn_BD

@@ -17,6 +17,8 @@ def update(sae: SAE, optimizer: Optimizer, clip: float | None) -> None:
     """Move the parameters by their gradients, clipped to the norm `clip` over all of them where it is given."""
     if sae.unit_rows:
         project_gradient_(sae.W_dec)
+    # The order matters: the part that the projection removes would else count in the clipped norm and shrink all other
+    # gradients, and Adam would gather moments of steps that the renormalisation undoes.
     if clip is not None:
         torch.nn.utils.clip_grad_norm_(sae.parameters(), clip)
     optimizer.step()
@@ -41,6 +43,8 @@ class WeightEMA(nn.Module):
     @torch.no_grad()
     def update(self, sae: SAE, steps: int) -> None:
         """Take in the parameters after so many steps, 1 or more."""
+        # m_n = m_(n-1) + gain (w_n - m_(n-1)) is the formula above by recursion: 1 at the first step, 1 - decay in the
+        # long run.
         gain = (1 - self.decay) / (1 - self.decay**steps)
         for mean, parameter in zip(self.buffers(), sae.parameters(), strict=True):
             mean.lerp_(parameter, gain)
@@ -55,7 +59,9 @@ class WeightEMA(nn.Module):
 
     @contextmanager
     def swapped_in(self, sae: SAE) -> Iterator[None]:
-        """The same for a while."""
+        """Put the mean in the parameters' place for the `with` block."""
+        # The optimizer goes on from the raw weights, whose storage must stay the same: they are copied back, not
+        # replaced.
         kept = [parameter.detach().clone() for parameter in sae.parameters()]
         self.copy_to(sae)
         try:

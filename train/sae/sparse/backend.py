@@ -27,11 +27,12 @@ class Backend(Protocol):
 
     @property
     def fixed_sizes(self) -> bool:
-        """Whether a choice of the largest always has the size asked for, what is not positive included."""
+        """Return whether a choice of the largest always has the size asked for, what is not positive included."""
 
     @property
     def dense_dead(self) -> int:
-        """Dead latents, in multiples of k_aux, up to which AuxK takes all of their z rather than a selection."""
+        """Return how many dead latents, in multiples of k_aux,
+        up to which AuxK takes all of their z rather than a selection."""
 
     def select(self, product: Product, selections: Sequence[Selection]) -> list[Entries | Tensor]:
         """Execute the selections on z; the whole z [B, d] where everything, or nearly so, is kept."""
@@ -81,6 +82,7 @@ _chosen: ContextVar[Backend | None] = ContextVar("backend", default=None)
 
 def backend_for(x: Tensor) -> Backend:
     """Choose the backend by the device of x, or the one that `use_backend` names."""
+    # A context variable and no argument: a test chooses once, and the maths in between does not carry it along.
     if (chosen := _chosen.get()) is not None:
         return chosen
     if x.is_cuda:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -39,12 +40,12 @@ class Support:
 
     @cached_property
     def row_ends(self) -> Int[Tensor, " ends"]:
-        """Where each token's entries begin, and the last one's end."""
+        """Return where each token's entries begin, and the last one's end."""
         return self.backend.ends(self.rows_n, self.shape[0])
 
     @cached_property
     def by_latent(self) -> tuple[Int[Tensor, " n"], Int[Tensor, " ends"]]:
-        """The entries latent by latent: their numbers in the order by token, and where each latent's begin."""
+        """Order the entries latent by latent: their numbers in the order by token, and where each latent's begin."""
         return self.backend.order(self.latents_n, self.shape[1])
 
     def row_sums(self, values_n: Float[Tensor, " n"], of_FD: Float[Tensor, "F D"]) -> Float[Tensor, "B D"]:
@@ -90,6 +91,8 @@ class Decode(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, values_n: Tensor, W_dec_FD: Tensor, support: Support, bounds: Sequence[int]) -> Tensor:
         rows, prefixes, backend = support.shape[0], len(bounds), support.backend
+        # Which prefix's band each entry is in. Token and band together make one ascending index, so all prefixes are
+        # decoded by a single call.
         part_n = torch.zeros_like(support.latents_n)
         for bound in bounds[:-1]:
             part_n += support.latents_n >= bound
@@ -98,6 +101,7 @@ class Decode(torch.autograd.Function):
         x_hat_PBD = parts_BPD.transpose(0, 1).contiguous()
         for p in range(1, prefixes):  # no cumsum: torch refuses it on a GPU where it is asked to be deterministic
             x_hat_PBD[p] += x_hat_PBD[p - 1]
+        # The row of the stacked gradients [P * B, D] that each entry reads in the backward.
         ctx.save_for_backward(values_n, W_dec_FD, part_n * rows + support.rows_n)
         ctx.support = support
         return x_hat_PBD
@@ -112,8 +116,11 @@ class Decode(torch.autograd.Function):
             grad_PBD = torch.stack([grad_PBD[p:].sum(0) for p in range(prefixes)])
         grad_XD = grad_PBD.reshape(-1, grad_PBD.shape[2])
         grad_values_n = grad_FD = None
+        # d/df_bj = grad_b . W_dec_j, at the entries alone: f's zeros take no gradient, and the dense [B, F] is never
+        # made.
         if ctx.needs_input_grad[0]:
             grad_values_n = support.backend.dots(place_n, support.latents_n, grad_XD, W_dec_FD)
+        # d/dW_dec_j = sum over the tokens that fired j of f_bj grad_b: the same entries in the order by latent.
         if ctx.needs_input_grad[1]:
             grad_FD = support.latent_sums_from(values_n, place_n, grad_XD)
         return grad_values_n, grad_FD, None, None
@@ -144,9 +151,12 @@ class Codes:
         if self.support is not None:
             x_hat_PBD: Tensor = Decode.apply(f, W_dec_FD, self.support, bounds)  # type: ignore[no-untyped-call]
             return x_hat_PBD
-        starts = [0, *bounds[:-1]]
-        parts = [f[:, start:end] @ W_dec_FD[start:end] for start, end in zip(starts, bounds, strict=True)]
-        return torch.stack(parts).cumsum(0)
+        if len(bounds) == 1:  # no slice of W_dec: its backward would make and add a second gradient of that size
+            return (f @ W_dec_FD)[None]
+        x_hats = [f[:, : bounds[0]] @ W_dec_FD[: bounds[0]]]
+        for start, end in pairwise(bounds):  # no cumsum: torch refuses it on a GPU where it is to be deterministic
+            x_hats.append(x_hats[-1] + f[:, start:end] @ W_dec_FD[start:end])
+        return torch.stack(x_hats)
 
     def fired(self, f: Tensor) -> Bool[Tensor, " F"]:
         """Find the latents with f above zero on any token."""

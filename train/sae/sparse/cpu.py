@@ -8,7 +8,7 @@ from __future__ import annotations
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as functional
@@ -29,6 +29,7 @@ from train.sae.sparse.rules import (
 )
 
 _GROUP = 32  # neighbours of which only the largest is compared with the bound; a fourth of them or fewer pass
+_MARGIN = 0.95  # of a guess at the smallest kept: what is looked at reaches down to there
 _ROWS = 1024  # rows projected together: gradient and weights stay in the cache
 
 with warnings.catch_warnings():  # torch says once a process that its CSR tensors are in beta
@@ -52,8 +53,19 @@ class CPUBackend:
         return False
 
     def select(self, product: Product, selections: Sequence[Selection]) -> list[Entries | Tensor]:
+        chosen: list[Entries | Tensor] = []
+        for selection, kept in zip(selections, self._scanned(product, selections), strict=True):
+            if kept is None:  # its guess was too high: z is computed again, and looked at without one
+                (kept,) = self._scanned(product, [without_guess(selection)])
+                assert kept is not None
+            chosen.append(kept)
+        return chosen
+
+    def _scanned(self, product: Product, selections: Sequence[Selection]) -> list[Entries | Tensor | None]:
+        """Compute z once, and what each selection keeps of it; None where a guess was too high to say."""
         firsts = product.blocks(self.block_entries)
         passes = [_Pass(selection, firsts, product.width, self.dense_share) for selection in selections]
+        # One block's memory for all blocks: new memory each time would cost page faults, and z whole hundreds of MB.
         memory = product.xc_BD.new_empty(product.rows * firsts.step)
         whole_BF: Tensor | None = None
         for i, first in enumerate(firsts):
@@ -92,6 +104,7 @@ class CPUBackend:
     def gather_sums(self, weight_n: Tensor, index_n: Tensor, ends: Tensor, table_XD: Tensor) -> Tensor:
         if not len(index_n):
             return table_XD.new_zeros(len(ends) - 1, table_XD.shape[1])
+        # torch's own kernel for sums of weighted rows: it reads each row of the table once, and adds in a fixed order.
         return functional.embedding_bag(
             index_n, table_XD, ends, mode="sum", per_sample_weights=weight_n, include_last_offset=True
         )
@@ -101,6 +114,8 @@ class CPUBackend:
             return left_XD.new_zeros(0)
         # torch computes a product at the places of a CSR matrix, whose entries ascend by row.
         order_n = None
+        # Prefixes stack their gradients, so the entries' rows may not ascend: then they are sorted and the results put
+        # back.
         if bool((rows_n[1:] < rows_n[:-1]).any()):
             order_n = torch.sort(rows_n, stable=True).indices
             rows_n, latents_n = rows_n[order_n], latents_n[order_n]
@@ -120,6 +135,12 @@ class CPUBackend:
         return fired_F.index_fill_(0, latents_n[values_n > 0], True)
 
 
+def without_guess(selection: Selection) -> Selection:
+    """Give the same selection, to be made without a guess."""
+    assert isinstance(selection.rule, TopOfBatch)
+    return replace(selection, rule=replace(selection.rule, guess=None))
+
+
 # Selections while the blocks of z pass by
 
 
@@ -133,6 +154,7 @@ class _Pass:
         self.whole = self.scan is None and self.latents_d is None
         self.parts: list[Tensor] = []
         if self.latents_d is not None:
+            # Ascending latents: those of a block are a slice, and the cuts are found once for all blocks.
             bounds = self.latents_d.new_tensor([*firsts, width])
             self.ends = torch.searchsorted(self.latents_d, bounds).tolist()
 
@@ -144,6 +166,8 @@ class _Pass:
         if self.whole or self.scan is None:
             return
         self.scan.feed(z_Bc.contiguous(), first)
+        # The first block stands for all: if so many of its entries are kept, sparse products over z would cost more
+        # than dense ones.
         if not first and isinstance(self.scan, AboveScan):
             self.whole = self.scan.count > self.dense_share * z_Bc.numel()
 
@@ -157,8 +181,8 @@ class _Pass:
                 z_Bd = z_Bd.masked_fill(self.excluded_d[start:end], -torch.inf)
             self.scan.feed(z_Bd, start)
 
-    def finish(self, whole_BF: Tensor | None) -> Entries | Tensor:
-        """Give what is kept; `whole_BF` is z where it was kept whole."""
+    def finish(self, whole_BF: Tensor | None) -> Entries | Tensor | None:
+        """Give what is kept, None where a guess was too high; `whole_BF` is z where it was kept whole."""
         if self.whole:
             assert whole_BF is not None
             return whole_BF
@@ -175,17 +199,17 @@ class Scan(ABC):
         """Take in the next block, contiguous; `first` is the place of its first latent."""
 
     @abstractmethod
-    def finish(self) -> Entries:
-        """Give what is kept of all that was fed."""
+    def finish(self) -> Entries | None:
+        """Give what is kept of all that was fed; None where a guess was too high to say."""
 
 
 def scan_of(rule: Rule) -> Scan | None:
-    """What executes a rule block by block; None for everything."""
+    """Choose what executes a rule block by block; None for everything."""
     match rule:
         case TopPerToken(k, positive):
             return TopPerTokenScan(k, positive=positive)
-        case TopOfBatch(count, positive):
-            return TopOfBatchScan(count, positive=positive)
+        case TopOfBatch(count, positive, guess):
+            return TopOfBatchScan(count, positive=positive, guess=guess)
         case Above(bound):
             return AboveScan(bound)
         case Everything():
@@ -193,7 +217,8 @@ def scan_of(rule: Rule) -> Scan | None:
 
 
 def _largest(values: Tensor, count: int) -> Tensor:
-    """The `count`-th largest of a vector."""
+    """Find the `count`-th largest of a vector."""
+    # kthvalue counts from the smallest.
     return values.kthvalue(values.numel() - count + 1).values
 
 
@@ -230,10 +255,12 @@ class _LargestScan(Scan):
 
     @abstractmethod
     def raise_bound(self, most_BG: Tensor) -> Tensor:
-        """A lower bound, scalar or [B, 1], of what is kept, from a block's largest of each group and what is held."""
+        """Find a lower bound, scalar or [B, 1], of what is kept,
+        from a block's largest of each group and what is held."""
 
     def feed(self, z_Bc: Float[Tensor, "B c"], first: int) -> None:
         rows, width = z_Bc.shape
+        # width & -width is the largest power of two that divides it: groups must not reach over the end of a row.
         group = min(_GROUP, width & -width)
         grouped = z_Bc.view(-1, group)
         most_BG = grouped.amax(1).view(rows, -1)
@@ -256,31 +283,54 @@ class _LargestScan(Scan):
 
 
 class TopOfBatchScan(_LargestScan):
-    """The `count` largest entries of the batch; with `positive` those above zero."""
+    """The `count` largest entries of the batch; with `positive` those above zero.
 
-    def __init__(self, count: int, *, positive: bool = True) -> None:
+    With a `guess` above zero only what reaches `_MARGIN` of it is looked at. Where so many entries do, all that is to
+    be kept is among them, and the choice is the same to the bit; where fewer do, `finish` gives None.
+    """
+
+    def __init__(self, count: int, *, positive: bool = True, guess: Tensor | None = None) -> None:
         super().__init__(positive=positive)
         self.count = count
+        self.guessed = guess is not None and bool(guess > 0)
+        if guess is not None and self.guessed:
+            self.bound = guess * _MARGIN
+        self.has_nan = False
 
     def raise_bound(self, most_BG: Tensor) -> Tensor:
-        if self.bound is None:
-            if most_BG.numel() >= self.count:
-                found = _largest(most_BG.reshape(-1), self.count)
-                return found.clamp_min(0) if self.positive else found
-            return most_BG.new_full((), 0 if self.positive else -torch.inf)
+        if self.guessed and bool(most_BG.amax().isnan()):
+            self.has_nan = True  # a choice without a guess counts NaN among the largest
+        if self.parts:
+            return self._bound_of_parts()
+        if most_BG.numel() < self.count:
+            lowest = most_BG.new_full((), 0 if self.positive else -torch.inf)
+            return lowest if self.bound is None else self.bound
+        if self.bound is not None and int((most_BG >= self.bound).sum()) <= self.count:
+            return self.bound
+        # `count` groups with a largest of at least this value hold `count` entries of at least it: it bounds the
+        # answer from below.
+        found = _largest(most_BG.reshape(-1), self.count)
+        return found.clamp_min(0) if self.positive else found
+
+    def _bound_of_parts(self) -> Tensor:
+        assert self.bound is not None
         values_n = torch.cat([part.values_n for part in self.parts])
         if values_n.numel() < self.count:
             return self.bound
         bound = _largest(values_n, self.count)
+        # What the risen bound excludes is dropped at once, so that no more than about `count` entries are held.
         self.parts = [part.where(part.values_n >= bound) for part in self.parts]
         return bound
 
-    def finish(self) -> Entries:
+    def finish(self) -> Entries | None:
         entries = joined(self.parts)
+        if self.guessed and (self.has_nan or len(entries.values_n) < self.count):
+            return None
         if len(entries.values_n) <= self.count:
             return entries
         smallest = _largest(entries.values_n, self.count)
         entries = entries.where(entries.values_n >= smallest)
+        # Only ties at the smallest can be too many; the last ones go, as the rule is "ties to the lowest index".
         if excess := len(entries.values_n) - self.count:
             kept_n = torch.ones_like(entries.rows_n, dtype=torch.bool)
             kept_n[(entries.values_n == smallest).nonzero().squeeze(1)[-excess:]] = False
@@ -301,6 +351,7 @@ class TopPerTokenScan(_LargestScan):
         if most.shape[1] < self.k:
             self.most = most
             return most.new_full((len(most), 1), -torch.inf)
+        # k groups whose largest is at least this value hold k entries of the token of at least it.
         self.most = most.topk(self.k, dim=1, sorted=False).values
         return self.most.amin(1, keepdim=True)
 
@@ -312,15 +363,18 @@ class TopPerTokenScan(_LargestScan):
 
 
 def top_of_rows(entries: Entries, k: int, rows: int) -> Tensor:
-    """Which entries are among the k largest of their row, of `rows` rows: [n] bool."""
+    """Mark which entries are among the k largest of their row, of `rows` rows: [n] bool."""
     counts_B = torch.bincount(entries.rows_n, minlength=rows)
     if not len(entries.rows_n) or (most := int(counts_B.max())) <= k:
         return torch.ones_like(entries.rows_n, dtype=torch.bool)
     starts_B = counts_B.cumsum(0) - counts_B
+    # Entries a token differ in number: padded with -inf they make a matrix, on which one topk serves all tokens.
     padded = entries.values_n.new_full((rows, most), -torch.inf)
     place_n = torch.arange(len(entries.rows_n), device=entries.rows_n.device) - starts_B[entries.rows_n]
     padded[entries.rows_n, place_n] = entries.values_n
     smallest_n = padded.topk(k, dim=1).values[:, -1][entries.rows_n]
+    # All that are larger are in; of those equal to the smallest as many as there is room for, from the lowest latent
+    # on.
     larger_n, equal_n = entries.values_n > smallest_n, entries.values_n == smallest_n
     larger_B = torch.zeros_like(counts_B).index_add_(0, entries.rows_n, larger_n.to(counts_B.dtype))
     before_n = equal_n.cumsum(0) - equal_n.to(counts_B.dtype)  # equals before this one, of all rows
@@ -333,4 +387,6 @@ def select(rule: Rule, z_BF: Float[Tensor, "B F"]) -> Entries:
     scan = scan_of(rule)
     assert scan is not None, "everything is z itself"
     scan.feed(z_BF.contiguous(), 0)
-    return scan.finish()
+    entries = scan.finish()
+    assert entries is not None, "a guess needs a backend, which can look again"
+    return entries

@@ -39,6 +39,7 @@ class _Encode(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         ctx.supports = supports
         ctx.save_for_backward(xc_BD, W_enc_FD, *latents)
+        # A selection that no term used has no gradient: None then, and not a matrix of zeros to multiply by.
         ctx.set_materialize_grads(False)
         return tuple(values)
 
@@ -52,6 +53,8 @@ class _Encode(torch.autograd.Function):
         for grad, support, latents_d in zip(grads, ctx.supports, latents, strict=True):
             if grad is None:
                 continue
+            # z_bj = xc_b . W_j + bias_j, so dW_j = sum_b g_bj xc_b and dbias_j = sum_b g_bj, over the entries that were
+            # chosen.
             part_dD, part_d = _weight_gradient(grad, support, xc_BD)
             grad_FD = _added(grad_FD, part_dD, latents_d, W_enc_FD)
             totals_F = _added(totals_F, part_d, latents_d, W_enc_FD[:, 0])
@@ -60,6 +63,8 @@ class _Encode(torch.autograd.Function):
         if grad_FD is None or totals_F is None:
             grad_FD, totals_F = torch.zeros_like(W_enc_FD), W_enc_FD.new_zeros(len(W_enc_FD))
         grad_bias = totals_F if ctx.needs_input_grad[2] else None
+        # xc = x' - b_dec: the gradient of b_dec is minus the sum over tokens of that of xc, which is sum_j (sum_b g_bj)
+        # W_j. So no [B, D] gradient has to be made for it.
         grad_b_dec = -(totals_F @ W_enc_FD) if ctx.needs_input_grad[3] else None
         return grad_x, grad_FD, grad_bias, grad_b_dec, None, None, None, None
 
@@ -101,6 +106,7 @@ def encode(
     size asked for, filled up with zeros, and `Above` gets all of z.
     """
     backend = backend_for(xn_BD)
+    # The choice passes no gradient, and autograd must not keep z, which is the largest thing of a step.
     with torch.no_grad():
         xc_BD = xn_BD if b_dec_D is None else xn_BD - b_dec_D
         chosen = backend.select(Product(xc_BD, W_enc_FD, bias_F, matmul), selections)

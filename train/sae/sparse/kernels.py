@@ -20,7 +20,8 @@ _COLUMNS = 256  # entries of D a program holds
 @triton.jit
 @no_type_check
 def _gather_sums(weight_n, index_n, ends, table_XD, out_GD, D, TILE: tl.constexpr, COLUMNS: tl.constexpr):
-    """One group and a piece of D; entries of weight 0 are not read."""
+    """Sum one group over a piece of D; entries of weight 0 are not read."""
+    # 64 bits: group * D goes beyond 2^31 for a wide SAE's decoder.
     group = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     start = tl.load(ends + group)
@@ -30,6 +31,8 @@ def _gather_sums(weight_n, index_n, ends, table_XD, out_GD, D, TILE: tl.constexp
         entry = first + tl.arange(0, TILE)
         weight = tl.load(weight_n + entry, mask=entry < end, other=0.0)
         index = tl.load(index_n + entry, mask=entry < end, other=0)
+        # What fills a selection up has weight 0. Not reading its row saves bandwidth, and keeps a NaN there from
+        # spreading (0 * NaN is NaN).
         there = (weight != 0)[:, None] & (column < D)[None, :]
         rows = tl.load(table_XD + index[:, None] * D + column[None, :], mask=there, other=0.0)
         total += tl.sum(weight[:, None] * rows, 0)
@@ -39,7 +42,7 @@ def _gather_sums(weight_n, index_n, ends, table_XD, out_GD, D, TILE: tl.constexp
 @triton.jit
 @no_type_check
 def _entry_dots(rows_n, latents_n, left_BD, right_FD, out_n, n, D, TILE: tl.constexpr, COLUMNS: tl.constexpr):
-    """TILE entries."""
+    """Compute the dots of TILE entries."""
     entry = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
     row = tl.load(rows_n + entry, mask=entry < n, other=0)
     latent = tl.load(latents_n + entry, mask=entry < n, other=0)
@@ -56,7 +59,7 @@ def _entry_dots(rows_n, latents_n, left_BD, right_FD, out_n, n, D, TILE: tl.cons
 @triton.jit
 @no_type_check
 def _project_rows(grad_FD, rows_FD, D, COLUMNS: tl.constexpr):
-    """One row, whole."""
+    """Project one row, whole."""
     column = tl.arange(0, COLUMNS)
     place = tl.program_id(0).to(tl.int64) * D + column
     grad = tl.load(grad_FD + place, mask=column < D, other=0.0)
@@ -69,7 +72,7 @@ def _columns(width: int) -> int:
 
 
 def warps_for_row(columns: int) -> int:
-    """Warps of a program that holds two whole rows of so many columns in registers.
+    """Choose the warps of a program that holds two whole rows of so many columns in registers.
 
     With 4 warps a row of 16,384 columns takes more registers than a thread has, and spills to memory; 32 hold it.
     """
@@ -77,10 +80,12 @@ def warps_for_row(columns: int) -> int:
 
 
 def gather_sums(weight_n: Tensor, index_n: Tensor, ends: Tensor, table_XD: Tensor) -> Tensor:
-    """For each group of entries, from `ends` to the next, the sum of weight * table[index]: [groups, D]."""
+    """Sum weight * table[index] over each group of entries, from `ends` to the next: [groups, D]."""
+    assert index_n.is_contiguous() and ends.is_contiguous()
     table_XD, width = table_XD.contiguous(), table_XD.shape[1]
     out_GD = table_XD.new_empty(len(ends) - 1, width)
     columns = _columns(width)
+    # Triton launches on the current device, which need not be the tensors'.
     with torch.cuda.device(out_GD.get_device()):
         _gather_sums[(len(out_GD), triton.cdiv(width, columns))](
             weight_n.contiguous(), index_n, ends, table_XD, out_GD, width, TILE=_TILE, COLUMNS=columns
@@ -89,7 +94,8 @@ def gather_sums(weight_n: Tensor, index_n: Tensor, ends: Tensor, table_XD: Tenso
 
 
 def entry_dots(rows_n: Tensor, latents_n: Tensor, left_BD: Tensor, right_FD: Tensor) -> Tensor:
-    """left[row] . right[latent] of each entry: [n]."""
+    """Compute left[row] . right[latent] of each entry: [n]."""
+    assert rows_n.is_contiguous() and latents_n.is_contiguous()
     left_BD, right_FD, n = left_BD.contiguous(), right_FD.contiguous(), len(rows_n)
     out_n, width = right_FD.new_empty(n), right_FD.shape[1]
     with torch.cuda.device(out_n.get_device()):

@@ -35,6 +35,8 @@ class TritonBackend:
         return True
 
     def select(self, product: Product, selections: Sequence[Selection]) -> list[Entries | Tensor]:
+        # A product for each selection: the latents of a second one are few, so their z is computed again rather than
+        # cut out of all blocks.
         return [self._selected(product, selection) for selection in selections]
 
     def _selected(self, product: Product, selection: Selection) -> Entries | Tensor:
@@ -86,6 +88,7 @@ class TritonBackend:
         kernels.project_rows_(grad_FD, rows_FD)
 
     def fired(self, values_n: Tensor, latents_n: Tensor, width: int) -> Tensor:
+        # Counted rather than indexed by a mask, whose size the host would have to wait for.
         counts_F = torch.zeros(width, dtype=torch.int32, device=values_n.device)
         return counts_F.index_add_(0, latents_n, (values_n > 0).int()) > 0
 
@@ -98,6 +101,7 @@ def largest(values_RM: Float[Tensor, "R M"], count: int) -> Int[Tensor, " n"]:
     """
     lines, width = values_RM.shape
     group = min(_GROUP, width & -width)
+    # So many are asked for that every group may hold one: the first choice would exclude nothing.
     if count >= width // group:
         return _largest(values_RM, count)
     near = _largest(values_RM.view(lines, -1, group).amax(2), count)
@@ -113,7 +117,7 @@ def _largest(values_RM: Tensor, count: int) -> Tensor:
 
 
 def _places(rule: TopOfBatch | TopPerToken, values: Tensor, rows: int) -> Tensor:
-    """Where the rule's entries stand among values, of so many rows, in order."""
+    """Find where the rule's entries stand among values, of so many rows, in order."""
     if isinstance(rule, TopOfBatch):
         return largest(values.view(1, -1), min(rule.count, values.numel()))
     lines_RM = values.view(rows, -1)
@@ -138,6 +142,8 @@ def choose(
         if best is None:
             best = new
         else:
+            # A running choice: what is not among the largest of the blocks so far cannot be among those of all. It
+            # keeps sizes fixed whatever the values are.
             both = joined([best, new])
             place_n = _places(rule, both.values_n, rows)
             best = Entries(*(part.index_select(0, place_n) for part in both))

@@ -13,13 +13,26 @@ from data.base.errors import UserError
 from train.sae.base import PLAIN, StepOutput, TrainContext
 from train.sae.config import AuxKConfig
 from train.sae.parts.dense import largest_of_the_batch
+from train.sae.parts.ranks import largest_over_ranks
 from train.sae.parts.threshold import Calibration, calibrate, running_mean_
+from train.sae.sparse.backend import backend_for
 from train.sae.sparse.codes import Codes
 from train.sae.sparse.rules import Above, Selection, TopOfBatch
 from train.sae.variants.topk_base import TopKBase
 
 _DECAY = 0.999  # of the running mean that the threshold follows
+_RISE = 1.01  # of the guess in a step, at most
 _STARTING_ROWS = 1024  # tokens that the first threshold is read off
+
+
+def _next_guess(guess: Tensor | None, min_kept: Tensor) -> Tensor:
+    """Guess the next batch's smallest kept z: it falls at once with the last one, and rises slowly.
+
+    Too high a guess costs a further product, one that is too low next to nothing.
+    """
+    if guess is None or not bool(guess > 0):
+        return min_kept
+    return torch.minimum(min_kept, _RISE * guess)
 
 
 class BatchTopKConfig(AuxKConfig):
@@ -27,7 +40,7 @@ class BatchTopKConfig(AuxKConfig):
 
 
 class BatchTopKBase(TopKBase):
-    """Training: f = relu of the k * B largest z of the batch. Inference: f = relu(z) 1[z > T].
+    """Training: f = relu of the k * B largest z of the batch, over all ranks. Inference: f = relu(z) 1[z > T].
 
     Buffers: `threshold` T, `threshold_weight` (1 - decay^n of its running mean), `skipped_batches` (fewer than k * B
     positives, not in the mean). T starts from the first sample, follows the training batches and is settled by
@@ -39,6 +52,8 @@ class BatchTopKBase(TopKBase):
     threshold: Tensor
     threshold_weight: Tensor
     skipped_batches: Tensor
+
+    guess: Tensor | None = None  # at the next batch's smallest kept z; no part of the state, as it changes no result
 
     def add_state(self) -> None:
         self.register_buffer("threshold", torch.zeros(()))
@@ -56,6 +71,7 @@ class BatchTopKBase(TopKBase):
         return torch.where(z_BF > self.threshold, z_BF, 0.0)
 
     def encode_sparse(self, xn_BD: Float[Tensor, "B D"]) -> tuple[Codes, Tensor]:
+        # A GPU gives back all of z here, so the comparison is made again on what came.
         (codes,) = self.select(xn_BD, self.bias_F, [Selection(Above(self.threshold))])
         return codes, torch.where(codes.values > self.threshold, codes.values, 0.0)
 
@@ -65,24 +81,37 @@ class BatchTopKBase(TopKBase):
         return codes, codes.values
 
     def loss(self, xn_BD: Float[Tensor, "B D"], context: TrainContext = PLAIN) -> StepOutput:
-        count = self.config.k * len(xn_BD)
-        codes, candidates = self.encode_with_candidates(xn_BD, TopOfBatch(count), context)
+        count = self.config.k * len(xn_BD) * context.ranks
+        # Of a batch over several ranks this one may have all the largest, and its own smallest is no guess at theirs.
+        rule = TopOfBatch(min(count, len(xn_BD) * self.width), guess=self.guess if context.ranks == 1 else None)
+        codes, candidates = self.encode_with_candidates(xn_BD, rule, context)
         f = codes.values
+        if context.ranks > 1:
+            kept_n, min_kept = largest_over_ranks(f.detach().flatten(), count)
+            f = torch.where(kept_n.view_as(f), f, 0.0)
+        else:
+            # Fewer than k * B came back where fewer are positive: then the batch says nothing of T, and 0 stands for
+            # that. On a GPU the selection is filled up with zeros, so its minimum is 0 by itself.
+            min_kept = f.detach().min() if len(f) == count else f.detach().new_zeros(())
         reconstruction, nmse, xn_hat_BD = self.reconstruct(codes, f, xn_BD)
         auxk = self.auxk(candidates, (xn_BD - xn_hat_BD).detach())
         metrics = {"nmse": nmse.detach(), "l0": codes.l0(f), "auxk": auxk.detach()}
-        min_kept = f.detach().min() if len(f) == count else nmse.new_zeros(())
         return StepOutput(reconstruction + auxk, metrics, codes.of(f), xn_hat_BD.detach(), min_kept=min_kept)
 
     @torch.no_grad()
     def after_step(self, step: StepOutput) -> None:
         assert step.min_kept is not None
+        if not backend_for(step.min_kept).fixed_sizes:  # of several ranks the guess is not used
+            self.guess = _next_guess(self.guess, step.min_kept)
+        # So that T is usable at any step (a validation, a checkpoint, a killed run); the calibration at the end is
+        # exact.
         running_mean_(self.threshold, self.threshold_weight, step.min_kept, _DECAY)
         self.skipped_batches += step.min_kept <= 0
 
     def start_variant(self, xn_ND: Float[Tensor, "N D"]) -> None:
         min_kept = self.loss(xn_ND[:_STARTING_ROWS]).min_kept
         assert min_kept is not None
+        # Without weight: the first batch of the training replaces it (`running_mean_` begins at weight 0).
         self.threshold.copy_(min_kept)
 
     @torch.no_grad()
@@ -92,6 +121,8 @@ class BatchTopKBase(TopKBase):
             raise UserError(
                 "the threshold is calibrated on reserved training batches, and there are none: set calibration_tokens"
             )
+        # On batches of the training's size, since the k * B-th largest value of a batch depends on B; reserved ones,
+        # since on batches that were trained on z is larger and T would come out too high.
         found = calibrate(lambda x_BD: self.pre_activation(self.norm.normalise(x_BD)), batches, self.config.k)
         self.threshold.fill_(found.threshold)
         return found

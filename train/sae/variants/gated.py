@@ -46,13 +46,22 @@ class Gated(L1SAE):
         h_BF = self.input_centred(xn_BD) @ self.W_enc
         gate_BF = (h_BF + self.b_gate).relu()
         xn_hat_BD = self.dense_encode(xn_BD) @ self.W_dec + self.b_dec
+        # The gate's own reconstruction trains W_enc and b_gate, as 1[pi > 0] gives them no gradient; the decoder is
+        # detached, or it would learn to decode gates and not magnitudes.
         by_gate_BD = gate_BF @ self.W_dec.detach() + self.b_dec.detach()
         squared = (xn_hat_BD - xn_BD).square().sum(1).mean() + (by_gate_BD - xn_BD).square().sum(1).mean()
         coefficient = context.sparsity_scale * self.config.sparsity * self.sparsity_factor
         return squared / self.variance + coefficient * gate_BF.sum(1).mean() / self.variance.sqrt()
 
+    def margins(self, xn_BD: Float[Tensor, "B D"]) -> Float[Tensor, "B F"]:
+        """Compute pi where the magnitude is positive, else -inf."""
+        h_BF = self.input_centred(xn_BD) @ self.W_enc
+        mag_BF = h_BF * self.r_mag.exp() + self.b_mag
+        return torch.where(mag_BF > 0, h_BF + self.b_gate, -torch.inf)
+
     def _gate_and_f(self, xn_BD: Float[Tensor, "B D"]) -> tuple[Codes, Tensor, Tensor]:
         """Compute codes of h, relu(pi) and f; h > -b_gate is just pi > 0, in floating point too."""
+        # h without a bias, as pi and mag are two affine functions of the same product: it is computed once.
         (codes,) = self.select(xn_BD, None, [Selection(Above(-self.b_gate.detach()))])
         pi = codes.values + codes.at(self.b_gate)
         mag = torch.addcmul(codes.at(self.b_mag), codes.values, codes.at(self.r_mag).exp())

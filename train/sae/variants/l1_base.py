@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from train.sae.base import SAE, StepOutput, TrainContext
 from train.sae.config import SparsityConfig
+from train.sae.parts.threshold import L0Calibration, find_level
 
 _RATE = 0.05  # of the coefficient's logarithm a step, at an L0 e times too large or more
 
@@ -19,7 +21,8 @@ class L1SAE(SAE):
 
     With `target_l0` the coefficient starts at `sparsity` and follows the mean L0 of the training batches: once it is
     warmed up, each step multiplies the factor by exp(0.05 * log(L0 / target_l0)), the logarithm held within +-1, so
-    that L0 settles about the target. Not in the papers; it spares a search where variants are compared at equal L0.
+    that L0 settles about the target, and `calibrate_l0` removes what is left after training. Not in the papers; it
+    spares a search where variants are compared at equal L0.
     Without `target_l0` the factor stays 1.
     """
 
@@ -28,6 +31,20 @@ class L1SAE(SAE):
 
     def add_state(self) -> None:
         self.register_buffer("sparsity_factor", torch.ones(()))
+
+    def margins(self, xn_BD: Float[Tensor, "B D"]) -> Float[Tensor, "B F"]:
+        """Compute what decides which latents fire: a latent is active where it is above 0."""
+        return self.pre_activation(xn_BD)
+
+    @torch.no_grad()
+    def calibrate_l0(self, batches: Sequence[Float[Tensor, "_ D"]]) -> L0Calibration | None:
+        """Lower the bias of every z by what brings the mean L0 to `target_l0`."""
+        if self.config.target_l0 is None:
+            return None
+        normalised = [self.norm.normalise(x_BD) for x_BD in batches]
+        found = find_level(self.margins, normalised, self.config.target_l0, at=0.0)
+        self.bias_F.sub_(found.level)
+        return found
 
     def coefficient(self, context: TrainContext) -> Float[Tensor, ""]:
         """Compute the L1's coefficient at this step."""

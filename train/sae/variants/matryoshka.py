@@ -26,7 +26,7 @@ class MatryoshkaConfig(AuxKConfig):
 
     @property
     def sizes(self) -> list[int]:
-        """The prefixes' latents: a share of p makes ceil(p * F)."""
+        """Compute the prefixes' sizes in latents: a share of p makes ceil(p * F)."""
         return [math.ceil(share * self.width - 1e-9) for share in self.prefixes]
 
     @model_validator(mode="after")

@@ -61,6 +61,7 @@ class ReLU(L1SAE):
         nmse = self.nmse(xn_hat_BD, xn_BD)
         if self.config.form == "april":
             norm_F = torch.linalg.vector_norm(self.W_dec, dim=1)
+            # sum_j f_j ||W_dec_j|| summed over tokens first: the norms are then multiplied once and not for each entry.
             l1 = codes.totals(f) @ norm_F / (len(xn_BD) * self.variance.sqrt())
         else:
             l1 = self.l1(f, len(xn_BD))

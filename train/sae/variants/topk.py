@@ -64,6 +64,7 @@ class TopK(TopKBase):
 
     def loss(self, xn_BD: Float[Tensor, "B D"], context: TrainContext = PLAIN) -> StepOutput:
         k, multi_topk = self.config.k, self.config.multi_topk
+        # The k largest are among the 4k largest: one selection serves both reconstructions.
         wide, candidates = self.encode_with_candidates(xn_BD, TopPerToken(4 * k if multi_topk else k), context)
         codes = wide.top_of_rows(k) if multi_topk else wide
         xn_hat_BD = self.decode_sparse(codes, codes.values)
@@ -80,4 +81,6 @@ class TopK(TopKBase):
     def start_encoder(self) -> None:
         if not self.config.tied_init:
             for parameter in (self.W_enc_FD, self.bias_F):
+                # Each encoder row (and bias) takes the decoder row of the latent before: directions of the same kind
+                # and norm, but of another latent.
                 parameter.copy_(parameter.roll(1, 0))

@@ -44,7 +44,7 @@ class TopKBase(SAE):
 
     @property
     def k_aux(self) -> int:
-        """Latents a token that AuxK takes."""
+        """Return how many latents of a token AuxK takes."""
         return auxk_size(self.d_in) if self.config.auxk_k is None else self.config.auxk_k
 
     def encode_with_candidates(
@@ -61,6 +61,7 @@ class TopKBase(SAE):
             alive_d = ~dead_F.index_select(0, latents_d)
         if latents_d is None or not len(latents_d):
             return self.select(xn_BD, self.bias_F, [Selection(rule)])[0], None
+        # With few dead latents a dense product over them is cheaper than a selection, and gives the same sum.
         few = len(latents_d) <= backend_for(xn_BD).dense_dead * self.k_aux
         aside = Selection(auxk_rule(self.k_aux, few), latents_d, alive_d)
         codes, beside = self.select(xn_BD, self.bias_F, [Selection(rule), aside])
@@ -76,6 +77,8 @@ class TopKBase(SAE):
             candidates.codes, residual_BD, W_dead_dD, k=self.k_aux, relu=self.config.auxk_relu, alive_d=alive_d
         )
         if alive_d is not None:
+            # The list of who may die may hold nobody dead yet. Without any dead latent the term is absent, not the norm
+            # of the residual.
             error = torch.where(alive_d.all(), 0.0, error)
         return self.config.auxk_alpha * error / self.auxk_norm(residual_BD)
 
@@ -98,6 +101,8 @@ class TopKBase(SAE):
         dead_F = context.dead_F
         if dead_F is None or not bool(dead_F.any()):
             return residual_BD.new_zeros(())
+        # `& dead_F`, as with fewer dead latents than k_aux the choice would reach for living ones, whose -inf comes
+        # next.
         kept_BF = largest_of_each_token(z_BF.masked_fill(~dead_F, -torch.inf), self.k_aux) & dead_F
         a_BF = torch.where(kept_BF, z_BF.relu() if self.config.auxk_relu else z_BF, 0.0)
         error = (a_BF @ self.W_dec - residual_BD).square().sum(1).mean()

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from data.base.errors import UserError
-from train.sae.parts.norm import KINDS, InputNorm
+from train.sae.parts.norm import NORM_KINDS, InputNorm
 
 
 def test_dataset_by_hand() -> None:
@@ -34,7 +34,7 @@ def test_none_is_the_identity_in_float32() -> None:
     assert torch.equal(norm.normalise(x), x.float())
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", NORM_KINDS)
 def test_the_way_back(kind: str) -> None:
     norm = InputNorm(kind, 5)
     x = 30 * torch.randn(64, 5, generator=torch.Generator().manual_seed(0)) + 7
@@ -42,7 +42,7 @@ def test_the_way_back(kind: str) -> None:
     torch.testing.assert_close(norm.denormalise(norm.normalise(x), x), x)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", NORM_KINDS)
 def test_the_scale_is_state(kind: str) -> None:
     norm = InputNorm(kind, 4)
     norm.fit(16.0)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from data.base.errors import UserError
-from tests.helpers.toy import K, activations, make, train
+from tests.helpers.toy import K, activations, make, train, train_step
 from train.sae.parts.threshold import calibrate, running_mean_
 from train.sae.variants.batchtopk import BatchTopKBase
 
@@ -122,3 +122,18 @@ def test_calibration_on_nothing_is_refused() -> None:
     assert isinstance(sae, BatchTopKBase)
     with pytest.raises(UserError, match="calibration_tokens"):
         sae.calibrate([])
+
+
+@pytest.mark.parametrize("form", ["batchtopk", "matryoshka"])
+def test_the_last_steps_guess_changes_no_weight(form: str) -> None:
+    """Also a guess that is far too high, and one that is gone, as after a resume."""
+    followed, disturbed = make(form), make(form)
+    train(followed, 12)
+    optimizer = torch.optim.Adam(disturbed.parameters(), lr=3e-3)
+    for i in range(12):
+        assert isinstance(disturbed, BatchTopKBase)
+        disturbed.guess = (None, torch.tensor(1e9), torch.tensor(1e-9))[i % 3]
+        train_step(disturbed, optimizer, activations(128, seed=1000 + i))
+    assert isinstance(followed, BatchTopKBase) and followed.guess is not None and followed.guess > 0
+    for one, other in zip(followed.state_dict().values(), disturbed.state_dict().values(), strict=True):
+        assert torch.equal(one, other)

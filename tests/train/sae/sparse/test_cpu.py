@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,8 +11,18 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.helpers.batches import batches
-from train.sae.sparse.cpu import AboveScan, Scan, TopOfBatchScan, TopPerTokenScan, scan_of, select, top_of_rows
-from train.sae.sparse.rules import Above, Entries, Rule, TopOfBatch, TopPerToken
+from train.sae.sparse.cpu import (
+    AboveScan,
+    CPUBackend,
+    Scan,
+    TopOfBatchScan,
+    TopPerTokenScan,
+    scan_of,
+    select,
+    top_of_rows,
+)
+from train.sae.sparse.product import Product
+from train.sae.sparse.rules import Above, Entries, Rule, Selection, TopOfBatch, TopPerToken
 
 
 def by_sorting(z: Tensor, count: int) -> tuple[list[int], float]:
@@ -28,7 +40,9 @@ def whole(rule: Rule, z: Tensor, blocks: int = 1) -> tuple[list[int], list[float
     for block in z.tensor_split(min(blocks, z.shape[1]), dim=1):
         scan.feed(block.contiguous(), first)
         first += block.shape[1]
-    rows, latents, values = scan.finish()
+    entries = scan.finish()
+    assert entries is not None
+    rows, latents, values = entries
     return (rows * z.shape[1] + latents).tolist(), values.tolist()
 
 
@@ -85,6 +99,60 @@ def test_all_above_a_bound_are_kept(batch: tuple[Tensor, int], blocks: int, each
     scan = AboveScan(bound)
     scan.feed(z.contiguous(), 0)
     assert scan.count == len(positions)
+
+
+def chosen(z: Tensor, rule: Rule, block_entries: int) -> Entries:
+    """What the backend keeps of z, which it computes as z I in blocks of about so many entries."""
+    product = Product(z, torch.eye(z.shape[1], dtype=z.dtype), None)
+    (entries,) = CPUBackend(block_entries=block_entries).select(product, [Selection(rule)])
+    assert isinstance(entries, Entries)
+    return entries
+
+
+@given(
+    batch=batches(),
+    share=st.floats(0, 1),
+    scale=st.sampled_from([0.0, 0.5, 1.0, 1 / 0.95, 1.2, torch.inf, torch.nan, -1.0]),
+    positive=st.booleans(),
+    repeats=st.integers(1, 4),
+)
+@settings(max_examples=300, deadline=None)
+def test_no_guess_changes_the_choice(
+    batch: tuple[Tensor, int], share: float, scale: float, positive: bool, repeats: int
+) -> None:
+    """Guesses from far below to above all that is there, in one block or several, with ties and with none above 0."""
+    z = batch[0].repeat(1, repeats)
+    count = max(1, round(share * z.numel()))
+    rule = TopOfBatch(count, positive)
+    smallest = z.flatten().sort(descending=True).values[count - 1]
+    for block_entries in (32 * len(z), 1 << 24):
+        plain = chosen(z, rule, block_entries)
+        guessed = chosen(z, replace(rule, guess=scale * smallest), block_entries)
+        assert all(torch.equal(one, other) for one, other in zip(guessed, plain, strict=True))
+
+
+def test_nan_is_chosen_from_with_a_guess_as_without() -> None:
+    z = torch.randn(16, 96, generator=torch.Generator().manual_seed(0))
+    z[3, 40], z[7, 0] = torch.nan, torch.nan
+    scans = [TopOfBatchScan(100, guess=guess) for guess in (torch.tensor(1.0), None)]
+    for scan in scans:
+        scan.feed(z, 0)
+    assert scans[0].finish() is None and scans[1].finish() is not None
+
+
+def test_a_good_guess_spares_reading_and_a_high_one_is_noticed() -> None:
+    z = torch.randn(512, 4096, generator=torch.Generator().manual_seed(0))
+    count = 512 * 16
+    smallest = z.flatten().topk(count).values[-1]
+    good, high = (TopOfBatchScan(count, guess=scale * smallest) for scale in (1.0, 1.2))
+    for first in range(0, 4096, 1024):
+        block = z[:, first : first + 1024].contiguous()
+        good.feed(block, first)
+        high.feed(block, first)
+    assert count <= sum(len(part.rows_n) for part in good.parts) < 1.5 * count
+    entries = good.finish()
+    assert entries is not None and entries.values_n.min() == smallest
+    assert high.finish() is None
 
 
 @pytest.mark.parametrize("k", [1, 8, 40])

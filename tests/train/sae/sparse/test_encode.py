@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.helpers.toy import make, train
+from tests.helpers.toy import activations, make, train
 from train.sae.sparse.backend import use_backend
 from train.sae.sparse.codes import Codes, Support
 from train.sae.sparse.cpu import CPUBackend, select
 from train.sae.sparse.encode import encode
+from train.sae.sparse.product import Product, float32_products
 from train.sae.sparse.rules import Above, Everything, Rule, Selection, TopOfBatch, TopPerToken
 
 B, D, F = 12, 5, 96
@@ -122,12 +125,61 @@ def test_bf16_rounds_the_products_factors_and_nothing_else(name: str, dense: boo
         torch.testing.assert_close(one, other)
 
 
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_bf16_of_float32_is_the_product_of_rounded_factors_summed_in_float32(with_bias: bool) -> None:
+    """By the CPU's own units where it has them, also into a part of a larger z; the process's setting stays."""
+    generator = torch.Generator().manual_seed(0)
+    x, W, bias = (torch.randn(*shape, generator=generator) for shape in ((256, 192), (512, 192), (512,)))
+    z = torch.zeros(256, 1024)
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    Product(x, W, bias if with_bias else None, "bf16").block(0, 512, z[:, 256:768])
+    wanted = x.bfloat16().double() @ W.bfloat16().double().t() + (bias if with_bias else 0)
+    torch.testing.assert_close(z[:, 256:768].double(), wanted, rtol=1e-5, atol=1e-4)
+    assert not torch.allclose(x @ W.t(), wanted.float(), atol=1e-2)  # a product of float32 is not rounded after it
+    assert not z[:, :256].any() and not z[:, 768:].any()
+    assert torch.backends.mkldnn.matmul.fp32_precision == before
+
+
+def test_products_are_float32_for_a_while_and_then_as_before() -> None:
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        with pytest.raises(KeyError), float32_products():
+            assert torch.get_float32_matmul_precision() == "highest"
+            raise KeyError
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 def test_only_training_rounds() -> None:
-    sae, xn = make("topk"), torch.randn(4, 16, generator=torch.Generator().manual_seed(0))
+    sae, xn = make("topk").double(), activations(4).double()  # in float32 a CPU may not round so small a product
     before = sae.encode_normalised(xn)
     sae.matmul = "bf16"
     assert not torch.equal(sae.encode_normalised(xn), before)
     assert torch.equal(sae.eval().encode_normalised(xn), before)
+
+
+class Operations(TorchDispatchMode):
+    """Writes down which of torch's operations run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("bounds", [[F], [10, 60, F]])
+def test_a_dense_decode_takes_no_cumulative_sum_and_no_slice_of_all(bounds: list[int]) -> None:
+    """A GPU that is to be deterministic refuses the one; the other costs a second gradient as large as W_dec."""
+    f, W_dec = torch.rand(B, F).requires_grad_(), torch.rand(F, D).requires_grad_()
+    with Operations() as operations:
+        Codes(f, None, (B, F)).decode(f, W_dec, bounds).sum().backward()
+    assert "mm" in operations.names and "cumsum" not in operations.names
+    assert ("slice_backward" in operations.names) == (len(bounds) > 1)
 
 
 def test_a_prefix_decodes_its_own_latents_and_all_before() -> None:

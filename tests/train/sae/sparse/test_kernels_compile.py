@@ -17,9 +17,12 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).resolve().parents[4]
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None, reason="triton is not installed: pip install triton"
-)
+pytestmark = [
+    pytest.mark.slow,  # dozens of runs of a compiler; what the kernels compute is in the fast tests
+    pytest.mark.skipif(
+        importlib.util.find_spec("triton") is None, reason="triton is not installed: pip install triton"
+    ),
+]
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +12,8 @@ import torch
 from data.base.errors import UserError
 from tests.helpers.toy import D, F, activations, make, train
 from train.sae import SAE, VARIANTS
+from train.sae_trainer import SAETrainer
+from train.schedules import Schedule
 
 K = 3.0
 
@@ -63,3 +67,18 @@ def test_it_ends_near_the_target() -> None:
 def test_an_unknown_target_is_refused() -> None:
     with pytest.raises(UserError, match="target_form=cube is not allowed"):
         targeted(target_form="cube")
+
+
+@pytest.mark.parametrize("share", [1.0, 0.3])
+def test_theta_takes_its_share_of_the_rate(share: float) -> None:
+    """Adam's first step is the rate for every entry whose gradient is not zero."""
+    sae = targeted(theta_rate=share, bandwidth=0.05)
+    theta, b_enc = sae.theta.detach().clone(), sae.bias_F.detach().clone()
+    schedule = Schedule(total=10, lr_warmup=0, lr_decay=0, sparsity_warmup=0)
+    optimizer = partial(torch.optim.Adam, lr=1e-3, eps=1e-20)
+    trainer = SAETrainer(
+        sae, optimizer, schedule, folder=Path("nowhere"), name="x", seed=0, dead_after=10**6, clip=None
+    )
+    trainer.training_step(activations(256))
+    assert float((sae.theta.detach() - theta).abs().max()) == pytest.approx(share * 1e-3, rel=1e-2)
+    assert float((sae.bias_F.detach() - b_enc).abs().max()) == pytest.approx(1e-3, rel=1e-2)
