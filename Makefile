@@ -36,7 +36,7 @@ demo: setup ## harvest, train six variants in one pass, evaluate; leaves outputs
 	$(PY) -m evaluate saes=outputs/demo/saes out=outputs/demo features=best
 
 REAL := outputs/demo-real
-# A CPU with AMX multiplies bfloat16 matrices in hardware: the harvest takes a third of the time.
+# A CPU with AMX multiplies bfloat16 matrices in hardware: the harvest takes a quarter of the time (benchmarks/RESULTS.md).
 REAL_DTYPE := $(if $(shell grep -m 1 -w -o amx_bf16 /proc/cpuinfo 2>/dev/null),bfloat16,float32)
 REAL_ARGS := +experiment=smollm2 model.dtype=$(REAL_DTYPE) $(if $(TEXT),text=files "text.paths=[$(TEXT)]")
 

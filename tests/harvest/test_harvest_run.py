@@ -444,10 +444,11 @@ def test_the_next_unit_is_run_while_one_is_written(
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_a_process_that_is_stopped_goes_on(model: Path, text: Path, tmp_path: Path, number: signal.Signals) -> None:
-    long = write_stories(tmp_path / "long.jsonl", range(150))
+    # 250 units, of which 9 are awaited: on a busy machine the process must not end before the signal reaches it.
+    long = write_stories(tmp_path / "long.jsonl", range(600))
     command = [
         *(sys.executable, "-m", "harvest", f"model.name={model}", "text=files", f"text.paths=[{long}]"),
-        *("tokens=4000", "heldout_tokens=500", "sites=[resid_post.1]", "packing.context=16", "model.device=cpu"),
+        *("tokens=16000", "heldout_tokens=500", "sites=[resid_post.1]", "packing.context=16", "model.device=cpu"),
         *("store.chunk_rows=16", "store.chunks_per_unit=4", f"hydra.run.dir={tmp_path}/run"),
     ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
