@@ -118,7 +118,9 @@ class GuardedLoader(ConfigLoaderImpl):
             return f"{missing[1] or '+experiment'}={missing[2]} is unknown: {choice}"
         strange = re.match(r"Could not (?:override|delete from config\.) '([^']+)'", lines[0])
         if strange is None:
-            return f"the settings cannot be read ({lines[0].rstrip('.')}): check the command line"
+            cause = lines[0].removeprefix("LexerNoViableAltException: ").rstrip(".")
+            quoted = "a value with special characters needs quotes of its own, as in 'name=\"<value>\"'"
+            return f"the settings cannot be read ({cause}): {quoted}"
         return f"{strange[1]} is no setting: {self._hint(strange[1], config_name)}"
 
     def _hint(self, name: str, config_name: str | None) -> str:

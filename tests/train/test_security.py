@@ -200,6 +200,10 @@ def test_flags_that_load_code_are_refused(arguments: list[str]) -> None:
         ("~nothing", "nothing is no setting"),
         ("sae=topkk", "sae=topkk is unknown: choose one of batchtopk, gated"),
         ("batch={", "the settings cannot be read"),
+        (
+            "cache=<|a|>",
+            "the settings cannot be read (cache=<|a|>): a value with special characters needs quotes",
+        ),
     ],
 )
 def test_a_name_that_is_no_setting_gets_the_nearest_that_is(override: str, says: str) -> None:
