@@ -58,7 +58,7 @@ def sweep_columns(rows: Sequence[Json]) -> list[Column]:
 
 def written(value: Any) -> int | str | None:
     """Return a setting as a table shows it."""
-    if value is None or isinstance(value, int) and not isinstance(value, bool):
+    if value is None or (isinstance(value, int) and not isinstance(value, bool)):
         return value
     if isinstance(value, float):
         return f"{value:g}"

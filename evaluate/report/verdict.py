@@ -70,14 +70,14 @@ def _of_group(group: Json, rows: dict[str, Json]) -> str:
     count = len(group["saes"])
     if difference["low"] is None:
         return (
-            f"Lowest CE increase of {count} SAEs at L0 {at}: {sae_name(best)}, {_cost(best)}, before {sae_name(second)},"
-            f" {_cost(second)}; one document gives the difference no interval."
+            f"Lowest CE increase of {count} SAEs at L0 {at}: {sae_name(best)}, {_cost(best)}, before"
+            f" {sae_name(second)}, {_cost(second)}; one document gives the difference no interval."
         )
     value, bounds = interval(difference["value"], difference["low"], difference["high"])
     if difference["low"] <= 0:
         return (
-            f"No clear best of {count} SAEs at L0 {at}: {sae_name(best)} has the lowest CE increase ({_cost(best)}), but"
-            f" that of {sae_name(second)} is higher by only {value} {bounds} nats, an interval that holds 0."
+            f"No clear best of {count} SAEs at L0 {at}: {sae_name(best)} has the lowest CE increase ({_cost(best)}),"
+            f" but that of {sae_name(second)} is higher by only {value} {bounds} nats, an interval that holds 0."
         )
     return (
         f"Best of {count} SAEs at L0 {at}: {sae_name(best)}, {_cost(best)}; the next, {sae_name(second)}, is higher by"

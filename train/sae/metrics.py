@@ -14,7 +14,6 @@ from torch import Tensor
 
 from train.sae.base import SAE
 
-
 ONE_L0 = 1.05  # SAEs whose L0 differ by less than this factor are compared as of one L0
 
 

@@ -9,9 +9,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from evaluate.features import pages
+from evaluate.features.own_text import write_own_text
+from evaluate.features.pages import OtherSAE
 from evaluate.report.page import write_page
 from evaluate.run import evaluate
 from harvest.run import harvest
@@ -163,7 +166,7 @@ def test_hostile_text_shows_as_text_and_runs_nothing(browser: Browser, features:
         browser.until("document.querySelector('#latent h1')?.textContent === arguments[0]", f"Latent #{latent}")
         assert browser.run("window.hacked === undefined && document.querySelector('img') === null")
         scripts = browser.run("[...document.scripts].map((one) => one.getAttribute('src') ?? one.type)")
-        assert scripts == [f"part-{latent // 3:03d}.js", "application/json", "", "index.js"]
+        assert scripts == [f"part-{latent // 3:03d}.js", "application/json", "", "index.js", "labels.js"]
     shown = browser.text("#latent") + browser.text("#list")
     for text in HOSTILE:
         assert text.replace("\u2028\u2029", "¶¶") in shown
@@ -383,3 +386,143 @@ def test_the_report_fits_a_phone_and_the_dark(browser: Browser, report: Callable
     assert black is False
     size = browser.run("(({width}) => width)(document.querySelector('.plot .main-svg').getBoundingClientRect())")
     assert 300 < size <= PHONE[0]
+
+
+def pressed(browser: Browser, keys: str) -> None:
+    from selenium.webdriver.common.action_chains import ActionChains
+
+    ActionChains(browser.driver).send_keys(keys).perform()
+
+
+def test_contexts_come_first_and_are_seen_without_scrolling(browser: Browser, features: Path) -> None:
+    browser.open(features, "#4")
+    browser.until("document.querySelector('#latent h1')?.textContent === 'Latent #4'")
+    boxes = browser.run(
+        "[...document.querySelectorAll('.context')].map((one) => one.getBoundingClientRect())"
+        ".map(({top, bottom, left}) => [top, bottom, left])"
+    )
+    assert len(boxes) >= 4 and all(0 < top < bottom < DESKTOP[1] for top, bottom, _ in boxes[:2])
+    beside = browser.run("document.querySelector('.beside').getBoundingClientRect().left")
+    assert all(left < beside for _, _, left in boxes)
+
+
+def test_a_context_opens_to_the_whole_of_it(browser: Browser, features: Path) -> None:
+    _, piece = called(features.parent / "part-001.js")
+    _, text = called(features.parent / "text-000.js")
+    example = piece["latents"][1]["g"][0]["c"][0]
+    sequence, position = example["s"]
+    browser.open(features, "#4")
+    browser.until("document.querySelector('.context .more')")
+    browser.click(".context .more")
+    whole = "document.querySelector('.context.whole .text').children"
+    browser.until(f"document.querySelector('.context.whole') && {whole}.length === 8")
+    shown = browser.run(f"[...{whole}].map((one) => [one.textContent, Number(one.dataset.value ?? 0), one.className])")
+    expected = {position - example["p"] + place: value for place, value in paired(example["a"])} | dict(
+        paired(example["o"])
+    )
+    assert [value for _, value, _ in shown] == [expected.get(place, 0) for place in range(8)]
+    assert shown[position][2] == "peak" and shown[0][2] == "unread"
+    tokens = [text["tokens"][i] for i in text["contexts"][sequence]]
+    assert [seen for seen, _, _ in shown] == [token.replace("\u2028\u2029", "¶¶") for token in tokens]
+    pressed(browser, "e")  # all whole, then all short
+    browser.until("[...document.querySelectorAll('.context')].every((one) => one.classList.contains('whole'))")
+    pressed(browser, "e")
+    browser.until("document.querySelector('.context.whole') === null")
+
+
+def paired(numbers: list[Any]) -> list[tuple[int, float]]:
+    return list(zip(numbers[::2], numbers[1::2], strict=True))
+
+
+def test_keys_walk_the_list_and_a_favourite_is_remembered(browser: Browser, features: Path) -> None:
+    browser.open(features)
+    browser.until("document.querySelector('#latent h1')")
+    listed = numbers(browser)
+    for key, latent in (("j", listed[1]), ("j", listed[2]), ("k", listed[1])):
+        pressed(browser, key)
+        browser.until("document.querySelector('#latent h1')?.textContent === arguments[0]", f"Latent #{latent}")
+        assert browser.text("#list a[aria-current] b") == f"#{latent}"
+    pressed(browser, "f")
+    browser.until("document.querySelector('#star').getAttribute('aria-pressed') === 'true'")
+    browser.open(features)
+    browser.until("document.querySelectorAll('#list b').length === 11")
+    browser.click("#favourites")
+    assert numbers(browser) == [listed[1]]
+    browser.click("#favourites")
+    pressed(browser, "/")
+    pressed(browser, "j")  # words in the search box are no keys
+    assert browser.run("document.querySelector('#search').value") == "j"
+    browser.click("#list a")
+    pressed(browser, "?")
+    assert browser.run("document.querySelector('#keys').hidden") is False
+
+
+def test_the_list_goes_to_the_latent_of_a_link(browser: Browser, tmp_path: Path) -> None:
+    """Of 700 latents 200 are listed at a time, and a link may be to any."""
+    _, index = a_page(tmp_path, 700)
+    browser.open(index)
+    browser.until("document.querySelectorAll('#list b').length === 200")
+    browser.click("#sort option[value=number]")
+    browser.run("(() => { location.hash = '#600'; })()")
+    browser.until("document.querySelector('#list a[aria-current] b')?.textContent === '#600'")
+    box = browser.run(
+        "(({top, bottom}) => [top, bottom])(document.querySelector('[aria-current]').getBoundingClientRect())"
+    )
+    assert 0 < box[0] < box[1] <= DESKTOP[1]
+    browser.click("#earlier")
+    assert numbers(browser)[0] == 300
+
+
+def test_two_saes_are_seen_side_by_side(browser: Browser, tmp_path: Path) -> None:
+    a_page(tmp_path / "other", 4)
+    near = (np.array([[(i + 1) % 4, i % 4] for i in range(5)]), np.full((5, 2), 0.5, np.float32))
+    other = OtherSAE(HOSTILE[1], "other", near, [[0], [1], [2], [3]])
+    _, index = a_page(tmp_path, 5, other)
+    browser.open(index, "#2")
+    browser.until("document.querySelector('#latent h1')")
+    assert "#3" in browser.text(".beside .card") and HOSTILE[1] in browser.text(".beside h2")
+    pressed(browser, "s")
+    browser.until("document.querySelector('iframe')")
+    browser.driver.switch_to.frame(0)
+    browser.until("document.querySelector('#latent h1')?.textContent === 'Latent #3'")
+    assert browser.run("getComputedStyle(document.querySelector('#side')).display") == "none"
+    browser.driver.switch_to.default_content()
+    pressed(browser, "s")
+    browser.until("document.querySelector('iframe') === null")
+
+
+@pytest.fixture
+def own_text(tmp_path: Path) -> Path:
+    """Three tokens after a BOS, on which latents 5 and 7 fire."""
+    tokens = ["<s>", HOSTILE[0], "\n", HOSTILE[1]]
+    latents = [{"i": 5, "a": [1, 2.0, 3, 1.0], "r": [1]}, {"i": 7, "a": [3, 4.0], "r": []}]
+    page = {"ids": [0, 1, 2, 3], "read": [1, 2, 3], "latents": latents, "tokens": tokens}
+    about = {"variant": HOSTILE[0], "width": 9, "folder": HOSTILE[2], "site": "s", "model": "m", "l0": 1.0}
+    return write_own_text(page, about, tmp_path)
+
+
+@pytest.mark.parametrize("size", [DESKTOP, PHONE])
+def test_own_text_is_shaded_by_the_latent_chosen(browser: Browser, own_text: Path, size: tuple[int, int]) -> None:
+    browser.size(size)
+    browser.open(own_text)
+    rows = "[...document.querySelectorAll('#latents tr')].map((one) => one.cells[0].textContent)"
+    assert browser.until(rows) == ["#7", "#5"]
+    browser.click("#latents tr:last-child button")
+    values = "[...document.querySelectorAll('#text > span')].map((one) => Number(one.dataset.value ?? 0))"
+    assert browser.run(values) == [0, 2, 0, 1]
+    browser.click("#text > span:nth-child(2)")
+    assert browser.run(rows) == ["#5"] and "1 fire" in browser.text("#count")
+    browser.click("#all")
+    assert browser.run(rows) == ["#7", "#5"]
+    assert browser.run("document.documentElement.scrollWidth") <= size[0]
+    assert browser.run("window.hacked === undefined && document.querySelector('img') === null")
+    assert HOSTILE[1] in browser.text("#text")
+
+
+def test_the_first_column_stays_on_a_phone(browser: Browser, report: Callable[..., Path]) -> None:
+    browser.size(PHONE)
+    browser.open(report())
+    browser.until("document.querySelectorAll('.plot .main-svg').length >= 6")
+    browser.run("(() => { document.querySelector('.wide').scrollLeft = 200; })()")
+    left = "document.querySelector('td').getBoundingClientRect().left"
+    assert browser.run("document.querySelector('.wide').scrollLeft") == 200 and 0 <= browser.run(left) < 60
