@@ -16,11 +16,11 @@ MOST_FIRINGS = 1 << 23  # 128 MB as two int64 a firing
 class CoActivation:
     """The firings of the tokens drawn. A token is drawn where its own fair number lies below `share`.
 
-    share: 1 until the firings pass MOST_FIRINGS, then halved as often as it takes.
+    share: 1 until the firings pass `most`, then halved as often as it takes.
     """
 
-    def __init__(self, width: int, seed: int) -> None:
-        self.width, self.seed, self.share = width, seed, 1.0
+    def __init__(self, width: int, seed: int, most: int = MOST_FIRINGS) -> None:
+        self.width, self.seed, self.most, self.share = width, seed, most, 1.0
         self._token_n = np.zeros(0, np.int64)
         self._latent_n = np.zeros(0, np.int64)
 
@@ -29,7 +29,7 @@ class CoActivation:
         drawn = self._drawn(token_N)[row_n]
         self._token_n = np.concatenate([self._token_n, token_N[row_n[drawn]]])
         self._latent_n = np.concatenate([self._latent_n, latent_n[drawn]])
-        while len(self._token_n) > MOST_FIRINGS:
+        while len(self._token_n) > self.most:
             self.share /= 2
             drawn = self._drawn(self._token_n)
             self._token_n, self._latent_n = self._token_n[drawn], self._latent_n[drawn]

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from evaluate.features.pages import Latents
     from train.sae.base import SAE
 
-OTHER = "other"  # the folder of the pages of the SAE compared with
+OTHER_FOLDER = "other"  # the folder of the pages of the SAE compared with
 SHARED = tuple(name for name in HeldoutSettings.model_fields if name not in ("out", "seed"))
 
 
@@ -98,7 +98,7 @@ def describe_latents(
             raised, lowered = map(as_arrays, weights.ends(lens, W_dec_FD, vocabulary, settings.logits, bar.update))
         if other is not None:
             rows = weights.neighbours(W_dec_FD, settings.neighbours, bar.update, other.sae.W_dec.detach())
-            beside = OtherSAE(other.name, OTHER, as_arrays(rows), other.peaks)
+            beside = OtherSAE(other.name, OTHER_FOLDER, as_arrays(rows), other.peaks)
     return Latents(
         collector,
         text.packed,
@@ -148,7 +148,7 @@ def make_pages(settings: FeaturesSettings, report: str | None = None) -> Path:
         collector = collect(sae, scored.text, site, settings)
         latents = describe_latents(sae, scored.text, site, collector, settings)
         about = describe_pages(compared, store, scored, latents, settings)
-        peaks = write(latents, about, Path(settings.out) / OTHER)
+        peaks = write(latents, about, Path(settings.out) / OTHER_FOLDER)
         other = OtherPages(sae, f"{compared.config['variant']} in {compared.folder.name}", peaks)
     sae = load(trained.folder).eval()
     collector = collect(sae, scored.text, site, settings)

@@ -45,7 +45,7 @@ def make_own_text(settings: FeaturesSettings, trained: SavedSAE) -> Path:
         **{"device": settings.device, "device_map": settings.device_map},
     }
     tokenizer = lm.load_tokenizer(model_settings)
-    ids, read = encode(text, tokenizer, store)
+    ids, read = encode_as_stored(text, tokenizer, store)
     print(f"loading {store.manifest.name} to read {len(ids)} tokens", flush=True)
     model = lm.load_model(model_settings)
     sae = load(trained.folder).eval()
@@ -73,7 +73,7 @@ def make_own_text(settings: FeaturesSettings, trained: SavedSAE) -> Path:
     return write_own_text(page, about, Path(settings.out))
 
 
-def encode(text: str, tokenizer: Any, store: Store) -> tuple[list[int], np.ndarray[Any, np.dtype[np.bool_]]]:
+def encode_as_stored(text: str, tokenizer: Any, store: Store) -> tuple[list[int], np.ndarray[Any, np.dtype[np.bool_]]]:
     """Return the token ids of a text behind the BOS of the store's packing, and which of them the SAE reads."""
     packing = Packing.of(store.manifest.settings["packing"])
     bos = bos_id(tokenizer, packing)

@@ -159,7 +159,7 @@ class Pieces:
                 groups.append({"q": quantile, "v": short(value), "c": contexts})
         return groups
 
-    def token_figures(self, latent: int, tokens: Strings) -> list[Json]:
+    def token_figures(self, latent: int, tokens: Strings) -> list[list[float]]:
         """Return the tokens that the latent fires on most: number, share of the drawn firings, mean activation."""
         sample = self.latents.collector.sample
         drawn = np.flatnonzero(sample.sequence_FK[latent] >= 0)

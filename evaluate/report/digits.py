@@ -25,7 +25,7 @@ def measured(value: float, error: float | None) -> tuple[str, str]:
     return f"{value:,.{decimals}f}", f"{error:,.{decimals}f}"
 
 
-def interval(value: float, low: float, high: float, *, signed: bool = False) -> tuple[str, str]:
+def with_interval(value: float, low: float, high: float, *, signed: bool = False) -> tuple[str, str]:
     """Format a value and its 95% interval with the digits that the standard error which fits the interval allows."""
     error = (high - low) / (2 * 1.96)
     decimals = decimals_of(error) if error > 0 else 0

@@ -29,7 +29,7 @@ from evaluate.report.columns import (
     massive_rows,
     sae_name,
 )
-from evaluate.report.digits import interval, measured
+from evaluate.report.digits import measured, with_interval
 from evaluate.report.sweep import sweep_columns
 from evaluate.report.verdict import verdict_sentences
 
@@ -69,7 +69,7 @@ def format_number(value: float | None, digits: int = 3) -> str:
 def statistic(entry: Json, digits: int = 3) -> str:
     """Format `value ± standard error`, or `value [low, high]`, with digits that agree with the error."""
     if entry["value"] is not None and entry.get("low") is not None:
-        return " ".join(interval(entry["value"], entry["low"], entry["high"]))
+        return " ".join(with_interval(entry["value"], entry["low"], entry["high"]))
     if entry["value"] is None or not entry["se"]:
         return format_number(entry["value"], digits)
     return " ± ".join(measured(entry["value"], entry["se"]))
@@ -108,7 +108,7 @@ def _delta(row: Json, metric: str, digits: int) -> str:
     entry = row["delta"][metric]
     if entry["low"] is None:
         return format_number(entry["value"], digits)
-    text = " ".join(interval(entry["value"], entry["low"], entry["high"], signed=True))
+    text = " ".join(with_interval(entry["value"], entry["low"], entry["high"], signed=True))
     return f"**{text}**" if entry["low"] > 0 or entry["high"] < 0 else text
 
 

@@ -9,10 +9,10 @@ from data.base.records import Json
 from evaluate.report.columns import Column
 
 # Settings that every SAE has, whatever its variant: these may differ between variants too.
-SHARED = ("width", "tokens", "batch", "seed", "lr")
+OF_ALL_VARIANTS = ("width", "tokens", "batch", "seed", "lr")
 # Of the record of a training: what was asked for, not what came out of it.
 ASKED = ("tokens", "batch", "seed", "clip", "ema", "lr_at_width", "outliers")
-HEADINGS = {"tokens": "training tokens", "lr": "learning rate"}
+LONG_NAMES = {"tokens": "training tokens", "lr": "learning rate"}
 
 
 def run_settings(row: Json) -> dict[str, Any]:
@@ -37,7 +37,7 @@ def varied(rows: Sequence[Json]) -> list[str]:
 
     variants = dict.fromkeys(row["variant"] for row in rows)
     of_variant = [[i for i, row in enumerate(rows) if row["variant"] == variant] for variant in variants]
-    between = [name for name in SHARED if name != "lr" or not all(chosen)]
+    between = [name for name in OF_ALL_VARIANTS if name != "lr" or not all(chosen)]
     everyone = range(len(rows))
     return [
         name
@@ -51,7 +51,7 @@ def sweep_columns(rows: Sequence[Json]) -> list[Column]:
 
     def column(name: str) -> Column:
         definition = "a setting in which these SAEs differ."
-        return Column(name, HEADINGS.get(name, name), 0, definition, lambda row: written(run_settings(row).get(name)))
+        return Column(name, LONG_NAMES.get(name, name), 0, definition, lambda row: written(run_settings(row).get(name)))
 
     return [column(name) for name in varied(rows)]
 

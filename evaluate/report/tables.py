@@ -19,7 +19,7 @@ from evaluate.report.columns import (
     sae_name,
     sparsity_setting,
 )
-from evaluate.report.digits import interval, measured, plain
+from evaluate.report.digits import measured, plain, with_interval
 from evaluate.report.series import OTHER, STYLES
 from evaluate.report.sweep import sweep_columns
 
@@ -115,7 +115,7 @@ def cell(value: Any) -> Cell:
         if value["value"] is None:
             return cell(None)
         if value.get("low") is not None:
-            text, error = interval(value["value"], value["low"], value["high"])
+            text, error = with_interval(value["value"], value["low"], value["high"])
             return Cell(text, error, float(value["value"]))
         text, error = measured(value["value"], value.get("se"))
         return Cell(text, f"± {error}" if error else "", float(value["value"]))

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from data.base.records import Json
 from evaluate.report.columns import STAR, best_at_their_l0, sae_name
-from evaluate.report.digits import interval, measured
+from evaluate.report.digits import measured, with_interval
 from evaluate.report.sweep import sweep_columns
 
 MOST_NAMED = 6  # SAEs that a sentence names one by one
@@ -73,7 +73,7 @@ def _of_group(group: Json, rows: dict[str, Json]) -> str:
             f"Lowest CE increase of {count} SAEs at L0 {at}: {sae_name(best)}, {_cost(best)}, before"
             f" {sae_name(second)}, {_cost(second)}; one document gives the difference no interval."
         )
-    value, bounds = interval(difference["value"], difference["low"], difference["high"])
+    value, bounds = with_interval(difference["value"], difference["low"], difference["high"])
     if difference["low"] <= 0:
         return (
             f"No clear best of {count} SAEs at L0 {at}: {sae_name(best)} has the lowest CE increase ({_cost(best)}),"

@@ -9,7 +9,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from evaluate.features import coactivation
+from evaluate.features.coactivation import CoActivation
 from evaluate.features.collect import BINS, PARTS, Collector
 from evaluate.features.draw import priority
 
@@ -210,10 +210,9 @@ def test_co_activation_is_the_share_of_tokens_on_which_both_fire(
         assert near[latent] == [(i, pytest.approx(s)) for i, s in expected]
 
 
-def test_co_activation_keeps_a_fair_draw_of_a_long_text(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_co_activation_keeps_a_fair_draw_of_a_long_text() -> None:
     """Of 4,000 tokens with two firings each, room for 1,000 firings keeps an eighth: both firings of each token."""
-    monkeypatch.setattr(coactivation, "MOST_FIRINGS", 1000)
-    together = coactivation.CoActivation(2, seed=0)
+    together = CoActivation(2, seed=0, most=1000)
     for first in range(0, 4000, 100):
         token = np.arange(first, first + 100)
         together.update(token, np.repeat(np.arange(100), 2), np.tile([0, 1], 100))

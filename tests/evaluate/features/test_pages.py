@@ -79,17 +79,14 @@ def whole_context(found: Collector, latent: int, sequence: int, position: int) -
     raise AssertionError("no such example")
 
 
-def test_whole_contexts_come_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pages, "TOKENS_A_TEXT", 16)  # two contexts of 8
+def test_whole_contexts_stand_beside_the_latents(tmp_path: Path) -> None:
     latents, _ = a_page(tmp_path)
-    contexts, left_out = [], []
-    for number in range(3):
-        given, text = called(tmp_path / f"text-{number:03d}.js")
-        assert given == number
-        contexts += [[text["tokens"][i] for i in ids] for ids in text["contexts"]]
-        left_out += text["left_out"]
-    assert contexts == [[latents.words.text(i) for i in ids] for ids in latents.packed.contexts]
-    assert left_out == [[0]] * 6
+    number, text = called(tmp_path / "text-000.js")
+    assert number == 0 and text["left_out"] == [[0]] * 6
+    shown = [[text["tokens"][i] for i in ids] for ids in text["contexts"]]
+    assert shown == [[latents.words.text(i) for i in ids] for ids in latents.packed.contexts]
+    part = pages.Pieces(latents).text(2, 3)
+    assert [[part["tokens"][i] for i in ids] for ids in part["contexts"]] == shown[2:5]
 
 
 def test_larger_dictionaries_come_in_pieces_and_old_ones_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

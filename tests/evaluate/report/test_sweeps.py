@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from evaluate.report.digits import interval, measured, plain
+from evaluate.report.digits import measured, plain, with_interval
 from evaluate.report.markdown import markdown
 from evaluate.report.sweep import sweep_columns, varied
 from evaluate.report.tables import sae_tables
@@ -117,9 +117,9 @@ def test_digits_agree_with_the_error(value: float, error: float | None, written:
 
 
 def test_an_interval_has_the_digits_of_its_width() -> None:
-    assert interval(-0.25, -0.375, -0.125) == ("-0.250", "[-0.375, -0.125]")
-    assert interval(0.00734, 0.0051, 0.0094, signed=True) == ("+0.0073", "[+0.0051, +0.0094]")
-    assert interval(0.0, 0.0, 0.0) == ("0", "[0, 0]")
+    assert with_interval(-0.25, -0.375, -0.125) == ("-0.250", "[-0.375, -0.125]")
+    assert with_interval(0.00734, 0.0051, 0.0094, signed=True) == ("+0.0073", "[+0.0051, +0.0094]")
+    assert with_interval(0.0, 0.0, 0.0) == ("0", "[0, 0]")
 
 
 def test_plain_numbers_have_no_idle_decimals() -> None:
