@@ -27,7 +27,7 @@ from train.messages import closing, diverged, how_to_go_on, label, missed_l0, op
 from train.optimizers import OPTIMIZERS, optimizer_from
 from train.plan import DataPlan, TrainRun, origin
 from train.resume import fingerprint, first_rank, read_checkpoint
-from train.sae import SAE, Sample, default_window, save
+from train.sae import SAE, StartRows, default_window, save
 from train.sae.config import PenaltyConfig
 from train.sae.parts.init import SAMPLES
 from train.sae.sparse.product import float32_products, has_bf16_units
@@ -143,7 +143,7 @@ def _members(runs: Sequence[TrainRun], data: ActivationData) -> tuple[list[SAETr
                 order = state["loader"]
             elif not run.settings.start:
                 assert sample is not None
-                target = None if sample.target_BE is None else Sample(sample.target_BE, **plan.target_moments())
+                target = None if sample.target_BE is None else StartRows(sample.target_BE, **plan.target_moments())
                 member.initialise(sample.x_BD, **plan.moments(), target=target)
             member.loggers = _loggers(run, len(runs) > 1)
         except UserError as error:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from data.base.errors import UserError
 from train.optimizers import OptimizerFactory
-from train.sae import SAE, DeadLatents, Sample, StepOutput, TrainContext
+from train.sae import SAE, DeadLatents, StartRows, StepOutput, TrainContext
 from train.sae.parts.update import WeightEMA, update
 from train.schedules import Schedule
 
@@ -227,7 +227,9 @@ class SAETrainer(nn.Module):
 
     # Beginning and going on
 
-    def initialise(self, sample_ND: Tensor, mean_sq_norm: float, variance: float, target: Sample | None = None) -> None:
+    def initialise(
+        self, sample_ND: Tensor, mean_sq_norm: float, variance: float, target: StartRows | None = None
+    ) -> None:
         """Start from data in model units and the moments of all of it, a transcoder from those of its target too."""
         set_random_state(self.rng, torch.device("cpu"))
         moments = {"mean_sq_norm": mean_sq_norm, "variance": variance}

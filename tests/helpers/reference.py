@@ -58,7 +58,7 @@ class Pass:
         self.loss = 0.0
 
     def squared(self, f: Array, *, weight: float = 1.0, latents: int | None = None) -> Array:
-        """Adds weight * E||y - (f W_dec + b_dec + xc W_skip)||^2 / v over the first `latents`; returns d/df (zero beyond them)."""
+        """Adds weight * E||y - (f W_dec + b_dec + xc W_skip)||^2 / v over the first `latents`: d/df."""
         used = np.array(f)
         used[:, slice(latents, None) if latents else slice(0, 0)] = 0
         error = used @ self.p["W_dec"] + self.beside - self.y

@@ -3,7 +3,7 @@
 from train.sae.base import SAE, Batch, StepOutput, TrainContext
 from train.sae.io import VARIANTS, load, load_config, save
 from train.sae.parts.auxk import DeadLatents, default_window
-from train.sae.parts.init import Sample
+from train.sae.parts.init import StartRows
 from train.sae.parts.threshold import Calibration
 
 __all__ = [
@@ -12,7 +12,7 @@ __all__ = [
     "Batch",
     "Calibration",
     "DeadLatents",
-    "Sample",
+    "StartRows",
     "StepOutput",
     "TrainContext",
     "default_window",

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from data.base.errors import UserError
 from train.sae.config import SAEConfig, transcoder_settings
-from train.sae.parts.init import SAMPLES, Sample, directions, finite, fit_norm, geometric_median
+from train.sae.parts.init import SAMPLES, StartRows, directions, finite, fit_norm, geometric_median
 from train.sae.parts.norm import InputNorm
 from train.sae.parts.threshold import L0Calibration
 from train.sae.sparse.codes import Codes
@@ -394,7 +394,7 @@ class SAE(nn.Module, ABC):
         mean_sq_norm: float | None = None,
         variance: float | None = None,
         seed: int = 0,
-        target: Sample | None = None,
+        target: StartRows | None = None,
     ) -> None:
         """Start from data, `sample_ND` in model units; a transcoder's `target` of the same tokens.
 
@@ -407,7 +407,7 @@ class SAE(nn.Module, ABC):
         b_dec is the median of y', `centre` that of x', and W_skip zero.
         """
         assert self.transcodes == (target is not None), "a transcoder starts from its target too, an SAE from x alone"
-        own = Sample(finite(sample_ND.to(self.W_dec)), mean_sq_norm, variance)
+        own = StartRows(finite(sample_ND.to(self.W_dec)), mean_sq_norm, variance)
         out = own if target is None else replace(target, rows_ND=finite(target.rows_ND.to(self.W_dec)))
         assert len(own.rows_ND) == len(out.rows_ND), "the rows of site and target are of the same tokens"
         fit_norm(self.norm, own)
@@ -435,7 +435,7 @@ class SAE(nn.Module, ABC):
             self._start_encoder(rows_FD, float((to_explain / explained).sqrt()))
         self.start_variant(xn_ND)
 
-    def _measure(self, out: Sample) -> None:
+    def _measure(self, out: StartRows) -> None:
         """Set s of what is predicted, Vx and E||x'||^2."""
         mean_sq_norm = fit_norm(self.norm_out, out)
         if self.input_norm == "token" or out.variance is None:

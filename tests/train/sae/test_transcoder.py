@@ -14,11 +14,11 @@ from data.base.errors import UserError
 from tests.helpers.cases import CASES, DEAD, Case, as_formula, perturbed, tokens
 from tests.helpers.toy import FORMS, make
 from train.interop.fold import folded
-from train.sae import SAE, VARIANTS, Batch, Sample, TrainContext, load, save
+from train.sae import SAE, VARIANTS, Batch, StartRows, TrainContext, load, save
 from train.sae.metrics import held_out
 from train.sae.parts.update import update
 
-D, E, F, FEATURES = 16, 12, 48, 24
+D, E, F, FEATURES = 32, 24, 48, 24
 SKIP = pytest.mark.parametrize("skip", [False, True], ids=["plain", "skip"])
 
 
@@ -43,7 +43,7 @@ def transcoder(form: str, **settings: Any) -> SAE:
 def started(sae: SAE, rows: int = 2048) -> SAE:
     x, target = sites(rows)
     assert target is not None
-    sae.initialise(x, target=Sample(target))
+    sae.initialise(x, target=StartRows(target))
     return sae
 
 
@@ -90,7 +90,7 @@ def test_the_inference_form_predicts_the_target_in_its_own_units(form: str, skip
     wanted = ((f @ sae.W_dec + beside) / sae.norm_out.scale).detach()
     torch.testing.assert_close(sae(x), wanted)
     torch.testing.assert_close(sae.decode(f, x), wanted)
-    assert sae(x.reshape(2, 32, D)).shape == (2, 32, E)
+    assert sae(x.unflatten(0, (2, 32))).shape == (2, 32, E)
     save(sae, tmp_path, {"site": "mlp_in.1", "target": "mlp_out.1"})
     again = load(tmp_path)
     assert (again.site, again.target, again.d_out, again.skip) == ("mlp_in.1", "mlp_out.1", E, skip)
@@ -123,8 +123,9 @@ def test_it_starts_at_the_targets_centre_with_latents_of_its_scale(form: str, sk
     x, y = sites(2048)
     assert y is not None
     moved = sae.norm_out.normalise(y) - sae.b_dec
-    part = sae.loss(sae.norm.normalise(x), TrainContext(target_BE=moved)).xn_hat_BD - sae.b_dec
-    assert float(part.square().sum()) == pytest.approx(float(moved.square().sum()), rel=0.2)
+    step = sae.loss(sae.norm.normalise(x), TrainContext(target_BE=moved))
+    part = (step.xn_hat_BD - sae.b_dec).detach()
+    assert float(part.square().sum()) == pytest.approx(float(moved.detach().square().sum()), rel=0.2)
     # E||y'||^2 = E by the norm, and Vx is the target's.
     assert float(sae.norm_out.normalise(y).square().sum(1).mean()) == pytest.approx(E, rel=1e-5)
     spread = sae.norm_out.normalise(y).var(0, correction=0).sum()
@@ -132,32 +133,33 @@ def test_it_starts_at_the_targets_centre_with_latents_of_its_scale(form: str, sk
     assert sae.W_skip is None or not bool(sae.W_skip.any())
     # Not tied: no latent's encoder is near its decoder row, where the widths are equal.
     square = VARIANTS["topk"](D, F, D, k=4)
-    square.initialise(x, target=Sample(x.flip(1)))
+    square.initialise(x, target=StartRows(x.flip(1)))
     cosines = torch.nn.functional.cosine_similarity(square.W_enc_FD, square.W_dec)
-    assert float(cosines.abs().mean()) < 0.3
+    assert float(cosines.detach().abs().mean()) < 0.3
 
 
-@pytest.mark.parametrize("name", ["batchtopk", "gated"])
-def test_a_known_sparse_map_is_recovered(name: str) -> None:
-    """Each feature's direction in the second site is some decoder row, whose encoder finds it in the first."""
-    settings: dict[str, Any] = {"batchtopk": {"k": 2}, "gated": {"sparsity": 0.1}}[name]
-    sae = started(VARIANTS[name](D, F, E, **settings, apply_b_dec_to_input=False))
+def test_a_known_sparse_map_is_recovered() -> None:
+    """Each feature's direction in the second site is a decoder row, of a latent that fires with the feature."""
+    sae = started(VARIANTS["batchtopk"](D, F, E, k=2, apply_b_dec_to_input=False))
     optimizer = torch.optim.Adam(sae.parameters(), lr=5e-3)
-    for seed in range(600):
-        x, y = sites(256, seed=100 + seed)
+    steps = 700
+    for number in range(steps):
+        optimizer.param_groups[0]["lr"] = 5e-3 * min(1, 3 * (steps - number) / steps)
+        x, y = sites(256, seed=100 + number)
         assert y is not None
-        context = TrainContext(target_BE=sae.norm_out.normalise(y))
-        step = sae.loss(sae.norm.normalise(x), context)
+        step = sae.loss(sae.norm.normalise(x), TrainContext(target_BE=sae.norm_out.normalise(y)))
         step.loss.backward()
         update(sae, optimizer, clip=1.0)
         optimizer.zero_grad()
         sae.after_step(step)
     (found,) = held_out([sae], [sites(4096, seed=7)], torch.device("cpu"), 1)
-    print(name, found)
-    cosines = torch.nn.functional.normalize(sae.W_dec, dim=1) @ directions(E).t()
-    print(cosines.max(0).values)
-    assert found["nmse"] < 0.05
-    assert float((cosines.max(0).values > 0.95).float().mean()) > 0.9
+    assert found["nmse"] < 0.2  # two latents a token, of which some have up to six features
+    cosine = torch.nn.functional.normalize(sae.W_dec.detach(), dim=1) @ directions(E).t()
+    best = cosine.max(0)
+    assert float(best.values.min()) > 0.9
+    # A token with one feature alone fires that feature's latent.
+    alone = sae.encode(directions(D) + 2)
+    assert (alone.argmax(1) == best.indices).all()
 
 
 def test_an_sae_has_one_norm_and_nothing_of_a_transcoder() -> None:

@@ -16,7 +16,7 @@ SAMPLES = 32_768  # tokens the geometric median is taken over, as in OA
 
 
 @dataclass(frozen=True, eq=False)
-class Sample:
+class StartRows:
     """Rows to start from, in model units, with E||x||^2 and E||x - E x||^2 of all training tokens, where known."""
 
     rows_ND: Float[Tensor, "N D"]
@@ -58,7 +58,7 @@ def finite(sample_ND: Float[Tensor, "N D"]) -> Float[Tensor, "N D"]:
     return sample_ND
 
 
-def fit_norm(norm: InputNorm, sample: Sample) -> float:
+def fit_norm(norm: InputNorm, sample: StartRows) -> float:
     """Set a norm's s, and return the E||x||^2 (model units) that it was set by."""
     mean_sq_norm = sample.mean_sq_norm
     if mean_sq_norm is None:
