@@ -1,4 +1,4 @@
-"""`python -m data verify|info|list|gc`: look after the caches that harvests left."""
+"""`python -m data verify|info|list|rm|gc`: look after the caches that harvests left."""
 
 from __future__ import annotations
 
@@ -64,8 +64,22 @@ def _info(args: argparse.Namespace) -> int:
 def _list(args: argparse.Namespace) -> int:
     from data.tools.inventory import listing
 
-    print("\n".join(listing(parse_location(args.folder))))
+    print("\n".join(listing(parse_location(args.folder), _folder(args.outputs))))
     return 0
+
+
+def _rm(args: argparse.Namespace) -> int:
+    from data.tools.remove import remove_store
+
+    print("\n".join(remove_store(parse_location(args.store), _folder(args.outputs), _confirm(args.yes))))
+    return 0
+
+
+def _confirm(yes: bool) -> Callable[[str], bool] | None:
+    """Return how to ask before something is removed: not at all, in a terminal, or None where nobody can answer."""
+    if yes:
+        return lambda question: True
+    return (lambda question: input(question).strip().lower() == "y") if sys.stdin.isatty() else None
 
 
 def _gc(args: argparse.Namespace) -> int:
@@ -75,15 +89,13 @@ def _gc(args: argparse.Namespace) -> int:
     if not 0 <= args.idle < math.inf:
         raise UserError(f"--idle={args.idle} is no number of minutes: give 0 or more, such as 60")
 
-    def ask(candidate: Candidate) -> bool:
-        return input(f"remove {candidate}? [y/N] ").strip().lower() == "y"
+    ask = _confirm(args.yes)
 
-    confirm: Callable[[Candidate], bool] | None = ask if sys.stdin.isatty() else None
-    if args.yes:
+    def agreed(candidate: Candidate) -> bool:
+        assert ask is not None
+        return ask(f"remove {candidate}? [y/N] ")
 
-        def confirm(candidate: Candidate) -> bool:
-            return True
-
+    confirm = agreed if ask else None
     print("\n".join(collect_garbage(parse_location(args.folder), _folder(args.outputs), args.idle, confirm)))
     return 0
 
@@ -106,9 +118,15 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--outlier", type=float, default=10.0, metavar="C", help="norm above C times the median (10)")
     verb.add_argument("--rows", type=int, default=1_000_000, help="rows of a site whose norms are looked at (1000000)")
     verb.set_defaults(run=_info)
-    verb = verbs.add_parser("list", help="all caches below a folder and what made them")
+    verb = verbs.add_parser("list", help="all caches below a folder, what made them, and the SAEs trained from them")
     verb.add_argument("folder", nargs="?", default=str(CACHE), help=f"default {CACHE}")
+    verb.add_argument("--outputs", default=OUTPUTS, help=f"where the trained SAEs are (default {OUTPUTS})")
     verb.set_defaults(run=_list)
+    verb = verbs.add_parser("rm", help="show a cache and the SAEs that are of it; remove it after asking")
+    verb.add_argument("store")
+    verb.add_argument("--outputs", default=OUTPUTS, help=f"where the trained SAEs are (default {OUTPUTS})")
+    verb.add_argument("--yes", action="store_true", help="do not ask")
+    verb.set_defaults(run=_rm)
     verb = verbs.add_parser("gc", help="show what no SAE needs and what was left over; remove it after asking")
     verb.add_argument("folder", nargs="?", default=str(CACHE), help=f"default {CACHE}")
     verb.add_argument("--outputs", default=OUTPUTS, help=f"where the trained SAEs are (default {OUTPUTS})")

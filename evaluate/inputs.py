@@ -17,6 +17,7 @@ from torch import Tensor
 from data.base.errors import UserError
 from data.base.files import expand_globs
 from data.base.location import Location
+from data.base.logs import doing
 from data.base.records import Json, diff_fields
 from data.store.find import find_fingerprint
 from data.store.manifest import HELDOUT, TRAIN
@@ -157,11 +158,13 @@ def open_text(store: Store, config: Mapping[str, Any]) -> HeldoutText:
             f"{store.path} was made with packing.heldout=0, so no text is held out: harvest with a share of it, "
             "or give text of your own with text.paths=[...]"
         )
+    doing(f"checking that model and text are those of {store.path.name}")
     source.check()
     if own_source is not None:
         _check_own(own_source)
     lm.check_model(model_settings)
     tokenizer = _check_identity(store, model_settings, source)
+    doing(f"tokenising {config['tokens']:,} held-out tokens")
     try:
         if own_source is None:
             packed = pack(source, tokenizer, packing, HELDOUT, config["tokens"])
@@ -170,6 +173,7 @@ def open_text(store: Store, config: Mapping[str, Any]) -> HeldoutText:
     except UserError as error:
         raise UserError(f"tokens={config['tokens']:,} cannot be scored: {error}") from None
     own = {} if own_source is None else own_source.identity()
+    doing(f"loading {store.manifest.name}")
     lm_batch = config.get("lm_batch") or identity["lm_batch"]
     return HeldoutText(lm.load_model(model_settings), packed, tokenizer, lm_batch, own)
 

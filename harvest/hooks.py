@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from data.base.errors import UserError
-from data.base.sites import SITE_KINDS, Site, choices
+from data.base.sites import SITE_KINDS, Site, choices, nearest_site
 from harvest.families import Edit, Place, find_place, model_type
 
 __all__ = ["SITE_KINDS", "HookPoint", "Site", "capture", "locate", "replace", "run_to"]
@@ -157,7 +157,8 @@ def locate(model: nn.Module, site: Site) -> HookPoint:
         try:
             return HookPoint(model, site, model.get_submodule(site.path), "out")
         except AttributeError:
-            raise UserError(f"site {site.path!r} is not in this {model_type(model)} model: name {choices()}") from None
+            hint = f"{nearest_site(site.path)}name {choices()}"
+            raise UserError(f"site {site.path!r} is not in this {model_type(model)} model: {hint}") from None
     return _hook_point(model, site, find_place(model, site, functools.partial(_probe, model)))
 
 

@@ -16,6 +16,7 @@ from omegaconf import DictConfig
 from data.base import cli
 from data.base.errors import UserError
 from data.base.files import format_bytes
+from data.base.logs import doing
 from data.store.layout import Layout
 from data.store.manifest import TRAIN
 from data.store.store import Store
@@ -105,6 +106,7 @@ def harvest(cfg: Mapping[str, Any]) -> Store:
     """Do what a resolved configuration asks, as far as it is not done yet; returns the store."""
     request = HarvestRequest.from_config(cfg)
     asked = request.asked
+    doing(f"checking {asked.model['name']} and hashing the {asked.text.kind} text")
     tokenizer = lm.load_tokenizer(asked.model)
     check_tokenizer(tokenizer, asked.packing)
     check_text(request, tokenizer)
@@ -118,11 +120,13 @@ def harvest(cfg: Mapping[str, Any]) -> Store:
     from harvest import harvester
     from harvest.hooks import locate
 
+    doing(f"loading {asked.model['name']}")
     model = lm.load_model(asked.model)
     for site in asked.sites:
         locate(model, site)
     d_model = model.config.get_text_config().hidden_size
     manifest = store.manifest if store else request.new_manifest(identity, d_model)
+    doing(f"tokenising {sum(request.rows.values()):,} tokens of text")
     packed = pack_splits(request, tokenizer, model, manifest.layout)
     widths = harvester.widths_of(model, asked.sites, packed[TRAIN])
     check_disk(request, plan(store, manifest.layout, packed, asked.sites), widths, manifest.layout)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Iterator, Sequence
 
+from data.base.command import override
 from data.base.sites import Site
 from data.store.files import extent
 from data.store.manifest import HELDOUT, TRAIN
@@ -37,10 +37,7 @@ def advice(store: Store, sites: Sequence[Site]) -> Iterator[str]:
 
 def train_command(store: Store, site: str) -> str:
     """Return the command for a training on a site, as long as its rows allow."""
-    path = str(store.path)
-    if any(letter in path for letter in " =,'\"{}[]()\\"):
-        path = "'" + path.replace("\\", "\\\\").replace("'", "\\'") + "'"  # as Hydra reads a quoted value
-    parts = [f"store={path}", f"site={site}"]
+    parts = [override("store", str(store.path)), override("site", site)]
     rows, heldout = store.rows(TRAIN, site), store.rows(HELDOUT, site)
     if rows and has_massive_rows(store.stats(TRAIN, site)):
         parts.append(f"outliers={TIMES_MEDIAN:g}")
@@ -53,4 +50,4 @@ def train_command(store: Store, site: str) -> str:
     given = {"tokens": (tokens, _TRAIN_TOKENS), "batch": (batch, _BATCH)}
     given |= {"calibration_tokens": (calibration, _CALIBRATION), "heldout_tokens": (min(heldout, _HELDOUT), _HELDOUT)}
     parts += [f"{name}={value}" for name, (value, default) in given.items() if value != default]
-    return f".venv/bin/python -m train {' '.join(shlex.quote(part) for part in parts)}"
+    return f".venv/bin/python -m train {' '.join(parts)}"

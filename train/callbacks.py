@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -12,6 +14,7 @@ import torch.distributed as dist
 from pytorch_lightning import Callback, LightningModule, Trainer
 
 from data.base.files import atomic_file
+from data.base.logs import CLEAR
 from train.lit import MultiSAEModule
 from train.messages import clock
 from train.resume import LAST, checkpoint_seal
@@ -74,17 +77,41 @@ class LastCheckpoint(Callback):
         return bool(both[0]), bool(both[1])
 
 
+FIGURES = ("loss", "nmse", "l0", "dead", "lr")  # of a step, that progress shows
+MOST_LINES = 30  # of one pass, where nobody watches
+
+
 def figures(logged: dict[str, float]) -> str:
     """Return the figures of a step that progress shows."""
-    return "".join(f"  {name} {logged[name]:.4g}" for name in ("nmse", "l0", "dead") if name in logged)
+    return "".join(f"  {name} {logged[name]:.4g}" for name in FIGURES if name in logged)
+
+
+def figures_table(members: Sequence[tuple[str, dict[str, float]]], most: int) -> list[str]:
+    """Write the figures of several SAEs, given by name, in columns below each other; at most `most` lines."""
+    names = [name for name in FIGURES if any(name in logged for _, logged in members)]
+    lines = [["SAE", *names]]
+    lines += [[name, *(f"{logged[key]:.4g}" if key in logged else "" for key in names)] for name, logged in members]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    rows = [
+        "  " + "  ".join([line[0].ljust(widths[0]), *(text.rjust(width) for text, width in _cells(line, widths))])
+        for line in lines
+    ]
+    if len(rows) > most:
+        rows = [*rows[: most - 1], f"  and {len(rows) - most + 1} more"]
+    return rows
+
+
+def _cells(line: Sequence[str], widths: Sequence[int]) -> list[tuple[str, int]]:
+    return list(zip(line[1:], widths[1:], strict=True))
 
 
 # Not Lightning's bar or a plain tqdm: both write "\\r" lines into a log file that nobody watches live, know nothing of
 # steps taken before this process began, and have one line where the SAEs of a pass have one each.
 class Progress(Callback):
-    """Tokens, rate, time left, the last logged figures: one line rewritten on a terminal, else some ten lines.
+    """Tokens, rate, time left and the figures of each SAE of the pass.
 
-    Where several SAEs share the pass, the figures of each follow in lines of their own at every tenth.
+    On a terminal they are rewritten in place: one line, or a table where several SAEs share the pass. Elsewhere plain
+    lines are written, at most MOST_LINES of them.
     """
 
     def __init__(self, label: str, tokens_a_step: int, stream: TextIO | None = None) -> None:
@@ -93,31 +120,56 @@ class Progress(Callback):
         self.stream = stream or sys.stderr
         self.live = self.stream.isatty()
         self.shown_at = 0.0
-        self.shown_tenth = 0
+        self.shown_part = 0
+        self.drawn = 0  # lines of the table that stands on the terminal
+        self.running = 0
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         assert isinstance(module, MultiSAEModule)
         self.began_at, self.began_step = time.monotonic(), module.step
         self.shown_at = self.began_at
-        self.shown_tenth = 10 * module.step // module.total
+        self.shown_part = self._parts(module) * module.step // module.total
+        self.running = len(module.in_step)
+
+    def _parts(self, module: MultiSAEModule) -> int:
+        """Return at how many equal steps plain lines are written: ten, or fewer where there are many SAEs."""
+        if len(module.members) == 1:
+            return 10
+        return max(1, min(10, MOST_LINES // (2 + len(module.members))))
 
     def on_train_batch_end(self, trainer: Trainer, module: LightningModule, *args: Any) -> None:
         assert isinstance(module, MultiSAEModule)
         step, total, now = module.step, module.total, time.monotonic()
-        last, tenth = step == total, 10 * step // total > self.shown_tenth
-        # A terminal is rewritten twice a second; a log file gets a line a minute, or each tenth.
-        due = now - self.shown_at > (0.5 if self.live else 60) or (tenth and not self.live)
-        several = len(module.members) > 1
-        if not (due or last or (tenth and several)) or not trainer.is_global_zero:
+        part = self._parts(module) * step // total
+        last = step == total
+        # A terminal is rewritten twice a second.
+        due = now - self.shown_at > 0.5 if self.live else part > self.shown_part
+        if not (due or last) or not trainer.is_global_zero:
             return
-        alone = {} if several else module.members[0].figures_logged
-        text = self.line(step, total, now - self.began_at, alone)
-        shown = module.in_step if several and (tenth or last) else []
-        table = [f"  {member.name}{figures(member.figures_logged)}" for member in shown if member.figures_logged]
-        self.shown_at, self.shown_tenth = now, 10 * step // total
-        end = "\n" if not self.live or last or table else ""
-        self.stream.write(("\r\033[K" if self.live else "") + text + end + "".join(f"{row}\n" for row in table))
+        self.shown_at, self.shown_part = now, part
+        several = len(module.members) > 1
+        text = self.line(step, total, now - self.began_at, {} if several else module.members[0].figures_logged)
+        # SAEs that have stopped or wait for their step have no figures of this one.
+        shown = [(member.name, member.figures_logged) for member in module.in_step if member.figures_logged]
+        if several:
+            self._write_table(text, shown, len(module.in_step))
+        elif self.live:
+            self.stream.write(f"\r{CLEAR}{text}" + ("\n" if last else ""))
+        else:
+            self.stream.write(f"{text}\n")
         self.stream.flush()
+
+    def _write_table(self, text: str, shown: Sequence[tuple[str, dict[str, float]]], running: int) -> None:
+        size = shutil.get_terminal_size()
+        rows = figures_table(shown, size.lines - 2 if self.live else MOST_LINES - 1) if shown else []
+        if not self.live:
+            self.stream.write("".join(f"{line}\n" for line in (text, *rows)))
+            return
+        # What was printed since, of an SAE that stopped, must not be drawn over: the table begins anew below it.
+        up = f"\033[{self.drawn}A" if self.drawn and running == self.running else ""
+        lines = [f"\r{CLEAR}{line[: size.columns - 1]}\n" for line in (text, *rows)]
+        self.stream.write(up + "".join(lines))
+        self.drawn, self.running = len(lines), running
 
     def line(self, step: int, total: int, seconds: float, logged: dict[str, float]) -> str:
         """Write the line of `step` of `total`, `seconds` since this process began; `logged` are a step's figures."""
@@ -128,5 +180,5 @@ class Progress(Callback):
         return f"{self.label}  {step / total:4.0%}  {tokens}  {rate_shown}{left}{figures(logged)}"
 
     def on_exception(self, trainer: Trainer, module: LightningModule, exception: BaseException) -> None:
-        if self.live:
+        if self.live and not self.drawn:
             self.stream.write("\n")

@@ -19,6 +19,7 @@ from pytorch_lightning.loggers.logger import Logger
 
 from data.base.errors import UserError
 from train.callbacks import LastCheckpoint, Progress
+from train.closing import ranking
 from train.config import TrainSettings
 from train.datamodule import ActivationData
 from train.lit import MultiSAEModule, OwnReduction, Passes
@@ -112,9 +113,12 @@ def _fit(runs: Sequence[TrainRun], signals: Signals, *watching: Callback) -> dic
     if trainer.is_global_zero:
         seconds = round(time.monotonic() - began, 1)
         by_name = {run.name: run for run in runs}
+        saved = {}
         for member in module.running:
             record = {"waited": waited, **calibrated.get(member.name, {}), "seconds": seconds}
-            _save(by_name[member.name], member, record)
+            saved[member.name] = _save(by_name[member.name], member, record)
+        for line in ranking(saved):
+            print(line)
         shared = f", once for {len(members)} SAEs" if len(members) > 1 else ""
         print(f"read {(_bytes_read(plan) - read) / 1e6:,.1f} MB of the cache{shared}")
     return failed | {member.name: member.failure for member in members if member.failure}
@@ -148,6 +152,8 @@ def _members(runs: Sequence[TrainRun], data: ActivationData) -> tuple[list[SAETr
             member.loggers = _loggers(run, len(runs) > 1)
         except UserError as error:
             failed[run.name] = str(error)
+            if len(runs) > 1 and first_rank():
+                print(f"{run.name} is left out: {error}", file=sys.stderr)
         else:
             members.append(member)
     return members, failed, order
@@ -277,8 +283,8 @@ def _aims(sae: SAE) -> bool:
     return isinstance(sae.config, PenaltyConfig) and sae.config.target_l0 is not None
 
 
-def _save(run: TrainRun, member: SAETrainer, record: dict[str, Any]) -> None:
-    """Write the SAE with its record, and print the line that sums it up."""
+def _save(run: TrainRun, member: SAETrainer, record: dict[str, Any]) -> dict[str, Any]:
+    """Write the SAE with its record, print the line that sums it up, and return the record."""
     training = _training(run, member) | record
     save(member.sae, run.folder, {**origin(run.plan.store, run.plan.site, run.plan.target), "training": training})
     member.finalize("success")
@@ -286,6 +292,7 @@ def _save(run: TrainRun, member: SAETrainer, record: dict[str, Any]) -> None:
     for warning in (diverged(run, training), missed_l0(member.sae, training)):
         if warning:
             print(warning, file=sys.stderr)
+    return training
 
 
 def _training(run: TrainRun, member: SAETrainer) -> dict[str, Any]:

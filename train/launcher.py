@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from types import ModuleType
 
 from hydra._internal.core_plugins.basic_launcher import BasicLauncher
@@ -18,6 +19,7 @@ class SinglePassLauncher(BasicLauncher):
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         from data.base import cli
+        from data.base.logs import logged
         from train.run import TrainRequest, request_of, train_all
 
         jobs: list[TrainRequest] = []
@@ -25,8 +27,16 @@ class SinglePassLauncher(BasicLauncher):
         done = super().launch(job_overrides, initial_job_idx)
         for job in done:
             _ = job.return_value  # raises what kept it from being composed
-        cli.guarded(lambda: train_all(jobs))
+        with logged([_log_of(job) for job in done]):
+            cli.guarded(lambda: train_all(jobs))
         return done
+
+
+def _log_of(job: JobReturn) -> Path:
+    """Return the log file that Hydra made in the job's folder."""
+    assert job.hydra_cfg is not None
+    own = job.hydra_cfg.hydra
+    return Path(own.runtime.output_dir) / f"{own.job.name}.log"
 
 
 def register() -> None:

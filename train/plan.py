@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data.base.errors import UserError
+from data.base.errors import UserError, did_you_mean
 from data.base.location import parse_location
 from data.base.records import canonical, diff_fields
 from data.base.sites import SITE_KINDS, Site
@@ -158,7 +158,13 @@ def _fixed_by(store: stores.Store) -> list[str]:
     return [] if lm_batch is None else [f"lm_batch={lm_batch}"]
 
 
-def _too_few(settings: TrainSettings, overrides: Sequence[str], store: stores.Store, why: str) -> UserError:
+def _too_few(
+    settings: TrainSettings, overrides: Sequence[str], store: stores.Store, why: str, epochs: int | None = None
+) -> UserError:
+    """Return the error for a store that has not what a training asks for, with the harvest that makes it.
+
+    epochs: how many passes over what there is would be enough, None where no number is.
+    """
     rows = needed_rows(settings) + settings.batch * settings.world + store.layout.chunk_rows
     line = harvest_line(settings, [*overrides, *_fixed_by(store)], rows)
     remedy = f"make them with: {line}"
@@ -166,7 +172,8 @@ def _too_few(settings: TrainSettings, overrides: Sequence[str], store: stores.St
         remedy = (
             f"harvest them with the settings that store was made with (they differ from yours: {'; '.join(fields)})"
         )
-    return UserError(f"{why} in {store.path}; {remedy}")
+    again = f"give epochs={epochs} to read them again, or " if epochs else ""
+    return UserError(f"{why} in {store.path}; {again}{remedy}")
 
 
 def _first_chunks(reader: Reader, rows: int) -> NDArray[np.int64]:
@@ -269,6 +276,9 @@ def _readers(
     sites = store.sites(TRAIN)
     for name in (site, target or site):
         if name not in sites:
+            near = did_you_mean(name, sites)
+            if near:
+                raise UserError(f"site {name} is not in {store.path}: {near} It has {', '.join(sites)}")
             why = f"site {name} is not among the sites ({', '.join(sites) or 'none'})"
             raise _too_few(settings, overrides, store, why)
     readers = {TRAIN: _reader(store, TRAIN, site, target)}
@@ -307,16 +317,17 @@ def _split(
     settings: TrainSettings, overrides: Sequence[str], store: stores.Store, sizes: NDArray[np.int64], steps: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Choose the chunks for the optimizer and for calibration; UserError where they are too few for so many steps."""
-    rows = int(sizes.sum())
+    rows, enough = int(sizes.sum()), None
     if rows > settings.calibration_tokens:
         chunks, reserved = split_calibration(sizes, settings.calibration_tokens, settings.seed)
         # By batches and not by rows: each pass leaves out the last rows that fill none.
         one_pass = batches_per_epoch(int(sizes[chunks].sum()), batch=settings.batch, world=settings.world)
         if one_pass * settings.epochs >= steps:
             return chunks, reserved
+        enough = math.ceil(steps / one_pass) if one_pass else None
     need = f"tokens={settings.tokens} with calibration_tokens={settings.calibration_tokens}"
     why = f"{need} needs more than the {rows} training tokens in {settings.epochs} passes (epochs)"
-    raise _too_few(settings, overrides, store, why)
+    raise _too_few(settings, overrides, store, why, enough)
 
 
 @dataclass

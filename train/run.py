@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +18,7 @@ from data.base import cli
 from data.base.config import Real, Settings, Whole
 from data.base.errors import UserError
 from data.base.records import canonical
+from train.closing import evaluate_line
 from train.config import VARIANT_ALIASES, Group, TrainSettings, by_name, check_installed, of_scope
 from train.plan import DataPlan, TrainRun, group_by_stream, make_plan
 from train.rates import with_rate
@@ -76,13 +77,16 @@ def train(settings: Group, overrides: Sequence[str] = ()) -> None:
 def train_all(jobs: Sequence[TrainRequest]) -> None:
     """Train what the jobs ask for, all that can share a pass over the cache side by side.
 
-    A UserError at the end names those that failed and why; the others are trained by then.
+    A UserError at the end names those that failed, and why where that was not said before; the others are trained by
+    then.
     """
     failed: dict[str, str] = {}
     runs = _prepared(jobs, failed)
+    said = _say_left_out(failed) if runs else set[str]()
     groups = group_by_stream(list(runs.values()))
     if len(groups) > 1:
         print(f"{len(runs)} SAEs in {len(groups)} passes over the cache, as they differ in {_apart(groups)}")
+    trained: list[Path] = []
     with contextlib.ExitStack() as locks:
         for run in runs.values() if first_rank() else []:
             locks.enter_context(only_writer(run.folder))
@@ -94,12 +98,20 @@ def train_all(jobs: Sequence[TrainRequest]) -> None:
             from train.fit import fit  # Lightning is imported here, after every check that can do without it
 
             group = groups.pop(0)
+            folders = {run.name: run.folder for run in group}
             try:
-                failed |= fit(group)
+                stopped = fit(group)
             except UserError as error:
-                failed |= dict.fromkeys((run.name for run in group), str(error))
+                stopped = dict.fromkeys(folders, str(error))
+            else:
+                # Those of one pass are named as they stop (train/lit.py, train/fit.py).
+                said |= stopped.keys() if len(group) > 1 else set()
+            failed |= stopped
+            trained += [folder for name, folder in folders.items() if name not in stopped]
+    if trained and first_rank():
+        print(evaluate_line(trained))
     if failed:
-        raise UserError(_summary(failed, len(jobs)))
+        raise UserError(_summary(failed, len(jobs), said))
 
 
 def _prepared(jobs: Sequence[TrainRequest], failed: dict[str, str]) -> dict[Path, TrainRun]:
@@ -114,12 +126,25 @@ def _prepared(jobs: Sequence[TrainRequest], failed: dict[str, str]) -> dict[Path
             run = prepare(job, plans)
         except UserError as error:
             failed[name] = str(error)
-            if len(jobs) > 1:
-                print(f"{name} is left out: {error}", file=sys.stderr)
         else:
             if run is not None:
                 runs[job.folder] = replace(run, name=name)
     return runs
+
+
+def _by_reason(failed: Mapping[str, str]) -> dict[str, list[str]]:
+    """Return the names of those that failed by why they did, each reason once."""
+    names: dict[str, list[str]] = {}
+    for name, why in failed.items():
+        names.setdefault(why, []).append(name)
+    return names
+
+
+def _say_left_out(failed: Mapping[str, str]) -> set[str]:
+    """Print which SAEs the others go on without, a line for each reason; return their names."""
+    for why, names in _by_reason(failed).items():
+        print(f"{', '.join(names)} {'is' if len(names) == 1 else 'are'} left out: {why}", file=sys.stderr)
+    return set(failed)
 
 
 def _names(jobs: Sequence[TrainRequest]) -> list[str]:
@@ -139,13 +164,17 @@ def _apart(groups: Sequence[Sequence[TrainRun]]) -> str:
     return ", ".join(names) or "the step they stand at"
 
 
-def _summary(failed: Mapping[str, str], count: int) -> str:
-    """Write one sentence for all that failed of `count`."""
-    reasons = list(failed.values())
-    if len(set(reasons)) == 1 and len(failed) == count:
-        return reasons[0] if count == 1 else f"all {count} SAEs failed: {reasons[0]}"
-    each = "; ".join(f"{name} ({why})" for name, why in failed.items())
-    return f"{len(failed)} of {count} SAEs failed: {each}"
+def _summary(failed: Mapping[str, str], count: int, said: Set[str]) -> str:
+    """Write one sentence for all that failed of `count`; why those in `said` did was printed before."""
+    if count == 1:
+        return next(iter(failed.values()))
+    new = _by_reason({name: why for name, why in failed.items() if name not in said})
+    all_alike = len(failed) == count and len(new) == 1 and not said
+    reasons = [why if all_alike else f"{', '.join(names)} ({why})" for why, names in new.items()]
+    old = [name for name in failed if name in said]
+    reasons += [f"{', '.join(old)} (why is said above)"] if old else []
+    many = f"all {count}" if len(failed) == count else f"{len(failed)} of {count}"
+    return f"{many} SAEs failed: {'; '.join(reasons)}"
 
 
 def prepare(job: TrainRequest, plans: dict[str, DataPlan] | None = None) -> TrainRun | None:

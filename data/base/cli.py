@@ -19,6 +19,7 @@ from data.base.composing import NameJob, guard, refuse_flags
 from data.base.config import Settings, unknown
 from data.base.errors import UserError, to_sentence
 from data.base.location import refuse_credentials
+from data.base.logs import logged
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 STAGES = ("harvest", "train")  # that a preset speaks to
@@ -126,7 +127,9 @@ def run(main: Callable[[DictConfig], None], config_name: str, name_job: NameJob 
 
     def job(config: DictConfig) -> None:
         raising = os.environ.pop(_FULL_ERROR, None)  # not for processes that the stage starts
-        guarded(lambda: main(config))
+        own = HydraConfig.get()
+        with logged([Path(own.runtime.output_dir) / f"{own.job.name}.log"]):
+            guarded(lambda: main(config))
         if raising is not None:
             os.environ[_FULL_ERROR] = raising
         _end_if_failed()

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import difflib
 import errno
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 
 class UserError(ValueError):
     """A mistake a user can fix; the message is one sentence that names the thing and says what to do."""
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return `did you mean X?` for the known name nearest to `name`, or nothing where none is near."""
+    near = difflib.get_close_matches(name, list(known), 1, 0.7)
+    return f"did you mean {near[0]}?" if near else ""
 
 
 _AGAIN = "and run the same command again"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from data.base.errors import UserError
+from data.base.errors import UserError, did_you_mean
 
 SITE_KINDS = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")
 _KIND = "|".join(SITE_KINDS)
@@ -31,11 +31,18 @@ class Site:
         if found := _TRANSFORMER_LENS.fullmatch(name):
             return cls(found[2], int(found[1]))
         if not _MODULE_PATH.fullmatch(name) or name in SITE_KINDS or re.match(rf"({_KIND})\.|.*\.hook_", name):
-            raise UserError(f"site {name!r} is not known: name one as {choices()}")
+            raise UserError(f"site {name!r} is not known: {nearest_site(name)}name one as {choices()}")
         return cls("module", path=name)
 
     def __str__(self) -> str:
         return self.path if self.path is not None else f"{self.kind}.{self.layer}"
+
+
+def nearest_site(name: str) -> str:
+    """Return `did you mean resid_post.3? Else ` for a name that is nearly that of a site, or nothing."""
+    kind, _, layer = name.partition(".")
+    near = did_you_mean(f"{kind}.{layer}", [f"{known}.{layer}" for known in SITE_KINDS]) if layer.isdigit() else ""
+    return f"{near} Else " if near else ""
 
 
 def choices() -> str:

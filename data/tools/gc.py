@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import json
-import os
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from data.base.errors import UserError
 from data.base.files import format_bytes
 from data.base.location import Location
 from data.storage.open import open_storage
-from data.store.files import chunk_keys, is_store, leftovers
+from data.store.files import chunk_keys, leftovers
 from data.tools.inventory import DAMAGED, UNFINISHED, Entry, entries
+from data.tools.trained import CHECKPOINT, trainings
 
 
 @dataclass(frozen=True)
@@ -39,32 +37,20 @@ class Candidate:
 
 
 def references(outputs: Path) -> set[str]:
-    """Return the fingerprints that SAEs below a folder name;
+    """Return the fingerprints that trainings below a folder name;
     a UserError where one cannot be read, for nothing is guessed."""
-    if not outputs.is_dir():
-        raise UserError(f"{outputs} is no folder: name with --outputs where the trained SAEs are")
-    found: set[object] = set()
-    for at, folders, names in os.walk(outputs, onerror=_refuse):
-        if is_store(Path(at)):
-            folders.clear()
-            continue
-        for name in {"config.json", "run.json"}.intersection(names):  # of an SAE, and of its training, ended or not
-            record = _object(Path(at) / name)
-            run = record.get("numbers")
-            found.update((record.get("fingerprint"), run.get("store") if isinstance(run, dict) else None))
-    return {fingerprint for fingerprint in found if isinstance(fingerprint, str)}
+    return {fingerprint for training in trainings(outputs) for fingerprint in training.fingerprints}
 
 
-def _refuse(error: OSError) -> None:
-    raise error  # what cannot be looked into may need any store
-
-
-def _object(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_bytes())
-    except ValueError:
-        raise UserError(f"{path} cannot be read, so what it needs is unknown: fix or remove it") from None
-    return found if isinstance(found, dict) else {}
+def old_checkpoints(outputs: Path, idle_minutes: float) -> list[Candidate]:
+    """Find the checkpoints of trainings that have ended, from which nothing goes on any more; none of the last
+    `idle_minutes`."""
+    since = time.time() - 60 * idle_minutes
+    paths = [training.folder / CHECKPOINT for training in trainings(outputs) if training.ended and training.checkpoint]
+    old = [path for path in paths if path.stat().st_mtime <= since]
+    total = sum(path.stat().st_size for path in old)
+    names = tuple(path.relative_to(outputs).as_posix() for path in old)
+    return [Candidate(outputs, "checkpoints of trainings that have ended", total, names)] if names else []
 
 
 def _leftovers(entry: Entry) -> list[Candidate]:
@@ -90,7 +76,7 @@ def candidates(folder: Location, outputs: Path, idle_minutes: float) -> tuple[li
             why = f"unfinished and no SAE in {outputs} is of it"
             why = why if entry.state == UNFINISHED else f"no SAE in {outputs} is of it"
             found.append(Candidate(entry.path, why, entry.bytes))
-    return found, spared
+    return found + old_checkpoints(outputs, idle_minutes), spared
 
 
 def collect_garbage(

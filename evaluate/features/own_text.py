@@ -15,6 +15,7 @@ import torch
 from data.base.errors import UserError
 from data.base.files import write_atomic
 from data.base.location import parse_location
+from data.base.logs import doing
 from data.base.records import Json
 from data.base.sites import Site
 from data.store.store import Store
@@ -46,7 +47,7 @@ def make_own_text(settings: FeaturesSettings, trained: SavedSAE) -> Path:
     }
     tokenizer = lm.load_tokenizer(model_settings)
     ids, read = encode_as_stored(text, tokenizer, store)
-    print(f"loading {store.manifest.name} to read {len(ids)} tokens", flush=True)
+    doing(f"loading {store.manifest.name} to read {len(ids)} tokens")
     model = lm.load_model(model_settings)
     sae = load(trained.folder).eval()
     device = next(model.parameters()).device

@@ -280,3 +280,66 @@ def test_verify_goes_on_after_a_store_that_cannot_be_opened(tmp_path: Path, caps
     assert code == 1 and f"{store.path}: sound, complete" in out
     assert f"damaged: {tmp_path / 'a' / 'manifest.json'} is a pipe or device" in out
     assert f"damaged: {tmp_path / 'c' / 'manifest.json'} is a link" in out
+
+
+@pytest.fixture
+def trained(tmp_path: Path) -> Store:
+    """A store with two trainings of it below `outputs`: one that has ended and one that has not."""
+    store = harvested(tmp_path / "cache")
+    for name, ended in (("done", True), ("begun", False)):
+        run = tmp_path / "outputs" / name
+        (run / "checkpoints").mkdir(parents=True)
+        (run / "checkpoints" / "last.ckpt").write_bytes(bytes(3000 if ended else 500))
+        (run / "run.json").write_text(json.dumps({"numbers": {"store": store.manifest.fingerprint}}))
+        if ended:
+            (run / "config.json").write_text(json.dumps({"fingerprint": store.manifest.fingerprint, "variant": "topk"}))
+            (run / "sae.safetensors").write_bytes(bytes(2000))
+    age(tmp_path, 120)
+    return store
+
+
+def test_list_names_the_saes_of_each_store_and_what_checkpoints_take(
+    trained: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out = told(capsys, "list", tmp_path / "cache", "--outputs", tmp_path / "outputs")
+    assert code == 0
+    assert f"  SAE topk  {tmp_path / 'outputs' / 'done'}  2.0 kB, checkpoint 3.0 kB\n" in out
+    assert f"  training that has not ended  {tmp_path / 'outputs' / 'begun'}  checkpoint 500 bytes\n" in out
+    assert f"1 SAE in {tmp_path / 'outputs'}, 2.0 kB" in out
+    assert "checkpoints of trainings that have ended: 3.0 kB (python -m data gc removes them)" in out
+    assert "checkpoints of trainings that go on from them: 500 bytes" in out
+
+
+def test_gc_removes_the_checkpoints_of_trainings_that_have_ended(
+    trained: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out = told(capsys, "gc", tmp_path / "cache", "--outputs", tmp_path / "outputs", "--yes")
+    assert code == 0 and f"may go: 1 files in {tmp_path / 'outputs'}  checkpoints of trainings that have ended" in out
+    left = sorted(path.relative_to(tmp_path / "outputs").as_posix() for path in (tmp_path / "outputs").rglob("*.*"))
+    expected = ["begun/checkpoints/last.ckpt", "begun/run.json", "done/config.json", "done/run.json"]
+    assert left == [*expected, "done/sae.safetensors"]
+    assert trained.path.exists()
+
+
+def test_rm_says_what_depends_on_a_store_and_asks(
+    trained: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = ("rm", trained.path, "--outputs", tmp_path / "outputs")  # pytest's standard input is no terminal
+    code, out = told(capsys, *args)
+    assert code == 0 and "nothing was removed: run it in a terminal, or with --yes" in out and trained.path.exists()
+    assert f"SAE topk  {tmp_path / 'outputs' / 'done'}" in out and "can still be used, but not evaluated" in out
+    code, out = told(capsys, *args, "--yes")
+    assert code == 0 and f"removed {trained.path}" in out and not trained.path.exists()
+    assert main(["rm", str(trained.path)]) == 1
+    assert "is no store" in capsys.readouterr().err
+
+
+def test_rm_refuses_what_is_no_store(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("x")
+    assert main(["rm", str(tmp_path / "mine"), "--yes"]) == 1
+    assert "is no store" in capsys.readouterr().err and (tmp_path / "mine" / "thesis.txt").exists()
+    store = harvested(tmp_path / "cache")
+    (tmp_path / "link").symlink_to(store.path)
+    assert main(["rm", str(tmp_path / "link"), "--yes"]) == 1
+    assert "is a link" in capsys.readouterr().err and store.path.exists()

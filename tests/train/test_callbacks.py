@@ -46,18 +46,37 @@ def test_ten_lines_where_nobody_watches() -> None:
     lines = stream.getvalue().splitlines()
     assert len(lines) == 10
     assert lines[4].startswith("topk k=32   50%  100,000/200,000 tokens  ")
-    assert " ETA 0:00" in lines[4] and lines[4].endswith("  nmse 0.25  l0 31.5  dead 3")
+    assert " ETA 0:00" in lines[4] and lines[4].endswith("  loss 1  nmse 0.25  l0 31.5  dead 3  lr 0.001")
     assert lines[9].startswith("topk k=32  100%") and "ETA" not in lines[9]
     assert "\r" not in stream.getvalue()
 
 
-def test_several_saes_share_a_line_and_have_their_figures_at_the_tenths() -> None:
-    for stream in (io.StringIO(), Terminal()):
-        follow(Progress("2 SAEs", 1000, stream), 200, names=("sae-topk", "sae-relu"))
-        lines = [line.split("\r\033[K")[-1] for line in stream.getvalue().split("\n")[:-1]]
-        assert len(lines) == 30
-        assert lines[12].startswith("2 SAEs   50%  100,000/200,000 tokens  ") and "nmse" not in lines[12]
-        assert lines[13:15] == [f"  {name}  nmse 0.25  l0 31.5  dead 3" for name in ("sae-topk", "sae-relu")]
+@pytest.mark.parametrize("saes", [2, 6, 40])
+def test_several_saes_have_a_table_and_at_most_30_lines_where_nobody_watches(saes: int) -> None:
+    stream = io.StringIO()
+    names = [f"sae-{number}" for number in range(saes)]
+    follow(Progress(f"{saes} SAEs", 1000, stream), 200, names=names)
+    lines = stream.getvalue().splitlines()
+    assert len(lines) <= 30 and "\r" not in stream.getvalue() and "\033" not in stream.getvalue()
+    last = max(i for i, line in enumerate(lines) if line.startswith(f"{saes} SAEs"))
+    assert lines[last].startswith(f"{saes} SAEs  100%  200,000/200,000 tokens") and "nmse" not in lines[last]
+    assert lines[last + 1].split() == ["SAE", "loss", "nmse", "l0", "dead", "lr"]
+    assert lines[last + 2].split() == ["sae-0", "1", "0.25", "31.5", "3", "0.001"]
+    assert lines[-1].split()[0] == names[-1] if saes < 28 else lines[-1].startswith("  and ")
+
+
+def test_a_terminal_has_one_table_that_is_rewritten(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "60")
+    stream = Terminal()
+    progress = Progress("2 SAEs", 1000, stream)
+    follow(progress, 50, names=("sae-topk", "sae-relu"))
+    progress.shown_at = 0.0  # the next step is due again
+    follow(progress, 50, start=49, names=("sae-topk", "sae-relu"))
+    first, second = stream.getvalue().split("\033[4A")  # the second drawing goes up to where the first began
+    for drawn in (first, second):
+        rows = [line.removeprefix("\r\033[K") for line in drawn.split("\n")[:-1]]
+        assert len(rows) == 4 and max(map(len, rows)) < 60
+        assert [row.split()[0] for row in rows] == ["2", "SAE", "sae-topk", "sae-relu"]
 
 
 def test_a_continued_run_counts_from_where_it_was() -> None:
