@@ -25,7 +25,11 @@ from data.base.errors import UserError
 _BASIC = "hydra._internal.core_plugins.basic"
 # All that Hydra may call by a name in its settings.
 CALLED = {
-    "launcher._target_": ("hydra_plugins.together.SinglePassLauncher", f"{_BASIC}_launcher.BasicLauncher"),
+    "launcher._target_": (
+        "hydra_plugins.together.SinglePassLauncher",
+        "hydra_plugins.slurm.SlurmLauncher",
+        f"{_BASIC}_launcher.BasicLauncher",
+    ),
     "sweeper._target_": (f"{_BASIC}_sweeper.BasicSweeper",),
 }
 LOGGING = ("logging.StreamHandler", "logging.FileHandler", "logging.NullHandler", "logging.Formatter")
