@@ -62,6 +62,7 @@ class SweepWork:
     ) -> None:
         self.sweep, self.sizes, self.groups, self.per_job = sweep, sizes, groups, per_job
         self.job = job
+        self.total = sum(sizes.values())
         self.look = f".venv/bin/python -m train.slurm {sweep}"
 
     def is_done(self, item: str) -> bool:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any
 
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 from pydantic import AfterValidator, Field
 
@@ -98,3 +100,15 @@ class SlurmSettings(Settings):
             # Slurm queues a job again whose node failed or that another took the place of, unless the cluster forbids.
             "additional_parameters": {"requeue": True, **self.sbatch},
         }
+
+
+def slurm_launcher() -> SlurmSettings | None:
+    """Return the settings of hydra/launcher=slurm where this command was given it, else None."""
+    if not HydraConfig.initialized() or HydraConfig.get().runtime.choices.get("hydra/launcher") != "slurm":
+        return None
+    return SlurmSettings.of_launcher(HydraConfig.get().launcher)
+
+
+def output_folder() -> Path:
+    """Return the folder that Hydra made for this command."""
+    return Path(HydraConfig.get().runtime.output_dir)

@@ -23,11 +23,12 @@ _LINE_EVERY = 60.0  # seconds between lines that say the same, where they do not
 
 
 class SharedWork(Protocol):
-    """What jobs do together: named items with a size, each the work of one job at a time."""
+    """What jobs do together: named items, each the work of one job at a time, with a size for the record."""
 
     noun: str  # of the items: "SAEs"
-    unit: str  # of their sizes: "steps"
+    unit: str  # of what there is to do: "steps"
     look: str  # how to look at the jobs again
+    total: int  # of what `progress` counts
 
     @property
     def sizes(self) -> Mapping[str, int]:
@@ -37,7 +38,7 @@ class SharedWork(Protocol):
         """Return whether an item's result lies where it belongs."""
 
     def progress(self) -> int:
-        """Return how much is done of the sum of the sizes."""
+        """Return how much is done of `total`."""
 
     def complete(self) -> bool:
         """Return whether nothing is left to do, whatever the items say."""
@@ -235,7 +236,7 @@ class Keeper:
 
     def _rest(self) -> str:
         """Say how much is done, and when the rest will be at the pace since this command began."""
-        total, done = sum(self.work.sizes.values()), self.work.progress()
+        total, done = self.work.total, self.work.progress()
         rate = (done - self.began_with) / max(time.monotonic() - self.began_at, 1e-9)
         left = f"  ETA {clock((total - done) / rate)}" if rate > 0 and done < total else ""
         return f"  {done:,}/{total:,} {self.work.unit}{left}"
