@@ -65,6 +65,19 @@ class Slurm:
         jobs = [job for job, (state, _) in self.queue().items() if state == "RUNNING"]
         return jobs if len(jobs) >= count else []
 
+    def process_of(self, job: str) -> int:
+        """Find the process that does the work of a job of an array."""
+        array, _, index = job.partition("_")
+        marks = {f"SLURM_ARRAY_JOB_ID={array}".encode(), f"SLURM_ARRAY_TASK_ID={index}".encode()}
+        marks.add(f"SLURM_CONF={self.environment['SLURM_CONF']}".encode())
+        for folder in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                words = (folder / "cmdline").read_bytes().split(b"\0")
+                python = b"python" in words[0] and b"submitit.core._submit" in words
+                if python and marks <= set((folder / "environ").read_bytes().split(b"\0")):
+                    return int(folder.name)
+        raise AssertionError(f"no process does the work of job {job}")
+
     def kill_node(self, node: str) -> None:
         """Let a node fail: its daemon and what it runs are killed, and the controller is told that it is down."""
         daemon = int((self.folder / f"{node}.pid").read_text())
