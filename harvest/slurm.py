@@ -106,5 +106,7 @@ def harvest_by_jobs(settings: Mapping[str, Any], asked: SlurmSettings, folder: P
     store = work.store
     assert store is not None
     finish(store)
-    print(f"{store.path} holds all of it ({summary(store)})" if work.complete() else f"the text ended: {summary(store)}")
+    print(
+        f"{store.path} holds all of it ({summary(store)})" if work.complete() else f"the text ended: {summary(store)}"
+    )
     print("\n".join(advice(store, request.asked.sites)))

@@ -18,7 +18,7 @@ from tests.helpers.slurm import Slurm, cluster, until, why_not
 
 pytestmark = pytest.mark.slow
 
-SIZES = ["batch=64", "tokens=51200", "epochs=20", "calibration_tokens=512", "heldout_tokens=512", "sae.expansion=2"]
+SIZES = ["batch=64", "tokens=25600", "epochs=10", "calibration_tokens=512", "heldout_tokens=512", "sae.expansion=2"]
 PACES = ["log_every=10", "validate_every=400", "checkpoint_every=25", "loader.pool_chunks=4", "loader.threads=1"]
 SWEEP = ["train", "-m", "sae=topk,batchtopk", "sae.k=2", "trainer=cpu", *SIZES, *PACES]
 ON_SLURM = ["hydra/launcher=slurm", "hydra.launcher.gpus=0", "hydra.launcher.cpus=1", "hydra.launcher.poll_seconds=0.5"]
@@ -125,8 +125,8 @@ def test_ctrl_c_leaves_the_jobs_and_the_same_command_goes_on_after_a_cancellatio
 
 
 def test_a_harvest_whose_worker_is_killed_ends_in_the_same_store(slurm: Slurm, tmp_path: Path) -> None:
-    model, text = save_model(tmp_path / "model"), write_stories(tmp_path / "stories.jsonl", range(4000))
-    sizes = ["sites=[resid_post.1]", "tokens=100000", "heldout_tokens=1000", "packing.context=16", "lm_batch=2"]
+    model, text = save_model(tmp_path / "model"), write_stories(tmp_path / "stories.jsonl", range(1500))
+    sizes = ["sites=[resid_post.1]", "tokens=40000", "heldout_tokens=1000", "packing.context=16", "lm_batch=2"]
     harvest = ["harvest", f"model.name={model}", "text=files", f"text.paths=[{text}]", *sizes]
     caches = [tmp_path / name for name in ("jobs", "local")]
     with command(

@@ -28,7 +28,9 @@ def _one_line(value: str) -> str:
 def _parameters(given: dict[str, str | int | float | bool]) -> dict[str, str | int | float | bool]:
     for name, value in given.items():
         if not re.fullmatch(r"[a-z][a-z0-9-]*", name):
-            raise ValueError(f"{LAUNCHER}.sbatch: {name!r} is no parameter: write it as sbatch does, without its dashes")
+            raise ValueError(
+                f"{LAUNCHER}.sbatch: {name!r} is no parameter: write it as sbatch does, without its dashes"
+            )
         if name in _OURS:
             raise ValueError(f"{LAUNCHER}.sbatch.{name} is set by this program: leave it out")
         _one_line(str(value))

@@ -171,9 +171,7 @@ class Keeper:
 
     def how_to(self) -> str:
         """Say how to look again and how to cancel."""
-        return (
-            f"look again with the same command or with {self.work.look}, cancel them with scancel --name={self.folder.name}"
-        )
+        return f"look again with the same command or with {self.work.look}, cancel them with scancel --name={self.folder.name}"
 
     def _begin(self) -> None:
         """Submit what no job has that waits or runs; where Slurm does not answer, nothing is submitted."""
@@ -205,12 +203,11 @@ class Keeper:
                 self.line.show(str(error), "")
                 self.sleep(self.asked.poll_seconds)
                 continue
-            found = standings(self.folder, items, self.work.is_done, queue)
+            found = self._start_again(standings(self.folder, items, self.work.is_done, queue))
+            self.line.show(status_line(self.work.noun, found), self._rest())
             if self.work.complete():
                 cancel([job for job in queue if job.queued])
                 return found
-            found = self._start_again(found)
-            self.line.show(status_line(self.work.noun, found), self._rest())
             if not any(one.waits or one.state == "died" for one in found.values()):
                 return found
             self.sleep(self.asked.poll_seconds)

@@ -187,9 +187,7 @@ def test_nothing_is_submitted_blindly(slurm: FakeSlurm, work: Letters, folder: J
     assert slurm.jobs() == {} and folder.tickets() == []
 
 
-def test_jobs_that_wait_are_cancelled_when_nothing_is_left(
-    slurm: FakeSlurm, work: Letters, folder: JobFolder
-) -> None:
+def test_jobs_that_wait_are_cancelled_when_nothing_is_left(slurm: FakeSlurm, work: Letters, folder: JobFolder) -> None:
     def complete() -> None:
         slurm.become("1_0", "RUNNING")
         work.early = True
