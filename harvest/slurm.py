@@ -1,4 +1,4 @@
-"""A harvest by jobs of Slurm: workers of the same command, which share it as any processes do (data/storage/leases.py)."""
+"""A harvest by jobs of Slurm: workers of one command, which share it as any processes do (data/storage/leases.py)."""
 
 from __future__ import annotations
 
@@ -45,6 +45,7 @@ class HarvestWork:
         self.sizes = {str(number): 1 for number in range(1, count + 1)}
         self.total = sum(request.rows.values())
         self.look = f".venv/bin/python -m data list {request.cache}"
+        self.again = "the same command"
         self._store: Store | None = None
 
     @cached_property
@@ -60,8 +61,8 @@ class HarvestWork:
         return self._store
 
     def is_done(self, item: str) -> bool:
-        """Return whether nothing is left for a worker."""
-        return self.complete()
+        """Return False: a worker's job says when it finds nothing left to do."""
+        return False
 
     def progress(self) -> int:
         """Count the rows that are committed at every site."""

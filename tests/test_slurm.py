@@ -1,4 +1,4 @@
-"""Sweeps and harvests on a real Slurm of two nodes, through cancelled, requeued and killed jobs and a node that fails."""
+"""Sweeps and harvests on a real Slurm of two nodes: cancelled, requeued and killed jobs, a node that fails."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ class SinglePassLauncher(BasicLauncher):
     __module__ = "hydra_plugins.together"  # Hydra takes launchers of this package only, by name
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-        from train.run import TrainRequest, request_of
+        from train.run import request_of
 
         jobs: list[TrainRequest] = []
         self.task_function = lambda config: jobs.append(request_of(config))
@@ -59,7 +59,7 @@ class SlurmLauncher(SinglePassLauncher):
         from data.slurm.records import JobFolder
         from data.slurm.settings import LAUNCHER, SlurmSettings
         from data.slurm.watch import Keeper, raise_failed
-        from train.slurm import JOBS, NOUN, SweepWork, summary
+        from train.slurm import JOBS, NOUN, SweepWork, results
 
         asked = SlurmSettings.of_launcher(self.launcher)
         if asked.workers is not None:
@@ -70,7 +70,7 @@ class SlurmLauncher(SinglePassLauncher):
             sweep, sizes, groups, asked.saes_per_job, lambda items: TrainShare([requests[item] for item in items])
         )
         found = Keeper(work, JobFolder(sweep / JOBS), asked).run()
-        print(summary(sweep, list(sizes)))
+        print(results(sweep, list(sizes)))
         raise_failed(NOUN, found)
 
 

@@ -1,4 +1,4 @@
-"""A sweep as jobs of Slurm: which SAE goes to which job, how far they are, and `python -m train.slurm <sweep>` to look."""
+"""A sweep as jobs of Slurm: which SAE goes to which job, and how far they are (`python -m train.slurm <sweep>`)."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,7 @@ class SweepWork:
         self.sweep, self.sizes, self.groups, self.per_job = sweep, sizes, groups, per_job
         self.job = job
         self.total = sum(sizes.values())
+        self.again = f"the same command and hydra.sweep.dir={sweep}"
         self.look = f".venv/bin/python -m train.slurm {sweep}"
 
     def is_done(self, item: str) -> bool:
@@ -90,10 +92,10 @@ def passes(items: Sequence[str], per_job: int | None) -> list[list[str]]:
     count = 1 if per_job is None else -(-len(items) // per_job)
     small, longer = divmod(len(items), count)
     ends = [small * i + min(i, longer) for i in range(count + 1)]
-    return [list(items[start:end]) for start, end in zip(ends[:-1], ends[1:], strict=True)]
+    return [list(items[start:end]) for start, end in pairwise(ends)]
 
 
-def summary(sweep: Path, items: Sequence[str]) -> str:
+def results(sweep: Path, items: Sequence[str]) -> str:
     """Say in a line an SAE what those that are trained came to."""
     lines = []
     for item in items:
@@ -121,7 +123,7 @@ def look(sweep: Path) -> str:
 
 def _line(sweep: Path, item: str, steps: int, one: Standing) -> str:
     if one.state == "done":
-        return summary(sweep, [item])
+        return results(sweep, [item])
     why = f" ({one.why})" if one.why not in ("", "None") else ""
     return f"  {item}  {one.state}{why}  {steps_done(sweep / item, steps):,}/{steps:,} {UNIT}"
 

@@ -19,7 +19,7 @@ from data.base.files import write_atomic
 Work = Callable[[], None]
 
 
-class Job(Checkpointable):  # type: ignore[misc]  # submitit's class takes anything
+class Job(Checkpointable):
     """Does `work` and writes `{"error": null}`, or what went wrong in a sentence, into `outcome`.
 
     Nothing is written where a signal ends it: Slurm then queues it again, or somebody cancelled it. `work` saves what

@@ -12,12 +12,10 @@ from pathlib import Path
 
 from data.base.errors import UserError
 
-QUEUED = frozenset(
-    {"PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "SPECIAL_EXIT", "RESV_DEL_HOLD"}
-)
-RUNNING = frozenset(
-    {"RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "SIGNALING", "STAGE_OUT", "RESIZING", "PREEMPTED"}
-)
+# Slurm's states of a job that will run, of one that runs, and of one that is about to leave its node.
+QUEUED = frozenset(["PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "SPECIAL_EXIT"])
+RUNNING = frozenset(["RUNNING", "SUSPENDED", "STOPPED", "SIGNALING", "RESIZING"])
+LEAVING = frozenset(["COMPLETING", "STAGE_OUT", "PREEMPTED"])
 _SECONDS = 60  # after which a command of Slurm is given up
 # A file system in memory or in a container is seen by no other host; of others it cannot be told.
 _OF_THIS_HOST = ("tmpfs", "ramfs", "overlay")
@@ -41,14 +39,14 @@ class QueuedJob:
     @property
     def alive(self) -> bool:
         """Return whether it waits or runs."""
-        return self.queued or self.state in RUNNING
+        return self.queued or self.state in RUNNING | LEAVING
 
 
 class SlurmSilent(UserError):
     """A command of Slurm failed or did not answer."""
 
 
-def ask(*command: str) -> str:
+def run_slurm(*command: str) -> str:
     """Run one of Slurm's commands and return what it prints; SlurmSilent with its own words where it fails."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS, check=False)
@@ -85,7 +83,7 @@ def check_slurm() -> None:
 def jobs_named(name: str) -> list[QueuedJob]:
     """List the jobs of a name, those that ended in the last minutes too; SlurmSilent where Slurm does not answer."""
     fields = "--format=%i|%T|%r|%k"
-    lines = ask("squeue", "--noheader", "--array", "--states=all", f"--name={name}", fields).splitlines()
+    lines = run_slurm("squeue", "--noheader", "--array", "--states=all", f"--name={name}", fields).splitlines()
     jobs = []
     for line in lines:
         job, state, reason, comment = line.split("|", 3)
@@ -99,13 +97,13 @@ def jobs_named(name: str) -> list[QueuedJob]:
 def cancel(jobs: list[QueuedJob]) -> None:
     """Cancel jobs."""
     if jobs:
-        ask("scancel", *(job.id for job in jobs))
+        run_slurm("scancel", *(job.id for job in jobs))
 
 
 def check_shared(folder: Path) -> None:
     """Refuse a folder that the cluster's nodes cannot see, as far as this can be told from here."""
     here = socket.gethostname().split(".")[0]
-    nodes = {node.split(".")[0] for node in ask("sinfo", "--noheader", "--Node", "--format=%n").split()}
+    nodes = {node.split(".")[0] for node in run_slurm("sinfo", "--noheader", "--Node", "--format=%n").split()}
     if nodes <= {here}:
         return
     kind = _file_system(folder)

@@ -1,6 +1,6 @@
 """What lies in a folder of jobs: for each submission the items of its jobs, how each job ended, and the logs.
 
-    <folder>/<n>/jobs.json     {"items": [{item: its size, ...}, ...]}, an entry a job, written before they are submitted
+    <folder>/<n>/jobs.json     {"items": [{item: its size, ...}, ...]}, an entry a job, written before it is submitted
     <folder>/<n>/<i>.json      how job i ended; none while it runs, or where it died
     <folder>/<n>/*_log.out     what the jobs printed; the other files are submitit's
 
@@ -18,7 +18,7 @@ import re
 import shlex
 import shutil
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -114,7 +114,9 @@ class JobFolder:
             os.close(descriptor)
 
 
-def submit(folder: JobFolder, items: Sequence[Mapping[str, int]], works: Sequence[object], asked: SlurmSettings) -> int:
+def submit(
+    folder: JobFolder, items: Sequence[Mapping[str, int]], works: Sequence[Callable[[], None]], asked: SlurmSettings
+) -> int:
     """Submit a job for each of `works`, which does the `items` beside it; return the submission's number.
 
     UserError with sbatch's own words where it refuses them.

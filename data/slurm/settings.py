@@ -28,16 +28,14 @@ def _one_line(value: str) -> str:
 def _parameters(given: dict[str, str | int | float | bool]) -> dict[str, str | int | float | bool]:
     for name, value in given.items():
         if not re.fullmatch(r"[a-z][a-z0-9-]*", name):
-            raise ValueError(
-                f"{LAUNCHER}.sbatch: {name!r} is no parameter: write it as sbatch does, without its dashes"
-            )
+            raise ValueError(f"{LAUNCHER}.sbatch: {name!r} is no parameter: write it as sbatch does, less its dashes")
         if name in _OURS:
             raise ValueError(f"{LAUNCHER}.sbatch.{name} is set by this program: leave it out")
         _one_line(str(value))
     return given
 
 
-Line = Annotated[Text, AfterValidator(_one_line)]
+OneLine = Annotated[Text, AfterValidator(_one_line)]
 
 
 class SlurmSettings(Settings):
@@ -47,13 +45,13 @@ class SlurmSettings(Settings):
     """Of a sweep: SAEs that one job trains side by side; null: all that can share a pass."""
     workers: Whole | None = Field(None, ge=1)
     """Of a harvest: jobs that share it; null: 1."""
-    partition: Line | None = None
+    partition: OneLine | None = None
     """Where the jobs run."""
-    account: Line | None = None
+    account: OneLine | None = None
     """Whose budget they take."""
-    qos: Line | None = None
+    qos: OneLine | None = None
     """Quality of service."""
-    constraint: Line | None = None
+    constraint: OneLine | None = None
     """Features a node must have."""
     hours: Real = Field(24.0, gt=0, le=24 * 365)
     """Time limit of a job; when it is near, the job saves, is queued again and goes on."""

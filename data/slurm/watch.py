@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from collections import Counter
@@ -15,7 +16,7 @@ from data.slurm.queue import QueuedJob, SlurmSilent, cancel, check_shared, check
 from data.slurm.records import JobFolder, Ticket, submit
 from data.slurm.settings import SlurmSettings
 
-State = Literal["missing", "queued", "running", "done", "failed", "cancelled", "died"]
+ItemState = Literal["missing", "queued", "running", "done", "failed", "cancelled", "died"]
 
 # A network file system shows a job's last file up to half a minute after the queue has let the job go.
 _LOOKS_BEFORE_DEAD = 3
@@ -27,7 +28,8 @@ class SharedWork(Protocol):
 
     noun: str  # of the items: "SAEs"
     unit: str  # of what there is to do: "steps"
-    look: str  # how to look at the jobs again
+    look: str  # the command that shows the jobs
+    again: str  # how to look after them again
     total: int  # of what `progress` counts
 
     @property
@@ -54,7 +56,7 @@ class SharedWork(Protocol):
 class Standing:
     """How an item stands, the job that has it, and why where this is not as it should be."""
 
-    state: State
+    state: ItemState
     ticket: Ticket | None = None
     why: str = ""
 
@@ -171,7 +173,8 @@ class Keeper:
 
     def how_to(self) -> str:
         """Say how to look again and how to cancel."""
-        return f"look again with the same command or with {self.work.look}, cancel them with scancel --name={self.folder.name}"
+        look = f"look again with {self.work.look}, look after them with {self.work.again}"
+        return f"{look}, cancel them with scancel --name={self.folder.name}"
 
     def _begin(self) -> None:
         """Submit what no job has that waits or runs; where Slurm does not answer, nothing is submitted."""
@@ -206,7 +209,8 @@ class Keeper:
             found = self._start_again(standings(self.folder, items, self.work.is_done, queue))
             self.line.show(status_line(self.work.noun, found), self._rest())
             if self.work.complete():
-                cancel([job for job in queue if job.queued])
+                with contextlib.suppress(SlurmSilent):  # they would find nothing to do
+                    cancel([job for job in queue if job.queued])
                 return found
             if not any(one.waits or one.state == "died" for one in found.values()):
                 return found

@@ -66,7 +66,7 @@ def test_passes_are_as_equal_as_can_be(count: int, per_job: int | None, shares: 
 
 def test_a_sweep_becomes_jobs_of_one_stream_each(slurm: FakeSlurm, requests: Any, sweep: Path) -> None:
     jobs = [*requests(), *requests("seed=1", prefix="seed-1-")]
-    with pytest.raises(UserError, match="^6 of 6 SAEs failed: its job was cancelled"):
+    with pytest.raises(UserError, match=r"^6 of 6 SAEs failed: its job was cancelled"):
         SlurmLauncher(saes_per_job=2).train(jobs)
     first = [{"k-2": 30, "k-3": 30}, {"k-4": 30}]
     second = [{"seed-1-k-2": 30, "seed-1-k-3": 30}, {"seed-1-k-4": 30}]
@@ -79,7 +79,7 @@ def test_what_is_trained_has_no_job_and_is_in_the_summary(
 ) -> None:
     train_all(requests()[:1])
     capsys.readouterr()
-    with pytest.raises(UserError, match="^2 of 3 SAEs failed: its job was cancelled"):
+    with pytest.raises(UserError, match=r"^2 of 3 SAEs failed: its job was cancelled"):
         SlurmLauncher().train(requests())
     assert items(sweep) == [{"k-3": 30, "k-4": 30}]
     said = capsys.readouterr()
@@ -91,7 +91,7 @@ def test_what_is_trained_has_no_job_and_is_in_the_summary(
 
 
 def test_mistakes_are_seen_before_a_job_is_submitted(slurm: FakeSlurm, requests: Any) -> None:
-    with pytest.raises(UserError, match="site resid_post.9 is not among the sites"):
+    with pytest.raises(UserError, match=r"site resid_post\.9 is not among the sites"):
         SlurmLauncher().train(requests("site=resid_post.9"))
     with pytest.raises(UserError, match=r"workers is for a harvest: give a sweep hydra\.launcher\.saes_per_job"):
         SlurmLauncher(workers=2).train(requests())

@@ -20,7 +20,7 @@ Step = Callable[[], None]
 class Letters:
     """A work of items `a`, `b`, ...: one is done when its file is there."""
 
-    noun, unit, look = "letters", "strokes", "python look.py"
+    noun, unit, look, again = "letters", "strokes", "python look.py", "the same command"
 
     def __init__(self, folder: Path, items: str) -> None:
         self.folder = folder
@@ -108,7 +108,7 @@ def test_the_same_command_attaches_to_what_runs_and_submits_what_is_missing(
         play(work, folder, interrupt)
     assert stopped.value.code == 130
     said = capsys.readouterr().out
-    assert "the jobs go on; look again with the same command or with python look.py" in said
+    assert "the jobs go on; look again with python look.py, look after them with the same command" in said
     assert f"cancel them with scancel --name={folder.name}" in said
     slurm.become("1_0", "RUNNING")
     slurm.become("1_1", None)
@@ -198,7 +198,7 @@ def test_jobs_that_wait_are_cancelled_when_nothing_is_left(slurm: FakeSlurm, wor
 
 def test_two_commands_do_not_submit_the_same(slurm: FakeSlurm, work: Letters, folder: JobFolder) -> None:
     def other() -> None:
-        with pytest.raises(UserError, match="another command looks after the jobs of .*: python look.py"):
+        with pytest.raises(UserError, match=r"another command looks after the jobs of .*: python look\.py"):
             play(work, folder)
         work.finish("abc")
 
@@ -228,5 +228,5 @@ def test_what_is_missing_is_named(
 
 def test_a_folder_that_nodes_cannot_see_is_refused(slurm: FakeSlurm, work: Letters, folder: JobFolder) -> None:
     slurm.nodes("node1", "node2")
-    with pytest.raises(UserError, match="which the cluster's nodes do not share with .*: choose a folder on a shared"):
+    with pytest.raises(UserError, match=r"which the cluster's nodes do not share with .*: choose a folder on a shared"):
         play(work, folder)
