@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from data.base.clock import clock
 from data.loading.order import mixing_span
 from data.store.manifest import TRAIN
 from data.store.massive import has_massive_rows
@@ -17,13 +18,6 @@ from train.sae import SAE
 from train.targets import l0_miss
 
 LARGE_MEAN = 0.8  # of E||x||^2; at 0.94 ReLU and JumpReLU were seen to collapse, at 0.34 and below not
-
-
-def clock(seconds: float) -> str:
-    """Format seconds as m:ss or h:mm:ss."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 def label(sae: SAE) -> str:
