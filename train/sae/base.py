@@ -122,6 +122,7 @@ class SAE(nn.Module, ABC):
             raise UserError(f"an SAE over {d_in} entries is impossible: there must be at least 1")
         self.d_in, self.width = d_in, self.config.width
         self.site: str | None = None  # where the activations are from, once it is known
+        self.record: dict[str, Any] | None = None  # its config.json, where it was loaded from a folder
         self.unit_rows = True
         self.matmul = "float32"  # of the encoder's product in training; bf16: its factors rounded to bfloat16
         self.norm = InputNorm(self.config.input_norm, d_in)
