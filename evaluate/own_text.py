@@ -1,7 +1,7 @@
 """One SAE on a text of one's own: what its latents are on each token, and what a latent does to a continuation.
 
-The language model, the packing and the site are those of the SAE's record (config.json), so tokens, BOS and contexts are
-what they were in training. Letters: T tokens of a context, N tokens of the text, D width of the site, F latents.
+The language model, the packing and the site are those of the SAE's record (config.json), so tokens, BOS and contexts
+are what they were in training. Letters: T tokens of a context, N tokens of the text, D width of the site, F latents.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Settings given in Python: keyword arguments, composed with `conf/` as the command line composes its overrides.
 
     harvest.harvest(sites=["resid_post.3"], tokens=2_000_000, **{"packing.context": 128})
-    train.train(sae="topk", **{"sae.k": 16})      # or sae={"variant": "topk", "k": 16} on the default variant's settings
+    train.train(sae="topk", **{"sae.k": 16}, loader={"threads": 1})
 
 A name stands for what it stands for on the command line: a group takes an option's name or its settings as a mapping,
 dots go into a group, None is null, `experiment` names a preset.

@@ -47,7 +47,7 @@ def test_a_whole_configuration_stays_as_it_is() -> None:
     config = OmegaConf.create({"a": 1, "b": "${a}"})
     assert settings_of_call("train", config, {}) == {"a": 1, "b": 1}
     assert settings_of_call("train", {"a": 1}, {}) == {"a": 1}
-    with pytest.raises(UserError, match="^tokens came beside a whole configuration: put them into it"):
+    with pytest.raises(UserError, match=r"^tokens came beside a whole configuration: put them into it"):
         settings_of_call("train", {"a": 1}, {"tokens": 3})
 
 
