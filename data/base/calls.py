@@ -66,8 +66,8 @@ def composed(stage: str, given: Mapping[str, Any]) -> Iterator[Any]:
     from hydra.core.hydra_config import HydraConfig
     from omegaconf import OmegaConf, open_dict
 
-    from data.base.cli import CONF
     from data.base.composing import guard
+    from data.base.help import CONF
 
     guard()
     before = HydraConfig.instance().cfg
@@ -78,7 +78,7 @@ def composed(stage: str, given: Mapping[str, Any]) -> Iterator[Any]:
             OmegaConf.set_readonly(config.hydra, False)
             config.hydra.runtime.output_dir = str(config.hydra.run.dir)
             HydraConfig.instance().set_config(config)
-            settings = OmegaConf.masked_copy(config, [name for name in config if name != "hydra"])
+            settings = OmegaConf.masked_copy(config, [str(name) for name in config if name != "hydra"])
             with open_dict(settings):
                 yield settings
         finally:

@@ -17,7 +17,8 @@ from omegaconf.errors import OmegaConfBaseException
 from data.base.composing import NameJob, guard, refuse_flags
 from data.base.config import Settings, unknown
 from data.base.errors import UserError, to_sentence
-from data.base.help import CONF, STAGES, show_help
+from data.base.help import CONF as CONF
+from data.base.help import STAGES, show_help
 from data.base.location import refuse_credentials
 
 # glibc gives large blocks back to the kernel at once and pays a page fault for each page of the next one.

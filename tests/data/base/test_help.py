@@ -22,6 +22,7 @@ MODULES = {
     "features": "evaluate.features",
     "export": "train.interop.export",
     "adopt": "train.interop.import_sae",
+    "publish": "train.publish",
     "claims": "benchmarks.claims",
 }
 
