@@ -7,6 +7,7 @@ that links lead where they lead there; a link to what is no page becomes plain t
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -56,8 +57,8 @@ def with_links(text: str, source: Path, places: dict[Path, str], at: str) -> str
 
 def write_sources(out: Path) -> None:
     """Write the site's Markdown into `out`."""
-    sys.path.insert(0, str(ROOT))
-    from docs.reference import api_page, settings_page
+    sys.path.insert(0, str(ROOT))  # this folder is there already
+    from reference import api_page, settings_page
 
     generated = {"settings.md": settings_page(), "api.md": api_page()}
     sources = pages()
@@ -81,7 +82,8 @@ def build(out: Path) -> int:
     config = (DOCS / "mkdocs.yml").read_text()
     (out / "mkdocs.yml").write_text(config)
     command = [sys.executable, "-m", "mkdocs", "build", "--quiet", "--strict", "-f", str(out / "mkdocs.yml")]
-    return subprocess.run(command).returncode
+    quiet = os.environ | {"NO_MKDOCS_2_WARNING": "1"}  # the theme's advertisement of its successor
+    return subprocess.run(command, env=quiet).returncode
 
 
 def main(arguments: Sequence[str]) -> int:

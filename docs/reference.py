@@ -47,6 +47,7 @@ _INTRODUCTION = (
     '(`make train ARGS="sae=topk sae.k=32"`), or as a keyword argument from Python. A group takes an option by name',
     "(`sae=topk`) and its settings by dots (`sae.k=32`); `null` is nothing. `python -m train --help` shows the same.",
 )
+_SLIP = 10**9  # a bound from here on only stops a slip of the keyboard
 PUBLIC = ("harvest", "train", "train.sae", "evaluate", "data")
 
 
@@ -55,7 +56,8 @@ def settings_page() -> str:
     lines = ["# Settings", "", *_INTRODUCTION, ""]
     for stage, schema in STAGES.items():
         file = ConfigFile.read(CONF / f"{stage}.yaml")
-        lines += [f"## {file.head[0].split(':')[0]}", "", *file.prose, "", "```", *file.examples, "```", ""]
+        command, _, purpose = file.prose[0].partition(": ")
+        lines += [f"## {command}", "", purpose, *file.prose[1:], "", "```", *file.examples, "```", ""]
         lines += _table(schema, _defaults(stage))
     lines += ["## Groups", ""]
     for group, schema in GROUPS.items():
@@ -117,10 +119,13 @@ def _value(value: Any) -> str:
 
 def _values(field: FieldInfo) -> str:
     """Write what a setting may be: its kind, or its choices, and its range."""
-    marks = [str(mark.ge) + " or more" for mark in field.metadata if getattr(mark, "ge", None) is not None]
-    marks += [f"above {mark.gt}" for mark in field.metadata if getattr(mark, "gt", None) is not None]
-    marks += [f"below {mark.lt}" for mark in field.metadata if getattr(mark, "lt", None) is not None]
-    marks += [f"at most {mark.le}" for mark in field.metadata if getattr(mark, "le", None) is not None]
+    bounds = {"ge": "{} or more", "gt": "above {}", "lt": "below {}", "le": "at most {}"}
+    marks = [
+        said.format(getattr(mark, name))
+        for mark in field.metadata
+        for name, said in bounds.items()
+        if getattr(mark, name, None) is not None and abs(getattr(mark, name)) < _SLIP
+    ]
     kinds = list(dict.fromkeys(_kinds(field.annotation)))
     return ", ".join([" or ".join(kinds), *marks])
 
@@ -175,7 +180,7 @@ def _entry(package: str, name: str, thing: Any) -> Iterator[str]:
     yield from [*_text(thing), ""]
     for member, value in vars(thing).items() if inspect.isclass(thing) else ():
         inner = getattr(value, "__func__", getattr(value, "func", getattr(value, "fget", value)))
-        if not member.startswith("_") and inspect.isfunction(inner) and inspect.getdoc(inner):
+        if not member.startswith("_") and inspect.isfunction(inner) and inner.__doc__:
             called = _signature(inner) if callable(value) or isinstance(value, classmethod | staticmethod) else ""
             yield from [f"**`{member}{called}`**", "", *_text(inner), ""]
 
