@@ -78,6 +78,8 @@ def steer_text(
     Raises UserError for a latent that the SAE does not have, and where prompt and continuation exceed a context.
     """
     opened = _opened(sae, device)
+    if opened.sae.transcodes:
+        raise UserError("steer_text takes an SAE, and this is a transcoder, which reads one site and writes another")
     if not 0 <= latent < opened.sae.width:
         raise UserError(f"latent={latent} is none of the SAE's: choose one from 0 to {opened.sae.width - 1}")
     contexts = list(_contexts(prompt, opened.tokenizer, opened.packing))

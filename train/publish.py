@@ -20,8 +20,8 @@ from data.base.config import Flag, Settings, Text
 from data.base.errors import UserError
 from data.base.files import expand_globs, format_bytes
 from data.base.records import Json
+from train.interop.export import CARD
 
-CARD = "README.md"
 REPORT = "report"  # the folder of an evaluation in the repository
 _REPO = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
 _CLIENTS = ("httpx", "httpx2", "requests")  # of HTTP, by the version of huggingface_hub
@@ -165,7 +165,7 @@ def _model_of(folder: Path) -> str:
     return str(load_config(folder).get("model_name", "a language model"))
 
 
-def send(upload: Upload, *, private: bool = True, message: str = "Add SAEs") -> str:
+def send_upload(upload: Upload, *, private: bool = True, message: str = "Add SAEs") -> str:
     """Send the files in one commit, the repository made where there is none; the address of the commit.
 
     The token is the hub's own: HF_TOKEN, or what `hf auth login` left. UserError where the hub refuses.
@@ -207,7 +207,7 @@ def publish(settings: PublishSettings) -> None:
     if not settings.go:
         print(f"{said}, would go to {upload.repo}; nothing was sent: give go=true to send them")
         return
-    address = send(upload, private=settings.private, message=settings.message)
+    address = send_upload(upload, private=settings.private, message=settings.message)
     print(f"{said}: {address}")
 
 
