@@ -69,7 +69,7 @@ def extent(tensor: Tensor) -> int:
     return entries * tensor.element_size()
 
 
-class Counter(TorchDispatchMode):
+class Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Sees each of torch's operations, and the storages that live.
 
     An operation belongs to the part that `within` names, or by what it touches: `products`, `parameters` (a tensor of
@@ -78,7 +78,7 @@ class Counter(TorchDispatchMode):
     """
 
     def __init__(self, *, parameter_entries: int = -1, z_entries: int = -1, candidates: int = 0) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.parameter_entries, self.z_entries, self.candidates = parameter_entries, z_entries, candidates
         self.operations: list[Operation] = []
         self.live, self.peak = 0, 0
