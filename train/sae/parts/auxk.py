@@ -71,9 +71,9 @@ def filled_up(marked_F: Bool[Tensor, " F"]) -> Int[Tensor, " d"]:
     return torch.cat([marked_d, (~marked_F).nonzero().squeeze(1)[:missing]]).sort().values
 
 
-def auxk_size(d_in: int) -> int:
-    """Compute k_aux = 2^round(log2(D / 2)), ties up (Gao et al. 2024: the power of two near D / 2)."""
-    return int(2 ** max(0, math.floor(math.log2(d_in / 2) + 0.5)))
+def auxk_size(d_out: int) -> int:
+    """Compute k_aux = 2^round(log2(D / 2)), ties up, D the residual's width (Gao et al. 2024: the power near D / 2)."""
+    return int(2 ** max(0, math.floor(math.log2(d_out / 2) + 0.5)))
 
 
 def auxk_rule(k: int, few: bool) -> TopPerToken | Everything:
