@@ -176,6 +176,7 @@ def prepare(
     given = resumed(job.settings, job.overrides) if job.settings.get("resume") else job.settings
     settings = TrainSettings.of(given)
     check_installed(settings.logger.name)
+    check_installed(settings.optimizer.name)
     folder = Path(settings.out)
     stored = stored_chunks(folder)
     shared = canonical([stored, of_scope(settings, "stream", "store", "pass")])
