@@ -11,6 +11,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 from pydantic import AfterValidator, Field
 
+from data.base.composing import SLURM
 from data.base.config import Flag, Real, Settings, Text, Whole
 
 LAUNCHER = "hydra.launcher"
@@ -104,7 +105,7 @@ class SlurmSettings(Settings):
 
 def slurm_launcher() -> SlurmSettings | None:
     """Return the settings of hydra/launcher=slurm where this command was given it, else None."""
-    if not HydraConfig.initialized() or HydraConfig.get().runtime.choices.get("hydra/launcher") != "slurm":
+    if not HydraConfig.initialized() or HydraConfig.get().launcher.get("_target_") != SLURM:
         return None
     return SlurmSettings.of_launcher(HydraConfig.get().launcher)
 
