@@ -11,6 +11,7 @@ import torch
 from data.base.clock import clock
 from data.loading.order import mixing_span
 from data.store.manifest import TRAIN
+from data.store.massive import has_massive_rows
 from train.plan import TrainRun
 from train.resume import LAST, read_checkpoint
 from train.sae import SAE
@@ -48,6 +49,11 @@ def opening(runs: Sequence[TrainRun]) -> str:
         lines.append(
             f"rows above {plan.outliers.times:g} times the median norm are left out ({left_out}): "
             "outliers=null keeps them"
+        )
+    if plan.target is not None and has_massive_rows(plan.store.stats(TRAIN, plan.target)):
+        lines.append(
+            f"{plan.target} has massive rows, which are left out only where the norm of {plan.site} is massive too: "
+            "those that stay may be most of what the NMSE counts"
         )
     moments = plan.moments()
     share = 1 - moments["variance"] / moments["mean_sq_norm"]
