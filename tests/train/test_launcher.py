@@ -108,12 +108,14 @@ def test_each_equals_its_run_alone_and_the_cache_is_read_once(
     floats: list[torch.Tensor] = []
     with monkeypatch.context() as patch:
         plain = SAETrainer.training_step
-        patch.setattr(SAETrainer, "training_step", lambda self, x_BD: (floats.append(x_BD), plain(self, x_BD)))
+        patch.setattr(SAETrainer, "training_step", lambda self, *batch: (floats.append(batch[0]), plain(self, *batch)))
         train_all(jobs(kinds, *long))
     assert reads == one and len(floats) == 6 * 32 and len({id(x_BD) for x_BD in floats}) == 32
     out = capsys.readouterr()
     assert "6 SAEs in one pass: 2,048 tokens in 32 steps" in out.out and ", once for 6 SAEs" in out.out
-    assert "6 SAEs   50%" in out.err and "  relu  nmse " in out.err
+    assert "6 SAEs   34%" in out.err and "SAE loss nmse l0 dead lr" in " ".join(out.err.split())
+    assert "held-out NMSE of the SAEs at each L0" in out.out
+    assert "evaluate them: .venv/bin/python -m evaluate saes=" in out.out
     alone(jobs(kinds, *long, sweep="alone"))
     assert_same_runs(tmp_path / "sweep", tmp_path / "alone", kinds)
 

@@ -16,8 +16,8 @@ from omegaconf import OmegaConf
 from data.base.cli import CONF
 from data.base.errors import UserError
 from data.base.sites import Site
+from evaluate.features.arguments import with_own_text
 from evaluate.features.make import make
-from evaluate.features.run import with_own_text
 from harvest import lm
 from harvest.hooks import run_to
 from tests.helpers.settings import stage_config
