@@ -114,7 +114,7 @@ def harvest(config: Mapping[str, Any] | None = None, **settings: Any) -> Store:
     """
     request = HarvestRequest.from_config(settings_of_call("harvest", config, settings))
     asked = request.asked
-    doing(f"checking {asked.model['name']} and hashing the {asked.text.kind} text")
+    doing(f"checking {asked.model.name} and hashing the {asked.text.kind} text")
     tokenizer = lm.load_tokenizer(asked.model)
     check_tokenizer(tokenizer, asked.packing)
     check_text(request, tokenizer)
@@ -128,7 +128,7 @@ def harvest(config: Mapping[str, Any] | None = None, **settings: Any) -> Store:
     from harvest import harvester
     from harvest.hooks import locate
 
-    doing(f"loading {asked.model['name']}")
+    doing(f"loading {asked.model.name}")
     model = lm.load_model(asked.model)
     for site in asked.sites:
         locate(model, site)

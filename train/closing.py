@@ -16,7 +16,7 @@ def evaluate_line(folders: Sequence[Path]) -> str:
     return f"evaluate {'it' if len(folders) == 1 else 'them'}: .venv/bin/python -m evaluate {override('saes', folder)}"
 
 
-def ranking(records: Mapping[str, Mapping[str, Any]]) -> list[str]:
+def ranked_lines(records: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """Rank the SAEs of a pass, by name, on the held-out rows: those of about one L0 together, the lowest NMSE first.
 
     records: what config.json says of each training. Empty where fewer than two SAEs were validated.

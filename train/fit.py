@@ -19,7 +19,7 @@ from pytorch_lightning.loggers.logger import Logger
 
 from data.base.errors import UserError
 from train.callbacks import LastCheckpoint, Progress
-from train.closing import ranking
+from train.closing import ranked_lines
 from train.config import TrainSettings
 from train.datamodule import ActivationData
 from train.lit import MultiSAEModule, OwnReduction, Passes
@@ -119,7 +119,7 @@ def _fit(runs: Sequence[TrainRun], signals: Signals, *watching: Callback) -> dic
         for member in module.running:
             record = {"waited": waited, **calibrated.get(member.name, {}), "seconds": seconds}
             saved[member.name] = _save(by_name[member.name], member, record)
-        for line in ranking(saved):
+        for line in ranked_lines(saved):
             print(line)
         shared = f", once for {len(members)} SAEs" if len(members) > 1 else ""
         print(f"read {(_bytes_read(plan) - read) / 1e6:,.1f} MB of the cache{shared}")

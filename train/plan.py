@@ -276,7 +276,8 @@ def _readers(
     sites = store.sites(TRAIN)
     for name in (site, target or site):
         if name not in sites:
-            near = did_you_mean(name, sites)
+            # A name of the right form is a site that is still to be harvested; any other may be a slip.
+            near = did_you_mean(name, sites) if Site.parse(name).path is not None else ""
             if near:
                 raise UserError(f"site {name} is not in {store.path}: {near} It has {', '.join(sites)}")
             why = f"site {name} is not among the sites ({', '.join(sites) or 'none'})"

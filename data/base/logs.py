@@ -65,7 +65,7 @@ def logged(paths: Sequence[Path]) -> Iterator[None]:
             print(f"{path} cannot be written ({error.strerror}), so nothing is logged there", file=sys.stderr)
     out, err = sys.stdout, sys.stderr
     tees = Tee(out, files), Tee(err, files)
-    sys.stdout, sys.stderr = tees  # type: ignore[assignment]
+    sys.stdout, sys.stderr = tees
     try:
         yield
     finally:

@@ -9,19 +9,19 @@ import pytest
 from data.base.command import override
 from data.base.errors import UserError, did_you_mean
 from data.base.sites import Site
-from train.closing import evaluate_line, ranking
+from train.closing import evaluate_line, ranked_lines
 
 
 def test_the_end_ranks_saes_of_one_l0_by_nmse() -> None:
     held_out = {"a": (32.0, 0.2), "b": (33.0, 0.1), "c": (64.0, 0.05)}
     records = {name: {"heldout": {"l0": l0, "nmse": nmse}} for name, (l0, nmse) in held_out.items()}
-    assert ranking({**records, "d": {"heldout": None}}) == [
+    assert ranked_lines({**records, "d": {"heldout": None}}) == [
         "held-out NMSE of the SAEs at each L0 (within 5%), best first:",
         "  b  L0   33.0  NMSE 0.1000  best at its L0",
         "  a  L0   32.0  NMSE 0.2000",
         "  c  L0   64.0  NMSE 0.0500",
     ]
-    assert ranking({"a": records["a"]}) == []
+    assert ranked_lines({"a": records["a"]}) == []
 
 
 def test_the_next_command_is_one_that_can_be_pasted() -> None:

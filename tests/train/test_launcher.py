@@ -163,12 +163,14 @@ def test_what_fails_all_is_said_once(jobs: Any) -> None:
     assert str(caught.value).count("resid_post.9 is not among") == 1
 
 
-def test_a_pass_that_all_its_saes_leave_ends(jobs: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_pass_that_all_its_saes_leave_ends(
+    jobs: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     done = []
     monkeypatch.setattr(TopK, "after_step", lambda self, step: done.append(self.b_dec.data.fill_(math.nan)))
-    with pytest.raises(UserError, match="was not finite at step 1 "):
+    with pytest.raises(UserError, match=r"^all 2 SAEs failed: .* \(why is said above\)$"):
         train_all([*jobs(["topk"]), *jobs(["topk"], sweep="second")])
-    assert len(done) == 20
+    assert len(done) == 20 and capsys.readouterr().err.count("was not finite at step 1 ") == 2
 
 
 @pytest.mark.parametrize("step", [20, 30])
@@ -246,9 +248,10 @@ def test_another_matmul_is_a_pass_of_its_own(jobs: Any) -> None:
     assert [len(one) for one in group_by_stream([run for run in made if run is not None])] == [1, 1]
 
 
-def test_two_jobs_of_one_folder_are_refused(jobs: Any, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"is the folder of several jobs: make hydra\.sweep\.subdir tell"):
+def test_two_jobs_of_one_folder_are_refused(jobs: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(UserError, match=r"^1 of 2 SAEs failed: "):
         train_all([*jobs(["topk"]), *jobs(["topk"], "sae.k=4")])
+    assert "is the folder of several jobs: make hydra.sweep.subdir tell" in capsys.readouterr().err
 
 
 def test_an_interrupted_sweep_says_how_to_go_on(

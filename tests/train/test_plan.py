@@ -39,6 +39,8 @@ def test_all_variants_get_the_same_chunks(short: Any) -> None:
     ("overrides", "says"),
     [
         (["site=resid_post.9"], r"site resid_post\.9 is not among the sites \(resid_post\.3\)"),
+        (["site=resid_pots.3"], r"site resid_pots\.3 is not in .*: did you mean resid_post\.3\? It has resid_post\.3"),
+        (["tokens=4096"], r"in 1 pass.*; give epochs=2 to read them again, or make them with: "),
         (
             ["tokens=4096"],
             r"tokens=4096 with calibration_tokens=512 needs more than the 4096 training tokens in 1 pass",
