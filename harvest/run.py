@@ -17,12 +17,14 @@ from data.base import cli
 from data.base.calls import settings_of_call
 from data.base.errors import UserError
 from data.base.files import format_bytes
+from data.slurm.settings import output_folder, slurm_launcher
 from data.store.layout import Layout
 from data.store.manifest import TRAIN
 from data.store.store import Store
 from harvest import lm
 from harvest.packing import PackedTokens, check_tokenizer, pack
 from harvest.request import HarvestRequest
+from harvest.slurm import harvest_by_jobs
 from harvest.summary import advice, summary
 from harvest.text_source import token_ids
 from harvest.tokenizer import TokenIds
@@ -164,8 +166,12 @@ def say_all(lines: Iterable[str]) -> None:
 
 def main(config: DictConfig) -> None:
     """Run the stage from Hydra's configuration."""
+    settings, slurm = cli.stage_settings(config, "harvest"), slurm_launcher()
     try:
-        harvest(cli.stage_settings(config, "harvest"))
+        if slurm is None:
+            harvest(settings)
+        else:
+            harvest_by_jobs(settings, slurm, output_folder().parent / "slurm", harvest)
     except KeyboardInterrupt:
         print("stopped; every unit that was committed stays: run the same command again to go on", file=sys.stderr)
         raise SystemExit(130) from None

@@ -125,7 +125,7 @@ def test_the_circle_test_sees_one(tmp_path: Path) -> None:
     assert circles(graph(paths)) == [["a", "b", "c"]]
 
 
-ROOMS = ("base", "storage", "store", "loading", "tools")
+ROOMS = ("base", "slurm", "storage", "store", "loading", "tools")
 
 
 @pytest.mark.parametrize("room", ROOMS)

@@ -161,11 +161,14 @@ def _summary(failed: Mapping[str, str], count: int) -> str:
     return f"{len(failed)} of {count} SAEs failed: {each}"
 
 
-def prepare(job: TrainRequest, plans: dict[str, DataPlan] | None = None) -> TrainRun | None:
+def prepare(
+    job: TrainRequest, plans: dict[str, DataPlan] | None = None, *, shapes_only: bool = False
+) -> TrainRun | None:
     """Make every check of a job that can be made before it trains;
     return its run, or None where its folder holds the SAE already.
 
-    `plans` keeps the plans made, which jobs share that differ in nothing but the SAE and its optimizer.
+    `plans` keeps the plans made, which jobs share that differ in nothing but the SAE and its optimizer. With
+    `shapes_only` the SAE has no weights, for a machine that only hands the job on.
     """
     plans = {} if plans is None else plans
     if any(item.lstrip("+").startswith("lr_asked=") for item in job.overrides):
@@ -173,6 +176,7 @@ def prepare(job: TrainRequest, plans: dict[str, DataPlan] | None = None) -> Trai
     given = resumed(job.settings, job.overrides) if job.settings.get("resume") else job.settings
     settings = TrainSettings.of(given)
     check_installed(settings.logger.name)
+    check_installed(settings.optimizer.name)
     folder = Path(settings.out)
     stored = stored_chunks(folder)
     shared = canonical([stored, of_scope(settings, "stream", "store", "pass")])
@@ -188,16 +192,24 @@ def prepare(job: TrainRequest, plans: dict[str, DataPlan] | None = None) -> Trai
     if step is None:
         print(f"{folder} holds this SAE already: nothing to do")
         return None
-    sae = build(settings.sae, plan.d_in, job.overrides, plan.d_out)
+    with without_weights() if shapes_only else contextlib.nullcontext():
+        sae = build(settings.sae, plan.d_in, job.overrides, plan.d_out)
     sae.site, sae.target = plan.site, plan.target
     if sae.needs_calibration and plan.reserved_rows < plan.batch:
         raise UserError(
             f"calibration_tokens={settings.calibration_tokens} sets {plan.reserved_rows} rows aside, fewer than one "
             f"batch={plan.batch}, and the threshold of {sae.name} is calibrated on them: raise it"
         )
-    if settings.start and not step:
+    if settings.start and not step and not shapes_only:
         start(sae, Path(settings.start))
     return TrainRun(settings, plan, sae, folder, folder.name, step, job.sweep)
+
+
+def without_weights() -> contextlib.AbstractContextManager[Any]:
+    """Let SAEs be built as shapes only, which take no memory."""
+    import torch
+
+    return torch.device("meta")
 
 
 def start(sae: SAE, folder: Path) -> None:
