@@ -14,6 +14,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from data.base import cli
+from data.base.calls import settings_of_call
 from data.base.errors import UserError
 from data.base.files import format_bytes
 from data.slurm.settings import output_folder, slurm_launcher
@@ -103,9 +104,14 @@ def faster(model: Any) -> Iterator[str]:
         yield "this CPU has AMX: with model.dtype=bfloat16 a larger model harvests up to 4 times as fast"
 
 
-def harvest(cfg: Mapping[str, Any]) -> Store:
-    """Do what a resolved configuration asks, as far as it is not done yet; returns the store."""
-    request = HarvestRequest.from_config(cfg)
+def harvest(config: Mapping[str, Any] | None = None, **settings: Any) -> Store:
+    """Harvest what is asked for, as far as it is not done yet; returns the store.
+
+    `settings` are those of conf/harvest.yaml, groups by an option's name or as a mapping, dotted names by
+    `**{"packing.context": 128}`; or `config` is a whole configuration, as Hydra composes one. Raises UserError in one
+    sentence for what cannot be.
+    """
+    request = HarvestRequest.from_config(settings_of_call("harvest", config, settings))
     asked = request.asked
     tokenizer = lm.load_tokenizer(asked.model)
     check_tokenizer(tokenizer, asked.packing)

@@ -24,7 +24,7 @@ from train.datamodule import ActivationData
 from train.lit import MultiSAEModule, OwnReduction, Passes
 from train.loggers import CsvLogger
 from train.messages import closing, diverged, how_to_go_on, label, missed_l0, opening, slow_bf16
-from train.optimizers import OPTIMIZERS, optimizer_from
+from train.optimizers import optimizer_class, optimizer_from
 from train.plan import DataPlan, TrainRun, origin
 from train.resume import fingerprint, first_rank, read_checkpoint
 from train.sae import SAE, StartRows, default_window, save
@@ -300,7 +300,7 @@ def _training(run: TrainRun, member: SAETrainer) -> dict[str, Any]:
         "batch": plan.batch,
         "world": plan.world,
         "seed": settings.seed,
-        "optimizer": {"name": OPTIMIZERS[settings.optimizer.name].__name__} | settings.optimizer.arguments(),
+        "optimizer": {"name": optimizer_class(settings.optimizer.name).__name__} | settings.optimizer.arguments(),
         "lr_asked": settings.lr_asked,
         "schedule": asdict(member.schedule),
         "clip": member.clip,

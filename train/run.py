@@ -15,12 +15,14 @@ from omegaconf import DictConfig
 from pydantic import Field
 
 from data.base import cli
+from data.base.calls import composed, settings_of_call
 from data.base.config import Real, Settings, Whole
 from data.base.errors import UserError
 from data.base.records import canonical
 from train.config import VARIANT_ALIASES, Group, TrainSettings, by_name, check_installed, of_scope
 from train.plan import DataPlan, TrainRun, group_by_stream, make_plan
 from train.rates import with_rate
+from train.result import TrainResult
 from train.resume import first_rank, only_writer, resumed, step_to_resume, stored_chunks, write_run
 
 if TYPE_CHECKING:
@@ -68,9 +70,20 @@ def request_of(config: DictConfig) -> TrainRequest:
     return TrainRequest(cli.stage_settings(config, "train", TrainSettings), overrides, sweep)
 
 
-def train(settings: Group, overrides: Sequence[str] = ()) -> None:
-    """Train what `settings` (conf/train.yaml, resolved) describe, or go on with it, into the folder `out`."""
-    train_all([TrainRequest(settings, overrides)])
+def train(config: Mapping[str, Any] | None = None, overrides: Sequence[str] = (), **settings: Any) -> TrainResult:
+    """Train one SAE, or go on with it (`resume=folder`); gives its folder, record, held-out figures and the SAE.
+
+    `settings` are those of conf/train.yaml, groups by an option's name or as a mapping, dotted names by
+    `**{"sae.k": 16}`; or `config` is a whole configuration, as Hydra composes one, and `overrides` those behind it.
+    Raises UserError in one sentence for what cannot be.
+    """
+    if config is None:
+        with composed("train", settings) as made:
+            request = request_of(made)
+    else:
+        request = TrainRequest(settings_of_call("train", config, settings), overrides)
+    train_all([request])
+    return TrainResult(request.folder)
 
 
 def train_all(jobs: Sequence[TrainRequest]) -> None:
@@ -163,6 +176,7 @@ def prepare(
     given = resumed(job.settings, job.overrides) if job.settings.get("resume") else job.settings
     settings = TrainSettings.of(given)
     check_installed(settings.logger.name)
+    check_installed(settings.optimizer.name)
     folder = Path(settings.out)
     stored = stored_chunks(folder)
     shared = canonical([stored, of_scope(settings, "stream", "store", "pass")])
