@@ -19,6 +19,8 @@ from data.base.errors import UserError
 from train.sae.config import SAEConfig
 from train.sae.parts.init import SAMPLES, directions, geometric_median
 from train.sae.parts.norm import InputNorm
+from train.sae.parts.ranks import ALONE, Group, Mesh
+from train.sae.parts.split import WHOLE, LatentSplit
 from train.sae.parts.threshold import L0Calibration
 from train.sae.sparse.codes import Codes
 from train.sae.sparse.encode import encode
@@ -38,8 +40,8 @@ class TrainContext:
     """Latents, ascending, outside of which `dead_F` marks none: with it no device is waited for to find the dead."""
     sparsity_scale: float = 1.0
     """Share of the sparsity coefficient in the warm-up, from 0 to 1; only variants with a coefficient use it."""
-    ranks: int = 1
-    """Processes of torch's default group, each with as many tokens, that have one batch together."""
+    data: Group = ALONE
+    """Processes, each with as many tokens, that have one batch together."""
 
     @property
     def warmed_up(self) -> bool:
@@ -99,11 +101,16 @@ class SAE(nn.Module, ABC):
     shape and give no gradient. The trainer's order: `step = loss(norm.normalise(x), context)`, backward,
     `project_gradient_(W_dec)` where `unit_rows`, clipping, the optimizer's step, `renormalise_(W_dec)` where
     `unit_rows`, `after_step(step)`. Nothing else moves any state.
+
+    `split` says which latents this process has, where several hold one dictionary: then `width` is that of the whole,
+    what has one row a latent (all parameters but `replicated`, f, dead latents) has those of this process alone, and
+    x_hat is the whole dictionary's.
     """
 
     name: ClassVar[str]
     Config: ClassVar[type[SAEConfig]]
     bias_names: ClassVar[tuple[str, ...]] = ("b_enc",)  # the latents' biases, that of z first
+    replicated: ClassVar[frozenset[str]] = frozenset({"b_dec"})  # parameters without a row for each latent
     needs_calibration: ClassVar[bool] = False
     uses_auxk: ClassVar[bool] = False
 
@@ -111,7 +118,7 @@ class SAE(nn.Module, ABC):
     variance: Tensor
     mean_sq: Tensor
 
-    def __init__(self, d_in: int, width: int, **settings: Any) -> None:
+    def __init__(self, d_in: int, width: int, *, split: LatentSplit = WHOLE, **settings: Any) -> None:
         """Make an SAE of `width` latents over `d_in` entries; `settings` are those of the variant's `Config`.
 
         Raises UserError for settings that do not fit.
@@ -120,19 +127,24 @@ class SAE(nn.Module, ABC):
         self.config = self.Config.of({"width": width, **settings})
         if d_in < 1:
             raise UserError(f"an SAE over {d_in} entries is impossible: there must be at least 1")
-        self.d_in, self.width = d_in, self.config.width
+        if split.size > self.config.width:
+            raise UserError(
+                f"{self.config.width} latents cannot be split over {split.size} processes: lower trainer.latent_ranks"
+            )
+        self.d_in, self.width, self.split = d_in, self.config.width, split
+        self.own_width = split.own(self.width)  # latents that are here
         self.site: str | None = None  # where the activations are from, once it is known
         self.unit_rows = True
         self.matmul = "float32"  # of the encoder's product in training; bf16: its factors rounded to bfloat16
         self.norm = InputNorm(self.config.input_norm, d_in)
         # Any values will do here, as `initialise` or a state dict sets others; unit rows make an untrained SAE a sane
         # one.
-        rows_FD = directions(self.width, d_in, seed=0)
+        rows_FD = directions(self.width, d_in, seed=0, split=split)
         self.W_enc_FD = nn.Parameter(rows_FD.clone())  # latent by latent, as its gradients come and optimizers walk
         self.W_dec = nn.Parameter(rows_FD)
         self.b_dec = nn.Parameter(torch.zeros(d_in))
         for name in self.bias_names:
-            self.register_parameter(name, nn.Parameter(torch.zeros(self.width)))
+            self.register_parameter(name, nn.Parameter(torch.zeros(self.own_width)))
         # Buffers, so that they are saved with the weights: a loss can be repeated later from the SAE alone.
         self.register_buffer("variance", torch.ones(()))
         self.register_buffer("mean_sq", torch.tensor(float(d_in)))
@@ -166,8 +178,13 @@ class SAE(nn.Module, ABC):
     def start_variant(self, xn_ND: Float[Tensor, "N D"]) -> None:
         """Set what a variant takes from normalised samples, last in `initialise`; default nothing."""
 
-    def calibrate_l0(self, batches: Sequence[Float[Tensor, "_ D"]]) -> L0Calibration | None:
-        """Bring the mean L0 on `batches` (model units, not trained on) to its target; None where there is none."""
+    def calibrate_l0(
+        self, batches: Sequence[Float[Tensor, "_ D"]], data: Group = ALONE
+    ) -> L0Calibration | None:
+        """Bring the mean L0 on `batches` (model units, not trained on) to its target; None where there is none.
+
+        Each process of `data` has batches of its own, equally many.
+        """
         return None
 
     def start_encoder(self) -> None:
@@ -228,7 +245,7 @@ class SAE(nn.Module, ABC):
     def encode(self, x: Float[Tensor, "... D"]) -> Float[Tensor, "... F"]:
         """Compute f of model-unit input."""
         x_BD = self._rows(x)
-        return self.encode_normalised(self.norm.normalise(x_BD)).reshape(*x.shape[:-1], self.width)
+        return self.encode_normalised(self.norm.normalise(x_BD)).reshape(*x.shape[:-1], self.own_width)
 
     @torch.no_grad()
     def decode(self, f: Float[Tensor, "... F"], x: Float[Tensor, "... D"] | None = None) -> Float[Tensor, "... D"]:
@@ -237,8 +254,8 @@ class SAE(nn.Module, ABC):
         `x` is the input that f came from, which input_norm=token needs: it gives each token's mean and spread back.
         """
         f_BF = f.reshape(-1, f.shape[-1]).to(self.W_dec.dtype)
-        if f.shape[-1] != self.width:
-            raise UserError(f"the SAE has {self.width} latents and decode got {f.shape[-1]}: give all of them")
+        if f.shape[-1] != self.own_width:
+            raise UserError(f"the SAE has {self.own_width} latents and decode got {f.shape[-1]}: give all of them")
         if x is None and self.input_norm == "token":
             raise UserError("input_norm=token gives each token its own mean and spread back: call decode(f, x)")
         x_hat_BD = self.decode_normalised(f_BF)
@@ -253,7 +270,7 @@ class SAE(nn.Module, ABC):
         # W_dec and not all F.
         codes, f = self.encode_sparse(self.norm.normalise(x_BD))
         x_hat_BD = self.norm.denormalise(self.decode_sparse(codes, f), x_BD)
-        return codes.dense(f).reshape(*x.shape[:-1], self.width), x_hat_BD.reshape(x.shape)
+        return codes.dense(f).reshape(*x.shape[:-1], self.own_width), x_hat_BD.reshape(x.shape)
 
     def forward(self, x: Float[Tensor, "... D"]) -> Float[Tensor, "... D"]:
         """Compute x_hat in model units."""
@@ -274,11 +291,13 @@ class SAE(nn.Module, ABC):
 
     def decode_normalised(self, f_BF: Float[Tensor, "B F"]) -> Float[Tensor, "B D"]:
         """Compute x_hat' = f W_dec + b_dec; differentiable."""
+        if self.split.size > 1:
+            return self.split.total(f_BF @ self.W_dec) + self.b_dec
         return torch.addmm(self.b_dec, f_BF, self.W_dec)
 
     def decode_sparse(self, codes: Codes, f: Tensor) -> Float[Tensor, "B D"]:
         """Compute x_hat' = f W_dec + b_dec of codes; differentiable."""
-        return codes.decode(f, self.W_dec)[0] + self.b_dec
+        return self.split.total(codes.decode(f, self.W_dec)[0]) + self.b_dec
 
     def input_centred(self, xn_BD: Float[Tensor, "B D"]) -> Float[Tensor, "B D"]:
         """Give x' - b_dec, or x' where the variant's setting says so."""
@@ -292,12 +311,21 @@ class SAE(nn.Module, ABC):
         self, xn_BD: Float[Tensor, "B D"], bias_F: Tensor | None, selections: Sequence[Selection]
     ) -> list[Codes]:
         """Compute what the selections keep of z with this bias; only training rounds the product's factors."""
-        b_dec_D = self.b_dec if self.apply_b_dec_to_input else None
+        # Each process adds its latents' part to the gradient of the one b_dec.
+        b_dec_D = self.split.shared(self.b_dec) if self.apply_b_dec_to_input else None
         # The scores of the inference form must not depend on how the training saved time.
         matmul = self.matmul if self.training else "float32"
         return encode(xn_BD, self.W_enc_FD, bias_F, b_dec_D, selections, matmul=matmul)
 
+    def l0(self, codes: Codes, f: Tensor, data: Group = ALONE) -> Float[Tensor, ""]:
+        """Compute the mean number of f above zero a token, of all latents and of the rows of `data`."""
+        return self.mesh(data).sum_((f.detach() > 0).sum()) / (codes.shape[0] * data.size)
+
     # Terms of losses
+
+    def mesh(self, data: Group) -> Mesh:
+        """Return the processes that have a batch and this dictionary together."""
+        return Mesh(data, self.split)
 
     def nmse(self, xn_hat_BD: Float[Tensor, "B D"], xn_BD: Float[Tensor, "B D"]) -> Float[Tensor, ""]:
         """Compute E over tokens of ||x' - x_hat'||^2 / Vx."""
@@ -336,7 +364,7 @@ class SAE(nn.Module, ABC):
         self._measure(sample_ND, mean_sq_norm, variance)
         xn_ND = self.norm.normalise(sample_ND[:SAMPLES])
         self.b_dec.copy_(geometric_median(xn_ND))
-        self.W_dec.copy_(directions(self.width, self.d_in, seed))
+        self.W_dec.copy_(directions(self.width, self.d_in, seed, self.split))
         # c has no closed form, as it depends on which latents are chosen. But f grows in proportion to c (but for
         # thresholds of a variant's own): one forward at c = 1 says by how much x_hat' is too short.
         self._start_encoder(1.0)

@@ -8,11 +8,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 import torch
-import torch.distributed as dist
 from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
 from train.sae.base import SAE
+from train.sae.parts.ranks import ALONE, Group
 
 
 def to_float64(x: Tensor) -> Tensor:
@@ -58,10 +58,10 @@ class ReconstructionSums:
         table = self.table()
         return float(table["error"].sum() / table["deviation"].sum())
 
-    def all_reduce(self) -> None:
+    def all_reduce(self, ranks: Group) -> None:
         """Add up the sums of all ranks."""
         for tensor in (*self.columns.values(), self.sum_D):
-            dist.all_reduce(tensor)
+            ranks.sum_(tensor)
 
 
 class FiringSums:
@@ -89,10 +89,10 @@ class FiringSums:
         """Count the latents that fire on no token of the set."""
         return int((self.fired_F == 0).sum())
 
-    def all_reduce(self) -> None:
+    def all_reduce(self, ranks: Group) -> None:
         """Add up the sums of all ranks."""
         for tensor in (self.tokens, self.l0, self.fired_F):
-            dist.all_reduce(tensor)
+            ranks.sum_(tensor)
 
 
 def _add(column: Tensor, value_N: Tensor, group_N: Tensor | None) -> None:
@@ -105,11 +105,14 @@ def _add(column: Tensor, value_N: Tensor, group_N: Tensor | None) -> None:
 
 @torch.no_grad()
 def held_out(
-    saes: Sequence[SAE], batches: Iterable[Tensor], device: torch.device, world: int
+    saes: Sequence[SAE], batches: Iterable[Tensor], device: torch.device, data: Group = ALONE
 ) -> list[dict[str, float]]:
-    """Score the inference form of each SAE on all ranks' `batches` in model units, which are read once for all."""
+    """Score the inference form of each SAE on all ranks' `batches` in model units, which are read once for all.
+
+    Each process of `data` has batches of its own; those of a split dictionary have the same ones.
+    """
     errors = [ReconstructionSums(torch.zeros(sae.d_in, device=device)) for sae in saes]
-    firings = [FiringSums(sae.width, device=device) for sae in saes]
+    firings = [FiringSums(sae.own_width, device=device) for sae in saes]
     modes = [sae.training for sae in saes]
     for sae in saes:
         sae.eval()  # the inference form rounds no factors of the encoder's product
@@ -121,10 +124,11 @@ def held_out(
     for sae, mode in zip(saes, modes, strict=True):
         sae.train(mode)
     found = []
-    for error, firing in zip(errors, firings, strict=True):
-        if world > 1:
-            error.all_reduce()
-            firing.all_reduce()
+    for sae, error, firing in zip(saes, errors, firings, strict=True):
+        error.all_reduce(data)
+        firing.all_reduce(data)
+        sae.split.sum_(firing.l0)
+        silent = int(sae.split.sum_(torch.tensor(firing.silent(), device=device)))
         tokens = int(firing.tokens.sum())
-        found.append({"nmse": error.nmse(), "l0": firing.mean_l0(), "silent": firing.silent(), "tokens": tokens})
+        found.append({"nmse": error.nmse(), "l0": firing.mean_l0(), "silent": silent, "tokens": tokens})
     return found

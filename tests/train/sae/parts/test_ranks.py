@@ -11,7 +11,7 @@ import torch.distributed as dist
 import torch.multiprocessing
 
 from train.sae import VARIANTS, TrainContext
-from train.sae.parts.ranks import largest_over_ranks
+from train.sae.parts.ranks import Group, Mesh, kth_largest, largest_over_ranks
 
 D, F, TOKENS, K = 8, 24, 12, 3
 
@@ -66,11 +66,13 @@ def _worker(rank: int, ranks: int, folder: str) -> None:
     out: dict[str, Any] = {}
     for case in range(42):
         values, count = _parts(case, ranks)
-        kept_n, smallest = largest_over_ranks(values[rank], count)
-        out[f"case {case}"] = (kept_n, float(smallest))
+        place_n = sum(map(len, values[:rank])) + torch.arange(len(values[rank]))
+        mesh = Mesh(Group(ranks, rank))
+        kept_n, smallest = largest_over_ranks(values[rank], place_n, sum(map(len, values)), count, mesh)
+        out[f"case {case}"] = (kept_n, float(smallest), float(kth_largest(values[rank], count, mesh)))
     for name in ("batchtopk", "matryoshka"):
         sae = _sae(name)
-        step = sae.loss(_batch().chunk(ranks)[rank], TrainContext(ranks=ranks))
+        step = sae.loss(_batch().chunk(ranks)[rank], TrainContext(data=Group(ranks, rank)))
         step.loss.backward()
         gradients = [parameter.grad / ranks for parameter in sae.parameters()]
         total = step.loss.detach() / ranks
@@ -89,6 +91,9 @@ def test_ranks_select_what_one_process_would(ranks: int, tmp_path: Path) -> None
         kept, smallest = _reference(*_parts(case, ranks))
         assert torch.equal(torch.cat([rank[f"case {case}"][0] for rank in out]), kept), case
         assert all(rank[f"case {case}"][1] == smallest for rank in out), case
+        values, count = _parts(case, ranks)
+        kth = float(torch.cat(values).sort(descending=True).values[count - 1])
+        assert all(rank[f"case {case}"][2] == kth for rank in out), case
     for name in ("batchtopk", "matryoshka"):
         sae = _sae(name)
         step = sae.loss(_batch())

@@ -1,0 +1,92 @@
+"""A dictionary split over processes trains as one process would: the same choices, losses, steps and calibrations."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing
+
+from tests.helpers.ranks import CASES, F, connect, join, mesh_of, outcome
+from train.sae.parts.init import directions
+from train.sae.parts.ranks import ALONE, Mesh
+from train.sae.parts.split import WHOLE, LatentSplit
+
+MESHES = {2: [(1, 2), (2, 1)], 3: [(1, 3), (3, 1)], 4: [(2, 2)]}  # data x latents, by processes
+REPLICATED = "b_dec"
+
+
+def _worker(rank: int, ranks: int, folder: str) -> None:
+    connect(rank, ranks, folder)
+    out: dict[str, Any] = {}
+    for shape in MESHES[ranks]:
+        mesh = mesh_of(*shape)
+        for case in CASES:
+            out[f"{shape} {case}"] = outcome(case, mesh)
+    torch.save(out, Path(folder) / f"rank{rank}.pt")
+    dist.destroy_process_group()
+
+
+def _whole(parts: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """The parameters of the processes put together."""
+    for part in parts:
+        assert torch.equal(part[REPLICATED], parts[0][REPLICATED])
+    names = [name for name in parts[0] if name != REPLICATED]
+    return {REPLICATED: parts[0][REPLICATED]} | {name: join([part[name] for part in parts]) for name in names}
+
+
+def _same(found: Any, wanted: Any) -> None:
+    torch.testing.assert_close(found, wanted, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("ranks", [2, *(pytest.param(ranks, marks=pytest.mark.slow) for ranks in (3, 4))])
+def test_a_mesh_trains_what_one_process_does(ranks: int, tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(_worker, (ranks, str(tmp_path)), nprocs=ranks)
+    of_rank = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=False) for rank in range(ranks)]
+    for case in CASES:
+        one = outcome(case, Mesh(ALONE, WHOLE))
+        assert one["selected"].any()
+        for data, latents in MESHES[ranks]:
+            all_of = [out[f"{(data, latents)} {case}"] for out in of_rank]
+            try:
+                _compare(all_of, one, data, latents)
+            except AssertionError as error:
+                raise AssertionError(f"{data} x {latents}, {case}: {error}") from error
+
+
+def _compare(all_of: list[dict[str, Any]], one: dict[str, Any], data: int, latents: int) -> None:
+    parts = all_of[:latents]  # of the first data rank
+    for name in ("first weights", "weights", "final"):
+        for row in range(data):  # the data ranks hold the same latents, bit for bit
+            for part, other in zip(parts, all_of[row * latents :][:latents], strict=False):
+                assert all(torch.equal(part[name][key], other[name][key]) for key in part[name]), name
+        _same(_whole([part[name] for part in parts]), one[name])
+    for part in all_of:
+        for step in range(5):
+            assert part[f"figures {step}"].keys() == one[f"figures {step}"].keys()
+            figures, wanted = dict(part[f"figures {step}"]), dict(one[f"figures {step}"])
+            assert figures.pop("l0") == pytest.approx(wanted.pop("l0"), rel=1e-6)  # always in float32
+            _same(figures, wanted)
+        _same(part["buffers"], one["buffers"])
+        assert part["dead"] == one["dead"]
+        _same(part.get("calibration"), one.get("calibration"))
+        _same(part["held out"], one["held out"])
+    assert torch.equal(join([part["since_F"] for part in parts]), one["since_F"])
+    if data == 1:
+        assert torch.equal(join([part["selected"].t() for part in parts]).t(), one["selected"])
+    f = torch.cat([join([part["f"].t() for part in all_of[row * latents :][:latents]]).t() for row in range(data)])
+    assert torch.equal(f > 0, one["f"] > 0)
+    _same(f, one["f"])
+    for name in ("x_hat", "decoded"):
+        _same(torch.cat([all_of[row * latents][name] for row in range(data)]), one[name])
+
+
+@pytest.mark.parametrize("width", [7, 4096, 8191, 8192, 8193, 20_000])
+def test_the_first_rows_are_those_of_one_process(width: int) -> None:
+    whole = directions(width, 5, seed=4)
+    for ranks in (2, 3):
+        parts = [directions(width, 5, 4, LatentSplit(ranks, rank)) for rank in range(ranks)]
+        assert torch.equal(join(parts, width), whole)
