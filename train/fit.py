@@ -23,17 +23,20 @@ from train.config import TrainSettings
 from train.datamodule import ActivationData
 from train.lit import MultiSAEModule, OwnReduction, Passes
 from train.loggers import CsvLogger
+from train.mesh import connect
 from train.messages import closing, diverged, how_to_go_on, label, missed_l0, opening, slow_bf16
 from train.optimizers import OPTIMIZERS, optimizer_from
 from train.plan import DataPlan, TrainRun, origin
-from train.resume import fingerprint, first_rank, read_checkpoint
+from train.resume import LAST, fingerprint, first_rank, read_checkpoint, read_tensors
 from train.sae import SAE, default_window, save
 from train.sae.config import PenaltyConfig
 from train.sae.parts.init import SAMPLES
+from train.sae.parts.ranks import ONE, Mesh
 from train.sae.sparse.product import float32_products, has_bf16_units
 from train.sae.variants.batchtopk import BatchTopKBase
 from train.sae_trainer import SAETrainer, State
 from train.schedules import Schedule
+from train.shards import own_state
 from train.signals import Signals
 
 
@@ -80,11 +83,13 @@ def _fit(runs: Sequence[TrainRun], signals: Signals, *watching: Callback) -> dic
     checkpoints = LastCheckpoint(settings.checkpoint_every, settings.checkpoint_minutes, signals)
     trainer = _trainer(settings, plan, checkpoints, _progress(runs), *watching)
     data.trainer = trainer
+    mesh = connect(trainer, settings)
+    data.ranks = mesh.data
     read = _bytes_read(plan)
     if trainer.is_global_zero:
         print(opening(runs))
     matmul = _matmul(settings.matmul, trainer.strategy.root_device)
-    members, failed, order = _members(runs, data)
+    members, failed, order = _members(runs, data, mesh)
     for member in members:
         member.sae.matmul = matmul
     if not members:
@@ -109,12 +114,12 @@ def _fit(runs: Sequence[TrainRun], signals: Signals, *watching: Callback) -> dic
     with float32_products():
         calibrated = _calibrate(module, data, trainer.strategy.root_device)
     module.validate("final")
+    seconds = round(time.monotonic() - began, 1)
+    by_name = {run.name: run for run in runs}
+    for member in module.running if mesh.data.rank == 0 else []:  # by all that hold a part of its latents
+        record = {"waited": waited, **calibrated.get(member.name, {}), "seconds": seconds}
+        _save(by_name[member.name], member, record)
     if trainer.is_global_zero:
-        seconds = round(time.monotonic() - began, 1)
-        by_name = {run.name: run for run in runs}
-        for member in module.running:
-            record = {"waited": waited, **calibrated.get(member.name, {}), "seconds": seconds}
-            _save(by_name[member.name], member, record)
         shared = f", once for {len(members)} SAEs" if len(members) > 1 else ""
         print(f"read {(_bytes_read(plan) - read) / 1e6:,.1f} MB of the cache{shared}")
     return failed | {member.name: member.failure for member in members if member.failure}
@@ -124,7 +129,9 @@ def _bytes_read(plan: DataPlan) -> int:
     return sum(reader.bytes_read for reader in plan.readers.values())
 
 
-def _members(runs: Sequence[TrainRun], data: ActivationData) -> tuple[list[SAETrainer], dict[str, str], State | None]:
+def _members(
+    runs: Sequence[TrainRun], data: ActivationData, mesh: Mesh
+) -> tuple[list[SAETrainer], dict[str, str], State | None]:
     """Make the SAEs at their first step or at their checkpoint;
     return also why others could not begin and the loader's state."""
     plan = runs[0].plan
@@ -136,9 +143,12 @@ def _members(runs: Sequence[TrainRun], data: ActivationData) -> tuple[list[SAETr
     order: State | None = None
     for run in runs:
         try:
-            member = make_member(run)
+            member = make_member(run, mesh)
             if run.step:
-                state = read_checkpoint(run.folder, run.settings, plan)
+                split = member.sae.split.size > 1
+                state = read_checkpoint(run.folder, run.settings, plan, mapped=split)
+                place = (run.folder / LAST).parent
+                state = own_state(member.sae, state, place, read_tensors, average=member.average is not None)
                 member.load(state)
                 order = state["loader"]
             elif not run.settings.start:
@@ -152,9 +162,10 @@ def _members(runs: Sequence[TrainRun], data: ActivationData) -> tuple[list[SAETr
     return members, failed, order
 
 
-def make_member(run: TrainRun) -> SAETrainer:
-    """Make the run's SAE with what trains it, at step 0."""
+def make_member(run: TrainRun, mesh: Mesh = ONE) -> SAETrainer:
+    """Make the run's SAE with what trains it, at step 0, on this process of the mesh."""
     settings, plan = run.settings, run.plan
+    run.sae.split = mesh.latents  # connected by now
     rate = 1.0
     if settings.lr_at_width is not None:
         # Adam's best rate falls about as the square root of the width (Gao et al. 2406.04093).
@@ -171,7 +182,7 @@ def make_member(run: TrainRun) -> SAETrainer:
         ema=settings.ema,
         rate=rate,
         log_every=settings.log_every,
-        world=plan.world,
+        data=mesh.data,
         fingerprint=fingerprint(settings, plan),
     )
 
@@ -192,7 +203,7 @@ def _trainer(settings: TrainSettings, plan: DataPlan, *callbacks: Callback) -> T
         devices=device.devices,
         num_nodes=device.num_nodes,
         deterministic=device.deterministic,
-        strategy=OwnReduction() if plan.world > 1 else "auto",
+        strategy=OwnReduction() if settings.processes > 1 else "auto",
         max_epochs=1,  # the stream of batches goes over the store as often as it takes
         log_every_n_steps=0,  # the members log, so that the other steps cost nothing
         logger=False,
@@ -256,13 +267,13 @@ def _calibrate(module: MultiSAEModule, data: ActivationData, device: torch.devic
     for member in members:
         sae = member.sae
         if not isinstance(sae, BatchTopKBase):
-            found = sae.calibrate_l0(batches) if batches else None
+            found = sae.calibrate_l0(batches, member.data) if batches else None
             if found is not None:
                 records[member.name] = {"l0_calibration": asdict(found)}
             continue
         # Recorded beside the calibrated one: how far the two are apart says how well the running mean served.
         followed = float(sae.threshold)
-        calibration = asdict(sae.calibrate(batches))
+        calibration = asdict(sae.calibrate(batches, member.data))
         records[member.name] = {
             "calibration": calibration,
             "running_threshold": followed,
@@ -277,10 +288,12 @@ def _aims(sae: SAE) -> bool:
 
 
 def _save(run: TrainRun, member: SAETrainer, record: dict[str, Any]) -> None:
-    """Write the SAE with its record, and print the line that sums it up."""
+    """Write the SAE with its record, and print the line that sums it up; by all processes that hold its latents."""
     training = _training(run, member) | record
     save(member.sae, run.folder, {**origin(run.plan.store, run.plan.site), "training": training})
     member.finalize("success")
+    if not first_rank():
+        return
     print(closing(member.sae, training, run.folder))
     for warning in (diverged(run, training), missed_l0(member.sae, training)):
         if warning:

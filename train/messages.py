@@ -62,12 +62,8 @@ def opening(runs: Sequence[TrainRun]) -> str:
             f"the mean holds {share:.0%} of the activations' squared norm, and {', '.join(uncentred)} may lose most "
             "latents to it, as the encoder reads it: give sae.apply_b_dec_to_input=true"
         )
-    if plan.world > 1:
-        # Nobody should take these for what one process with the whole batch computes.
-        lines.append(
-            f"on {plan.world} ranks AuxK's residual norm, L0 targets and the threshold's calibration are of each "
-            f"rank's own batch of {plan.batch}, not of one batch over all ranks"
-        )
+    if settings.trainer.latent_ranks > 1:
+        lines.append(f"{settings.trainer.latent_ranks} processes hold the latents of one dictionary, each a part")
     return "\n".join(lines)
 
 

@@ -25,6 +25,7 @@ from train.resume import first_rank, only_writer, resumed, step_to_resume, store
 
 if TYPE_CHECKING:
     from train.sae import SAE
+    from train.sae.parts.split import LatentSplit
 
 MOST_LATENTS = 10**9  # more is a slip of the keyboard, and would end in a failed allocation and not in a sentence
 _OFF_UNIT = 0.01  # rows of W_dec: dictionary_learning leaves its own off by about its learning rate
@@ -173,20 +174,31 @@ def prepare(job: TrainRequest, plans: dict[str, DataPlan] | None = None) -> Trai
     if step is None:
         print(f"{folder} holds this SAE already: nothing to do")
         return None
-    sae = build(settings.sae, plan.d_in, job.overrides)
-    if sae.needs_calibration and plan.reserved_rows < plan.batch:
+    sae = build(settings.sae, plan.d_in, job.overrides, _split(settings))
+    if sae.needs_calibration and plan.reserved_rows < plan.batch * plan.world:
+        on_ranks = f" on {plan.world} ranks" if plan.world > 1 else ""
         raise UserError(
             f"calibration_tokens={settings.calibration_tokens} sets {plan.reserved_rows} rows aside, fewer than one "
-            f"batch={plan.batch}, and the threshold of {sae.name} is calibrated on them: raise it"
+            f"batch={plan.batch}{on_ranks}, and the threshold of {sae.name} is calibrated on them: raise it"
         )
     if settings.start and not step:
         start(sae, Path(settings.start))
     return TrainRun(settings, plan, sae, folder, folder.name, step, job.sweep)
 
 
+def _split(settings: TrainSettings) -> LatentSplit | None:
+    """Say which latents this process holds; None for all."""
+    if settings.trainer.latent_ranks == 1:
+        return None
+    from train.mesh import latent_split
+
+    return latent_split(settings)
+
+
 def start(sae: SAE, folder: Path) -> None:
     """Give `sae` the weights, norm, moments and threshold of the SAE in `folder`; UserError names what does not fit."""
     from train.sae import load
+    from train.shards import own_weights
 
     given = load(folder)
     said = {"name": "sae", "d_in": "the site's width", "width": "sae.width", "input_norm": "sae.input_norm"}
@@ -207,12 +219,14 @@ def start(sae: SAE, folder: Path) -> None:
         state["skipped_batches"].zero_()  # it counts batches of a run
     if "sparsity_factor" in state:
         state["sparsity_factor"].fill_(1)  # of the coefficient of a run
-    sae.load_state_dict(state)
+    sae.load_state_dict(own_weights(sae, state))
 
 
-def build(settings: Mapping[str, Any], d_in: int, overrides: Sequence[str] = ()) -> SAE:
+def build(
+    settings: Mapping[str, Any], d_in: int, overrides: Sequence[str] = (), split: LatentSplit | None = None
+) -> SAE:
     """Build the variant that the group `sae` describes, for activations of width `d_in`;
-    `width` goes before `expansion`."""
+    `width` goes before `expansion`. Of a `split` one only the latents of this process are made."""
     from train.sae import VARIANTS
 
     arguments = by_name(settings, "sae", "variant", VARIANT_ALIASES)
@@ -241,4 +255,6 @@ def build(settings: Mapping[str, Any], d_in: int, overrides: Sequence[str] = ())
         if latents != int(latents):
             raise UserError(f"sae.expansion={expansion} times the width {d_in} is not a whole number of latents")
     config = variant.Config.of({"width": latents, **arguments}, "sae")
+    if split is not None:
+        return variant(d_in, split=split, **config.model_dump())
     return variant(d_in, **config.model_dump())

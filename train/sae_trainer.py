@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from data.base.errors import UserError
 from train.optimizers import OptimizerFactory
 from train.sae import SAE, DeadLatents, StepOutput, TrainContext
-from train.sae.parts.ranks import ALONE, Group
+from train.sae.parts.groups import ALONE, Group
 from train.sae.parts.update import WeightEMA, update
 from train.schedules import Schedule
 

@@ -14,7 +14,8 @@ from torch import Tensor
 from train.optimizers import OPTIMIZERS
 from train.sae import SAE, VARIANTS
 from train.sae.metrics import held_out
-from train.sae.parts.ranks import ALONE, Mesh
+from train.sae.parts.groups import Group
+from train.sae.parts.ranks import Mesh
 from train.sae.parts.split import WHOLE, LatentSplit
 from train.sae.sparse.backend import use_backend
 from train.sae.sparse.triton import TritonBackend
@@ -40,6 +41,11 @@ class Case:
     gpu: bool = False
     """Whether the sizes are those of a GPU, in Triton's interpreter."""
     ema: float | None = None
+
+    @property
+    def steps(self) -> int:
+        """Steps it is trained for; Triton's interpreter is slow."""
+        return 1 if self.gpu else STEPS
 
     def __str__(self) -> str:
         parts = [self.variant, *(f"{name}={value}" for name, value in self.settings.items()), f"dead={self.dead}"]
@@ -86,7 +92,6 @@ def make(case: Case, split: LatentSplit = WHOLE) -> SAE:
 
 def trainer_of(case: Case, mesh: Mesh) -> SAETrainer:
     """What trains it, for five steps, on this process of a mesh."""
-    assert isinstance(mesh.latents, LatentSplit)
     sae = make(case, mesh.latents)
     member = SAETrainer(
         sae,
@@ -121,7 +126,7 @@ def outcome(case: Case, mesh: Mesh) -> dict[str, Any]:
     sae, out = member.sae, {}
     out["first weights"] = {name: parameter.detach().clone() for name, parameter in sae.named_parameters()}
     with use_backend(TritonBackend()) if case.gpu else nullcontext():
-        for step in range(STEPS):
+        for step in range(case.steps):
             member.training_step(batch(step).chunk(mesh.data.size)[mesh.data.rank])
             out[f"figures {step}"] = member.figures_logged
         x = batch(STEPS).chunk(mesh.data.size)[mesh.data.rank]
@@ -157,7 +162,7 @@ def mesh_of(data: int, latents: int) -> Mesh:
 
     mesh = init_device_mesh("cpu", (data, latents), mesh_dim_names=("data", "latents"))
     groups = [(mesh.size(i), mesh.get_local_rank(i), mesh.get_group(i)) for i in range(2)]
-    return Mesh(type(ALONE)(*groups[0]), LatentSplit(*groups[1]))
+    return Mesh(Group(*groups[0]), LatentSplit(*groups[1]))
 
 
 def join(parts: list[Tensor], width: int = F) -> Tensor:

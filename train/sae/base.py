@@ -17,9 +17,10 @@ from torch import Tensor, nn
 
 from data.base.errors import UserError
 from train.sae.config import SAEConfig
+from train.sae.parts.groups import ALONE, Group
 from train.sae.parts.init import SAMPLES, directions, geometric_median
 from train.sae.parts.norm import InputNorm
-from train.sae.parts.ranks import ALONE, Group, Mesh
+from train.sae.parts.ranks import Mesh
 from train.sae.parts.split import WHOLE, LatentSplit
 from train.sae.parts.threshold import L0Calibration
 from train.sae.sparse.codes import Codes
@@ -178,9 +179,7 @@ class SAE(nn.Module, ABC):
     def start_variant(self, xn_ND: Float[Tensor, "N D"]) -> None:
         """Set what a variant takes from normalised samples, last in `initialise`; default nothing."""
 
-    def calibrate_l0(
-        self, batches: Sequence[Float[Tensor, "_ D"]], data: Group = ALONE
-    ) -> L0Calibration | None:
+    def calibrate_l0(self, batches: Sequence[Float[Tensor, "_ D"]], data: Group = ALONE) -> L0Calibration | None:
         """Bring the mean L0 on `batches` (model units, not trained on) to its target; None where there is none.
 
         Each process of `data` has batches of its own, equally many.

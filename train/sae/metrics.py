@@ -12,7 +12,7 @@ from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
 from train.sae.base import SAE
-from train.sae.parts.ranks import ALONE, Group
+from train.sae.parts.groups import ALONE, Group
 
 
 def to_float64(x: Tensor) -> Tensor:

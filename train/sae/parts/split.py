@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
-from train.sae.parts.ranks import Group
+from train.sae.parts.groups import Group
 from train.sae.sparse.backend import backend_for
 from train.sae.sparse.codes import Codes
 
@@ -35,7 +35,17 @@ class LatentSplit(Group):
         """Give the rows of the latents that are here, of those of the whole dictionary."""
         return whole_F[self.rank :: self.size]
 
-    def top_of_tokens(self, codes: Codes, k: int, latents_d: Int[Tensor, " d"] | None = None) -> Bool[Tensor, "..."]:
+    def join(self, own_dX: Shaped[Tensor, "d ..."], width: int) -> Shaped[Tensor, "F ..."]:
+        """Gather the rows of all latents of a dictionary (or a piece of one) of so many, from all processes."""
+        if self.size == 1:
+            return own_dX
+        most = -(-width // self.size)
+        padded = own_dX.new_zeros(most, *own_dX.shape[1:])
+        padded[: len(own_dX)] = own_dX
+        # [R, i, ...] to [i, R, ...]: latent f is the f // R-th of process f mod R.
+        return self.gather(padded).transpose(0, 1).reshape(most * self.size, *own_dX.shape[1:])[:width]
+
+    def top_of_tokens(self, codes: Codes, k: int, latents_d: Int[Tensor, " d"] | None = None) -> Bool[Tensor, ...]:
         """Mark which of the codes' values are among the k largest of their token over all processes.
 
         Ties go to the lowest latent. The codes hold at least the k largest of each token here, or all. `latents_d` are

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from train.sae.parts.ranks import Mesh, kth_largest
+from train.sae.parts.ranks import ONE, Mesh, kth_largest
 from train.sae.sparse.cpu import select
 from train.sae.sparse.rules import TopOfBatch
 
@@ -70,7 +70,7 @@ def calibrate(
     pre_activation: Callable[[Tensor], Tensor],
     batches: Sequence[Float[Tensor, "_ D"]],
     k: int,
-    mesh: Mesh = Mesh(),
+    mesh: Mesh = ONE,
 ) -> Calibration:
     """Compute T, T_k and L0(T) of frozen weights; `pre_activation` maps a batch to z. Two passes over `batches`.
 
@@ -116,7 +116,7 @@ def find_level(
     batches: Sequence[Float[Tensor, "_ D"]],
     target: int | float,
     at: float,
-    mesh: Mesh = Mesh(),
+    mesh: Mesh = ONE,
 ) -> L0Calibration:
     """Find the level that `target` margins a row exceed on average over the batches; `at` is the level so far.
 

@@ -168,7 +168,7 @@ class Codes:
         entries = Entries(self.support.rows_n, self.support.latents_n, self.values.detach())
         return self._at_index(self.support, self.support.backend.top_of_rows(entries, k, self.shape[0]))
 
-    def kept(self, kept: Bool[Tensor, "..."]) -> Codes:
+    def kept(self, kept: Bool[Tensor, ...]) -> Codes:
         """Keep the values that are marked; others become 0 where sizes are fixed, and are no entries elsewhere."""
         if self.support is None or self.support.backend.fixed_sizes:
             return Codes(torch.where(kept, self.values, 0.0), self.support, self.shape)

@@ -14,7 +14,8 @@ from data.base.errors import UserError
 from train.sae.base import PLAIN, StepOutput, TrainContext
 from train.sae.config import AuxKConfig
 from train.sae.parts.dense import largest_of_the_batch
-from train.sae.parts.ranks import ALONE, Group, largest_over_ranks
+from train.sae.parts.groups import ALONE, Group
+from train.sae.parts.ranks import largest_over_ranks
 from train.sae.parts.threshold import Calibration, calibrate, running_mean_
 from train.sae.sparse.backend import backend_for
 from train.sae.sparse.codes import Codes

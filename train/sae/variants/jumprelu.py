@@ -14,7 +14,8 @@ from torch.autograd.function import once_differentiable
 from data.base.config import Flag, Real
 from train.sae.base import PLAIN, SAE, StepOutput, TrainContext
 from train.sae.config import PenaltyConfig
-from train.sae.parts.ranks import ALONE, Group, kth_largest
+from train.sae.parts.groups import ALONE, Group
+from train.sae.parts.ranks import kth_largest
 from train.sae.parts.threshold import L0Calibration, find_level
 from train.sae.sparse.codes import Codes
 from train.sae.sparse.rules import Above, Selection, TopOfBatch

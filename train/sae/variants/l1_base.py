@@ -11,7 +11,7 @@ from torch import Tensor
 
 from train.sae.base import SAE, StepOutput, TrainContext
 from train.sae.config import SparsityConfig
-from train.sae.parts.ranks import ALONE, Group
+from train.sae.parts.groups import ALONE, Group
 from train.sae.parts.threshold import L0Calibration, find_level
 from train.sae.sparse.codes import Codes
 

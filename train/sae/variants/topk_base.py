@@ -12,7 +12,7 @@ from train.sae.base import SAE, TrainContext
 from train.sae.config import AuxKConfig
 from train.sae.parts.auxk import auxk_error, auxk_rule, auxk_size
 from train.sae.parts.dense import largest_of_each_token
-from train.sae.parts.ranks import ALONE, Group
+from train.sae.parts.groups import ALONE, Group
 from train.sae.sparse.backend import backend_for
 from train.sae.sparse.codes import Codes
 from train.sae.sparse.rules import Rule, Selection
