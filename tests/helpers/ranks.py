@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from train.optimizers import OPTIMIZERS
-from train.sae import SAE, VARIANTS
+from train.sae import SAE, VARIANTS, Batch, StartRows, TrainContext
 from train.sae.metrics import held_out
 from train.sae.parts.groups import Group
 from train.sae.parts.ranks import Mesh
@@ -23,7 +23,7 @@ from train.sae.variants.batchtopk import BatchTopKBase
 from train.sae_trainer import SAETrainer
 from train.schedules import Schedule
 
-D, F, TOKENS, STEPS = 8, 23, 12, 5  # neither 2 nor 3 divides F
+D, E, F, TOKENS, STEPS = 8, 6, 23, 12, 5  # neither 2 nor 3 divides F
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,8 @@ CASES = [
     *(Case(name, settings, dead="all", ema=0.9) for name, settings in _TOPK.items()),
     *(Case(name, {**settings, "auxk_k": 1, "auxk_relu": True}, dead="even") for name, settings in _TOPK.items()),
     Case("topk", {"k": 2, "multi_topk": True}, tied=True),
+    Case("batchtopk", {"k": 3, "d_out": E, "skip": True}),
+    Case("gated", {"sparsity": 0.1, "d_out": E}),
     Case("topk", {"k": 9, "auxk_k": 1}, dead="all", tied=True),
     Case("batchtopk", {"k": 9, "auxk_norm": "variance"}, tied=True),
     *(Case(name, settings, tied=True, gpu=True) for name, settings in _TOPK.items()),
@@ -79,7 +81,8 @@ def make(case: Case, split: LatentSplit = WHOLE) -> SAE:
     """The SAE of a case, in float64, started from samples."""
     sae = VARIANTS[case.variant](D, width=F, split=split, **case.settings).double()
     sample = torch.randn(256, D, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    sae.initialise(sample, mean_sq_norm=float(D), variance=float(D), seed=3)
+    target = StartRows(sample[:, :E] ** 2) if sae.transcodes else None
+    sae.initialise(sample, mean_sq_norm=float(D), variance=float(D), seed=3, target=target)
     latents = split.latent(torch.arange(sae.own_width))
     with torch.no_grad():
         if case.tied:  # latents 3i, 3i + 1, 3i + 2 get the encoder row of 3i, scaled so that z falls on a grid
@@ -113,11 +116,12 @@ def trainer_of(case: Case, mesh: Mesh) -> SAETrainer:
     return member
 
 
-def batch(step: int, tokens: int = TOKENS) -> Tensor:
-    """A step's whole batch, some of its tokens alike."""
-    x = torch.randn(tokens, D, dtype=torch.float64, generator=torch.Generator().manual_seed(50 + step))
+def part_of_batch(step: int, case: Case, data: Group) -> Batch:
+    """This rank's part of a step's batch, some of whose tokens are alike."""
+    x = torch.randn(TOKENS, D, dtype=torch.float64, generator=torch.Generator().manual_seed(50 + step))
     x[-4:] = x[:4]
-    return x
+    x = x.chunk(data.size)[data.rank]
+    return Batch(x, x[:, :E] ** 2 if "d_out" in case.settings else None)
 
 
 def outcome(case: Case, mesh: Mesh) -> dict[str, Any]:
@@ -127,23 +131,25 @@ def outcome(case: Case, mesh: Mesh) -> dict[str, Any]:
     out["first weights"] = {name: parameter.detach().clone() for name, parameter in sae.named_parameters()}
     with use_backend(TritonBackend()) if case.gpu else nullcontext():
         for step in range(case.steps):
-            member.training_step(batch(step).chunk(mesh.data.size)[mesh.data.rank])
+            member.training_step(*part_of_batch(step, case, mesh.data))
             out[f"figures {step}"] = member.figures_logged
-        x = batch(STEPS).chunk(mesh.data.size)[mesh.data.rank]
-        loss = sae.loss(sae.norm.normalise(x))
+        x, target = part_of_batch(STEPS, case, mesh.data)
+        target = None if target is None else sae.norm_out.normalise(target)
+        loss = sae.loss(sae.norm.normalise(x), TrainContext(target_BE=target))
         out["selected"] = (loss.codes.dense(loss.codes.values) > 0) if mesh.data.size == 1 else None
         f, x_hat = sae.encode_decode(x)
         out["f"], out["x_hat"] = f, x_hat
-        out["decoded"] = sae.decode(f)
+        out["decoded"] = sae.decode(f, x)
     out["weights"] = {name: parameter.detach().clone() for name, parameter in sae.named_parameters()}
     out["buffers"] = {name: buffer.clone() for name, buffer in sae.named_buffers()}
     out["since_F"] = member.dead.since_F
     out["dead"] = member.dead_count()
     member.copy_to()
-    reserved = [batch(10 + i).chunk(mesh.data.size)[mesh.data.rank] for i in range(3)]
+    reserved = [part_of_batch(10 + i, case, mesh.data) for i in range(3)]
+    rows = [batch.x_BD for batch in reserved]
     if isinstance(sae, BatchTopKBase):
-        out["calibration"] = vars(sae.calibrate(reserved, mesh.data))
-    elif (level := sae.calibrate_l0(reserved, mesh.data)) is not None:
+        out["calibration"] = vars(sae.calibrate(rows, mesh.data))
+    elif (level := sae.calibrate_l0(rows, mesh.data)) is not None:
         out["calibration"] = vars(level)
     (out["held out"],) = held_out([sae], reserved, torch.device("cpu"), mesh.data)
     out["final"] = {name: parameter.detach().clone() for name, parameter in sae.named_parameters()}

@@ -43,8 +43,8 @@ def _turned(state: dict[str, Tensor]) -> dict[str, Tensor]:
 def save(sae: SAE, folder: str | Path, record: dict[str, Any]) -> None:
     """Write the SAE into `folder`: weights first, then the config, so that a config means a whole SAE.
 
-    `record` (plain JSON) says what the SAE is of: site, fingerprint, store, model, training. Of a split dictionary all
-    its processes call this, and the first one writes the whole.
+    `record` (plain JSON) says what the SAE is of: site, a transcoder's target, fingerprint, store, model, training. Of
+    a split dictionary all its processes call this, and the first one writes the whole.
     """
     folder = Path(folder)
     config = {"format": SAE_FORMAT, "variant": sae.name, "settings": sae.settings(), **record}
@@ -113,7 +113,7 @@ def load(folder: str | Path) -> SAE:
         raise UserError(
             f"{path} has values in {unfit[0]} that are not finite: train this SAE again or restore the file"
         )
-    sae.site = config.get("site")
+    sae.site, sae.target = config.get("site"), config.get("target")
     return sae
 
 

@@ -63,7 +63,7 @@ def _tensor_pieces(sae: SAE, name: str, tensor: Tensor) -> Iterator[Tensor]:
         yield tensor
     elif name == ENCODER_THERE:
         columns = max(1, _PIECE // width)
-        for part_Fd in tensor.split(columns, dim=1):
+        for part_Fd in torch.split(tensor, columns, dim=1):
             yield split.join(part_Fd, width).t()
     else:
         # A piece that begins with a latent of the first process is dealt out as a dictionary of its own.

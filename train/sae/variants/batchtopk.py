@@ -69,8 +69,8 @@ class BatchTopKBase(TopKBase):
 
     @abstractmethod
     def reconstruct(
-        self, codes: Codes, f: Tensor, xn_BD: Float[Tensor, "B D"]
-    ) -> tuple[Float[Tensor, ""], Float[Tensor, ""], Float[Tensor, "B D"]]:
+        self, codes: Codes, f: Tensor, xn_BD: Float[Tensor, "B D"], target_BE: Float[Tensor, "B E"]
+    ) -> tuple[Float[Tensor, ""], Float[Tensor, ""], Float[Tensor, "B E"]]:
         """Compute the reconstruction's term of the loss, the full width's NMSE, and the full width's x_hat'."""
 
     def dense_encode(self, xn_BD: Float[Tensor, "B D"]) -> Float[Tensor, "B F"]:
@@ -84,8 +84,15 @@ class BatchTopKBase(TopKBase):
 
     def active_batch(self, xn_BD: Float[Tensor, "B D"]) -> tuple[Codes, Tensor]:
         """Compute codes of normalised input and f in the training form, which depend on the rest of the batch."""
-        (codes,) = self.select(xn_BD, self.bias_F, [Selection(TopOfBatch(self.config.k * len(xn_BD)))])
+        codes, _ = self._of_batch(xn_BD)
         return codes, codes.values
+
+    def _of_batch(self, xn_BD: Float[Tensor, "B D"]) -> tuple[Codes, Float[Tensor, ""]]:
+        """Choose the k * B largest of a batch that every process has, and find the smallest of them."""
+        count = self.config.k * len(xn_BD)
+        rule = TopOfBatch(min(count, len(xn_BD) * self.own_width))
+        (codes,) = self.select(xn_BD, self.bias_F, [Selection(rule)])
+        return self._of_whole(codes, count, ALONE)
 
     def loss(self, xn_BD: Float[Tensor, "B D"], context: TrainContext = PLAIN) -> StepOutput:
         rows = ALONE if self.config.largest_of == "rank" else context.data
@@ -94,21 +101,23 @@ class BatchTopKBase(TopKBase):
         # Of a batch over several ranks this one may have all the largest, and its own smallest is no guess at theirs.
         rule = TopOfBatch(min(count, len(xn_BD) * self.own_width), guess=self.guess if alone else None)
         codes, candidates = self.encode_with_candidates(xn_BD, rule, context)
-        if alone:
-            # Fewer than k * B came back where fewer are positive: then the batch says nothing of T, and 0 stands for
-            # that. On a GPU the selection is filled up with zeros, so its minimum is 0 by itself.
-            z = codes.values.detach()
-            min_kept = z.min() if len(z) == count else z.new_zeros(())
-        else:
-            codes, min_kept = self._of_whole(codes, count, rows)
+        codes, min_kept = self._of_whole(codes, count, rows)
         f = codes.values
-        reconstruction, nmse, xn_hat_BD = self.reconstruct(codes, f, xn_BD)
-        auxk = self.auxk(candidates, (xn_BD - xn_hat_BD).detach(), context.data)
+        target_BE = context.target_of(xn_BD)
+        reconstruction, nmse, xn_hat_BD = self.reconstruct(codes, f, xn_BD, target_BE)
+        auxk = self.auxk(candidates, (target_BE - xn_hat_BD).detach(), context.data)
         metrics = {"nmse": nmse.detach(), "l0": self.l0(codes, f), "auxk": auxk.detach()}
         return StepOutput(reconstruction + auxk, metrics, codes.of(f), xn_hat_BD.detach(), min_kept=min_kept)
 
     def _of_whole(self, codes: Codes, count: int, data: Group) -> tuple[Codes, Float[Tensor, ""]]:
-        """Choose the `count` largest over all processes, of those here, and find the smallest of them."""
+        """Choose the `count` largest over all processes, of those here, and find the smallest of them.
+
+        It is 0 where fewer are positive, as the batch then says nothing of T.
+        """
+        if data.size * self.split.size == 1:
+            z = codes.values.detach()
+            # On a GPU the selection is filled up with zeros, so its minimum is 0 by itself.
+            return codes, z.min() if len(z) == count else z.new_zeros(())
         assert codes.support is not None
         rows, latents_n = codes.shape[0], self.split.latent(codes.support.latents_n)
         # As one process would number the entries that has the ranks' rows one after another: by row and then latent.
@@ -129,8 +138,7 @@ class BatchTopKBase(TopKBase):
         self.skipped_batches += step.min_kept <= 0
 
     def start_variant(self, xn_ND: Float[Tensor, "N D"]) -> None:
-        min_kept = self.loss(xn_ND[:_STARTING_ROWS]).min_kept
-        assert min_kept is not None
+        _, min_kept = self._of_batch(xn_ND[:_STARTING_ROWS])
         # Without weight: the first batch of the training replaces it (`running_mean_` begins at weight 0).
         self.threshold.copy_(min_kept)
 
@@ -167,13 +175,14 @@ class BatchTopK(BatchTopKBase):
     def dense_loss(self, xn_BD: Float[Tensor, "B D"], context: TrainContext = PLAIN) -> Float[Tensor, ""]:
         z_BF = self.pre_activation(xn_BD)
         f_BF = torch.where(largest_of_the_batch(z_BF, self.config.k * len(xn_BD)), z_BF.relu(), 0.0)
-        xn_hat_BD = f_BF @ self.W_dec + self.b_dec
-        nmse = (xn_hat_BD - xn_BD).square().sum(1).mean() / self.variance
-        return nmse + self.dense_auxk(z_BF, (xn_BD - xn_hat_BD).detach(), context)
+        xn_hat_BD = f_BF @ self.W_dec + self.beside_latents(xn_BD)
+        residual_BE = context.target_of(xn_BD) - xn_hat_BD
+        nmse = residual_BE.square().sum(1).mean() / self.variance
+        return nmse + self.dense_auxk(z_BF, residual_BE.detach(), context)
 
     def reconstruct(
-        self, codes: Codes, f: Tensor, xn_BD: Float[Tensor, "B D"]
-    ) -> tuple[Float[Tensor, ""], Float[Tensor, ""], Float[Tensor, "B D"]]:
-        xn_hat_BD = self.decode_sparse(codes, f)
-        nmse = self.nmse(xn_hat_BD, xn_BD)
+        self, codes: Codes, f: Tensor, xn_BD: Float[Tensor, "B D"], target_BE: Float[Tensor, "B E"]
+    ) -> tuple[Float[Tensor, ""], Float[Tensor, ""], Float[Tensor, "B E"]]:
+        xn_hat_BD = self.decode_sparse(codes, f, xn_BD)
+        nmse = self.nmse(xn_hat_BD, target_BE)
         return nmse, nmse, xn_hat_BD

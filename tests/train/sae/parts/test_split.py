@@ -17,7 +17,7 @@ from train.sae.parts.ranks import ONE, Mesh, kth_largest, largest_over_ranks
 from train.sae.parts.split import LatentSplit
 
 MESHES = {2: [(1, 2), (2, 1)], 3: [(1, 3), (3, 1)], 4: [(2, 2)]}  # data x latents, by processes
-REPLICATED = "b_dec"
+REPLICATED = ("b_dec", "W_skip")
 
 
 def _values(case: int, ranks: int) -> tuple[list[torch.Tensor], int]:
@@ -76,10 +76,12 @@ def _cases(shape: tuple[int, int]) -> list[Case]:
 
 def _whole(parts: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     """The parameters of the processes put together."""
-    for part in parts:
-        assert torch.equal(part[REPLICATED], parts[0][REPLICATED])
-    names = [name for name in parts[0] if name != REPLICATED]
-    return {REPLICATED: parts[0][REPLICATED]} | {name: join([part[name] for part in parts]) for name in names}
+    whole = {}
+    for name in parts[0]:
+        if name in REPLICATED:
+            assert all(torch.equal(part[name], parts[0][name]) for part in parts)
+        whole[name] = parts[0][name] if name in REPLICATED else join([part[name] for part in parts])
+    return whole
 
 
 def _same(found: Any, wanted: Any) -> None:
