@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from data.base.errors import UserError
 from train.config import TrainSettings
-from train.sae.parts.groups import Group
+from train.sae.parts.groups import RankGroup
 from train.sae.parts.ranks import Mesh
 from train.sae.parts.split import WHOLE, LatentSplit
 
@@ -47,14 +47,14 @@ def connect(trainer: Trainer, settings: TrainSettings) -> Mesh:
     """Give the mesh of the run's processes; those that hold one dictionary together are connected here."""
     split = latent_split(settings)
     if split.size == 1:  # Lightning connects them as the fit begins
-        return Mesh(Group(settings.world, trainer.global_rank), WHOLE)
+        return Mesh(RankGroup(settings.world, trainer.global_rank), WHOLE)
     from torch.distributed.device_mesh import init_device_mesh
 
     # Before the fit, as the first weights are scaled by what the whole dictionary reconstructs.
     trainer.strategy.setup_environment()
     shape = (settings.world, split.size)
     mesh = init_device_mesh(trainer.strategy.root_device.type, shape, mesh_dim_names=("data", "latents"))
-    data = Group(settings.world, mesh.get_local_rank("data"), mesh.get_group("data"))
+    data = RankGroup(settings.world, mesh.get_local_rank("data"), mesh.get_group("data"))
     latents = LatentSplit(split.size, split.rank, mesh.get_group("latents"))
     assert mesh.get_local_rank("latents") == split.rank
     return Mesh(data, latents)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from data.base.errors import UserError
 from train.optimizers import OptimizerFactory
 from train.sae import SAE, DeadLatents, StartRows, StepOutput, TrainContext
-from train.sae.parts.groups import ALONE, Group
+from train.sae.parts.groups import ALONE, RankGroup
 from train.sae.parts.update import WeightEMA, update
 from train.schedules import Schedule
 
@@ -67,7 +67,7 @@ class SAETrainer(nn.Module):
         ema: float | None = None,
         rate: float = 1.0,
         log_every: int = 50,
-        data: Group = ALONE,
+        data: RankGroup = ALONE,
         fingerprint: str = "",
     ) -> None:
         super().__init__()

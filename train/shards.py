@@ -16,8 +16,8 @@ from torch import Tensor
 from data.base.errors import UserError
 from train.sae import SAE
 from train.sae.parts.split import LatentSplit
+from train.sae_trainer import State
 
-State = dict[str, Any]
 OF_PART = ("sae", "dead", "optimizer", "average")
 """Parts of a state with rows of latents."""
 SHARDS = "shards"

@@ -14,7 +14,7 @@ from torch import Tensor
 from train.optimizers import OPTIMIZERS
 from train.sae import SAE, VARIANTS, Batch, StartRows, TrainContext
 from train.sae.metrics import held_out
-from train.sae.parts.groups import Group
+from train.sae.parts.groups import RankGroup
 from train.sae.parts.ranks import Mesh
 from train.sae.parts.split import WHOLE, LatentSplit
 from train.sae.sparse.backend import use_backend
@@ -116,7 +116,7 @@ def trainer_of(case: Case, mesh: Mesh) -> SAETrainer:
     return member
 
 
-def part_of_batch(step: int, case: Case, data: Group) -> Batch:
+def part_of_batch(step: int, case: Case, data: RankGroup) -> Batch:
     """This rank's part of a step's batch, some of whose tokens are alike."""
     x = torch.randn(TOKENS, D, dtype=torch.float64, generator=torch.Generator().manual_seed(50 + step))
     x[-4:] = x[:4]
@@ -168,7 +168,7 @@ def mesh_of(data: int, latents: int) -> Mesh:
 
     mesh = init_device_mesh("cpu", (data, latents), mesh_dim_names=("data", "latents"))
     groups = [(mesh.size(i), mesh.get_local_rank(i), mesh.get_group(i)) for i in range(2)]
-    return Mesh(Group(*groups[0]), LatentSplit(*groups[1]))
+    return Mesh(RankGroup(*groups[0]), LatentSplit(*groups[1]))
 
 
 def join(parts: list[Tensor], width: int = F) -> Tensor:

@@ -26,7 +26,7 @@ from train.plan import group_by_stream
 from train.resume import LAST
 from train.run import TrainRequest, prepare, train, train_all
 from train.sae import SAE, StepOutput, load_config
-from train.sae.parts.groups import Group
+from train.sae.parts.groups import RankGroup
 from train.sae.parts.ranks import Mesh
 from train.sae.variants.batchtopk import BatchTopK
 from train.sae.variants.topk import TopK
@@ -290,7 +290,7 @@ def test_two_ranks_average_their_gradients_and_count_both_batches(
     monkeypatch.setattr(dist, "broadcast", lambda tensor, **_: None)
     members = []
     for world in (1, 2):
-        member = make_member(replace(run, sae=copy.deepcopy(run.sae)), Mesh(Group(world)))
+        member = make_member(replace(run, sae=copy.deepcopy(run.sae)), Mesh(RankGroup(world)))
         member.initialise(torch.cat(batches), 16.0, 16.0)
         for x_BD in batches:
             member.training_step(x_BD)

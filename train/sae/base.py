@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from data.base.errors import UserError
 from train.sae.config import SAEConfig, transcoder_settings
-from train.sae.parts.groups import ALONE, Group
+from train.sae.parts.groups import ALONE, RankGroup
 from train.sae.parts.init import SAMPLES, StartRows, directions, finite, fit_norm, geometric_median
 from train.sae.parts.norm import InputNorm
 from train.sae.parts.ranks import Mesh
@@ -49,7 +49,7 @@ class TrainContext:
     """Latents, ascending, outside of which `dead_F` marks none: with it no device is waited for to find the dead."""
     sparsity_scale: float = 1.0
     """Share of the sparsity coefficient in the warm-up, from 0 to 1; only variants with a coefficient use it."""
-    data: Group = ALONE
+    data: RankGroup = ALONE
     """Processes, each with as many tokens, that have one batch together."""
     target_BE: Float[Tensor, "B E"] | None = None
     """y', what a transcoder is to predict, normalised; None for an SAE, which predicts its input."""
@@ -217,7 +217,7 @@ class SAE(nn.Module, ABC):
     def start_variant(self, xn_ND: Float[Tensor, "N D"]) -> None:
         """Set what a variant takes from normalised samples, last in `initialise`; default nothing."""
 
-    def calibrate_l0(self, batches: Sequence[Float[Tensor, "_ D"]], data: Group = ALONE) -> L0Calibration | None:
+    def calibrate_l0(self, batches: Sequence[Float[Tensor, "_ D"]], data: RankGroup = ALONE) -> L0Calibration | None:
         """Bring the mean L0 on `batches` (model units, not trained on) to its target; None where there is none.
 
         Each process of `data` has batches of its own, equally many.
@@ -391,13 +391,13 @@ class SAE(nn.Module, ABC):
         matmul = self.matmul if self.training else "float32"
         return encode(xn_BD, self.W_enc_FD, bias_F, centre_D, selections, matmul=matmul)
 
-    def l0(self, codes: Codes, f: Tensor, data: Group = ALONE) -> Float[Tensor, ""]:
+    def l0(self, codes: Codes, f: Tensor, data: RankGroup = ALONE) -> Float[Tensor, ""]:
         """Compute the mean number of f above zero a token, of all latents and of the rows of `data`."""
         return self.mesh(data).sum_((f.detach() > 0).sum()) / (codes.shape[0] * data.size)
 
     # Terms of losses
 
-    def mesh(self, data: Group) -> Mesh:
+    def mesh(self, data: RankGroup) -> Mesh:
         """Return the processes that have a batch and this dictionary together."""
         return Mesh(data, self.split)
 

@@ -12,7 +12,7 @@ from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
 from train.sae.base import SAE, Batch
-from train.sae.parts.groups import ALONE, Group
+from train.sae.parts.groups import ALONE, RankGroup
 
 
 def to_float64(x: Tensor) -> Tensor:
@@ -58,7 +58,7 @@ class ReconstructionSums:
         table = self.table()
         return float(table["error"].sum() / table["deviation"].sum())
 
-    def all_reduce(self, ranks: Group) -> None:
+    def all_reduce(self, ranks: RankGroup) -> None:
         """Add up the sums of all ranks."""
         for tensor in (*self.columns.values(), self.sum_D):
             ranks.sum_(tensor)
@@ -89,7 +89,7 @@ class FiringSums:
         """Count the latents that fire on no token of the set."""
         return int((self.fired_F == 0).sum())
 
-    def all_reduce(self, ranks: Group) -> None:
+    def all_reduce(self, ranks: RankGroup) -> None:
         """Add up the sums of all ranks."""
         for tensor in (self.tokens, self.l0, self.fired_F):
             ranks.sum_(tensor)
@@ -105,7 +105,7 @@ def _add(column: Tensor, value_N: Tensor, group_N: Tensor | None) -> None:
 
 @torch.no_grad()
 def held_out(
-    saes: Sequence[SAE], batches: Iterable[Batch], device: torch.device, data: Group = ALONE
+    saes: Sequence[SAE], batches: Iterable[Batch], device: torch.device, data: RankGroup = ALONE
 ) -> list[dict[str, float]]:
     """Score the inference form of each SAE on all ranks' `batches` in model units, which are read once for all.
 

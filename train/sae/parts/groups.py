@@ -22,7 +22,7 @@ class _Reduce(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Group, factor: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, group: RankGroup, factor: float) -> Tensor:
         return group.sum_(x.clone(memory_format=torch.contiguous_format)) * factor
 
     @staticmethod
@@ -38,7 +38,7 @@ class _Share(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
+    def forward(ctx: Any, x: Tensor, group: RankGroup) -> Tensor:
         ctx.group = group
         return x.view_as(x)
 
@@ -49,7 +49,7 @@ class _Share(torch.autograd.Function):
 
 
 @dataclass(frozen=True, eq=False)
-class Group:
+class RankGroup:
     """Processes that hold parts of one thing, in their order; alone, nothing is sent."""
 
     size: int = 1
@@ -106,4 +106,4 @@ class Group:
             dist.broadcast(x, group=self.handle, group_src=0)
 
 
-ALONE = Group()
+ALONE = RankGroup()

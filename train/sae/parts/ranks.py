@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from train.sae.parts.groups import ALONE, Group
+from train.sae.parts.groups import ALONE, RankGroup
 from train.sae.parts.split import WHOLE, LatentSplit
 
 _DIGIT = 11  # bits a round: 2,048 counts, 16 KB, for every process
@@ -22,7 +22,7 @@ _BINS = 1 << _DIGIT
 class Mesh:
     """The processes that train one SAE: `data` have other rows of the batch each, `latents` other latents each."""
 
-    data: Group = ALONE
+    data: RankGroup = ALONE
     """Those that hold the same latents."""
     latents: LatentSplit = WHOLE
     """Those that read the same rows."""

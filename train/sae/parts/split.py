@@ -11,13 +11,13 @@ import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
-from train.sae.parts.groups import Group
+from train.sae.parts.groups import RankGroup
 from train.sae.sparse.backend import backend_for
 from train.sae.sparse.codes import Codes
 
 
 @dataclass(frozen=True, eq=False)
-class LatentSplit(Group):
+class LatentSplit(RankGroup):
     """The processes that hold one dictionary together: process r has the latents f = r mod R, in ascending order.
 
     Dealt out so, every prefix of the dictionary and every age of latents is spread evenly over them.

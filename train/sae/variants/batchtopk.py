@@ -14,7 +14,7 @@ from data.base.errors import UserError
 from train.sae.base import PLAIN, StepOutput, TrainContext
 from train.sae.config import AuxKConfig
 from train.sae.parts.dense import largest_of_the_batch
-from train.sae.parts.groups import ALONE, Group
+from train.sae.parts.groups import ALONE, RankGroup
 from train.sae.parts.ranks import largest_over_ranks
 from train.sae.parts.threshold import Calibration, calibrate, running_mean_
 from train.sae.sparse.backend import backend_for
@@ -109,7 +109,7 @@ class BatchTopKBase(TopKBase):
         metrics = {"nmse": nmse.detach(), "l0": self.l0(codes, f), "auxk": auxk.detach()}
         return StepOutput(reconstruction + auxk, metrics, codes.of(f), xn_hat_BD.detach(), min_kept=min_kept)
 
-    def _of_whole(self, codes: Codes, count: int, data: Group) -> tuple[Codes, Float[Tensor, ""]]:
+    def _of_whole(self, codes: Codes, count: int, data: RankGroup) -> tuple[Codes, Float[Tensor, ""]]:
         """Choose the `count` largest over all processes, of those here, and find the smallest of them.
 
         It is 0 where fewer are positive, as the batch then says nothing of T.
@@ -143,7 +143,7 @@ class BatchTopKBase(TopKBase):
         self.threshold.copy_(min_kept)
 
     @torch.no_grad()
-    def calibrate(self, batches: Sequence[Float[Tensor, "_ D"]], data: Group = ALONE) -> Calibration:
+    def calibrate(self, batches: Sequence[Float[Tensor, "_ D"]], data: RankGroup = ALONE) -> Calibration:
         """Settle T with frozen weights on batches (model units, of the training batch size) not used in training.
 
         Each process of `data` has its part of every batch, all of them alike many rows.

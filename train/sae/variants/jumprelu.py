@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 from data.base.config import Flag, Real
 from train.sae.base import PLAIN, SAE, StepOutput, TrainContext
 from train.sae.config import PenaltyConfig
-from train.sae.parts.groups import ALONE, Group
+from train.sae.parts.groups import ALONE, RankGroup
 from train.sae.parts.ranks import kth_largest
 from train.sae.parts.threshold import L0Calibration, find_level
 from train.sae.sparse.codes import Codes
@@ -190,7 +190,7 @@ class JumpReLU(SAE):
         return torch.where(ratio > 1, ratio.clamp_min(1).log(), ratio - 1).square()
 
     @torch.no_grad()
-    def calibrate_l0(self, batches: Sequence[Float[Tensor, "_ D"]], data: Group = ALONE) -> L0Calibration | None:
+    def calibrate_l0(self, batches: Sequence[Float[Tensor, "_ D"]], data: RankGroup = ALONE) -> L0Calibration | None:
         """Multiply every theta by what brings the mean L0 to `target_l0`."""
         if self.config.target_l0 is None:
             return None

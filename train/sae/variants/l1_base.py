@@ -11,7 +11,7 @@ from torch import Tensor
 
 from train.sae.base import SAE, StepOutput, TrainContext
 from train.sae.config import SparsityConfig
-from train.sae.parts.groups import ALONE, Group
+from train.sae.parts.groups import ALONE, RankGroup
 from train.sae.parts.threshold import L0Calibration, find_level
 from train.sae.sparse.codes import Codes
 
@@ -39,7 +39,7 @@ class L1SAE(SAE):
         return self.pre_activation(xn_BD)
 
     @torch.no_grad()
-    def calibrate_l0(self, batches: Sequence[Float[Tensor, "_ D"]], data: Group = ALONE) -> L0Calibration | None:
+    def calibrate_l0(self, batches: Sequence[Float[Tensor, "_ D"]], data: RankGroup = ALONE) -> L0Calibration | None:
         """Lower the bias of every z by what brings the mean L0 to `target_l0`."""
         if self.config.target_l0 is None:
             return None

@@ -12,7 +12,7 @@ from train.sae.base import SAE, TrainContext
 from train.sae.config import AuxKConfig
 from train.sae.parts.auxk import auxk_error, auxk_rule, auxk_size
 from train.sae.parts.dense import largest_of_each_token
-from train.sae.parts.groups import ALONE, Group
+from train.sae.parts.groups import ALONE, RankGroup
 from train.sae.sparse.backend import backend_for
 from train.sae.sparse.codes import Codes
 from train.sae.sparse.rules import Rule, Selection
@@ -77,7 +77,7 @@ class TopKBase(SAE):
         return Candidates(Codes(none_Bd, None, (len(xn_BD), 0)), latents_d, None)
 
     def auxk(
-        self, candidates: Candidates | None, residual_BD: Float[Tensor, "B D"], data: Group = ALONE
+        self, candidates: Candidates | None, residual_BD: Float[Tensor, "B D"], data: RankGroup = ALONE
     ) -> Float[Tensor, ""]:
         """Compute AuxK's term of the loss; `residual_BD` x' - x_hat' detached, of each process of `data`."""
         if candidates is None:
@@ -100,7 +100,7 @@ class TopKBase(SAE):
             error = torch.where(self.split.sum_(dead) == 0, 0.0, error)
         return self.config.auxk_alpha * error / self.auxk_norm(residual_BD, data)
 
-    def auxk_norm(self, residual_BD: Float[Tensor, "B D"], data: Group = ALONE) -> Float[Tensor, ""]:
+    def auxk_norm(self, residual_BD: Float[Tensor, "B D"], data: RankGroup = ALONE) -> Float[Tensor, ""]:
         """Compute what divides AuxK's squared error: by default the variance of the residual over the batch.
 
         A batch of one token, or of equal ones, has none, and one that is reconstructed exactly hardly any: there it is

@@ -11,7 +11,7 @@ import torch.distributed as dist
 import torch.multiprocessing
 
 from tests.helpers.ranks import CASES, Case, connect, join, mesh_of, outcome
-from train.sae.parts.groups import Group
+from train.sae.parts.groups import RankGroup
 from train.sae.parts.init import directions
 from train.sae.parts.ranks import ONE, Mesh, kth_largest, largest_over_ranks
 from train.sae.parts.split import LatentSplit
@@ -57,7 +57,7 @@ def _worker(rank: int, ranks: int, folder: str) -> None:
     for number in range(42):
         values, count = _values(number, ranks)
         place_n = sum(map(len, values[:rank])) + torch.arange(len(values[rank]))
-        mesh, places = Mesh(Group(ranks, rank)), sum(map(len, values))
+        mesh, places = Mesh(RankGroup(ranks, rank)), sum(map(len, values))
         kept_n, smallest = largest_over_ranks(values[rank], place_n, places, count, mesh)
         kth = kth_largest(values[rank], min(count, places), mesh)
         out[f"values {number}"] = (kept_n, float(smallest), float(kth))
