@@ -23,7 +23,7 @@ from train.config import TrainSettings
 from train.datamodule import ActivationData
 from train.lit import MultiSAEModule, OwnReduction, Passes
 from train.loggers import CsvLogger
-from train.mesh import connect
+from train.mesh import connect, is_lost_rank
 from train.messages import closing, diverged, how_to_go_on, label, missed_l0, opening, slow_bf16
 from train.optimizers import optimizer_class, optimizer_from
 from train.plan import DataPlan, TrainRun, origin
@@ -76,6 +76,12 @@ def fit(runs: Sequence[TrainRun], *watching: Callback) -> dict[str, str]:
             if first_rank():
                 print(how_to_go_on(runs, "stopped by the error below"), file=sys.stderr)
             raise
+        except RuntimeError as error:
+            if not is_lost_rank(error):
+                raise
+            # By each that is left, as the first rank may be the lost one.
+            print(how_to_go_on(runs, "another process of this training has ended"), file=sys.stderr)
+            raise SystemExit(1) from None
 
 
 def _fit(runs: Sequence[TrainRun], signals: Signals, *watching: Callback) -> dict[str, str]:

@@ -43,6 +43,14 @@ def latent_split(settings: TrainSettings) -> LatentSplit:
     return LatentSplit(ranks, rank % ranks)
 
 
+def is_lost_rank(error: RuntimeError) -> bool:
+    """Tell whether an error came of a message to a process that is no more."""
+    import torch.distributed as dist
+
+    # NCCL's errors have a type of their own, gloo's only their words.
+    return isinstance(error, dist.DistError) or "gloo" in str(error)
+
+
 def connect(trainer: Trainer, settings: TrainSettings) -> Mesh:
     """Give the mesh of the run's processes; those that hold one dictionary together are connected here."""
     split = latent_split(settings)

@@ -76,6 +76,10 @@ def how_to_go_on(runs: Sequence[TrainRun], why: str) -> str:
     first = saved[0]
     step, total = read_checkpoint(first.folder, first.settings, first.plan, mapped=True)["step"], first.plan.steps
     command = f'make train ARGS="resume={first.folder}"'
+    if first.settings.processes > 1:
+        nodes = f"--nnodes {first.settings.trainer.num_nodes} " if first.settings.trainer.num_nodes > 1 else ""
+        ranks = f"{nodes}--nproc-per-node {first.settings.trainer.devices}"
+        command = f"torchrun {ranks} -m train resume={first.folder}"
     if first.sweep is None:
         return f"{why}; step {step:,} of {total:,} is saved, go on from there with: {command}"
     return (

@@ -20,6 +20,7 @@ from train.sae.parts.split import WHOLE, LatentSplit
 from train.sae.sparse.backend import use_backend
 from train.sae.sparse.triton import TritonBackend
 from train.sae.variants.batchtopk import BatchTopKBase
+from train.sae.weights_file import weight_pieces
 from train.sae_trainer import SAETrainer
 from train.schedules import Schedule
 
@@ -152,6 +153,8 @@ def outcome(case: Case, mesh: Mesh) -> dict[str, Any]:
     elif (level := sae.calibrate_l0(rows, mesh.data)) is not None:
         out["calibration"] = vars(level)
     (out["held out"],) = held_out([sae], reserved, torch.device("cpu"), mesh.data)
+    out["buffers_at_end"] = {name: buffer.clone() for name, buffer in sae.named_buffers()}
+    out["file"] = b"".join(weight_pieces(sae, entries=40))
     out["final"] = {name: parameter.detach().clone() for name, parameter in sae.named_parameters()}
     return out
 

@@ -24,14 +24,17 @@ _TYPES = {  # the format's names, in the order in which it stores tensors: then 
 ENCODER, ENCODER_THERE = "W_enc_FD", "W_enc"  # a file has the encoder's weights as the formula, [D, F]
 
 
-def weight_pieces(sae: SAE) -> Iterator[bytes]:
-    """Yield the file; of a split dictionary every process must take all pieces, as each is a message to the others."""
+def weight_pieces(sae: SAE, entries: int = _PIECE) -> Iterator[bytes]:
+    """Yield the file in pieces of about so many entries of a tensor.
+
+    Of a split dictionary every process must take all pieces, as each is a message to the others.
+    """
     tensors = {ENCODER_THERE if name == ENCODER else name: tensor for name, tensor in sae.state_dict().items()}
     order = list(_TYPES)
     names = sorted(tensors, key=lambda name: (order.index(tensors[name].dtype), name))
     yield _header(sae, {name: tensors[name] for name in names})
     for name in names:
-        for piece in _tensor_pieces(sae, name, tensors[name].detach()):
+        for piece in _tensor_pieces(sae, name, tensors[name].detach(), entries):
             yield piece.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
@@ -56,18 +59,18 @@ def _header(sae: SAE, tensors: dict[str, Tensor]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def _tensor_pieces(sae: SAE, name: str, tensor: Tensor) -> Iterator[Tensor]:
+def _tensor_pieces(sae: SAE, name: str, tensor: Tensor, entries: int) -> Iterator[Tensor]:
     """Yield a tensor of the whole SAE in pieces, in the file's order."""
     split, width = sae.split, sae.width
     if _is_whole(sae, name):
         yield tensor
     elif name == ENCODER_THERE:
-        columns = max(1, _PIECE // width)
+        columns = max(1, entries // width)
         for part_Fd in torch.split(tensor, columns, dim=1):
             yield split.join(part_Fd, width).t()
     else:
         # A piece that begins with a latent of the first process is dealt out as a dictionary of its own.
-        latents = max(1, _PIECE // max(1, tensor[:1].numel()) // split.size) * split.size
+        latents = max(1, entries // max(1, tensor[:1].numel()) // split.size) * split.size
         for first in range(0, width, latents):
             last = min(first + latents, width)
             yield split.join(tensor[split.own(first) : split.own(last)], last - first)

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
+from safetensors.torch import save as to_bytes
 
 from tests.helpers.ranks import CASES, Case, connect, join, mesh_of, outcome
 from train.sae.parts.groups import RankGroup
@@ -135,6 +136,9 @@ def _compare(all_of: list[dict[str, Any]], one: dict[str, Any], data: int, laten
     assert torch.equal(join([part["since_F"] for part in parts]), one["since_F"])
     if data == 1:
         assert torch.equal(join([part["selected"].t() for part in parts]).t(), one["selected"])
+    whole = _whole([part["final"] for part in parts]) | parts[0]["buffers_at_end"]
+    whole["W_enc"] = whole.pop("W_enc_FD").t().contiguous()
+    assert all(part["file"] == to_bytes(whole) for part in parts)  # of every process, as each gathers it
     f = torch.cat([join([part["f"].t() for part in all_of[row * latents :][:latents]]).t() for row in range(data)])
     assert torch.equal(f > 0, one["f"] > 0)
     _same(f, one["f"])
