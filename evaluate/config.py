@@ -161,6 +161,36 @@ class FeaturesSettings(HeldoutSettings):
         return self
 
 
+class ExplainSettings(Settings):
+    """The settings of conf/explain.yaml."""
+
+    pages: Text | None = None
+    """The folder of feature pages."""
+    url: Text | None = None
+    """The address of an OpenAI-compatible endpoint, up to and with /v1."""
+    model: Text | None = None
+    """The name of the language model there."""
+    key_env: Text = "OPENAI_API_KEY"
+    """The environment variable that holds the key; where it is not set none is sent."""
+    spend: bool = False
+    """Ask; else only say what it would cost."""
+    latents: list[Annotated[Whole, Field(ge=0)]] | None = None
+    """Numbers of latents to label; null: the most interesting ones."""
+    count: Whole = Field(20, ge=1)
+    """Latents to label where `latents` names none."""
+    held_out: Whole = Field(8, ge=2)
+    """Contexts of each latent that its label is tried on, and as many of other latents."""
+    seed: Whole = Field(0, ge=0)
+    """The seed of what is drawn at random."""
+
+    @model_validator(mode="after")
+    def _all_named(self) -> Self:
+        for name in ("pages", "url", "model"):
+            if not getattr(self, name):
+                raise ValueError(f"{name} is empty: give pages=<folder> url=http://localhost:8000/v1 model=<name>")
+        return self
+
+
 def with_newer_names(given: Mapping[str, Any]) -> dict[str, Any]:
     """Move the settings `gao` and `gao_with` to `feature_metrics` and `feature_metrics_with`.
 
