@@ -15,7 +15,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from data.base.help import CONF, ConfigFile, group_options, preset_lines
-from evaluate.config import EvaluateSettings, FeaturesSettings
+from evaluate.config import EvaluateSettings, ExplainSettings, FeaturesSettings
 from harvest.config import HarvestSettings
 from harvest.documents import SOURCES
 from harvest.lm import ModelSettings
@@ -31,6 +31,7 @@ STAGES: dict[str, Schema] = {
     "train": TrainSettings,
     "evaluate": EvaluateSettings,
     "features": FeaturesSettings,
+    "explain": ExplainSettings,
     "export": ExportSettings,
     "adopt": ImportSettings,
     "publish": PublishSettings,

@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 
 from data.base.errors import UserError
 
-TRIES = 4
+MOST_TRIES = 4
 AGAIN = (408, 409, 429, 500, 502, 503, 504)  # what a server says that may answer the next time
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
@@ -48,7 +48,7 @@ class ChatApi:
         body = json.dumps({"model": self.model, "messages": messages, "temperature": 0}).encode()
         headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {self.key}"} if self.key else {})
         request = urllib.request.Request(f"{self.url.rstrip('/')}/chat/completions", body, headers)
-        for attempt in range(TRIES):
+        for attempt in range(MOST_TRIES):
             self.requests += 1
             try:
                 with urllib.request.urlopen(request, timeout=self.timeout) as answer:
@@ -59,7 +59,7 @@ class ChatApi:
                     break
             except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
                 why = f"does not answer ({getattr(error, 'reason', error)})"
-            if attempt < TRIES - 1:
+            if attempt < MOST_TRIES - 1:
                 time.sleep(self.wait * 2**attempt)
         raise UserError(f"{self.url} {why}: check url, model and the key in {self.key_env}")
 

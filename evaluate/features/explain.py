@@ -25,12 +25,12 @@ from evaluate.features.page_data import Context, PageData
 
 LABELLER = (
     "You explain latents of a sparse autoencoder. You see excerpts of text on which one latent is active; the tokens "
-    "on which it fires are between << and >>. Say in at most 12 words what these tokens have in common. Answer with the "
-    "explanation alone."
+    "on which it fires are between << and >>. Say in at most 12 words what these tokens have in common. Answer with "
+    "the explanation alone."
 )
 JUDGE = (
-    "You are given an explanation of when a latent is active, and numbered excerpts of text. Answer with the numbers of "
-    "the excerpts in which the explanation fits some token, separated by commas, or with the word none."
+    "You are given an explanation of when a latent is active, and numbered excerpts of text. Answer with the numbers "
+    "of the excerpts in which the explanation fits some token, separated by commas, or with the word none."
 )
 LETTERS_A_TOKEN = 4  # about, in English
 LONGEST_LABEL = 200  # letters
@@ -108,7 +108,7 @@ def cost_line(questions: Sequence[str], requests: int) -> str:
     return f"{requests:,} requests of about {tokens:,} tokens in all, and answers of a line each"
 
 
-def explain(config: dict[str, Any]) -> Path:
+def explain_latents(config: dict[str, Any]) -> Path:
     """Label the latents that a resolved configuration names (evaluate/config.py); the path of the pages.
 
     Labels are written after each latent, and a latent that the same model has labelled is not asked for again.
@@ -158,7 +158,7 @@ def _mean_line(accuracies: Sequence[float], seed: int) -> str:
 
 def main(config: DictConfig) -> None:
     """Run the stage on Hydra's configuration."""
-    print(f"feature pages: {explain(stage_settings(config, 'explain'))}")
+    print(f"feature pages: {explain_latents(stage_settings(config, 'explain'))}")
 
 
 if __name__ == "__main__":

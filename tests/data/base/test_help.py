@@ -20,6 +20,7 @@ MODULES = {
     "train": "train",
     "evaluate": "evaluate",
     "features": "evaluate.features",
+    "explain": "evaluate.features.explain",
     "export": "train.interop.export",
     "adopt": "train.interop.import_sae",
     "publish": "train.publish",

@@ -14,7 +14,7 @@ import pytest
 from data.base.errors import UserError
 from evaluate.config import ExplainSettings
 from evaluate.features.chat_api import ChatApi
-from evaluate.features.explain import detection_of, explain, wilson
+from evaluate.features.explain import detection_of, explain_latents, wilson
 from evaluate.features.page_data import PageData
 from tests.helpers.pages import HOSTILE, a_page, called
 from tests.helpers.settings import stage_config
@@ -68,6 +68,14 @@ def config(endpoint: Endpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     return stage_config("explain", pages=str(tmp_path), url=endpoint.url, model="m", held_out=2, latents=[2, 3])
 
 
+def test_conf_has_every_setting_with_the_default_of_the_schema() -> None:
+    given = stage_config("explain")
+    assert set(given) == set(ExplainSettings.model_fields)
+    settings = ExplainSettings.of({**given, "pages": "p", "url": "u", "model": "m"})
+    for name, field in ExplainSettings.model_fields.items():
+        assert field.description and (given[name] is None or getattr(settings, name) == field.default), name
+
+
 def is_judge(body: dict[str, Any]) -> bool:
     return "Explanation: " in body["messages"][1]["content"]
 
@@ -75,7 +83,7 @@ def is_judge(body: dict[str, Any]) -> bool:
 def test_nothing_is_sent_before_the_cost_is_agreed_to(
     config: dict[str, Any], endpoint: Endpoint, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    explain(config)
+    explain_latents(config)
     said = capsys.readouterr().out
     assert "2 latents: 4 requests of about " in said and "give spend=true" in said
     assert endpoint.seen == []
@@ -93,14 +101,14 @@ def test_a_judge_that_knows_scores_1_and_one_that_says_none_scores_a_half(
         assert len(numbers) == 2
         right[detection.question("a label")] = ", ".join(numbers)
     endpoint.answer = lambda body: completion(right[body["messages"][1]["content"]] if is_judge(body) else " a\nlabel ")
-    explain({**config, "spend": True})
+    explain_latents({**config, "spend": True})
     (labels,) = called(tmp_path / "labels.js")
     assert set(labels) == {"2", "3"} and labels["2"]["label"] == "a label" and labels["2"]["accuracy"] == 1
     assert labels["2"]["score"] == "detection 1.00 [0.51, 1.00] on 4 contexts"
     said = capsys.readouterr().out
     assert "4 requests, 40 tokens by the server's count; mean detection 1.00 [1.00, 1.00] over 2 latents" in said
     endpoint.answer = lambda body: completion("none")
-    explain({**config, "spend": True, "model": "other"})
+    explain_latents({**config, "spend": True, "model": "other"})
     (labels,) = called(tmp_path / "labels.js")
     assert [labels[i]["accuracy"] for i in ("2", "3")] == [0.5, 0.5]
 
@@ -118,23 +126,23 @@ def test_the_label_is_made_from_other_contexts_than_it_is_tried_on(
     assert {place for place, fires in tried if fires} <= {context.place for context in drawn}
     firing = {context.place[0] for context in (*top, *drawn)}
     assert all(place[0] not in firing for place, fires in tried if not fires)
-    explain({**config, "spend": True})
+    explain_latents({**config, "spend": True})
     asked = [body["messages"][1]["content"] for body in endpoint.seen]
     assert "<<" in asked[0] and ">>" in asked[0] and endpoint.seen[0]["path"] == "/v1/chat/completions"
     assert endpoint.seen[0]["model"] == "m" and asked[1].startswith("Explanation: a label\n")
 
 
 def test_what_is_labelled_is_not_asked_for_again(config: dict[str, Any], endpoint: Endpoint, tmp_path: Path) -> None:
-    explain({**config, "spend": True})
+    explain_latents({**config, "spend": True})
     count = len(endpoint.seen)
-    explain({**config, "spend": True, "latents": [2, 3, 4]})
+    explain_latents({**config, "spend": True, "latents": [2, 3, 4]})
     assert len(endpoint.seen) == count + 2
     assert set(called(tmp_path / "labels.js")[0]) == {"2", "3", "4"}
 
 
 def test_a_hostile_answer_is_no_markup(config: dict[str, Any], endpoint: Endpoint, tmp_path: Path) -> None:
     endpoint.answer = lambda body: completion(HOSTILE[2])
-    explain({**config, "spend": True})
+    explain_latents({**config, "spend": True})
     assert "<" not in (tmp_path / "labels.js").read_text()
     assert called(tmp_path / "labels.js")[0]["2"]["label"] == HOSTILE[2]
 
@@ -178,7 +186,7 @@ def test_the_key_is_of_the_environment_and_goes_nowhere_in_the_clear(
 )
 def test_what_a_user_can_get_wrong(config: dict[str, Any], wrong: dict[str, Any], sentence: str) -> None:
     with pytest.raises(UserError, match=sentence):
-        explain({**config, **wrong})
+        explain_latents({**config, **wrong})
 
 
 def test_wilsons_interval_by_hand() -> None:
