@@ -155,7 +155,7 @@ def test_a_known_sparse_map_is_recovered() -> None:
         update(sae, optimizer, clip=1.0)
         optimizer.zero_grad()
         sae.after_step(step)
-    (found,) = held_out([sae], [sites(4096, seed=7)], torch.device("cpu"), 1)
+    (found,) = held_out([sae], [sites(4096, seed=7)], torch.device("cpu"))
     assert found["nmse"] < 0.2  # two latents a token, of which some have up to six features
     cosine = torch.nn.functional.normalize(sae.W_dec.detach(), dim=1) @ directions(E).t()
     best = cosine.max(0)
