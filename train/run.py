@@ -181,7 +181,7 @@ def prepare(
     stored = stored_chunks(folder)
     shared = canonical([stored, of_scope(settings, "stream", "store", "pass")])
     if shared not in plans:
-        plans[shared] = make_plan(settings, job.overrides, job.sweep is not None, stored)
+        plans[shared] = make_plan(settings, job.overrides, job.sweep is not None and not shapes_only, stored)
     plan = plans[shared]
     # From here on the run has numbers for what was `auto`, so that it goes on with them whatever the store grows into,
     # and its target is a site.
