@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from data.base.errors import UserError
 from data.base.location import parse_location
-from data.base.sites import Site
+from data.base.sites import STREAM_KINDS, Site
 from evaluate.config import FeaturesSettings, HeldoutSettings
 from evaluate.inputs import HeldoutText, SavedSAE, find_saes, group_by_store, open_text
 from evaluate.massive import ScoredText
@@ -69,9 +69,9 @@ def collect(sae: SAE, text: HeldoutText, site: Site, settings: FeaturesSettings)
 
 
 def describe_latents(
-    sae: SAE, text: HeldoutText, site: Site, collector: Collector, settings: FeaturesSettings
+    sae: SAE, text: HeldoutText, target: Site, collector: Collector, settings: FeaturesSettings
 ) -> Latents:
-    """Put what was collected together with what the weights say."""
+    """Put what was collected together with what the weights say; `target` is the site that the decoder writes to."""
     from tqdm import tqdm
 
     from evaluate.features import weights
@@ -79,8 +79,9 @@ def describe_latents(
 
     W_dec_FD = sae.W_dec.detach()
     vocabulary = min(len(text.tokenizer), text.model.config.get_text_config().vocab_size)
-    # A module's own output need not be added to the residual stream, so only the named points have a direct path.
-    lens = None if site.path is not None else weights.find_lens(text.model, sae.d_in)
+    # A module's own output need not be added to the residual stream, and what a module reads is not, so only the named
+    # points of the stream have a direct path.
+    lens = weights.find_lens(text.model, sae.d_out) if target.kind in STREAM_KINDS else None
     raised, lowered = None, None
     with tqdm(total=sae.width * (2 if lens else 1), unit="row", desc="decoder rows", mininterval=1.0) as bar:
         near = as_arrays(weights.neighbours(W_dec_FD, settings.neighbours, bar.update))
@@ -104,20 +105,20 @@ def make(config: Mapping[str, Any]) -> Path:
 def make_pages(settings: FeaturesSettings) -> Path:
     """Write the pages of one SAE; the path of `index.html`."""
     trained = one_sae(settings.folder)
-    ((store, by_site),) = group_by_store([trained], parse_location(settings.cache))
-    (site,) = map(Site.parse, by_site)
+    ((store, _),) = group_by_store([trained], parse_location(settings.cache))
+    site, target = Site.parse(trained.site), Site.parse(trained.target)
     sae = load(trained.folder).eval()
-    scored = ScoredText.of(open_text(store, settings.model_dump()), site, [trained])
+    scored = ScoredText.of(open_text(store, settings.model_dump()), [trained])
     from tqdm import tqdm
 
     from evaluate.features import pages
 
     collector = collect(sae, scored.text, site, settings)
-    latents = describe_latents(sae, scored.text, site, collector, settings)
+    latents = describe_latents(sae, scored.text, target, collector, settings)
     about = {
         "variant": trained.config["variant"],
         "width": sae.width,
-        "site": str(site),
+        "site": f"{site} to {target}" if trained.transcodes else str(site),
         "model": store.manifest.name,
         "store": store.path.name,
         "fingerprint": store.manifest.fingerprint,
