@@ -53,8 +53,8 @@ def card(sae: SAE, origin: Origin, config: Mapping[str, Any], loading: str, foun
     if origin.target is not None:
         site = f"{origin.site} to {origin.target}"
         what = (
-            f"A transcoder{' with a skip' if sae.W_skip is not None else ''} of width {sae.width:,}: from the {sae.d_in} "
-            f"entries of `{origin.hook}` it predicts the {sae.d_out} of `{origin.hook_out}`"
+            f"A transcoder{' with a skip' if sae.W_skip is not None else ''} of width {sae.width:,}: from the "
+            f"{sae.d_in} entries of `{origin.hook}` it predicts the {sae.d_out} of `{origin.hook_out}`"
         )
     lines = [
         f"# {origin.variant}, {sae.width:,} latents, {site} of {origin.model}",

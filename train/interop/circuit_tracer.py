@@ -1,8 +1,8 @@
 """circuit-tracer (0.5): a set of transcoders, config.yaml and layer_<n>.safetensors for every layer from 0 on.
 
 Its loader makes JumpReLU of a layer with `activation_function.threshold` [F] and a relu of one without; W_enc is
-[F, D], W_skip [D, D] is applied as x W_skip^T. All layers read and write one kind of hook, each in its own block, are as
-wide as each other, and predict as many entries as they read.
+[F, D], W_skip [D, D] is applied as x W_skip^T. All layers read and write one kind of hook, each in its own block, are
+as wide as each other, and predict as many entries as they read.
 """
 
 from __future__ import annotations

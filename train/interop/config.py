@@ -55,9 +55,9 @@ class ImportSettings(FolderSettings):
     store: Text | None = None
     """The store of the activations that the SAE is of."""
     site: Text | None = None
-    """The site in the store; null: as the folder says. Of a circuit-tracer set without its layer: mlp_in."""
+    """The site in the store; null: as the folder says. Of a circuit-tracer set its kind alone: mlp_in."""
     target: Text | None = None
-    """Of a transcoder, the site that it predicts; null: as the folder says. Of a circuit-tracer set without its layer."""
+    """Of a transcoder, the site that it predicts; null: as the folder says. Of a circuit-tracer set its kind alone."""
 
 
 def refuse_full(out: Path) -> None:

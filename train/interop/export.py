@@ -39,7 +39,7 @@ def export(folder: Path, to: str, out: Path, report: Path | None = None) -> None
 
 
 def export_set(folders: Sequence[Path], out: Path) -> None:
-    """Write transcoders, one a layer, into `out` as circuit-tracer's set, with a card; UserError where they are none."""
+    """Write transcoders, one a layer, into `out` as circuit-tracer's set, with a card; UserError for others."""
     from train.interop import circuit_tracer
     from train.interop.card import set_card
 

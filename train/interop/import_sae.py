@@ -103,8 +103,8 @@ def _site(folder: Path, named: str | None, given: str | None, setting: str) -> s
     if named is not None and _BEFORE_WEIGHT.search(named):
         # What the user gives instead would be another tensor, and the numbers wrong without a word.
         raise UserError(
-            f"{folder} reads {named}, which is before the norm's weight, and no site here is: "
-            "multiply its encoder's (and skip's) input weights by 1 / that weight, and name it mlp_in"
+            f"{folder} reads {named}, which is before the norm's weight, and no site here is: divide the rows of W_enc "
+            "(and the columns of W_skip) by that weight, and name what it then reads blocks.<layer>.mlp.hook_in"
         )
     if given is None and named is None:
         raise UserError(f"{folder} does not say which {setting} it is of: give {setting}=<site>")

@@ -1,8 +1,8 @@
 """sparsify: cfg.json and sae.safetensors, as `SparseCoder.load_from_disk` reads them. It has TopK, and no other.
 
 It takes relu before the k largest, which are then the same ones, and always subtracts b_dec at the encoder. With
-`transcode` it subtracts nothing there; `skip_connection` adds x W_skip^T in `forward`, not in `decode`. What it predicts
-is as wide as what it reads.
+`transcode` it subtracts nothing there; `skip_connection` adds x W_skip^T in `forward`, not in `decode`. What it
+predicts is as wide as what it reads.
 """
 
 from __future__ import annotations
