@@ -1,6 +1,6 @@
 """What other tools' classes can hold of an SAE: the same function of x in model units.
 
-Letters: B tokens in a batch, D model width, E width of what a transcoder predicts, F latents.
+Letters: B tokens in a batch, D model width, F latents.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def rebuilt(sae: SAE, state: dict[str, Tensor], **settings: Any) -> SAE:
     """Make an SAE of the same class with other settings and this state."""
     new = type(sae)(**sae.settings() | settings)
     new.load_state_dict(state)
-    new.site, new.target = sae.site, sae.target
+    new.site = sae.site
     return new
 
 
@@ -37,8 +37,6 @@ def folded(sae: SAE) -> SAE:
     z, f, b_dec, the latents' biases, theta, T are divided by s; W_enc, W_dec and r_mag stay as they are. April's norms
     go from the rows of W_dec to W_enc and b_enc, and with them to f.
     """
-    if sae.transcodes:
-        return _folded_transcoder(sae)
     state = {name: tensor.clone() for name, tensor in sae.state_dict().items()}
     # x' = s x. z' = (x' - b') W + b' is s times (x - b'/s) W + b'/s, so everything that is added to z or compared with
     # it is divided by s and the weights stay: f and x_hat come out in the model's units.
@@ -50,55 +48,16 @@ def folded(sae: SAE) -> SAE:
         state[name] /= s.square()
     state["norm.scale"] = torch.ones_like(s)
     settings: dict[str, Any] = {"input_norm": "token" if sae.input_norm == "token" else "none"}
-    return rebuilt(sae, state, **settings, **_with_unit_rows(sae, state))
-
-
-def _with_unit_rows(sae: SAE, state: dict[str, Tensor]) -> dict[str, Any]:
-    """Move the lengths of a ReLU's rows of W_dec into its encoder; the settings of an SAE whose rows are unit."""
-    if not isinstance(sae, ReLU):
-        return {}
-    if not sae.unit_rows and not unit_rows(sae.W_dec):
-        # relu(c z) = c relu(z) for c > 0: a row's length may move from the decoder to the encoder without any change of
-        # x_hat.
-        norm_F = torch.linalg.vector_norm(sae.W_dec, dim=1).clamp_min(1e-12)
-        state["W_dec"] /= norm_F[:, None]
-        state["W_enc_FD"] *= norm_F[:, None]
-        state["b_enc"] *= norm_F
-    return {"form": "bricken"}
-
-
-def _folded_transcoder(sae: SAE) -> SAE:
-    """Keep the prediction in model units with both scales and the encoder's centre folded in.
-
-    x' = s x and y' = t y. z' = (s x - c) W + b and y' = f' W_dec + b_dec + (s x - c) W_skip, all divided by t: the
-    rows of W_dec stay, f comes out in the target's units.
-    """
-    state = {name: tensor.clone() for name, tensor in sae.state_dict().items()}
-    s, t, c_D = sae.norm.scale.double(), sae.norm_out.scale.double(), sae.centre.double()
-
-    def put(name: str, value: Tensor) -> None:
-        state[name] = value.to(state[name].dtype)
-
-    # In float64: what the centre adds to a latent is many times what is left of it.
-    moved_F = sae.W_enc_FD.double() @ c_D
-    for name in sae.bias_names:
-        by_F = moved_F * sae.get_parameter("r_mag").double().exp() if name == "b_mag" else moved_F
-        put(name, (state[name].double() - by_F) / t)
-    put("W_enc_FD", sae.W_enc_FD.double() * (s / t))
-    for name in ("theta", "threshold"):
-        if name in state:
-            put(name, state[name].double() / t)
-    b_dec_E = sae.b_dec.double()
-    if sae.W_skip is not None:
-        b_dec_E = b_dec_E - c_D @ sae.W_skip.double()
-        put("W_skip", sae.W_skip.double() * (s / t))
-    put("b_dec", b_dec_E / t)
-    for name in ("variance", "mean_sq"):
-        put(name, state[name].double() / t.square())
-    state["centre"] = torch.zeros_like(sae.centre)
-    for name in ("norm.scale", "norm_target.scale"):
-        state[name] = torch.ones_like(state[name])
-    return rebuilt(sae, state, input_norm="none", **_with_unit_rows(sae, state))
+    if isinstance(sae, ReLU):
+        settings["form"] = "bricken"
+        if not sae.unit_rows and not unit_rows(sae.W_dec):
+            # relu(c z) = c relu(z) for c > 0: a row's length may move from the decoder to the encoder without any
+            # change of x_hat.
+            norm_F = torch.linalg.vector_norm(sae.W_dec, dim=1).clamp_min(1e-12)
+            state["W_dec"] /= norm_F[:, None]
+            state["W_enc_FD"] *= norm_F[:, None]
+            state["b_enc"] *= norm_F
+    return rebuilt(sae, state, **settings)
 
 
 @torch.no_grad()
