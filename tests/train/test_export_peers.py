@@ -54,6 +54,27 @@ def test_the_peers_encode_and_decode_as_we_do(tmp_path: Path) -> None:
         assert (x_hat - theirs["x_hat"])[rows].abs().max() < 1e-5 * rms, (to, form, norm)
 
 
+def test_the_peers_transcode_as_we_do(tmp_path: Path) -> None:
+    """SAELens' four transcoders, sparsify's with and without skip, circuit-tracer's set."""
+    x = torch.from_numpy(activations(2048, 9))
+    save_file({"x": x}, tmp_path / "x.safetensors")
+    jobs = []
+    for number, (to, form, skip) in enumerate(transcoders.CASES):
+        folder = transcoders.saved(tmp_path / f"{number}", transcoders.make(form, skip))
+        transcoders.write(to, folder, tmp_path / f"{number}-out")
+        paths = {"folder": str(tmp_path / f"{number}-out"), "to": str(tmp_path / f"{number}.safetensors")}
+        jobs.append({"format": to, "x": str(tmp_path / "x.safetensors"), **paths})
+    ask(PEERS, "benchmarks.peer_forms", jobs)
+    for number, (to, form, skip) in enumerate(transcoders.CASES):
+        sae, theirs = transcoders.make(form, skip), load_file(tmp_path / f"{number}.safetensors")
+        f, y = sae.encode_decode(x)
+        near = margin(sae, x) < 1e-5
+        rows, rms = ~near.any(1), float(y.square().mean().sqrt())
+        assert near.float().mean() < 1e-4, (to, form, skip)
+        assert torch.equal(f[rows] > 0, theirs["f"][rows] > 0), (to, form, skip)
+        assert (y - theirs["x_hat"])[rows].abs().max() < 2e-5 * rms, (to, form, skip)
+
+
 def test_sae_lens_own_evaluation_agrees(tmp_path: Path) -> None:
     """On the same contexts of the embedded model, which have no special token: both ablate all positions."""
     model = load_model({"name": "embedded"})
