@@ -184,6 +184,8 @@ class TrainSettings(Settings):
     """The folder of a store, in place of finding it."""
     site: Annotated[Named, OF_STREAM] = "resid_post.3"
     """The site whose activations are read."""
+    target: Annotated[Named | None, OF_STREAM] = None
+    """The site that a transcoder predicts from `site`; a kind alone (mlp_out) is at its layer; null: an SAE."""
     tokens: Annotated[Whole, OF_STREAM] = Field(1_000_000, ge=1)
     """Training tokens."""
     epochs: Annotated[Whole, OF_STREAM] = Field(1, ge=1)

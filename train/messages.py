@@ -34,9 +34,10 @@ def opening(runs: Sequence[TrainRun]) -> str:
     """Say what begins, on what; of several SAEs each in a line of its own."""
     settings, plan = runs[0].settings, runs[0].plan
     rows = int(plan.readers[TRAIN].sizes[: plan.stored_chunks].sum())
+    sites = plan.site if plan.target is None else f"{plan.site} -> {plan.target}"
     span = mixing_span(plan.store.layout.unit_rows, settings.loader.pool_chunks, rows)
     read = (
-        f"{plan.tokens:,} tokens in {plan.steps:,} steps from {plan.store.path} {plan.site} "
+        f"{plan.tokens:,} tokens in {plan.steps:,} steps from {plan.store.path} {sites} "
         f"({rows:,} rows, mixed over {span:,.0f})"
     )
     lines = []
@@ -56,7 +57,7 @@ def opening(runs: Sequence[TrainRun]) -> str:
         )
     moments = plan.moments()
     share = 1 - moments["variance"] / moments["mean_sq_norm"]
-    uncentred = [run.name for run in runs if not run.sae.apply_b_dec_to_input]
+    uncentred = [run.name for run in runs if run.sae.encoder_centre is None]
     if share > LARGE_MEAN and uncentred:
         lines.append(
             f"the mean holds {share:.0%} of the activations' squared norm, and {', '.join(uncentred)} may lose most "

@@ -166,14 +166,17 @@ def prepare(job: TrainRequest, plans: dict[str, DataPlan] | None = None) -> Trai
     if shared not in plans:
         plans[shared] = make_plan(settings, job.overrides, job.sweep is not None, stored)
     plan = plans[shared]
-    # From here on the run has numbers for what was `auto`, so that it goes on with them whatever the store grows into.
-    settings = settings.model_copy(update={"outliers": plan.outliers.times if plan.outliers else None})
+    # From here on the run has numbers for what was `auto`, so that it goes on with them whatever the store grows into,
+    # and its target is a site.
+    settled = {"outliers": plan.outliers.times if plan.outliers else None, "target": plan.target}
+    settings = settings.model_copy(update=settled)
     settings = with_rate(settings, plan.d_in, plan.steps)
     step = step_to_resume(folder, settings, plan)
     if step is None:
         print(f"{folder} holds this SAE already: nothing to do")
         return None
-    sae = build(settings.sae, plan.d_in, job.overrides)
+    sae = build(settings.sae, plan.d_in, job.overrides, plan.d_out)
+    sae.site, sae.target = plan.site, plan.target
     if sae.needs_calibration and plan.reserved_rows < plan.batch:
         raise UserError(
             f"calibration_tokens={settings.calibration_tokens} sets {plan.reserved_rows} rows aside, fewer than one "
@@ -190,7 +193,8 @@ def start(sae: SAE, folder: Path) -> None:
 
     given = load(folder)
     said = {"name": "sae", "d_in": "the site's width", "width": "sae.width", "input_norm": "sae.input_norm"}
-    for name, setting in {**said, "apply_b_dec_to_input": "sae.apply_b_dec_to_input"}.items():
+    said |= {"apply_b_dec_to_input": "sae.apply_b_dec_to_input", "target": "target", "skip": "sae.skip"}
+    for name, setting in said.items():
         here, there = getattr(sae, name), getattr(given, name)
         if here != there:
             raise UserError(
@@ -210,8 +214,8 @@ def start(sae: SAE, folder: Path) -> None:
     sae.load_state_dict(state)
 
 
-def build(settings: Mapping[str, Any], d_in: int, overrides: Sequence[str] = ()) -> SAE:
-    """Build the variant that the group `sae` describes, for activations of width `d_in`;
+def build(settings: Mapping[str, Any], d_in: int, overrides: Sequence[str] = (), d_out: int | None = None) -> SAE:
+    """Build the variant that the group `sae` describes, for activations of width `d_in`, or with `d_out` a transcoder;
     `width` goes before `expansion`."""
     from train.sae import VARIANTS
 
@@ -223,6 +227,8 @@ def build(settings: Mapping[str, Any], d_in: int, overrides: Sequence[str] = ())
         raise UserError(f"sae.variant={name} is not a variant of this project: choose sae={'|'.join(VARIANTS)}")
     variant = VARIANTS[name]
     given = {item.lstrip("+").split("=")[0] for item in overrides if not item.endswith("=null")}
+    if d_out is not None and "sae.apply_b_dec_to_input" not in given:
+        arguments["apply_b_dec_to_input"] = False  # a variant's own default is for SAEs
     if "sae.expansion" in given and width is not None:
         raise UserError(
             f"sae.width={width} and sae.expansion={expansion} both say how many latents: give one of them, and "
@@ -241,4 +247,4 @@ def build(settings: Mapping[str, Any], d_in: int, overrides: Sequence[str] = ())
         if latents != int(latents):
             raise UserError(f"sae.expansion={expansion} times the width {d_in} is not a whole number of latents")
     config = variant.Config.of({"width": latents, **arguments}, "sae")
-    return variant(d_in, **config.model_dump())
+    return variant(d_in, d_out=d_out, **config.model_dump())

@@ -237,6 +237,9 @@ class ZarrReader(_CommittedReader):
         self._count([part])
 
 
+CommittedReader = DirectReader | RangeReader | ZarrReader
+
+
 def scatter(reader: Reader, chunk: int, outs: Sequence[NDArray[Any]], start: int) -> None:
     """Fill `outs`, each [n, width], one after another with the chunk's rows from `start` on, as many as they take."""
     if isinstance(reader, DirectReader):
@@ -250,7 +253,7 @@ def scatter(reader: Reader, chunk: int, outs: Sequence[NDArray[Any]], start: int
         at += len(out)
 
 
-def open_reader(store: Store, split: str, site: str) -> Reader:
+def open_reader(store: Store, split: str, site: str) -> CommittedReader:
     """Open the fastest reader that can read this site; a UserError where the store does not have it."""
     metadata, layout = store.metadata(split, site), store.layout
     as_written = store.rows_of(site).format(tuple(metadata["shape"][1:])).metadata()

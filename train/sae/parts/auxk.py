@@ -60,9 +60,9 @@ class DeadLatents(nn.Module):
         return self._may_die_d
 
 
-def auxk_size(d_in: int) -> int:
-    """Compute k_aux = 2^round(log2(D / 2)), ties up (Gao et al. 2024: the power of two near D / 2)."""
-    return int(2 ** max(0, math.floor(math.log2(d_in / 2) + 0.5)))
+def auxk_size(d_out: int) -> int:
+    """Compute k_aux = 2^round(log2(D / 2)), ties up, D the residual's width (Gao et al. 2024: the power near D / 2)."""
+    return int(2 ** max(0, math.floor(math.log2(d_out / 2) + 0.5)))
 
 
 def auxk_rule(k: int, few: bool) -> TopPerToken | Everything:
