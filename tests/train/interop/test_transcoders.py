@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -18,52 +17,13 @@ from safetensors.torch import load_file, save_file
 from data.base.errors import UserError
 from data.store.store import Store
 from tests.helpers.runs import activations
-from tests.helpers.toy import FORMS
+from tests.helpers.transcoders import CASES, D, F, make_transcoder, save_transcoder, write_export
 from train.interop.config import ImportSettings
 from train.interop.export import export, export_set
 from train.interop.import_sae import adopt, adopt_set
-from train.sae import SAE, VARIANTS, Sample, load, load_config, save
+from train.sae import VARIANTS, load, load_config, save
 
-D, F = 16, 64
 Array = NDArray[np.float64]
-RELU_OR_THRESHOLD = ("relu", "relu bricken", "batchtopk", "matryoshka", "jumprelu")
-
-
-@functools.cache
-def make(form: str, skip: bool, layer: int = 0, norm: str = "dataset") -> SAE:
-    """A transcoder of the store's activations, only to be read; no parameter has a value that hides a mistake."""
-    name, own = FORMS[form]
-    own = {key: value for key, value in own.items() if key != "apply_b_dec_to_input"}
-    sae = VARIANTS[name](D, F, D, **{**own, "skip": skip, "input_norm": norm})
-    x, y = torch.from_numpy(activations(1024, 3)), torch.from_numpy(activations(1024, 4)) * 3 + 1
-    sae.initialise(x, target=Sample(y))
-    generator = torch.Generator().manual_seed(1 + layer)
-    with torch.no_grad():
-        for parameter in (*(sae.get_parameter(bias) for bias in sae.bias_names), sae.b_dec):
-            parameter += 0.2 * torch.randn(parameter.shape, generator=generator)
-        if sae.W_skip is not None:
-            sae.W_skip.copy_(0.1 * torch.randn(D, D, generator=generator))
-        if "theta" in sae.state_dict():
-            sae.get_parameter("theta").copy_(0.2 + torch.rand(F, generator=generator))
-        if "threshold" in sae.state_dict():
-            sae.get_buffer("threshold").fill_(0.75)
-        if not sae.unit_rows:
-            sae.W_dec *= 0.5 + torch.rand(F, 1, generator=generator)
-    return sae
-
-
-def saved(folder: Path, sae: SAE, site: str = "mlp_in.0", target: str = "mlp_out.0") -> Path:
-    record = {
-        "site": site,
-        "target": target,
-        "fingerprint": "ab" * 32,
-        "store": "tiny-ab",
-        "model_name": "tiny",
-        "packing": {"context": 16, "bos": "document"},
-        "training": {"tokens": 1000, "heldout": {"nmse": 0.125, "l0": 4.5, "tokens": 512}},
-    }
-    save(sae, folder, record)
-    return folder
 
 
 def relu(z: Array) -> Array:
@@ -107,25 +67,12 @@ BY: dict[str, Callable[[Path, Array], tuple[Array, Array]]] = {
     "circuit_tracer": by_circuit_tracer,
     "sparsify": by_sparsify,
 }
-CASES = [
-    (to, form, skip)
-    for to, forms in (("saelens", RELU_OR_THRESHOLD), ("circuit_tracer", RELU_OR_THRESHOLD), ("sparsify", ("topk",)))
-    for form in forms
-    for skip in (False, True)
-]
-
-
-def write(to: str, folder: Path, out: Path) -> None:
-    if to == "circuit_tracer":
-        export_set([folder], out)
-    else:
-        export(folder, to, out)
 
 
 @pytest.mark.parametrize(("to", "form", "skip"), CASES)
 def test_the_formats_own_formula_gives_our_f_and_prediction(tmp_path: Path, to: str, form: str, skip: bool) -> None:
-    sae = make(form, skip)
-    write(to, saved(tmp_path / "sae", sae), tmp_path / "out")
+    sae = make_transcoder(form, skip)
+    write_export(to, save_transcoder(tmp_path / "sae", sae), tmp_path / "out")
     x = torch.from_numpy(activations(256, 9))
     f, y = sae.encode_decode(x)
     assert 1 < float((f > 0).float().sum(1).mean()) < F - 1
@@ -137,7 +84,7 @@ def test_the_formats_own_formula_gives_our_f_and_prediction(tmp_path: Path, to: 
 
 
 def test_what_saelens_asks_for_is_in_cfg(tmp_path: Path) -> None:
-    export(saved(tmp_path / "sae", make("batchtopk", True)), "saelens", tmp_path / "out")
+    export(save_transcoder(tmp_path / "sae", make_transcoder("batchtopk", True)), "saelens", tmp_path / "out")
     cfg = json.loads((tmp_path / "out" / "cfg.json").read_text())
     assert cfg["architecture"] == "jumprelu_skip_transcoder" and cfg["d_out"] == D
     metadata = cfg["metadata"]
@@ -148,7 +95,9 @@ def test_what_saelens_asks_for_is_in_cfg(tmp_path: Path) -> None:
 
 def test_a_set_has_one_transcoder_a_layer_and_says_what_it_reads(tmp_path: Path) -> None:
     folders = [
-        saved(tmp_path / f"sae-{layer}", make("batchtopk", True, layer), f"mlp_in.{layer}", f"mlp_out.{layer}")
+        save_transcoder(
+            tmp_path / f"sae-{layer}", make_transcoder("batchtopk", True, layer), f"mlp_in.{layer}", f"mlp_out.{layer}"
+        )
         for layer in (1, 0, 2)
     ]
     export_set(folders, tmp_path / "set")
@@ -159,7 +108,7 @@ def test_a_set_has_one_transcoder_a_layer_and_says_what_it_reads(tmp_path: Path)
     assert (config.feature_input_hook, config.feature_output_hook) == ("mlp.hook_in", "hook_mlp_out")
     x = torch.from_numpy(activations(64, 9))
     for layer in range(3):
-        y = make("batchtopk", True, layer)(x).detach().numpy()
+        y = make_transcoder("batchtopk", True, layer)(x).detach().numpy()
         theirs = by_circuit_tracer(tmp_path / "set", x.double().numpy(), layer)[1]
         assert np.abs(theirs - y).max() < 2e-5 * np.sqrt(np.square(y).mean())
     assert "| 2 | 4.5 | 0.1250 |" in (tmp_path / "set" / "README.md").read_text()
@@ -178,7 +127,9 @@ def test_a_set_has_one_transcoder_a_layer_and_says_what_it_reads(tmp_path: Path)
     ],
 )
 def test_what_is_no_set_is_refused(tmp_path: Path, places: list[tuple[str, str]], says: str) -> None:
-    folders = [saved(tmp_path / f"sae-{i}", make("relu", False), *place) for i, place in enumerate(places)]
+    folders = [
+        save_transcoder(tmp_path / f"sae-{i}", make_transcoder("relu", False), *place) for i, place in enumerate(places)
+    ]
     with pytest.raises(UserError, match=says):
         export_set(folders, tmp_path / "set")
     assert not (tmp_path / "set").exists()
@@ -196,7 +147,7 @@ def test_what_is_no_set_is_refused(tmp_path: Path, places: list[tuple[str, str]]
 )
 def test_refusals(tmp_path: Path, to: str, form: str, says: str) -> None:
     with pytest.raises(UserError, match=says):
-        write(to, saved(tmp_path / "sae", make(form, False)), tmp_path / "out")
+        write_export(to, save_transcoder(tmp_path / "sae", make_transcoder(form, False)), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -223,8 +174,8 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
 
 @pytest.mark.parametrize(("to", "form", "skip"), CASES)
 def test_there_and_back_keeps_the_function(tmp_path: Path, store: Store, to: str, form: str, skip: bool) -> None:
-    sae = make(form, skip)
-    write(to, saved(tmp_path / "sae", sae), tmp_path / "there")
+    sae = make_transcoder(form, skip)
+    write_export(to, save_transcoder(tmp_path / "sae", sae), tmp_path / "there")
     if to == "circuit_tracer":
         (folder,) = adopt_set(tmp_path / "there", store, None, tmp_path / "back")
     else:
@@ -236,7 +187,7 @@ def test_there_and_back_keeps_the_function(tmp_path: Path, store: Store, to: str
     assert (back(x).detach() - y).abs().max() < 2e-5 * y.square().mean().sqrt()
     stats, config = store.stats("train", "mlp_out.0"), load_config(folder)
     assert config["target"] == "mlp_out.0" and float(back.variance) == pytest.approx(stats.variance)
-    write(to, folder, tmp_path / "again")
+    write_export(to, folder, tmp_path / "again")
     for file in (tmp_path / "there").glob("*.safetensors"):
         assert file.read_bytes() == (tmp_path / "again" / file.name).read_bytes()
 
@@ -261,7 +212,7 @@ def test_a_set_of_anothers_making_is_taken_at_the_kinds_that_are_given(tmp_path:
 
 
 def test_what_reads_before_the_norms_weight_is_refused_whatever_site_is_given(tmp_path: Path, store: Store) -> None:
-    export(saved(tmp_path / "sae", make("relu", False)), "saelens", tmp_path / "there")
+    export(save_transcoder(tmp_path / "sae", make_transcoder("relu", False)), "saelens", tmp_path / "there")
     path = tmp_path / "there" / "cfg.json"
     cfg = json.loads(path.read_text())
     cfg["metadata"] = {"hook_name": "blocks.0.ln2.hook_normalized", "hook_name_out": "blocks.0.hook_mlp_out"}
@@ -284,7 +235,7 @@ def test_what_reads_before_the_norms_weight_is_refused_whatever_site_is_given(tm
     ],
 )
 def test_damage_is_named(tmp_path: Path, store: Store, file: str, data: bytes, says: str) -> None:
-    export_set([saved(tmp_path / "sae", make("relu", False))], tmp_path / "there")
+    export_set([save_transcoder(tmp_path / "sae", make_transcoder("relu", False))], tmp_path / "there")
     (tmp_path / "there" / file).write_bytes(data)
     with pytest.raises(UserError, match=says):
         adopt_set(tmp_path / "there", store, None, tmp_path / "back")
