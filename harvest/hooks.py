@@ -135,7 +135,7 @@ class HookPoint:
         if self.for_all_readers:
             # Before those that give this module a tensor of its own: what is written there the skip path never reads.
             for later in [key for key, other in hooks.items() if hasattr(other, "for_this_module")]:
-                hooks.move_to_end(later)
+                hooks[later] = hooks.pop(later)
         else:
             hook.for_this_module = True  # type: ignore[attr-defined]
         return handle
