@@ -50,7 +50,7 @@ def _sparsify(folder: str, x_ND: Tensor) -> tuple[Tensor, Tensor]:
 
 def _circuit_tracer(folder: str, x_ND: Tensor) -> tuple[Tensor, Tensor]:
     """Load a set and give what its first layer makes of x."""
-    import yaml
+    import yaml  # type: ignore[import-untyped]
     from circuit_tracer.transcoder.single_layer_transcoder import load_transcoder_set
 
     config = yaml.safe_load(Path(folder, "config.yaml").read_text())

@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
-from yaml import YAMLError
+from yaml import YAMLError  # type: ignore[import-untyped]
 
 from data.base.errors import UserError
 from data.base.records import Json
