@@ -24,7 +24,7 @@ from train.datamodule import ActivationData
 from train.lit import MultiSAEModule, OwnReduction, Passes
 from train.loggers import CsvLogger
 from train.messages import closing, diverged, how_to_go_on, label, missed_l0, opening, slow_bf16
-from train.optimizers import OPTIMIZERS, optimizer_from
+from train.optimizers import optimizer_class, optimizer_from
 from train.plan import DataPlan, TrainRun, origin
 from train.resume import fingerprint, first_rank, read_checkpoint
 from train.sae import SAE, StartRows, default_window, save
@@ -46,6 +46,8 @@ def _quiet() -> Iterator[None]:
         warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
         # A run that was broken off after its last step has no batch left.
         warnings.filterwarnings("ignore", message="Total length of .* across ranks is zero")
+        # On a login node of a cluster: that srun is there and not used, which is right for one process.
+        warnings.filterwarnings("ignore", message="The `srun` command is available on your system but is not used")
         # From torch 2.9 on a GPU, where Lightning reads the precision of products in the older way.
         warnings.filterwarnings("ignore", message=".*new API settings to control TF32.*", category=UserWarning)
         yield
@@ -298,7 +300,7 @@ def _training(run: TrainRun, member: SAETrainer) -> dict[str, Any]:
         "batch": plan.batch,
         "world": plan.world,
         "seed": settings.seed,
-        "optimizer": {"name": OPTIMIZERS[settings.optimizer.name].__name__} | settings.optimizer.arguments(),
+        "optimizer": {"name": optimizer_class(settings.optimizer.name).__name__} | settings.optimizer.arguments(),
         "lr_asked": settings.lr_asked,
         "schedule": asdict(member.schedule),
         "clip": member.clip,

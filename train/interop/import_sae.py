@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig
-from torch import Tensor
 
 from data.base import cli
 from data.base.errors import UserError
 from data.base.sites import Site
-from data.loading.loader import ActivationLoader
-from data.loading.reader import open_reader
 from data.store.manifest import TRAIN
-from data.store.store import Store
 from train.interop.config import ImportSettings, refuse_full
-from train.interop.foreign import Foreign
-from train.plan import origin
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from data.store.store import Store
+    from train.interop.foreign import Foreign
 
 _ROWS = 32_768  # that token-normalised moments are measured on
 _BEFORE_WEIGHT = re.compile(r"\.ln[12]\.hook_normalized$")
@@ -56,6 +57,7 @@ def _adopt(
     foreign: Foreign, tool: str, folder: Path, store: Store, places: tuple[str | None, str | None], out: Path
 ) -> None:
     """Write one SAE; `places` are the site and the target that were given, None for what the folder says."""
+    from train.plan import origin
     from train.sae import save
 
     sae = foreign.sae
@@ -92,6 +94,9 @@ def _in_store(store: Store, site: str) -> str:
 
 def _rows(store: Store, site: str) -> Tensor:
     """Read a sample of the training rows, in model units."""
+    from data.loading.loader import ActivationLoader
+    from data.loading.reader import open_reader
+
     reader = open_reader(store, TRAIN, site)
     loader = ActivationLoader(reader, batch=1)
     rows: Tensor = store.decoder(TRAIN, site)(loader.sample(min(_ROWS, int(reader.sizes.sum())))).float()
@@ -113,6 +118,8 @@ def _site(folder: Path, named: str | None, given: str | None, setting: str) -> s
 
 def main(config: DictConfig) -> None:
     """Run the command from Hydra's configuration."""
+    from data.store.store import Store
+
     settings = ImportSettings.of(cli.stage_settings(config, "adopt"))
     if not settings.store:
         raise UserError("store is not set: name the folder of the activations that the SAE is to be scored on")

@@ -14,6 +14,22 @@ from torch import Tensor
 
 from train.sae.base import SAE, Batch
 
+ONE_L0 = 1.05  # SAEs whose L0 differ by less than this factor are compared as of one L0
+
+
+def one_l0_groups(l0s: Sequence[float]) -> list[list[int]]:
+    """Group SAEs, given by their L0, into those of about one L0, from the sparsest on.
+
+    A group begins with the sparsest SAE not yet in one and takes in all whose L0 is at most ONE_L0 times that.
+    """
+    groups: list[list[int]] = []
+    for index in sorted(range(len(l0s)), key=lambda i: (l0s[i], i)):
+        if groups and l0s[index] <= ONE_L0 * l0s[groups[-1][0]]:
+            groups[-1].append(index)
+        else:
+            groups.append([index])
+    return groups
+
 
 def to_float64(x: Tensor) -> Tensor:
     """Convert to float64, on the CPU where the device has none (Apple's)."""
