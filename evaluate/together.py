@@ -30,8 +30,6 @@ from evaluate.splice import Splice, with_rows
 from harvest.hooks import capture, replace
 from train.sae.io import load
 
-Rows = Callable[[Tensor], Tensor]
-
 
 class ReplacementModel:
     """An LM with the output of each form at its target, all in one forward.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from pathlib import Path
 
@@ -45,8 +44,9 @@ def test_harvest_train_evaluate_and_export(tmp_path: Path) -> None:
     assert (transcoder.site, transcoder.target, transcoder.config.skip) == ("mlp_in.1", "mlp_out.1", True)
 
     shared = {"cache": str(tmp_path / "cache"), "tokens": 400, "bootstrap": 20, "device": "cpu"}
-    path = evaluate(stage_config("evaluate", saes=str(tmp_path / "saes"), out=str(tmp_path / "all"), **shared))
-    report = json.loads((path.parent / "report.json").read_text())
+    report = evaluate(
+        stage_config("evaluate", saes=str(tmp_path / "saes"), out=str(tmp_path / "all"), **shared)
+    ).content
     kinds = {site["site"]: Counter(row["variant"] for row in site["saes"]) for site in report["sites"]}
     assert kinds == {
         "mlp_out.0": {"batchtopk transcoder": 1},
@@ -56,8 +56,8 @@ def test_harvest_train_evaluate_and_export(tmp_path: Path) -> None:
         assert all(0 < row["metrics"]["nmse"]["value"] < 1.5 for row in site["saes"])
     layers = [tmp_path / "saes" / f"jump-{layer}" for layer in (0, 1)]
     names = [str(folder) for folder in layers]
-    path = evaluate(stage_config("evaluate", saes=names, out=str(tmp_path / "set"), together=True, **shared))
-    (together,) = json.loads((path.parent / "report.json").read_text())["together"]
+    made = evaluate(stage_config("evaluate", saes=names, out=str(tmp_path / "set"), together=True, **shared))
+    (together,) = made.content["together"]
     metrics = together["metrics"]
     assert metrics["ce_clean"]["value"] < metrics["ce_spliced"]["value"]
     alone = [row["metrics"]["l0"]["value"] for site in report["sites"] for row in site["saes"][:1]]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -49,8 +48,8 @@ def saved(made: dict[str, Any], tmp_path: Path) -> Callable[..., Path]:
 def report(made: dict[str, Any], tmp_path: Path) -> Callable[..., tuple[dict[str, Any], str]]:
     def run(**settings: Any) -> tuple[dict[str, Any], str]:
         own = {"saes": str(tmp_path / "saes"), "cache": made["config"]["cache"], "out": str(tmp_path / "out")}
-        path = evaluate(stage_config("evaluate", **own, tokens=250, bootstrap=20, device="cpu", **settings))
-        return json.loads((path.parent / "report.json").read_text()), path.read_text()
+        written = evaluate(stage_config("evaluate", **own, tokens=250, bootstrap=20, device="cpu", **settings))
+        return written.content, written.path.read_text()
 
     return run
 
