@@ -129,7 +129,7 @@ def test_ctrl_c_leaves_the_jobs_and_the_same_command_goes_on_after_a_cancellatio
         process = stack.enter_context(command(slurm, *arguments))
         assert process.stdout is not None
         assert any("1 jobs of this command are there already, with 2 SAEs" in line for line in process.stdout)
-        assert slurm.running() == [job]
+        assert list(slurm.queue()) == [job]
         slurm.say("scancel", job)
         _, err = process.communicate(timeout=WAIT)
         assert process.returncode == 1 and "2 of 2 SAEs failed: its job was cancelled" in err
@@ -140,15 +140,17 @@ def test_ctrl_c_leaves_the_jobs_and_the_same_command_goes_on_after_a_cancellatio
         assert_same_sae(sweep / name, local / name)
 
 
-def test_a_job_of_two_processes_trains_as_torchrun_does(slurm: Slurm, cache: Path, tmp_path: Path) -> None:
+def test_a_job_of_two_processes_splits_a_dictionary_as_torchrun_does(slurm: Slurm, cache: Path, tmp_path: Path) -> None:
     small = ["sae=batchtopk", "sae.k=2", "trainer=cpu", "tokens=1920", "batch=32", *SIZES[2:], *PACES, f"cache={cache}"]
     # The nodes have names that no other program knows.
     alias = Slurm(slurm.folder, {**slurm.environment, "MASTER_ADDR": "127.0.0.1"})
-    ranks = ["trainer.num_nodes=2", f"hydra.sweep.dir={tmp_path / 'jobs'}"]
+    ranks = ["trainer.num_nodes=2", "trainer.latent_ranks=2", f"hydra.sweep.dir={tmp_path / 'jobs'}"]
     with command(alias, "train", "-m", *small, *ON_SLURM, *ranks) as process:
         assert "1/1 SAEs done" in said(process)
     torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "train"]
-    with command(slurm, *torchrun, *small, "trainer.devices=2", f"hydra.run.dir={tmp_path / 'ranks'}") as process:
+    with command(
+        slurm, *torchrun, *small, "trainer.devices=2", "trainer.latent_ranks=2", f"hydra.run.dir={tmp_path / 'ranks'}"
+    ) as process:
         said(process)
     (folder,) = (path.parent for path in (tmp_path / "jobs").glob("*/config.json"))
     assert_same_sae(folder, tmp_path / "ranks")
