@@ -148,9 +148,8 @@ def test_a_job_of_two_processes_splits_a_dictionary_as_torchrun_does(slurm: Slur
     with command(alias, "train", "-m", *small, *ON_SLURM, *ranks) as process:
         assert "1/1 SAEs done" in said(process)
     torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "train"]
-    with command(
-        slurm, *torchrun, *small, "trainer.devices=2", "trainer.latent_ranks=2", f"hydra.run.dir={tmp_path / 'ranks'}"
-    ) as process:
+    mesh = ["trainer.devices=2", "trainer.latent_ranks=2"]
+    with command(slurm, *torchrun, *small, *mesh, f"hydra.run.dir={tmp_path / 'ranks'}") as process:
         said(process)
     (folder,) = (path.parent for path in (tmp_path / "jobs").glob("*/config.json"))
     assert_same_sae(folder, tmp_path / "ranks")
