@@ -1,4 +1,7 @@
-"""The data of feature pages, read back from their folder (evaluate/features/pages.py writes them)."""
+"""The data of feature pages, read back from their folder (evaluate/features/pages.py writes them).
+
+No torch here: labels are made where no language model runs.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +15,14 @@ from typing import Any
 from data.base.errors import UserError
 from data.base.files import write_atomic
 from data.base.records import Json
-from evaluate.features.pages import LABELS_JS, data_name
 from evaluate.report.render import safe_json
+
+LABELS_JS = "labels.js"
+
+
+def data_name(kind: str, number: int) -> str:
+    """Return the name of a numbered data file: `part-007.js` of the latents, `text-007.js` of the contexts."""
+    return f"{kind}-{number:03d}.js"
 
 
 @dataclass(frozen=True)

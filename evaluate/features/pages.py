@@ -18,12 +18,12 @@ from numpy.typing import NDArray
 from data.base.files import write_atomic
 from data.base.records import Json
 from evaluate.features.collect import Collector, Shelf
+from evaluate.features.page_data import LABELS_JS, data_name
 from evaluate.report.render import asset, render, safe_json, script_hash
 from harvest.packing import PackedTokens
 
 LATENTS_A_PIECE = 128
 TOKENS_A_TEXT = 1 << 14  # of whole contexts in one file
-LABELS_JS = "labels.js"
 TOKEN_FIGURES = 6  # tokens that a latent's statistics name
 LABELS = 4  # tokens that name a latent in lists, of those it fires on and of those it raises
 
@@ -276,11 +276,6 @@ def write_pages(latents: Latents, about: Json, out: Path, bar: Callable[[int], A
 def _write_call(path: Path, name: str, *values: Any) -> None:
     """Write a script that calls `thresher.<name>` with the values."""
     write_atomic(path, f"thresher.{name}({','.join(map(safe_json, values))});\n")
-
-
-def data_name(kind: str, number: int) -> str:
-    """Return the name of a numbered data file: `part-007.js` of the latents, `text-007.js` of the contexts."""
-    return f"{kind}-{number:03d}.js"
 
 
 def _beyond(out: Path, kind: str, count: int) -> Iterator[Path]:
