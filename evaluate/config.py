@@ -170,7 +170,7 @@ class ExplainSettings(Settings):
     """The folder of feature pages."""
     url: Text | None = None
     """The address of an OpenAI-compatible endpoint, up to and with /v1."""
-    model: Text | None = None
+    chat_model: Text | None = None
     """The name of the language model there."""
     key_env: Text = "OPENAI_API_KEY"
     """The environment variable that holds the key; where it is not set none is sent."""
@@ -187,9 +187,9 @@ class ExplainSettings(Settings):
 
     @model_validator(mode="after")
     def _all_named(self) -> Self:
-        for name in ("pages", "url", "model"):
+        for name in ("pages", "url", "chat_model"):
             if not getattr(self, name):
-                raise ValueError(f"{name} is empty: give pages=<folder> url=http://localhost:8000/v1 model=<name>")
+                raise ValueError(f"{name} is empty: give pages=<folder> url=http://localhost:8000/v1 chat_model=<name>")
         return self
 
 

@@ -61,7 +61,7 @@ class ChatApi:
                 why = f"does not answer ({getattr(error, 'reason', error)})"
             if attempt < MOST_TRIES - 1:
                 time.sleep(self.wait * 2**attempt)
-        raise UserError(f"{self.url} {why}: check url, model and the key in {self.key_env}")
+        raise UserError(f"{self.url} {why}: check url, chat_model and the key in {self.key_env}")
 
     def _read(self, body: bytes) -> str:
         try:

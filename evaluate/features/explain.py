@@ -115,9 +115,9 @@ def explain_latents(config: dict[str, Any]) -> Path:
     """
     settings = ExplainSettings.of(config)
     data = PageData(Path(settings.pages or ""))
-    api = ChatApi(settings.url or "", settings.model or "", settings.key_env)
+    api = ChatApi(settings.url or "", settings.chat_model or "", settings.key_env)
     labels = data.labels
-    latents = [i for i in chosen_latents(data, settings) if labels.get(str(i), {}).get("model") != settings.model]
+    latents = [i for i in chosen_latents(data, settings) if labels.get(str(i), {}).get("model") != settings.chat_model]
     detections = {latent: detection_of(data, latent, settings) for latent in latents}
     questions = {latent: labelling_question(data.examples(latent)[0]) for latent in latents}
     trials = {latent: detection.question("") for latent, detection in detections.items() if detection}
@@ -128,7 +128,7 @@ def explain_latents(config: dict[str, Any]) -> Path:
     accuracies = []
     for latent in latents:
         label = _one_line(api.ask(LABELLER, questions[latent]))[:LONGEST_LABEL]
-        record: Json = {"label": label, "model": settings.model}
+        record: Json = {"label": label, "model": settings.chat_model}
         detection = detections[latent]
         if detection is not None:
             hits, count = detection.hits(api.ask(JUDGE, detection.question(label))), len(detection.contexts)

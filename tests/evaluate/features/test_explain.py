@@ -65,13 +65,13 @@ def endpoint() -> Iterator[Endpoint]:
 def config(endpoint: Endpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     a_page(tmp_path, 9)
-    return stage_config("explain", pages=str(tmp_path), url=endpoint.url, model="m", held_out=2, latents=[2, 3])
+    return stage_config("explain", pages=str(tmp_path), url=endpoint.url, chat_model="m", held_out=2, latents=[2, 3])
 
 
 def test_conf_has_every_setting_with_the_default_of_the_schema() -> None:
     given = stage_config("explain")
     assert set(given) == set(ExplainSettings.model_fields)
-    settings = ExplainSettings.of({**given, "pages": "p", "url": "u", "model": "m"})
+    settings = ExplainSettings.of({**given, "pages": "p", "url": "u", "chat_model": "m"})
     for name, field in ExplainSettings.model_fields.items():
         assert field.description and (given[name] is None or getattr(settings, name) == field.default), name
 
@@ -108,7 +108,7 @@ def test_a_judge_that_knows_scores_1_and_one_that_says_none_scores_a_half(
     said = capsys.readouterr().out
     assert "4 requests, 40 tokens by the server's count; mean detection 1.00 [1.00, 1.00] over 2 latents" in said
     endpoint.answer = lambda body: completion("none")
-    explain_latents({**config, "spend": True, "model": "other"})
+    explain_latents({**config, "spend": True, "chat_model": "other"})
     (labels,) = called(tmp_path / "labels.js")
     assert [labels[i]["accuracy"] for i in ("2", "3")] == [0.5, 0.5]
 
@@ -156,7 +156,7 @@ def test_a_busy_server_is_asked_again(endpoint: Endpoint) -> None:
 
 @pytest.mark.parametrize(
     ("answer", "sentence"),
-    [((401, {}), "answers 401 Unauthorized: check url, model"), ((200, b"<html>"), "gives no chat completion")],
+    [((401, {}), "answers 401 Unauthorized: check url, chat_model"), ((200, b"<html>"), "gives no chat completion")],
 )
 def test_what_a_server_gets_wrong_is_a_sentence(endpoint: Endpoint, answer: tuple[int, Any], sentence: str) -> None:
     endpoint.answer = lambda body: answer
