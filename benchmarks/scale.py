@@ -3,9 +3,9 @@
     python -m benchmarks.scale                                    # the lines of benchmarks/RESULTS.md
     python -m benchmarks.scale --width 16777216 --tokens 40e9 --batch 131072 --dead 0.07 --card H100
 
-Memory is by the formula of benchmarks/memory.py and bytes are as benchmarks/counting.py counts them, both held by tests;
-messages by `collectives`. Times follow from a card's published rates and the shares of them that are reached, which are
-assumptions: no card has confirmed them. A dictionary is split over R processes by latents, a batch over N by rows.
+Memory is by the formula of benchmarks/memory.py and bytes are as benchmarks/counting.py counts them, both held by
+tests; messages by `collectives`. Times follow from a card's published rates and the shares of them that are reached,
+which are assumptions: no card has confirmed them. A dictionary is split over R processes by latents, a batch over N.
 Letters: B tokens in a batch of all processes, D model width, F latents, k entries a token, R and N as above.
 """
 
