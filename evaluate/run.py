@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from omegaconf import DictConfig
 
+from data.base.calls import settings_of_call
 from data.base.cli import stage_settings
 from data.base.errors import UserError
 from data.base.location import parse_location
@@ -27,6 +28,7 @@ from evaluate.massive import ScoredText
 from evaluate.pareto import baseline_of, best_at_equal_l0, compare, require_baseline
 from evaluate.report import markdown, page
 from evaluate.report.columns import REPORT_FORMAT, sae_name
+from evaluate.result import Report
 from evaluate.score import SiteScore
 from evaluate.splice import Splice
 from harvest.packing import Packing, bos_id
@@ -161,9 +163,13 @@ def featured(report: Json, name: str) -> Json:
     return next(row for row in rows if Path(row["folder"]).name == name)
 
 
-def evaluate(config: Mapping[str, Any]) -> Path:
-    """Score what a resolved configuration names (evaluate/config.py); the path of the report."""
-    settings = EvaluateSettings.of(config)
+def evaluate(config: Mapping[str, Any] | None = None, **given: Any) -> Report:
+    """Score trained SAEs on held-out text and write the report; gives it as numbers, table and files.
+
+    `given` are settings of conf/evaluate.yaml, dotted names by `**{"text.paths": [...]}`; or `config` is a whole
+    configuration, as Hydra composes one. Raises UserError in one sentence for what cannot be.
+    """
+    settings = EvaluateSettings.of(settings_of_call("evaluate", config, given))
     metrics = FeatureMetricsConfig.of(settings)
     saes = find_saes(settings.saes)
     folders = [sae.folder for sae in saes]
@@ -188,7 +194,7 @@ def evaluate(config: Mapping[str, Any]) -> Path:
         made[folder] = make_for(settings, folder)
     identities = {store.manifest.fingerprint: store.manifest.identity for store, _ in stores}
     print(f"page: {page.write_page(report, settings.model_dump(), identities, made)}")
-    return path
+    return Report(path)
 
 
 def main(config: DictConfig) -> None:

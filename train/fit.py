@@ -46,6 +46,8 @@ def _quiet() -> Iterator[None]:
         warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
         # A run that was broken off after its last step has no batch left.
         warnings.filterwarnings("ignore", message="Total length of .* across ranks is zero")
+        # On a login node of a cluster: that srun is there and not used, which is right for one process.
+        warnings.filterwarnings("ignore", message="The `srun` command is available on your system but is not used")
         # From torch 2.9 on a GPU, where Lightning reads the precision of products in the older way.
         warnings.filterwarnings("ignore", message=".*new API settings to control TF32.*", category=UserWarning)
         yield

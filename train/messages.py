@@ -8,21 +8,16 @@ from typing import Any
 
 import torch
 
+from data.base.clock import clock
 from data.loading.order import mixing_span
 from data.store.manifest import TRAIN
+from data.store.massive import has_massive_rows
 from train.plan import TrainRun
 from train.resume import LAST, read_checkpoint
 from train.sae import SAE
 from train.targets import l0_miss
 
 LARGE_MEAN = 0.8  # of E||x||^2; at 0.94 ReLU and JumpReLU were seen to collapse, at 0.34 and below not
-
-
-def clock(seconds: float) -> str:
-    """Format seconds as m:ss or h:mm:ss."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 def label(sae: SAE) -> str:
@@ -54,6 +49,11 @@ def opening(runs: Sequence[TrainRun]) -> str:
         lines.append(
             f"rows above {plan.outliers.times:g} times the median norm are left out ({left_out}): "
             "outliers=null keeps them"
+        )
+    if plan.target is not None and has_massive_rows(plan.store.stats(TRAIN, plan.target)):
+        lines.append(
+            f"{plan.target} has massive rows, which are left out only where the norm of {plan.site} is massive too: "
+            "those that stay may be most of what the NMSE counts"
         )
     moments = plan.moments()
     share = 1 - moments["variance"] / moments["mean_sq_norm"]

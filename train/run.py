@@ -15,12 +15,14 @@ from omegaconf import DictConfig
 from pydantic import Field
 
 from data.base import cli
+from data.base.calls import composed, settings_of_call
 from data.base.config import Real, Settings, Whole
 from data.base.errors import UserError
 from data.base.records import canonical
 from train.config import VARIANT_ALIASES, Group, TrainSettings, by_name, check_installed, of_scope
 from train.plan import DataPlan, TrainRun, group_by_stream, make_plan
 from train.rates import with_rate
+from train.result import TrainResult
 from train.resume import first_rank, only_writer, resumed, step_to_resume, stored_chunks, write_run
 
 if TYPE_CHECKING:
@@ -68,9 +70,20 @@ def request_of(config: DictConfig) -> TrainRequest:
     return TrainRequest(cli.stage_settings(config, "train", TrainSettings), overrides, sweep)
 
 
-def train(settings: Group, overrides: Sequence[str] = ()) -> None:
-    """Train what `settings` (conf/train.yaml, resolved) describe, or go on with it, into the folder `out`."""
-    train_all([TrainRequest(settings, overrides)])
+def train(config: Mapping[str, Any] | None = None, overrides: Sequence[str] = (), **settings: Any) -> TrainResult:
+    """Train one SAE, or go on with it (`resume=folder`); gives its folder, record, held-out figures and the SAE.
+
+    `settings` are those of conf/train.yaml, groups by an option's name or as a mapping, dotted names by
+    `**{"sae.k": 16}`; or `config` is a whole configuration, as Hydra composes one, and `overrides` those behind it.
+    Raises UserError in one sentence for what cannot be.
+    """
+    if config is None:
+        with composed("train", settings) as made:
+            request = request_of(made)
+    else:
+        request = TrainRequest(settings_of_call("train", config, settings), overrides)
+    train_all([request])
+    return TrainResult(request.folder)
 
 
 def train_all(jobs: Sequence[TrainRequest]) -> None:
@@ -148,11 +161,14 @@ def _summary(failed: Mapping[str, str], count: int) -> str:
     return f"{len(failed)} of {count} SAEs failed: {each}"
 
 
-def prepare(job: TrainRequest, plans: dict[str, DataPlan] | None = None) -> TrainRun | None:
+def prepare(
+    job: TrainRequest, plans: dict[str, DataPlan] | None = None, *, shapes_only: bool = False
+) -> TrainRun | None:
     """Make every check of a job that can be made before it trains;
     return its run, or None where its folder holds the SAE already.
 
-    `plans` keeps the plans made, which jobs share that differ in nothing but the SAE and its optimizer.
+    `plans` keeps the plans made, which jobs share that differ in nothing but the SAE and its optimizer. With
+    `shapes_only` the SAE has no weights, for a machine that only hands the job on.
     """
     plans = {} if plans is None else plans
     if any(item.lstrip("+").startswith("lr_asked=") for item in job.overrides):
@@ -176,16 +192,24 @@ def prepare(job: TrainRequest, plans: dict[str, DataPlan] | None = None) -> Trai
     if step is None:
         print(f"{folder} holds this SAE already: nothing to do")
         return None
-    sae = build(settings.sae, plan.d_in, job.overrides, plan.d_out)
+    with without_weights() if shapes_only else contextlib.nullcontext():
+        sae = build(settings.sae, plan.d_in, job.overrides, plan.d_out)
     sae.site, sae.target = plan.site, plan.target
     if sae.needs_calibration and plan.reserved_rows < plan.batch:
         raise UserError(
             f"calibration_tokens={settings.calibration_tokens} sets {plan.reserved_rows} rows aside, fewer than one "
             f"batch={plan.batch}, and the threshold of {sae.name} is calibrated on them: raise it"
         )
-    if settings.start and not step:
+    if settings.start and not step and not shapes_only:
         start(sae, Path(settings.start))
     return TrainRun(settings, plan, sae, folder, folder.name, step, job.sweep)
+
+
+def without_weights() -> contextlib.AbstractContextManager[Any]:
+    """Let SAEs be built as shapes only, which take no memory."""
+    import torch
+
+    return torch.device("meta")
 
 
 def start(sae: SAE, folder: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -32,14 +34,17 @@ class PairReader:
         return self.first.bytes_read + self.second.bytes_read
 
     def read(self, chunk: int, out: NDArray[Any], start: int = 0) -> None:
-        rows = out[: int(self.sizes[chunk]) - start]
-        at = 0
-        for reader in (self.first, self.second):
+        self.scatter(chunk, [out[: int(self.sizes[chunk]) - start]], start)
+
+    def scatter(self, chunk: int, outs: Sequence[NDArray[Any]], start: int) -> None:
+        """Fill `outs` one after another with the chunk's rows from `start` on, which must be enough."""
+        begins = np.cumsum([0, *map(len, outs)]).tolist()
+        for reader, columns in ((self.first, slice(self.first.width)), (self.second, slice(self.first.width, None))):
             # By way of a buffer: a chunk file holds whole rows of one site, which lie apart in rows of both.
-            part = np.empty((len(rows), reader.width), self.dtype)
+            part = np.empty((begins[-1], reader.width), self.dtype)
             reader.read(chunk, part, start)
-            rows[:, at : at + reader.width] = part
-            at += reader.width
+            for out, (begin, end) in zip(outs, pairwise(begins), strict=True):
+                out[:, columns] = part[begin:end]
 
 
 def _alike(first: CommittedReader, second: CommittedReader) -> int:

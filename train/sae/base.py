@@ -154,6 +154,7 @@ class SAE(nn.Module, ABC):
         self.d_in, self.width = d_in, self.config.width
         self.d_out = d_in if d_out is None else d_out
         self.site: str | None = None  # where the activations are from, once it is known
+        self.record: dict[str, Any] | None = None  # its config.json, where it was loaded from a folder
         self.target: str | None = None  # of a transcoder, where those are from that it predicts
         self.unit_rows = True
         self.matmul = "float32"  # of the encoder's product in training; bf16: its factors rounded to bfloat16

@@ -105,6 +105,7 @@ def load(folder: str | Path) -> SAE:
             f"{path} has values in {unfit[0]} that are not finite: train this SAE again or restore the file"
         )
     sae.site, sae.target = config.get("site"), config.get("target")
+    sae.record = config
     return sae
 
 

@@ -77,7 +77,7 @@ def test_a_site_that_is_no_part_of_the_stream_has_no_logits(
 
 def test_an_evaluation_puts_them_beside_its_report(config: dict[str, Any], tmp_path: Path) -> None:
     own = stage_config("evaluate", saes=config["folder"], tokens=250, bootstrap=10, features="rough")
-    report = evaluate(own | {name: config[name] for name in ("cache", "device", "out")})
+    report = evaluate(own | {name: config[name] for name in ("cache", "device", "out")}).path
     page = report.parent / "features" / "index.html"
     found = json.loads((report.parent / "report.json").read_text())["sites"][0]["saes"][0]
     assert index_of(page)["fired"] == found["l0"]["fired"]

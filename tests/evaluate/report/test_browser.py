@@ -137,7 +137,7 @@ def harvested_hostile(
     defaults = stage_config("evaluate")
     own = {"saes": str(tmp_path / "saes"), "cache": config["cache"], "out": str(tmp_path / "out"), "device": "cpu"}
     monkeypatch.setattr(pages, "LATENTS_A_PIECE", 20)
-    return evaluate({**defaults, **own, "tokens": 250, "bootstrap": 10, "features": "best"})
+    return evaluate({**defaults, **own, "tokens": 250, "bootstrap": 10, "features": "best"}).path
 
 
 def test_hostile_documents_from_the_harvest_to_the_pages(browser: Browser, harvested_hostile: Path) -> None:

@@ -35,12 +35,6 @@ def _next_guess(guess: Tensor | None, min_kept: Tensor) -> Tensor:
     return torch.minimum(min_kept, _RISE * guess)
 
 
-def _smallest(f: Tensor, count: int) -> Tensor:
-    """Find the smallest of `count` values kept; 0 where fewer are positive, as the batch then says nothing of T."""
-    # On a GPU the selection is filled up with zeros, so its minimum is 0 by itself.
-    return f.detach().min() if len(f) == count else f.detach().new_zeros(())
-
-
 class BatchTopKConfig(AuxKConfig):
     """Settings of BatchTopK; `k` is a mean over tokens."""
 
@@ -96,7 +90,9 @@ class BatchTopKBase(TopKBase):
             kept_n, min_kept = largest_over_ranks(f.detach().flatten(), count)
             f = torch.where(kept_n.view_as(f), f, 0.0)
         else:
-            min_kept = _smallest(f, count)
+            # Fewer than k * B came back where fewer are positive: then the batch says nothing of T, and 0 stands for
+            # that. On a GPU the selection is filled up with zeros, so its minimum is 0 by itself.
+            min_kept = f.detach().min() if len(f) == count else f.detach().new_zeros(())
         target_BE = context.target_of(xn_BD)
         reconstruction, nmse, xn_hat_BD = self.reconstruct(codes, f, xn_BD, target_BE)
         auxk = self.auxk(candidates, (target_BE - xn_hat_BD).detach())
@@ -115,9 +111,12 @@ class BatchTopKBase(TopKBase):
 
     def start_variant(self, xn_ND: Float[Tensor, "N D"]) -> None:
         rows = xn_ND[:_STARTING_ROWS]
-        _, f = self.active_batch(rows)
+        # What is kept does not depend on the target.
+        target_BE = rows.new_zeros(len(rows), self.d_out) if self.transcodes else None
+        min_kept = self.loss(rows, TrainContext(target_BE=target_BE)).min_kept
+        assert min_kept is not None
         # Without weight: the first batch of the training replaces it (`running_mean_` begins at weight 0).
-        self.threshold.copy_(_smallest(f, self.config.k * len(rows)))
+        self.threshold.copy_(min_kept)
 
     @torch.no_grad()
     def calibrate(self, batches: Sequence[Float[Tensor, "_ D"]]) -> Calibration:
