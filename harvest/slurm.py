@@ -39,6 +39,7 @@ class HarvestWork:
     """The workers `1` to `count` of a harvest; how far it is, its store says."""
 
     noun, unit = "workers", "rows"
+    processes = nodes = 1
 
     def __init__(self, request: HarvestRequest, count: int, job: Callable[[], None]) -> None:
         self.request, self.work = request, job

@@ -124,6 +124,20 @@ def test_ctrl_c_leaves_the_jobs_and_the_same_command_goes_on_after_a_cancellatio
         assert_same_sae(sweep / name, local / name)
 
 
+def test_a_job_of_two_processes_trains_as_torchrun_does(slurm: Slurm, cache: Path, tmp_path: Path) -> None:
+    small = ["sae=batchtopk", "sae.k=2", "trainer=cpu", "tokens=1920", "batch=32", *SIZES[2:], *PACES, f"cache={cache}"]
+    # The nodes have names that no other program knows.
+    alias = Slurm(slurm.folder, {**slurm.environment, "MASTER_ADDR": "127.0.0.1"})
+    ranks = ["trainer.num_nodes=2", f"hydra.sweep.dir={tmp_path / 'jobs'}"]
+    with command(alias, "train", "-m", *small, *ON_SLURM, *ranks) as process:
+        assert "1/1 SAEs done" in said(process)
+    torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "train"]
+    with command(slurm, *torchrun, *small, "trainer.devices=2", f"hydra.run.dir={tmp_path / 'ranks'}") as process:
+        said(process)
+    (folder,) = (path.parent for path in (tmp_path / "jobs").glob("*/config.json"))
+    assert_same_sae(folder, tmp_path / "ranks")
+
+
 def test_a_harvest_whose_worker_is_killed_ends_in_the_same_store(slurm: Slurm, tmp_path: Path) -> None:
     model, text = save_model(tmp_path / "model"), write_stories(tmp_path / "stories.jsonl", range(1500))
     sizes = ["sites=[resid_post.1]", "tokens=40000", "heldout_tokens=1000", "packing.context=16", "lm_batch=2"]

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +18,7 @@ from data.base.errors import UserError
 
 if TYPE_CHECKING:
     from train.run import TrainRequest
+    from train.slurm import Sweep
 
 
 class SinglePassLauncher(BasicLauncher):
@@ -65,12 +65,16 @@ class SlurmLauncher(SinglePassLauncher):
         if asked.workers is not None:
             raise UserError(f"{LAUNCHER}.workers is for a harvest: give a sweep {LAUNCHER}.saes_per_job")
         check_slurm()
-        sweep, requests, sizes, groups = _of_sweep(jobs)
-        work = SweepWork(
-            sweep, sizes, groups, asked.saes_per_job, lambda items: TrainShare([requests[item] for item in items])
-        )
-        found = Keeper(work, JobFolder(sweep / JOBS), asked).run()
-        print(results(sweep, list(sizes)))
+        requests = _by_item(jobs)
+        sweep = _sweep_of(requests)
+        if sweep.groups and asked.gpus not in (0, sweep.processes):
+            raise UserError(
+                f"{LAUNCHER}.gpus={asked.gpus} and trainer.devices={sweep.processes} are one GPU a process: make them "
+                f"the same, or set {LAUNCHER}.gpus=0 for CPUs"
+            )
+        work = SweepWork(sweep, asked.saes_per_job, lambda items: TrainShare([requests[item] for item in items]))
+        found = Keeper(work, JobFolder(sweep.folder / JOBS), asked).run()
+        print(results(sweep.folder, list(sweep.sizes)))
         raise_failed(NOUN, found)
 
 
@@ -86,36 +90,42 @@ class TrainShare:
         train_all(self.jobs)
 
 
-def _of_sweep(
-    jobs: Sequence[TrainRequest],
-) -> tuple[Path, dict[str, TrainRequest], dict[str, int], list[list[str]]]:
-    """Check the jobs as far as this machine can, and name each by its folder below the sweep's.
-
-    Returns the sweep's folder, the jobs, their steps, and the groups of those not trained yet that can share a pass.
-    """
-    from train.plan import DataPlan, TrainRun, group_by_stream
-    from train.run import prepare
-    from train.slurm import steps_trained
-
-    sweep = jobs[0].sweep
-    assert sweep is not None
-    plans: dict[str, DataPlan] = {}
+def _by_item(jobs: Sequence[TrainRequest]) -> dict[str, TrainRequest]:
+    """Name each job by its folder below the sweep's."""
     requests: dict[str, TrainRequest] = {}
-    sizes: dict[str, int] = {}
-    runs: list[TrainRun] = []
     for job in jobs:
-        item = os.path.relpath(job.folder, sweep)
+        assert job.sweep is not None
+        item = os.path.relpath(job.folder, job.sweep)
         if item in requests:
             raise UserError(f"{job.folder} is the folder of several jobs: make hydra.sweep.subdir tell them apart")
         requests[item] = job
+    return requests
+
+
+def _sweep_of(requests: Mapping[str, TrainRequest]) -> Sweep:
+    """Check the jobs as far as this machine can; UserError for the first that cannot be trained."""
+    from train.plan import DataPlan, TrainRun, group_by_stream
+    from train.run import prepare
+    from train.slurm import Sweep, steps_trained
+
+    plans: dict[str, DataPlan] = {}
+    sizes: dict[str, int] = {}
+    runs: dict[str, TrainRun] = {}
+    for item, job in requests.items():
         run = prepare(job, plans, shapes_only=True)
         if run is None:
             sizes[item] = steps_trained(job.folder)
         else:
             sizes[item] = run.plan.steps
-            runs.append(run)
-    groups = [[os.path.relpath(run.folder, sweep) for run in group] for group in group_by_stream(runs)]
-    return sweep, requests, sizes, groups
+            runs[item] = replace(run, name=item)
+    meshes = {(run.settings.trainer.devices, run.settings.trainer.num_nodes) for run in runs.values()} or {(1, 1)}
+    if len(meshes) > 1:
+        raise UserError("the SAEs differ in trainer.devices or trainer.num_nodes: give each its own sweep on Slurm")
+    processes, nodes = meshes.pop()
+    folder = next(iter(requests.values())).sweep
+    assert folder is not None
+    groups = [[run.name for run in group] for group in group_by_stream(list(runs.values()))]
+    return Sweep(folder, sizes, groups, processes, nodes)
 
 
 def register() -> None:

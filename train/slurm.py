@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -48,32 +49,39 @@ def steps_done(folder: Path, steps: int) -> int:
     return min(max(logged, default=0), steps)
 
 
+@dataclass(frozen=True)
+class Sweep:
+    """The SAEs of a sweep by the names of their folders below `folder`, and what their jobs need.
+
+    sizes: steps of each. groups: those not trained yet, by the pass that can train them. processes, nodes: of a job.
+    """
+
+    folder: Path
+    sizes: Mapping[str, int]
+    groups: Sequence[Sequence[str]]
+    processes: int = 1
+    nodes: int = 1
+
+
 class SweepWork:
-    """The SAEs of a sweep, by the names of their folders below it; `groups` of them can share a pass."""
+    """A sweep as work for jobs, each of which trains at most `per_job` SAEs; `job` makes what it does."""
 
     noun, unit = NOUN, UNIT
 
-    def __init__(
-        self,
-        sweep: Path,
-        sizes: Mapping[str, int],
-        groups: Sequence[Sequence[str]],
-        per_job: int | None,
-        job: Callable[[Sequence[str]], Callable[[], None]],
-    ) -> None:
-        self.sweep, self.sizes, self.groups, self.per_job = sweep, sizes, groups, per_job
-        self.job = job
-        self.total = sum(sizes.values())
-        self.again = f"the same command and hydra.sweep.dir={sweep}"
-        self.look = f".venv/bin/python -m train.slurm {sweep}"
+    def __init__(self, sweep: Sweep, per_job: int | None, job: Callable[[Sequence[str]], Callable[[], None]]) -> None:
+        self.sweep, self.per_job, self.job = sweep, per_job, job
+        self.sizes, self.processes, self.nodes = sweep.sizes, sweep.processes, sweep.nodes
+        self.total = sum(sweep.sizes.values())
+        self.again = f"the same command and hydra.sweep.dir={sweep.folder}"
+        self.look = f".venv/bin/python -m train.slurm {sweep.folder}"
 
     def is_done(self, item: str) -> bool:
         """Return whether an SAE is trained."""
-        return is_trained(self.sweep / item)
+        return is_trained(self.sweep.folder / item)
 
     def progress(self) -> int:
         """Count the steps that were taken."""
-        return sum(steps_done(self.sweep / item, steps) for item, steps in self.sizes.items())
+        return sum(steps_done(self.sweep.folder / item, steps) for item, steps in self.sizes.items())
 
     def complete(self) -> bool:
         """Return whether all are trained."""
@@ -82,7 +90,8 @@ class SweepWork:
     def cut(self, items: Sequence[str]) -> list[list[str]]:
         """Deal SAEs out to jobs: never two streams in one, at most `per_job` in one."""
         left = set(items)
-        return [share for group in self.groups for share in passes([one for one in group if one in left], self.per_job)]
+        groups = [[item for item in group if item in left] for group in self.sweep.groups]
+        return [share for group in groups for share in passes(group, self.per_job)]
 
 
 def passes(items: Sequence[str], per_job: int | None) -> list[list[str]]:

@@ -19,6 +19,11 @@ from data.base.files import write_atomic
 Work = Callable[[], None]
 
 
+def is_first() -> bool:
+    """Return whether this is the first of its job's processes."""
+    return os.environ.get("SLURM_PROCID", "0") == "0"
+
+
 class Job(Checkpointable):
     """Does `work` and writes `{"error": null}`, or what went wrong in a sentence, into `outcome`.
 
@@ -50,8 +55,9 @@ class Job(Checkpointable):
         except (KeyboardInterrupt, SystemExit):
             if warned and callable(requeue):
                 requeue(warned[0], None)
-            # Not 0: the work is not done, and nobody should take it for done.
-            raise SystemExit(128 + signal.SIGTERM) from None
+            # Not 0: the work is not done. But while the first process has the job queued again, one that ends with an
+            # error would end it too.
+            raise SystemExit(128 + signal.SIGTERM if is_first() else 0) from None
         except Exception as error:
             sentence = to_sentence(error)
             self._record(sentence or f"{type(error).__name__}: {error}")
@@ -62,4 +68,5 @@ class Job(Checkpointable):
         self._record(None)
 
     def _record(self, error: str | None) -> None:
-        write_atomic(self.outcome, json.dumps({"error": error}) + "\n")
+        if is_first():
+            write_atomic(self.outcome, json.dumps({"error": error}) + "\n")

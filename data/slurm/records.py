@@ -115,10 +115,16 @@ class JobFolder:
 
 
 def submit(
-    folder: JobFolder, items: Sequence[Mapping[str, int]], works: Sequence[Callable[[], None]], asked: SlurmSettings
+    folder: JobFolder,
+    items: Sequence[Mapping[str, int]],
+    works: Sequence[Callable[[], None]],
+    asked: SlurmSettings,
+    processes: int = 1,
+    nodes: int = 1,
 ) -> int:
     """Submit a job for each of `works`, which does the `items` beside it; return the submission's number.
 
+    All `processes` on each of a job's `nodes` do its work together.
     UserError with sbatch's own words where it refuses them.
     """
     import submitit
@@ -132,7 +138,8 @@ def submit(
     # First the record: jobs that are in the queue and have none could not be told from another's.
     write_atomic(place / _JOBS, json.dumps({"items": [dict(each) for each in items]}) + "\n")
     executor = submitit.SlurmExecutor(place, max_num_timeout=_TIME_LIMITS)
-    executor.update_parameters(**asked.parameters(folder.name, str(number), len(works)), setup=_setup())
+    parameters = asked.parameters(folder.name, str(number), len(works), processes, nodes)
+    executor.update_parameters(**parameters, setup=_setup())
     try:
         # submitit prints sbatch's words; here they are part of the sentence.
         with contextlib.redirect_stderr(io.StringIO()), executor.batch():

@@ -11,6 +11,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 from pydantic import AfterValidator, Field
 
+from data.base.composing import SLURM
 from data.base.config import Flag, Real, Settings, Text, Whole
 
 LAUNCHER = "hydra.launcher"
@@ -56,11 +57,11 @@ class SlurmSettings(Settings):
     hours: Real = Field(24.0, gt=0, le=24 * 365)
     """Time limit of a job; when it is near, the job saves, is queued again and goes on."""
     gpus: Whole = Field(1, ge=0)
-    """GPUs of a job."""
+    """GPUs of a job on each of its nodes."""
     cpus: Whole = Field(8, ge=1)
-    """CPU cores of a job."""
+    """CPU cores of a job, or of each of its processes (trainer.devices)."""
     memory_gb: Real | None = Field(None, gt=0)
-    """Memory of a job."""
+    """Memory of a job on each of its nodes."""
     at_once: Whole | None = Field(None, ge=1)
     """Jobs that run at the same time; null: as many as the cluster allows."""
     sbatch: Annotated[dict[str, Text | Flag | Whole | Real], AfterValidator(_parameters)] = Field(default_factory=dict)
@@ -77,8 +78,11 @@ class SlurmSettings(Settings):
         assert isinstance(given, dict)
         return cls.of({str(name): value for name, value in given.items() if name != "_target_"}, LAUNCHER)
 
-    def parameters(self, name: str, comment: str, count: int) -> dict[str, Any]:
-        """Return the parameters of `count` jobs as submitit's executor names them."""
+    def parameters(self, name: str, comment: str, count: int, processes: int = 1, nodes: int = 1) -> dict[str, Any]:
+        """Return the parameters of `count` jobs as submitit's executor names them.
+
+        Each is of so many `processes` on each of so many `nodes`.
+        """
         asked = {
             "partition": self.partition,
             "account": self.account,
@@ -92,11 +96,13 @@ class SlurmSettings(Settings):
             "job_name": name,
             "comment": comment,
             "time": max(1, round(60 * self.hours)),
-            "nodes": 1,
-            "ntasks_per_node": 1,
+            "nodes": nodes,
+            "ntasks_per_node": processes,
             "cpus_per_task": self.cpus,
             "array_parallelism": self.at_once or count,
             "stderr_to_stdout": True,
+            # Processes of one job wait for each other: where one dies, the job has died.
+            "srun_args": ["--kill-on-bad-exit=1"],
             # Slurm queues a job again whose node failed or that another took the place of, unless the cluster forbids.
             "additional_parameters": {"requeue": True, **self.sbatch},
         }
@@ -104,7 +110,7 @@ class SlurmSettings(Settings):
 
 def slurm_launcher() -> SlurmSettings | None:
     """Return the settings of hydra/launcher=slurm where this command was given it, else None."""
-    if not HydraConfig.initialized() or HydraConfig.get().runtime.choices.get("hydra/launcher") != "slurm":
+    if not HydraConfig.initialized() or HydraConfig.get().launcher.get("_target_") != SLURM:
         return None
     return SlurmSettings.of_launcher(HydraConfig.get().launcher)
 

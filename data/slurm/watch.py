@@ -31,6 +31,8 @@ class SharedWork(Protocol):
     look: str  # the command that shows the jobs
     again: str  # how to look after them again
     total: int  # of what `progress` counts
+    processes: int  # of a job on each of its nodes
+    nodes: int  # of a job
 
     @property
     def sizes(self) -> Mapping[str, int]:
@@ -193,7 +195,8 @@ class Keeper:
     def _submit(self, shares: Sequence[Sequence[str]]) -> None:
         sizes = self.work.sizes
         items = [{item: sizes[item] for item in share} for share in shares]
-        number = submit(self.folder, items, [self.work.job(share) for share in shares], self.asked)
+        works = [self.work.job(share) for share in shares]
+        number = submit(self.folder, items, works, self.asked, self.work.processes, self.work.nodes)
         count = f"{len(shares)} jobs" if len(shares) > 1 else "1 job"
         print(f"submitted {count} as {self.folder.name}, logs in {self.folder.path / str(number)}", flush=True)
 

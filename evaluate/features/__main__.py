@@ -1,8 +1,11 @@
 """`python -m evaluate.features folder=...`: browsable pages of one SAE's latents."""
 
+import sys
+
 from omegaconf import DictConfig
 
 from data.base.cli import run
+from evaluate.features.arguments import with_own_text
 
 
 def main(config: DictConfig) -> None:
@@ -13,4 +16,5 @@ def main(config: DictConfig) -> None:
 
 
 if __name__ == "__main__":
+    sys.argv[1:] = with_own_text(sys.argv[1:])
     run(main, "features")

@@ -95,7 +95,17 @@ def test_mistakes_are_seen_before_a_job_is_submitted(slurm: FakeSlurm, requests:
         SlurmLauncher().train(requests("site=resid_post.9"))
     with pytest.raises(UserError, match=r"workers is for a harvest: give a sweep hydra\.launcher\.saes_per_job"):
         SlurmLauncher(workers=2).train(requests())
+    with pytest.raises(UserError, match=r"gpus=1 and trainer\.devices=2 are one GPU a process: make them the same"):
+        SlurmLauncher().train(requests("trainer.devices=2"))
     assert slurm.jobs() == {}
+
+
+def test_a_job_has_the_processes_of_its_pass(slurm: FakeSlurm, requests: Any) -> None:
+    with pytest.raises(UserError, match="its job was cancelled"):
+        SlurmLauncher(gpus=2).train(requests("trainer.devices=2", "trainer.num_nodes=3"))
+    script = slurm.script(1)
+    assert "--ntasks-per-node=2\n" in script and "--nodes=3\n" in script and "--gpus-per-node=2\n" in script
+    assert "srun " in script and " --kill-on-bad-exit=1 " in script
 
 
 def test_the_machine_that_submits_makes_no_weights(requests: Any) -> None:

@@ -21,6 +21,7 @@ class Letters:
     """A work of items `a`, `b`, ...: one is done when its file is there."""
 
     noun, unit, look, again = "letters", "strokes", "python look.py", "the same command"
+    processes = nodes = 1
 
     def __init__(self, folder: Path, items: str) -> None:
         self.folder = folder
