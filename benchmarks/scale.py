@@ -18,13 +18,16 @@ from dataclasses import dataclass, replace
 from functools import cache
 
 from benchmarks.counting import Shape, count_step
-from benchmarks.memory import CHOOSING, PREFIXES, VARIANTS, block_of, parameters, peak_bytes, state_bytes
+from benchmarks.memory import BIASES, CHOOSING, PREFIXES, VARIANTS, block_of, peak_bytes, state_bytes
 from benchmarks.traffic import least_bytes
 from train.sae.parts.auxk import auxk_size
 
 NODE = 8  # GPUs of a host, which reach each other over the card's own links
 DIGIT = 11  # bits of a round of histograms, and so 2,048 counts of 8 bytes
 COUNTS = 8 * 2**DIGIT
+# Bytes of the numbers beside an SAE's parameters: the scale and moments of its input, then what a variant has.
+NUMBERS = (4, 4, 4)
+OWN_NUMBERS = {"batchtopk": (4, 4, 8), "matryoshka": (4, 4, 8), "relu": (4,), "gated": (4,)}
 
 
 @dataclass(frozen=True)
@@ -158,7 +161,7 @@ def over_latents(run: Run) -> Iterator[Message]:
     if variant != "jumprelu":
         yield Message("L0", "all_reduce", "latents", 8)
     yield Message("the gradients' norm", "all_reduce", "latents", 4)
-    if variant in CHOOSING and run.shape.dead:
+    if variant in CHOOSING:  # also without a dead latent here: another process may have some
         k_aux = auxk_size(own.d_model)
         yield Message("each one's k_aux largest dead of a token", "all_gather", "latents", 4 * own.batch * k_aux)
         yield Message("their latents", "all_gather", "latents", 4 * own.batch * k_aux)
@@ -180,14 +183,22 @@ def of_the_whole_choice(run: Run) -> Iterator[Message]:
 
 
 def over_data(run: Run) -> Iterator[Message]:
-    """List what the processes that have other rows tell each other of their latents."""
-    own = run.own
-    if run.shape.variant in CHOOSING and run.shape.dead:
+    """List what the processes that have other rows tell each other of their latents, of variants that aim at an L0."""
+    own, variant = run.own, run.shape.variant
+    if variant in CHOOSING and (run.latent_ranks > 1 or run.shape.dead):
         yield Message("the residual's mean", "all_reduce", "data", 4 * own.d_model)
         yield Message("its spread", "all_reduce", "data", 4)
         yield Message("its mean square", "all_reduce", "data", 4)
-    yield Message("gradients", "all_reduce", "data", 4 * parameters(own))
+    if variant not in CHOOSING:
+        yield Message("L0", "all_reduce", "data", 4 if variant == "jumprelu" else 8)
+    for _ in range(2):
+        yield Message("the gradient of a matrix", "all_reduce", "data", 4 * own.width * own.d_model)
+    for _ in range(BIASES.get(variant, 1)):
+        yield Message("the gradient of a bias", "all_reduce", "data", 4 * own.width)
+    yield Message("the gradient of b_dec", "all_reduce", "data", 4 * own.d_model)
     yield Message("who fired", "all_reduce", "data", 4 * own.width)
+    for size in NUMBERS + OWN_NUMBERS.get(variant, ()):
+        yield Message("a number of the SAE", "broadcast", "data", size)
 
 
 # What follows
