@@ -101,7 +101,7 @@ def with_auxk(shape: Shape, found: dict[str, int], matrix: int) -> dict[str, int
     later = {name: found[name] + matrix + held for name in ("gradients", "prefixes") if name in found}
     if few:
         prefixes = PREFIXES if shape.variant == "matryoshka" else 1
-        auxk = 17 * batch * dead + 4 * dead * shape.d_model + (2 * prefixes + 4) * rows + entries
+        auxk = 15 * batch * dead + 4 * dead * shape.d_model + (2 * prefixes + 4) * rows + entries
         return found | later | {"AuxK": auxk}
     return found | later | {"AuxK's choice": z + choice_bytes(batch * dead, batch, k_aux) + 3 * rows + entries}
 

@@ -2,8 +2,8 @@
 
     python -m benchmarks.messages --variants topk batchtopk --latent-ranks 2 --data-ranks 1
 
-The processes are started here and reach each other over gloo; torch.distributed's functions are watched in the first one
-in a step that logs nothing. `benchmarks/scale.py` says what a run of any size sends.
+The processes are started here and reach each other over gloo; torch.distributed's functions are watched in the first
+one, in a step that logs nothing. `benchmarks/scale.py` says what a run of any size sends.
 """
 
 from __future__ import annotations
