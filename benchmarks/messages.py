@@ -82,7 +82,8 @@ def process(rank: int, runs: list[Run], folder: str) -> None:
 def count(runs: list[Run]) -> list[list[Counted]]:
     """Count the messages of a step of each run; all of them have the same mesh."""
     with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(process, (runs, folder), nprocs=runs[0].gpus)
+        spawn: Any = torch.multiprocessing.spawn  # type: ignore[attr-defined]
+        spawn(process, (runs, folder), nprocs=runs[0].gpus)
         written = [(Path(folder) / f"{number}.json").read_text() for number in range(len(runs))]
     return [[(kind, over, size) for kind, over, size in json.loads(text)] for text in written]
 
