@@ -38,17 +38,19 @@ class DiskArray:
 
 
 class DiskStrings:
-    """DiskStrings one after another, each found by its number; the first to be read ends the writing."""
+    """Strings one after another, each found by its number; the first to be read ends the writing."""
 
     def __init__(self) -> None:
-        self._spool, self._sizes, self._count = DiskArray(), DiskArray(), 0
+        self._spool, self._ends = DiskArray(), DiskArray()
+        self._count, self._bytes = 0, 0
         self._read: tuple[NDArray[np.uint8], NDArray[np.int64]] | None = None
 
     def append(self, text: str) -> None:
         assert self._read is None
         encoded = text.encode("utf-8", "surrogatepass")
         self._spool.write(encoded)
-        self._sizes.write(np.array([len(encoded)], np.int64))
+        self._bytes += len(encoded)
+        self._ends.write(np.array([self._bytes], np.int64))
         self._count += 1
 
     def __len__(self) -> int:
@@ -56,8 +58,7 @@ class DiskStrings:
 
     def __getitem__(self, index: int) -> str:
         if self._read is None:
-            ends = np.cumsum(self._sizes.array(np.int64, self._count))
-            self._read = self._spool.array(np.uint8, int(ends[-1])), ends
+            self._read = self._spool.array(np.uint8, self._bytes), self._ends.array(np.int64, self._count)
         texts, ends = self._read
         begin = int(ends[index - 1]) if index else 0
         return texts[begin : int(ends[index])].tobytes().decode("utf-8", "surrogatepass")
