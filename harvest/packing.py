@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -59,6 +59,26 @@ class Packing(Settings):
         return {name: value for name, value in self.model_dump().items() if name != "bos_token" or value is not None}
 
 
+class Sliced(Protocol):
+    """Rows that are read by slices, from memory or from wherever they lie."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, at: slice, /) -> NDArray[Any]: ...
+
+
+class PackedText(Protocol):
+    """What a harvest asks of the contexts of a split; `PackedTokens` and `harvest.stored_text.StoredText` are such."""
+
+    @property
+    def contexts(self) -> Sliced: ...
+    @property
+    def keep(self) -> Sliced: ...
+    @property
+    def lost(self) -> StreamLost | None: ...
+    def rows(self, contexts: slice) -> int: ...
+    def document(self, sequence: int, position: int) -> str: ...
+
+
 @dataclass(frozen=True)
 class PackedTokens:
     """Contexts of one split: `contexts` [n, T] token ids, `keep` [n, T] whether the token's row is harvested.
@@ -74,6 +94,10 @@ class PackedTokens:
     names: Sequence[str] | DiskStrings = ()
     stride: int = 1
     lost: StreamLost | None = None
+
+    def rows(self, contexts: slice) -> int:
+        """Count the kept rows of some contexts."""
+        return int(self.keep[contexts].sum())
 
     def document(self, sequence: int, position: int) -> str:
         """Return the name of the document that token `position` of context `sequence` belongs to."""

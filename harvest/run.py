@@ -16,14 +16,17 @@ from omegaconf import DictConfig
 from data.base import cli
 from data.base.errors import UserError
 from data.base.files import format_bytes
+from data.base.records import Json
 from data.store.layout import Layout
 from data.store.manifest import TRAIN
 from data.store.store import Store
 from harvest import lm
-from harvest.packing import PackedTokens, check_tokenizer, pack
+from harvest.packing import check_tokenizer
 from harvest.request import HarvestRequest
+from harvest.stored_text import StoredText
 from harvest.summary import advice, summary
 from harvest.text_source import token_ids
+from harvest.tokenise import Tokeniser
 from harvest.tokenizer import TokenIds
 from harvest.units import Unit, covered, finish, plan
 
@@ -77,18 +80,21 @@ def check_text(request: HarvestRequest, tokenizer: Any) -> None:
             tokenizer([first.text])
 
 
-def pack_splits(request: HarvestRequest, tokenizer: Any, model: Any, layout: Layout) -> dict[str, PackedTokens]:
-    """Pack the contexts of each split, each token one that the model's embedding has."""
+def packed_splits(
+    request: HarvestRequest, identity: Json, tokenizer: Any, model: Any, layout: Layout
+) -> dict[str, StoredText]:
+    """Return the contexts of each split, each token one that the model's embedding has; tokenises what is not yet."""
+    tokeniser = Tokeniser(
+        request.token_store(identity),
+        request.asked.text,
+        tokenizer,
+        request.asked.packing,
+        documents=identity["text"].get("documents"),
+        quiet=rank() > 0,
+    )
+    vocabulary = len(model.get_input_embeddings().weight)
     return {
-        split: pack(
-            request.asked.text,
-            tokenizer,
-            request.asked.packing,
-            split,
-            rows,
-            multiple=layout.contexts_per_unit,
-            vocabulary=len(model.get_input_embeddings().weight),
-        )
+        split: tokeniser.text(split, rows, multiple=layout.contexts_per_unit, vocabulary=vocabulary)
         for split, rows in request.rows.items()
     }
 
@@ -123,7 +129,7 @@ def harvest(cfg: Mapping[str, Any]) -> Store:
         locate(model, site)
     d_model = model.config.get_text_config().hidden_size
     manifest = store.manifest if store else request.new_manifest(identity, d_model)
-    packed = pack_splits(request, tokenizer, model, manifest.layout)
+    packed = packed_splits(request, identity, tokenizer, model, manifest.layout)
     widths = harvester.widths_of(model, asked.sites, packed[TRAIN])
     check_disk(request, plan(store, manifest.layout, packed, asked.sites), widths, manifest.layout)
     store = store or Store.create_or_open(request.cache, manifest)

@@ -75,8 +75,8 @@ class DocumentTable:
     """The D documents of a range, whose tokens stand one after another: n tokens in all.
 
     lengths [D]: tokens of each. own [D]: it came as token ids or as a chat, and may begin with a BOS of its own.
-    firsts, largest [D]: its first and its largest id, -1 of an empty one. wanted [n]: of a chat, whether the token's row
-    may be harvested; of a text it always may. special [n]: whether the token stands for no text.
+    firsts, largest [D]: its first and its largest id, -1 of an empty one. wanted [n]: of a chat, whether the token's
+    row may be harvested; of a text it always may. special [n]: whether the token stands for no text.
     """
 
     lengths: NDArray[np.int64]
