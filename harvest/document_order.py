@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar
 
 import numpy as np
@@ -63,7 +64,7 @@ class DocumentOrder:
         """Yield the ranges of a split from the first on; one range, without documents, of a split that has none."""
         if self._shuffle is None:
             for number, docs, characters, last, lost in _cut(self._of(split), _characters, sizes):
-                yield DocumentRange(number, lambda docs=docs: _named(docs), characters, last, lost)
+                yield DocumentRange(number, partial(_named, docs), characters, last, lost)
             return
         if self._shuffled is None:
             self._shuffled = ShuffledDocuments(
@@ -71,7 +72,7 @@ class DocumentOrder:
             )
         shuffled = self._shuffled
         for number, at, characters, last, lost in _cut(shuffled.order(split), shuffled.characters, sizes):
-            yield DocumentRange(number, lambda at=at: map(shuffled.document, at), characters, last, lost)
+            yield DocumentRange(number, partial(map, shuffled.document, at), characters, last, lost)
 
     def _of(self, split: str) -> Iterator[Document]:
         return (doc for doc in unique(self._source.documents()) if split_of(doc.key, self._heldout) == split)

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from omegaconf import DictConfig
 
 from data.base import cli
@@ -18,10 +19,9 @@ from data.base.errors import UserError
 from data.base.files import format_bytes
 from data.base.records import Json
 from data.store.layout import Layout
-from data.store.manifest import TRAIN
 from data.store.store import Store
 from harvest import lm
-from harvest.packing import check_tokenizer
+from harvest.packing import PackedTokens, check_tokenizer
 from harvest.request import HarvestRequest
 from harvest.stored_text import StoredText
 from harvest.summary import advice, summary
@@ -50,14 +50,35 @@ def check_disk(request: HarvestRequest, units: Sequence[Unit], widths: Mapping[s
     asked = f"{format_bytes(needed)} to write{_spared(units, widths, layout)}"
     if not isinstance(request.cache, Path):
         return say(f"{asked} in {request.cache}")
-    folder = request.cache.absolute()
+    say(f"on disk: {asked}, {format_bytes(free_bytes(request.cache))} free in {request.cache}")
+    refuse_full(request.cache, needed)
+
+
+def check_disk_early(request: HarvestRequest, store: Store | None, widths: Mapping[str, int], layout: Layout) -> None:
+    """Raise UserError where a disk cannot even have the rows asked for, which is known before text is tokenised."""
+    if isinstance(request.cache, Path):
+        needed = 0
+        for split, rows in request.rows.items():
+            for site, width in widths.items():
+                there = store.rows(split, site) if store is not None and site in store.sites(split) else 0
+                needed += max(0, rows - there) * layout.row_bytes(width)
+        refuse_full(request.cache, needed)
+
+
+def free_bytes(folder: Path) -> int:
+    """Return what is free on the disk of a folder, which need not be there yet."""
+    folder = folder.absolute()
     while not folder.exists():
         folder = folder.parent
-    free = shutil.disk_usage(folder).free
-    say(f"on disk: {asked}, {format_bytes(free)} free in {request.cache}")
+    return shutil.disk_usage(folder).free
+
+
+def refuse_full(cache: Path, needed: int) -> None:
+    """Raise UserError where a disk has not as much as a harvest needs."""
+    free = free_bytes(cache)
     if needed + DISK_MARGIN > free:
         raise UserError(
-            f"the harvest needs {format_bytes(needed)} in {request.cache} and {format_bytes(free)} is free there: free "
+            f"the harvest needs {format_bytes(needed)} in {cache} and {format_bytes(free)} is free there: free "
             "some space, ask for fewer tokens or sites, or choose another folder with cache=<folder>"
         )
 
@@ -129,8 +150,11 @@ def harvest(cfg: Mapping[str, Any]) -> Store:
         locate(model, site)
     d_model = model.config.get_text_config().hidden_size
     manifest = store.manifest if store else request.new_manifest(identity, d_model)
+    # Widths are the same whatever is read.
+    blank = np.zeros((1, asked.packing.context), np.int32)
+    widths = harvester.widths_of(model, asked.sites, PackedTokens(blank, blank == 0))
+    check_disk_early(request, store, widths, manifest.layout)
     packed = packed_splits(request, identity, tokenizer, model, manifest.layout)
-    widths = harvester.widths_of(model, asked.sites, packed[TRAIN])
     check_disk(request, plan(store, manifest.layout, packed, asked.sites), widths, manifest.layout)
     store = store or Store.create_or_open(request.cache, manifest)
     units = plan(store, manifest.layout, packed, asked.sites)

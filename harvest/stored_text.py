@@ -263,13 +263,14 @@ class StoredText:
         first, last, step = contexts.indices(self.n_contexts)
         assert step == 1
         n = max(0, last - first)
-        pieces = self._stream(first * self._stride, (first + n) * self._stride)
-        ids, keep = (np.concatenate(column).reshape(n, self._stride) for column in pieces)
+        ids_pieces, keep_pieces = self._stream(first * self._stride, (first + n) * self._stride)
+        ids = np.concatenate(ids_pieces).reshape(n, self._stride)
+        keep = np.concatenate(keep_pieces).reshape(n, self._stride)
         lead = self._ends.lead
-        if lead is None:
-            return ids, keep
-        leads = np.full((n, 1), lead, np.int32), np.full((n, 1), self._ends.keeps[lead], np.bool_)
-        return np.concatenate([leads[0], ids], axis=1), np.concatenate([leads[1], keep], axis=1)
+        if lead is not None:
+            ids = np.concatenate([np.full((n, 1), lead, np.int32), ids], axis=1)
+            keep = np.concatenate([np.full((n, 1), self._ends.keeps[lead], np.bool_), keep], axis=1)
+        return ids, keep
 
     def _stream(self, begin: int, end: int) -> tuple[list[NDArray[np.int32]], list[NDArray[np.bool_]]]:
         """Read the stream's part from `begin` to `end`, in pieces."""

@@ -14,7 +14,7 @@ tokens are read, so that one token store serves every packing of the documents i
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
@@ -34,6 +34,7 @@ TOKENS_FOLDER, DESCRIPTION = "tokens", "tokens.json"
 TOKEN_RECORD = re.compile(r"(\d{6,})\.json")
 _SITE = "tokens"  # what leases and stages call the one thing that a range has
 
+_ALSO_DECIDE_TOKENS = ("chat_template", "special_tokens")  # where an identity has them
 # Of a text whose bytes are hashed in the identity: how it was reached, and which of its columns.
 _WAYS_TO_A_TEXT = ("paths", "field", "root")
 
@@ -48,9 +49,14 @@ def tokens_identity(identity: Json) -> Json | None:
     packing = identity.get("packing")
     if not isinstance(packing, dict) or not {"text", "tokenizer"} <= identity.keys():
         return None
-    optional = {name: identity[name] for name in ("chat_template", "special_tokens") if name in identity}
-    order = {"shuffle": packing.get("shuffle"), "heldout": float(packing.get("heldout", 0))}
-    return {"text": text_content(identity["text"]), "tokenizer": identity["tokenizer"], **optional, **order}
+    found: Json = {"text": text_content(identity["text"]), "tokenizer": identity["tokenizer"]}
+    found |= {name: identity[name] for name in _ALSO_DECIDE_TOKENS if name in identity}
+    return found | {"shuffle": packing.get("shuffle"), "heldout": float(packing.get("heldout", 0))}
+
+
+def tokens_folder(identity: Json) -> str:
+    """Return the path of an identity's token store below its cache."""
+    return f"{TOKENS_FOLDER}/{json_digest(identity)[:12]}"
 
 
 @dataclass(frozen=True)
@@ -164,6 +170,23 @@ class TokenRecord:
         except (TypeError, KeyError):  # sealed, but a file of another kind
             raise UserError(f"{path} is no record of tokens: {remedy}") from None
 
+    def read_tokens(self, data: bytes) -> NDArray[np.int32]:
+        """Read the content of its file of ids; ValueError where it is not of this record."""
+        tokens = _loaded(data).get("tokens")
+        if tokens is None or tokens.dtype != np.int32 or tokens.shape != (self.tokens,):
+            raise ValueError("other tokens than the record has")
+        return tokens
+
+    def read_table(self, data: bytes) -> DocumentTable:
+        """Read the content of its file of documents; ValueError where it is not of this record."""
+        try:
+            table = DocumentTable.of(data)
+        except KeyError as error:
+            raise ValueError(f"no {error}") from None
+        if (len(table.lengths), len(table.wanted)) != (self.documents, self.tokens):
+            raise ValueError("other documents than the record has")
+        return table
+
     def wrong_name(self, split: str, number: int) -> str | None:
         """Say how the record does not fit its file's name; None where it does."""
         if (self.split, self.number) != (split, number):
@@ -211,10 +234,6 @@ class TokenDescription:
     def fingerprint(self) -> str:
         return json_digest(self.identity)
 
-    @property
-    def folder(self) -> str:
-        return self.fingerprint[:12]
-
     def to_json(self) -> bytes:
         """Write the file's content."""
         return seal({"format": TOKEN_FORMAT, "fingerprint": self.fingerprint} | asdict(self), indent=2)
@@ -260,7 +279,7 @@ class TokenStore:
     ) -> TokenStore:
         """Open the token store of an identity in a cache, or make it; one that is there has its own sizes of ranges."""
         description = TokenDescription(identity, ranges or RangeSizes(), made_for)
-        path = cache / TOKENS_FOLDER / description.folder
+        path = cache / tokens_folder(identity)
         storage = open_storage(path, DESCRIPTION)
         if storage.size(DESCRIPTION) is None:
             storage.create(DESCRIPTION, description.to_json())
@@ -306,23 +325,17 @@ class TokenStore:
         """Read the documents of a committed range; a UserError where the file is not as it was committed."""
         record = self._made(split, number)
         try:
-            table = DocumentTable.of(self._content(record, 1))
-        except (ValueError, KeyError):
-            table = None
-        if table is None or (len(table.lengths), len(table.wanted)) != (record.documents, record.tokens):
-            raise UserError(f"{self.path / record.files[1].key} is damaged: {self.remedy(split, number)}")
-        return table
+            return record.read_table(self._content(record, 1))
+        except ValueError:
+            raise UserError(f"{self.path / record.files[1].key} is damaged: {self.remedy(split, number)}") from None
 
     def tokens(self, split: str, number: int) -> NDArray[np.int32]:
         """Read the ids of a committed range; a UserError where the file is not as it was committed."""
         record = self._made(split, number)
         try:
-            tokens = _loaded(self._content(record, 0))["tokens"]
-        except (ValueError, KeyError):
-            tokens = np.zeros(0, np.int64)
-        if tokens.dtype != np.int32 or len(tokens) != record.tokens:
-            raise UserError(f"{self.path / record.files[0].key} is damaged: {self.remedy(split, number)}")
-        return tokens
+            return record.read_tokens(self._content(record, 0))
+        except ValueError:
+            raise UserError(f"{self.path / record.files[0].key} is damaged: {self.remedy(split, number)}") from None
 
     def _made(self, split: str, number: int) -> TokenRecord:
         record = self.record(split, number)
@@ -379,12 +392,6 @@ class TokenStore:
         """Remove what killed processes left."""
         if self.leases.any():
             self.leases.sweep(lambda split, number, _: self.is_made(split, number))
-
-
-def token_stores(cache: Location) -> Iterator[Location]:
-    """Yield the folders below a cache's folder for tokens, whatever is in them."""
-    storage = open_storage(cache / TOKENS_FOLDER)
-    yield from (cache / TOKENS_FOLDER / name for name in storage.folders())
 
 
 def made_for(settings: Mapping[str, Any], model: str) -> Json:
