@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import tempfile
 import weakref
 from pathlib import Path
@@ -11,6 +12,8 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from data.base.files import naming
+
+_FREE = bytes(16)  # no digest of a text is known to be all zeros
 
 
 class DiskArray:
@@ -35,6 +38,49 @@ class DiskArray:
         if not np.prod(shape):
             return np.empty(shape, dtype)
         return np.memmap(self._file, dtype, "c", shape=shape)
+
+
+class DigestSet:
+    """Which digests were seen, by their first 16 bytes: a hash table in a file, which need not fit in memory."""
+
+    _SLOT = 16
+
+    def __init__(self) -> None:
+        self._count = 0
+        self._table = self._empty(1 << 12)
+
+    def _empty(self, slots: int) -> mmap.mmap:
+        with naming(Path(tempfile.gettempdir())), tempfile.TemporaryFile() as file:
+            file.truncate(slots * self._SLOT)
+            return mmap.mmap(file.fileno(), slots * self._SLOT)
+
+    def add(self, digest: bytes) -> bool:
+        """Return whether a digest is new, and remember it."""
+        # Half of the slots are free, so that the next free one is near.
+        if 2 * self._count * self._SLOT >= len(self._table):
+            self._grow()
+        at = self._slot(self._table, digest[: self._SLOT])
+        if self._table[at : at + self._SLOT] != _FREE:
+            return False
+        self._table[at : at + self._SLOT] = digest[: self._SLOT]
+        self._count += 1
+        return True
+
+    def _slot(self, table: mmap.mmap, digest: bytes) -> int:
+        """Find where a digest is, or the free slot where it belongs."""
+        at = int.from_bytes(digest[:8], "little") * self._SLOT % len(table)
+        while table[at : at + self._SLOT] not in (digest, _FREE):
+            at = (at + self._SLOT) % len(table)
+        return at
+
+    def _grow(self) -> None:
+        old, self._table = self._table, self._empty(4 * len(self._table) // self._SLOT)
+        for at in range(0, len(old), self._SLOT):
+            digest = old[at : at + self._SLOT]
+            if digest != _FREE:
+                new = self._slot(self._table, digest)
+                self._table[new : new + self._SLOT] = digest
+        old.close()
 
 
 class DiskStrings:

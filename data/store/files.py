@@ -40,8 +40,11 @@ def stores_below(path: Location) -> list[Location]:
 
 
 def is_token_store(path: Location) -> bool:
-    """Return whether a folder is a store of tokens (data/store/token_store.py)."""
-    return open_storage(path).size(DESCRIPTION) is not None
+    """Return whether a folder is a store of tokens (data/store/token_store.py); not one that cannot be looked into."""
+    try:
+        return open_storage(path).size(DESCRIPTION) is not None
+    except OSError:
+        return False
 
 
 def token_stores_below(path: Location) -> list[Location]:

@@ -19,6 +19,8 @@ from data.store.token_store import (
     TokenDescription,
     TokenRecord,
     TokenStore,
+    documents_key,
+    token_key,
     token_record_key,
     tokens_folder,
     tokens_identity,
@@ -150,9 +152,9 @@ def verify_tokens(path: Location) -> list[Finding]:
 
 
 def _range_findings(store: TokenStore, split: str, number: int, known: set[str]) -> Iterator[Finding]:
-    """Yield what is wrong with a range; the files that its record names go to `known`."""
+    """Yield what is wrong with a range; its files go to `known`."""
     key, remedy = token_record_key(split, number), store.remedy(split, number)
-    known.add(key)
+    known.update((key, token_key(split, number), documents_key(split, number)))
     try:
         data = store.storage.read(key)
         read_sealed(data, store.path / key)
@@ -167,7 +169,6 @@ def _range_findings(store: TokenStore, split: str, number: int, known: set[str])
     if wrong:
         yield Finding(store.path / key, wrong, remedy)
         return
-    known.update(file.key for file in record.files)
     yield from _content_findings(store, record, remedy)
 
 
@@ -196,9 +197,9 @@ def _content_findings(store: TokenStore, record: TokenRecord, remedy: str) -> It
 
 
 def token_leftovers(store: TokenStore) -> list[str]:
-    """List a token store's files that no record names."""
+    """List a token store's files that belong to no range that has a record."""
     known = {DESCRIPTION}
     for split in SPLITS:
-        for record in _records(store, split):
-            known |= {token_record_key(split, record.number), *(file.key for file in record.files)}
+        for number in store.numbers(split):
+            known |= {token_record_key(split, number), token_key(split, number), documents_key(split, number)}
     return sorted(store.storage.sizes().keys() - known)
