@@ -78,7 +78,7 @@ def together(cache: Path, source: FirstDocuments, model: str, rows: int, count: 
     processes = [context.Process(target=work, args=(cache, source, model, rows, start, ends)) for _ in range(count)]
     for process in processes:
         process.start()
-    times = [ends.get(timeout=3600) for _ in processes]
+    times: list[tuple[float, float]] = [ends.get(timeout=3600) for _ in processes]
     for process in processes:
         process.join()
     return max(end for _, end in times) - min(begin for begin, _ in times)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+import os
 import tempfile
 import weakref
 from pathlib import Path
@@ -50,9 +51,13 @@ class DigestSet:
         self._table = self._empty(1 << 12)
 
     def _empty(self, slots: int) -> mmap.mmap:
+        """Make a table; the first, which is small, without a file."""
+        size = slots * self._SLOT
+        if not self._count:
+            return mmap.mmap(-1, size)
         with naming(Path(tempfile.gettempdir())), tempfile.TemporaryFile() as file:
-            file.truncate(slots * self._SLOT)
-            return mmap.mmap(file.fileno(), slots * self._SLOT)
+            os.posix_fallocate(file.fileno(), 0, size)  # a sparse file on a full disk would end the process
+            return mmap.mmap(file.fileno(), size)
 
     def add(self, digest: bytes) -> bool:
         """Return whether a digest is new, and remember it."""

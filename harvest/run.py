@@ -50,8 +50,8 @@ def check_disk(request: HarvestRequest, units: Sequence[Unit], widths: Mapping[s
     asked = f"{format_bytes(needed)} to write{_spared(units, widths, layout)}"
     if not isinstance(request.cache, Path):
         return say(f"{asked} in {request.cache}")
-    say(f"on disk: {asked}, {format_bytes(free_bytes(request.cache))} free in {request.cache}")
-    refuse_full(request.cache, needed)
+    say(f"on disk: {asked}, {format_bytes(free_on_disk(request.cache))} free in {request.cache}")
+    refuse_full_disk(request.cache, needed)
 
 
 def check_disk_early(request: HarvestRequest, store: Store | None, widths: Mapping[str, int], layout: Layout) -> None:
@@ -62,10 +62,10 @@ def check_disk_early(request: HarvestRequest, store: Store | None, widths: Mappi
             for site, width in widths.items():
                 there = store.rows(split, site) if store is not None and site in store.sites(split) else 0
                 needed += max(0, rows - there) * layout.row_bytes(width)
-        refuse_full(request.cache, needed)
+        refuse_full_disk(request.cache, needed)
 
 
-def free_bytes(folder: Path) -> int:
+def free_on_disk(folder: Path) -> int:
     """Return what is free on the disk of a folder, which need not be there yet."""
     folder = folder.absolute()
     while not folder.exists():
@@ -73,9 +73,9 @@ def free_bytes(folder: Path) -> int:
     return shutil.disk_usage(folder).free
 
 
-def refuse_full(cache: Path, needed: int) -> None:
+def refuse_full_disk(cache: Path, needed: int) -> None:
     """Raise UserError where a disk has not as much as a harvest needs."""
-    free = free_bytes(cache)
+    free = free_on_disk(cache)
     if needed + DISK_MARGIN > free:
         raise UserError(
             f"the harvest needs {format_bytes(needed)} in {cache} and {format_bytes(free)} is free there: free "

@@ -25,7 +25,7 @@ _MORE_THAN_ESTIMATED = 1.01
 
 
 @dataclass(frozen=True)
-class Ends:
+class StreamEnds:
     """What packing puts around documents (`head`, `tail`) and before contexts (`lead`): ids, or None.
 
     keeps: of each of these ids, whether its row is harvested. keep_special: whether that of a special token in a
@@ -39,7 +39,7 @@ class Ends:
     keep_special: bool
 
     @classmethod
-    def of(cls, tokenizer: Any, packing: Packing) -> Ends:
+    def of(cls, tokenizer: Any, packing: Packing) -> StreamEnds:
         """Read them from the packing; UserError for a token that the tokenizer does not have."""
         bos = bos_id(tokenizer, packing)
         head = bos if packing.bos == "document" else None
@@ -63,7 +63,7 @@ class _Places:
     tails: NDArray[np.int64]
 
     @classmethod
-    def of(cls, table: DocumentTable, ends: Ends) -> _Places:
+    def of(cls, table: DocumentTable, ends: StreamEnds) -> _Places:
         has_head_D = np.zeros(len(table.lengths), np.int64)
         if ends.head is not None:
             # A document that came as ids, or as a chat whose template begins with a BOS, gets no second one.
@@ -125,7 +125,7 @@ class StoredText:
         self.lost: StreamLost | None = None
         self.kept = 0  # rows, in whole contexts
         self._tokenizer, self._vocabulary = tokenizer, vocabulary
-        self._ends, self._context = Ends.of(tokenizer, packing), packing.context
+        self._ends, self._context = StreamEnds.of(tokenizer, packing), packing.context
         self._stride = packing.context - (self._ends.lead is not None)
         self._range_ends: list[int] = []  # in the stream
         self._characters = 0

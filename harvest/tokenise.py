@@ -23,7 +23,7 @@ from harvest.packing import Packing, special_ids, too_short
 from harvest.stored_text import StoredText
 from harvest.text_source import TextSource
 
-POLL_S = 0.2  # between looks at ranges that other processes have
+WAIT_S = 0.2  # between looks at ranges that other processes have
 
 
 class Tokeniser:
@@ -94,7 +94,7 @@ class Tokeniser:
                     self._commit(ranges.split, part)
             else:
                 if ranges.left(wanted) == left:  # other processes have all of it, and one of them may die
-                    time.sleep(POLL_S)
+                    time.sleep(WAIT_S)
         return lost
 
     def _commit(self, split: str, part: DocumentRange) -> None:
