@@ -9,7 +9,8 @@ TEXT ?=
 PY := $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup peers demo demo-real harvest train sweep rates evaluate claims gpu-proof test lint types test-slow clean
+.PHONY: help setup peers demo demo-real harvest train sweep rates evaluate publish claims gpu-proof docs test lint types \
+	test-slow clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -66,11 +67,17 @@ rates: setup ## the best learning rate of a site beside the rule's, from one pas
 evaluate: setup ## splice SAEs into the language model and score them
 	$(PY) -m evaluate $(ARGS)
 
+publish: setup ## SAEs to the Hugging Face hub, as SAELens loads them; lists what would go, ARGS="... go=true" sends it
+	$(PY) -m train.publish $(ARGS)
+
 claims: setup ## try the papers' claims on a model (conf/claims/models); leaves outputs/claims/claims.md
 	$(PY) -m benchmarks.claims $(ARGS)
 
 gpu-proof: setup ## prove the GPU path on a card, in pieces that resume (ARGS="--tiny": on a CPU)
 	$(PY) -m benchmarks.gpu $(ARGS)
+
+docs: setup ## the documentation's site; leaves outputs/docs/site/index.html
+	$(PY) docs/build.py
 
 test: lint types ## lint, types and the fast tests
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto --dist loadfile
@@ -78,7 +85,7 @@ test: lint types ## lint, types and the fast tests
 lint: setup
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	$(VENV)/bin/codespell README.md CONTRIBUTING.md Makefile .ci benchmarks conf data evaluate harvest tests train
+	$(VENV)/bin/codespell README.md CONTRIBUTING.md Makefile .ci benchmarks conf data docs evaluate harvest tests train
 
 types: setup
 	$(PY) -m mypy

@@ -39,7 +39,7 @@ from data.loading.reader import open_reader
 from data.store.manifest import HELDOUT, TRAIN
 from data.store.store import Store
 from evaluate.report.markdown import table
-from train.sae import load
+from train.sae import Batch, load
 from train.sae.metrics import held_out
 
 OURS = "ours"
@@ -155,7 +155,7 @@ def scored_on_rows(options: argparse.Namespace, folder: Path, named: tuple[str, 
     store = Store.open(options.store)
     decode = store.decoder(HELDOUT, SITE)
     loader = ActivationLoader(open_reader(store, HELDOUT, SITE), batch=options.batch, shuffle=False)
-    rows = (decode(batch).float() for batch in loader)
+    rows = (Batch(decode(batch).float()) for batch in loader)
     (value,) = held_out([sae], rows, torch.device("cpu"), 1)
     found = Dictionary().found(sae.W_dec)
     return Score(*named, value["l0"], value["nmse"], float("nan"), int(value["silent"]), found)

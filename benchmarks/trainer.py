@@ -87,7 +87,7 @@ class Turns(Callback):
             warm = bool(self.bare)
             if not warm:
                 self.bare = [Bare(member, self.optimizer) for member in module.members]
-            batches = [module.model_units(batch) for batch in self.batches]
+            batches = [module.model_units(batch).x_BD for batch in self.batches]
             began = self._now(module)
             for bare in self.bare:
                 for x_BD in batches:

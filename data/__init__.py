@@ -11,9 +11,10 @@ that can be measured on a quiet machine (`python -m benchmarks.neighbour` prints
 
 from __future__ import annotations
 
-import importlib
 import os
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from data.base.lazy import getattr_of
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
@@ -38,10 +39,7 @@ _HOMES = {
 }
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOMES[name]), name)
+__getattr__ = getattr_of(__name__, _HOMES)
 
 
 def __dir__() -> list[str]:

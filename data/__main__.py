@@ -16,6 +16,11 @@ from data.store.files import is_token_store, stores_below, token_stores_below
 from data.store.find import CACHE
 
 OUTPUTS = "outputs"
+_EXAMPLES = """examples:
+  python -m data list
+  python -m data info outputs/cache/<store>
+  python -m data verify s3://bucket/prefix/<store>
+"""
 
 
 def _verify_store(path: Location) -> int:
@@ -103,7 +108,12 @@ def _folder(text: str) -> Path:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m data", description="Look after the caches that harvests left.")
+    parser = argparse.ArgumentParser(
+        prog="python -m data",
+        description="Look after the caches that harvests left.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     verbs = parser.add_subparsers(dest="verb", required=True)
     verb = verbs.add_parser("verify", help="check every checksum, count and statistic; exit code 1 on damage")
     verb.add_argument("folders", nargs="*", help=f"stores, or folders that hold some (default {CACHE})")

@@ -131,6 +131,10 @@ class FeaturesSettings(HeldoutSettings):
 
     folder: Text | None = None
     """The folder of one trained SAE."""
+    compare: Text | None = None
+    """The folder of another SAE of the same site: nearest latents by the cosine of decoder rows, side by side."""
+    own_text: Text | None = None
+    """A text to shade by the latents that fire on it, in place of the pages: text="..." on the command line."""
     top: Whole = Field(8, ge=1)
     """Contexts shown with a latent's largest activations."""
     sample: Whole = Field(48, ge=1)

@@ -60,8 +60,9 @@ class BatchForm:
 
     def run(self, x_ND: Float[Tensor, "N D"]) -> tuple[Float[Tensor, "N F"], Float[Tensor, "N D"]]:
         """Give f and x_hat of the batch that is read."""
-        codes, f = self.sae.active_batch(self.sae.norm.normalise(x_ND))
-        return codes.dense(f), self.sae.norm.denormalise(self.sae.decode_sparse(codes, f), x_ND)
+        xn_ND = self.sae.norm.normalise(x_ND)
+        codes, f = self.sae.active_batch(xn_ND)
+        return codes.dense(f), self.sae.norm_out.denormalise(self.sae.decode_sparse(codes, f, xn_ND), x_ND)
 
 
 def form_of(sae: SAE, name: str) -> InferenceForm:

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from data.base.errors import UserError
-from evaluate.metrics import SetSums, deltas
+from evaluate.metrics import SetSums, deltas, resampled, statistics, without_empty
+from train.sae.metrics import ONE_L0, one_l0_groups
 
 COSTS = ("nmse", "ce_increase")  # what should be low at a low L0
-ONE_L0 = 1.05  # a sweep whose L0 differ by less than this factor is of one L0
 
 
 def _is_named(folder: Path, name: str) -> bool:
@@ -69,6 +70,66 @@ def compare(
             row["delta"] = deltas(own, sums[baseline], samples=samples, seed=seed)
 
 
+def verdict(rows: Sequence[dict[str, Any]], sums: Sequence[SetSums], samples: int, seed: int) -> list[dict[str, Any]]:
+    """Name the best SAE by CE increase at each L0: a record for each group of SAEs of about one L0, sparsest first.
+
+    l0: the smallest and the largest of the group. saes: their folders, the lowest CE increase first. best, next: the
+    first two of them, `next` None where the group has one SAE. difference: CE increase of `next` less that of `best`,
+    with its interval by the paired bootstrap (metrics.deltas). SAEs whose CE increase is not known take no part.
+    """
+    known = [i for i, row in enumerate(rows) if row["metrics"]["ce_increase"]["value"] is not None]
+    l0s = [float(rows[i]["metrics"]["l0"]["value"]) for i in known]
+    groups = []
+    for places in one_l0_groups(l0s):
+        ranked = sorted((known[place] for place in places), key=lambda i: rows[i]["metrics"]["ce_increase"]["value"])
+        best, second = ranked[0], ranked[1] if len(ranked) > 1 else None
+        difference = None
+        if second is not None:
+            difference = deltas(sums[second], sums[best], samples=samples, seed=seed)["ce_increase"]
+        groups.append(
+            {
+                "l0": [l0s[places[0]], l0s[places[-1]]],
+                "saes": [rows[i]["folder"] for i in ranked],
+                "best": rows[best]["folder"],
+                "next": None if second is None else rows[second]["folder"],
+                "difference": difference,
+            }
+        )
+    return groups
+
+
+def add_excess(rows: Sequence[dict[str, Any]], sums: Sequence[SetSums], samples: int, seed: int) -> None:
+    """Add to each row `at_equal_l0` where the L0 of three SAEs or more differ: how far its CE increase lies above what
+    the sweep has at its L0, as a share of that, with its 95% interval (bootstrap over documents, paired)."""
+    known = [i for i, row in enumerate(rows) if (row["metrics"]["ce_increase"]["value"] or 0) > 0]
+    known = [i for i in known if rows[i]["metrics"]["l0"]["value"] > 0]
+    l0_n = np.array([rows[i]["metrics"]["l0"]["value"] for i in known])
+    if len(known) < 3 or l0_n.max() <= ONE_L0 * l0_n.min():
+        return
+    cost_n = np.array([rows[i]["metrics"]["ce_increase"]["value"] for i in known])
+    drawn = [statistics(resampled(without_empty(sums[i].documents), samples=samples, seed=seed)) for i in known]
+    share_n = np.expm1(_excess(l0_n[None], cost_n[None])[0])
+    low_n = high_n = np.full(len(known), np.nan)
+    l0_Sn = np.stack([draws["l0"] for draws in drawn], 1)
+    cost_Sn = np.stack([draws["ce_increase"] for draws in drawn], 1)
+    if len(np.unique(l0_Sn, axis=0)) > 1 and (cost_Sn > 0).all() and (l0_Sn > 0).all():
+        low_n, high_n = np.percentile(np.expm1(_excess(l0_Sn, cost_Sn)), [2.5, 97.5], axis=0)
+    for i, share, low, high in zip(known, share_n, low_n, high_n, strict=True):
+        bounds = {name: float(bound) if np.isfinite(bound) else None for name, bound in (("low", low), ("high", high))}
+        rows[i]["at_equal_l0"] = {"value": float(share), "se": None, **bounds}
+
+
+def _excess(l0_Sn: NDArray[np.float64], cost_Sn: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Compute how far each log cost lies above the line of least squares through its draw's n SAEs."""
+    log_l0_Sn, log_cost_Sn = np.log(l0_Sn), np.log(cost_Sn)
+    moved_Sn = log_l0_Sn - log_l0_Sn.mean(1, keepdims=True)
+    spread_S = np.ptp(log_l0_Sn, axis=1)
+    slope_S = (moved_Sn * log_cost_Sn).sum(1) / np.maximum(np.square(moved_Sn).sum(1), np.finfo(float).tiny)
+    slope_S = np.where(spread_S > math.log(ONE_L0), np.minimum(0.0, slope_S), 0.0)
+    excess_Sn: NDArray[np.float64] = log_cost_Sn - log_cost_Sn.mean(1, keepdims=True) - slope_S[:, None] * moved_Sn
+    return excess_Sn
+
+
 def excess_at_equal_l0(points: Sequence[tuple[float, float]]) -> list[float]:
     """Compute how far each SAE's log NMSE lies above what the sweep has at its L0 (or below, as a negative number).
 
@@ -76,14 +137,8 @@ def excess_at_equal_l0(points: Sequence[tuple[float, float]]) -> list[float]:
     of all SAEs, its slope never above 0, since more active latents do not reconstruct worse. Where all L0 are within
     ONE_L0 of each other there is no slope to be read, and the plain log NMSE is compared.
     """
-    log_l0 = np.log([l0 for l0, _ in points])
-    log_nmse = np.log([nmse for _, nmse in points])
-    moved = log_l0 - log_l0.mean()
-    slope = 0.0
-    if np.ptp(log_l0) > math.log(ONE_L0):
-        slope = min(0.0, float((moved * log_nmse).sum() / np.square(moved).sum()))
-    excess = log_nmse - log_nmse.mean() - slope * moved
-    return [float(value) for value in excess]
+    l0_n, nmse_n = np.array(points).T
+    return [float(value) for value in _excess(l0_n[None], nmse_n[None])[0]]
 
 
 def best_at_equal_l0(sites: Sequence[Sequence[dict[str, Any]]]) -> dict[str, Any]:

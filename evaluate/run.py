@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 from omegaconf import DictConfig
 
+from data.base.calls import settings_of_call
 from data.base.cli import stage_settings
 from data.base.errors import UserError
 from data.base.location import parse_location
@@ -24,9 +26,11 @@ from evaluate.feature_metrics.sample import FeatureText
 from evaluate.features.make import make_for
 from evaluate.inputs import HeldoutText, SavedSAE, find_saes, group_by_store, open_text
 from evaluate.massive import ScoredText
-from evaluate.pareto import baseline_of, best_at_equal_l0, compare, require_baseline
+from evaluate.pareto import add_excess, baseline_of, best_at_equal_l0, compare, require_baseline, verdict
 from evaluate.report import markdown, page
 from evaluate.report.columns import REPORT_FORMAT, sae_name
+from evaluate.report.verdict import ranking, verdict_sentences
+from evaluate.result import Report
 from evaluate.score import SiteScore
 from evaluate.splice import Splice
 from harvest.packing import Packing, bos_id
@@ -85,14 +89,17 @@ class SiteRun:
         results = score.result(**draws)
         rows = [describe_sae(sae, result) for sae, result in zip(self.saes, results, strict=True)]
         baseline = baseline_of(self.folders, self.settings.baseline)
-        compare(rows, [score.sums(each) for each in score.scores], baseline, **draws)
+        sums = [score.sums(each) for each in score.scores]
+        compare(rows, sums, baseline, **draws)
+        add_excess(rows, sums, **draws)
+        groups = verdict(rows, sums, **draws)
         order = sorted(range(len(rows)), key=lambda i: (rows[i]["variant"], rows[i]["metrics"]["l0"]["value"], i))
         rows = [{"number": number, **rows[i]} for number, i in enumerate(order, 1)]
         measured = {}
         if metrics is not None:
             named = {sae_name(row): score.scores[i].sae for row, i in zip(rows, order, strict=True)}
             measured = {"gao": measure(self.feature_text(), named, score.mean_D, density(rows), metrics)}
-        return {**self.facts(score, baseline), "saes": rows, **measured}
+        return {**self.facts(score, baseline), "verdict": groups, "saes": rows, **measured}
 
     def facts(self, score: SiteScore, baseline: int | None) -> Json:
         """Return what the report says of the site, its store and its text."""
@@ -161,9 +168,13 @@ def featured(report: Json, name: str) -> Json:
     return next(row for row in rows if Path(row["folder"]).name == name)
 
 
-def evaluate(config: Mapping[str, Any]) -> Path:
-    """Score what a resolved configuration names (evaluate/config.py); the path of the report."""
-    settings = EvaluateSettings.of(config)
+def evaluate(config: Mapping[str, Any] | None = None, **given: Any) -> Report:
+    """Score trained SAEs on held-out text and write the report; gives it as numbers, table and files.
+
+    `given` are settings of conf/evaluate.yaml, dotted names by `**{"text.paths": [...]}`; or `config` is a whole
+    configuration, as Hydra composes one. Raises UserError in one sentence for what cannot be.
+    """
+    settings = EvaluateSettings.of(settings_of_call("evaluate", config, given))
     metrics = FeatureMetricsConfig.of(settings)
     saes = find_saes(settings.saes)
     folders = [sae.folder for sae in saes]
@@ -180,15 +191,18 @@ def evaluate(config: Mapping[str, Any]) -> Path:
             scored = ScoredText.of(text, Site.parse(name), of_site)
             sites.append(SiteRun(store, name, of_site, scored, settings).report(metrics))
     used = {name: getattr(settings, name) for name in ("tokens", "lm_batch", "bootstrap", "seed", "form")}
-    report: Json = {"format": REPORT_FORMAT, "settings": used, "sites": sites}
+    made = datetime.now(UTC).isoformat(timespec="seconds")
+    report: Json = {"format": REPORT_FORMAT, "made": made, "settings": used, "sites": sites}
     path = markdown.write_markdown(report, Path(settings.out))
-    made: dict[str, Path] = {}
+    latents: dict[str, Path] = {}
     if settings.features is not None:
         folder = featured(report, settings.features)["folder"]
-        made[folder] = make_for(settings, folder)
+        latents[folder] = make_for(settings, folder)
     identities = {store.manifest.fingerprint: store.manifest.identity for store, _ in stores}
-    print(f"page: {page.write_page(report, settings.model_dump(), identities, made)}")
-    return path
+    for site in sites:
+        print("\n".join([f"{site['site']} of {site['model']}:", *ranking(site), *verdict_sentences(site)]))
+    print(f"page: {page.write_page(report, settings.model_dump(), identities, latents)}")
+    return Report(path)
 
 
 def main(config: DictConfig) -> None:

@@ -15,14 +15,17 @@ import numpy as np
 from omegaconf import DictConfig
 
 from data.base import cli
+from data.base.calls import settings_of_call
 from data.base.errors import UserError
 from data.base.files import format_bytes
 from data.base.records import Json
+from data.slurm.settings import output_folder, slurm_launcher
 from data.store.layout import Layout
 from data.store.store import Store
 from harvest import lm
 from harvest.packing import PackedTokens, check_tokenizer
 from harvest.request import HarvestRequest
+from harvest.slurm import harvest_by_jobs
 from harvest.stored_text import StoredText
 from harvest.summary import advice, summary
 from harvest.text_source import token_ids
@@ -128,9 +131,14 @@ def faster(model: Any) -> Iterator[str]:
         yield "this CPU has AMX: with model.dtype=bfloat16 a larger model harvests up to 4 times as fast"
 
 
-def harvest(cfg: Mapping[str, Any]) -> Store:
-    """Do what a resolved configuration asks, as far as it is not done yet; returns the store."""
-    request = HarvestRequest.from_config(cfg)
+def harvest(config: Mapping[str, Any] | None = None, **settings: Any) -> Store:
+    """Harvest what is asked for, as far as it is not done yet; returns the store.
+
+    `settings` are those of conf/harvest.yaml, groups by an option's name or as a mapping, dotted names by
+    `**{"packing.context": 128}`; or `config` is a whole configuration, as Hydra composes one. Raises UserError in one
+    sentence for what cannot be.
+    """
+    request = HarvestRequest.from_config(settings_of_call("harvest", config, settings))
     asked = request.asked
     tokenizer = lm.load_tokenizer(asked.model)
     check_tokenizer(tokenizer, asked.packing)
@@ -188,8 +196,12 @@ def say_all(lines: Iterable[str]) -> None:
 
 def main(config: DictConfig) -> None:
     """Run the stage from Hydra's configuration."""
+    settings, slurm = cli.stage_settings(config, "harvest"), slurm_launcher()
     try:
-        harvest(cli.stage_settings(config, "harvest"))
+        if slurm is None:
+            harvest(settings)
+        else:
+            harvest_by_jobs(settings, slurm, output_folder().parent / "slurm", harvest)
     except KeyboardInterrupt:
         print("stopped; every unit that was committed stays: run the same command again to go on", file=sys.stderr)
         raise SystemExit(130) from None

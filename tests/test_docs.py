@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+GENERATED = ("settings.md", "api.md")  # pages of the site that docs/reference.py writes
 MOST_LINES = {"README.md": 140, "CONTRIBUTING.md": 90}
 DOCUMENTS = sorted(path for path in ROOT.rglob("*.md") if not {".venv", ".venv-peers", "outputs"} & set(path.parts))
 
@@ -21,7 +22,7 @@ def test_what_a_newcomer_reads_is_short(name: str, most: int) -> None:
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_links_lead_somewhere(path: Path) -> None:
     links = re.findall(r"\]\(([^)#\s]+)\)", path.read_text())
-    here = [link for link in links if "://" not in link]
+    here = [link for link in links if "://" not in link and not (path.parent.name == "docs" and link in GENERATED)]
     assert not [link for link in here if not (path.parent / link).exists()]
 
 

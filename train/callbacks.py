@@ -11,9 +11,9 @@ import torch
 import torch.distributed as dist
 from pytorch_lightning import Callback, LightningModule, Trainer
 
+from data.base.clock import clock
 from data.base.files import atomic_file
 from train.lit import MultiSAEModule
-from train.messages import clock
 from train.resume import LAST, checkpoint_seal
 from train.signals import Signals
 

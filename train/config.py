@@ -83,10 +83,10 @@ def by_name(group: Mapping[str, Any], at: str, key: str, aliases: Mapping[str, s
 
 
 class OptimizerSettings(Settings):
-    """conf/optimizer: one of torch's, by name."""
+    """conf/optimizer: one of torch's, or Adam with moments of 8 bits, by name."""
 
-    name: Literal["adam", "adamw", "sgd"] = "adam"
-    """The optimizer: adam, adamw or sgd."""
+    name: Literal["adam", "adamw", "sgd", "adam8bit"] = "adam"
+    """The optimizer: adam, adamw, sgd, or adam8bit (an extra), which holds 6 bytes an entry in place of Adam's 12."""
     lr: Literal["auto"] | Annotated[Real, Field(ge=0)] = AUTO
     """Learning rate at its highest, which schedule and lr_at_width multiply; auto: by the rule of train/rates.py."""
     betas: Annotated[list[Annotated[Real, Field(ge=0, lt=1)]], Field(min_length=2, max_length=2)] | None = None
@@ -98,7 +98,7 @@ class OptimizerSettings(Settings):
     momentum: Real | None = Field(None, ge=0, lt=1)
     """SGD's; null: none."""
     fused: Flag | None = None
-    """One kernel for all parameters; null: as torch decides."""
+    """One kernel for all parameters; null: as torch decides; adam8bit has kernels of its own whatever is given."""
 
     @model_validator(mode="after")
     def _read_by_the_optimizer(self) -> Self:
@@ -110,7 +110,7 @@ class OptimizerSettings(Settings):
 
     def arguments(self) -> Group:
         """Return the keyword arguments of the optimizer's constructor."""
-        given = self.model_dump(exclude={"name"})
+        given = self.model_dump(exclude={"name", "fused"} if self.name == "adam8bit" else {"name"})
         return {name: value for name, value in given.items() if value is not None}
 
 
@@ -184,6 +184,8 @@ class TrainSettings(Settings):
     """The folder of a store, in place of finding it."""
     site: Annotated[Named, OF_STREAM] = "resid_post.3"
     """The site whose activations are read."""
+    target: Annotated[Named | None, OF_STREAM] = None
+    """The site that a transcoder predicts from `site`; a kind alone (mlp_out) is at its layer; null: an SAE."""
     tokens: Annotated[Whole, OF_STREAM] = Field(1_000_000, ge=1)
     """Training tokens."""
     epochs: Annotated[Whole, OF_STREAM] = Field(1, ge=1)
@@ -294,8 +296,18 @@ def scope_of_override(override: str) -> Scope | None:
     return None
 
 
-def check_installed(logger: str) -> None:
-    """Refuse a logger whose extra is not installed."""
-    extras = ("tensorboard", "wandb")  # each extra and its module have the logger's name
-    if logger in extras and importlib.util.find_spec(logger) is None:
-        raise UserError(f'logger={logger} is not installed: .venv/bin/pip install -e ".[{logger}]", or use logger=csv')
+# Names that stand for an extra: their setting, the module they need, and what does without it.
+EXTRAS = {
+    "tensorboard": ("logger", "tensorboard", "logger=csv"),
+    "wandb": ("logger", "wandb", "logger=csv"),
+    "adam8bit": ("optimizer.name", "bitsandbytes", "optimizer.name=adam"),
+}
+
+
+def check_installed(name: str) -> None:
+    """Refuse a logger or an optimizer whose extra is not installed."""
+    if name not in EXTRAS:
+        return
+    setting, module, instead = EXTRAS[name]
+    if importlib.util.find_spec(module) is None:
+        raise UserError(f'{setting}={name} is not installed: .venv/bin/pip install -e ".[{name}]", or use {instead}')

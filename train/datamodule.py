@@ -17,6 +17,7 @@ from data.base.files import format_bytes
 from data.loading.loader import ActivationLoader
 from data.store.manifest import HELDOUT, TRAIN
 from train.plan import DataPlan
+from train.sae import Batch
 
 
 def _must_fit(loader: ActivationLoader, device: torch.device, preload: str) -> None:
@@ -41,7 +42,7 @@ def free_bytes(device: torch.device) -> int:
 
 
 class ActivationData(LightningDataModule):
-    """Batches [B, D] of what a `DataPlan` says. Rank, world and device are the trainer's, if any.
+    """Batches of what a `DataPlan` says. Rank, world and device are the trainer's, if any.
 
     The loaders give rows as they are stored, which `model_units` decodes on the training device.
     preload: where the training rows are kept after they are read once, "ram" or "device"; a UserError where they do
@@ -56,14 +57,19 @@ class ActivationData(LightningDataModule):
         self.preload = preload
         self.training: ActivationLoader | None = None
         self._decoder = plan.store.decoder(TRAIN, plan.site)
+        self._target_decoder = None if plan.target is None else plan.store.decoder(TRAIN, plan.target)
+        self._stored_width = plan.store.row_shape(TRAIN, plan.site)[0]
         self.settings: dict[str, Any] = {"seed": seed, "pool_chunks": pool_chunks, "threads": threads}
 
-    def model_units(self, rows: Tensor) -> Tensor:
-        """Convert stored rows to float32 activations [B, D], on the rows' device:
-        the one place where they become so."""
+    def model_units(self, rows: Tensor) -> Batch:
+        """Convert stored rows to float32 activations [B, D], a transcoder's with its target [B, E], on the rows'
+        device: the one place where they become so."""
         # On the training device: int8 rows travel as half the bytes, and a GPU decodes them in passing.
-        decoded: Tensor = self._decoder.to(rows.device)(rows)
-        return decoded.to(torch.float32)
+        if self._target_decoder is None:
+            return Batch(self._decoder.to(rows.device)(rows).to(torch.float32))
+        own, other = rows[:, : self._stored_width].contiguous(), rows[:, self._stored_width :].contiguous()
+        x_BD = self._decoder.to(rows.device)(own).to(torch.float32)
+        return Batch(x_BD, self._target_decoder.to(rows.device)(other).to(torch.float32))
 
     def _loader(self, split: str, chunks: NDArray[np.int64], **settings: Any) -> ActivationLoader:
         settings = {"batch": self.plan.batch, "chunks": chunks, **self.settings, **settings}
@@ -97,7 +103,7 @@ class ActivationData(LightningDataModule):
         """Return rows, as stored, of the training split that the optimizer never sees; every rank reads all of them."""
         return self._loader(TRAIN, self.plan.reserved)
 
-    def sample(self, rows: int) -> Tensor:
-        """Read up to `rows` rows [N, D] of the first epoch's order, in float32;
+    def sample(self, rows: int) -> Batch:
+        """Read up to `rows` rows of the first epoch's order, in float32;
         the loaders' positions do not move."""
         return self.model_units(self._loader(TRAIN, self.plan.chunks).sample(rows))

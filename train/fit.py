@@ -24,10 +24,10 @@ from train.datamodule import ActivationData
 from train.lit import MultiSAEModule, OwnReduction, Passes
 from train.loggers import CsvLogger
 from train.messages import closing, diverged, how_to_go_on, label, missed_l0, opening, slow_bf16
-from train.optimizers import OPTIMIZERS, optimizer_from
+from train.optimizers import optimizer_class, optimizer_from
 from train.plan import DataPlan, TrainRun, origin
 from train.resume import fingerprint, first_rank, read_checkpoint
-from train.sae import SAE, default_window, save
+from train.sae import SAE, StartRows, default_window, save
 from train.sae.config import PenaltyConfig
 from train.sae.parts.init import SAMPLES
 from train.sae.sparse.product import float32_products, has_bf16_units
@@ -46,6 +46,8 @@ def _quiet() -> Iterator[None]:
         warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
         # A run that was broken off after its last step has no batch left.
         warnings.filterwarnings("ignore", message="Total length of .* across ranks is zero")
+        # On a login node of a cluster: that srun is there and not used, which is right for one process.
+        warnings.filterwarnings("ignore", message="The `srun` command is available on your system but is not used")
         # From torch 2.9 on a GPU, where Lightning reads the precision of products in the older way.
         warnings.filterwarnings("ignore", message=".*new API settings to control TF32.*", category=UserWarning)
         yield
@@ -130,7 +132,7 @@ def _members(runs: Sequence[TrainRun], data: ActivationData) -> tuple[list[SAETr
     plan = runs[0].plan
     # One sample for all new SAEs of the pass; none is read where all go on.
     fresh = [run for run in runs if not run.step and not run.settings.start]
-    sample_ND = data.sample(SAMPLES) if fresh else None
+    sample = data.sample(SAMPLES) if fresh else None
     members: list[SAETrainer] = []
     failed: dict[str, str] = {}
     order: State | None = None
@@ -142,8 +144,9 @@ def _members(runs: Sequence[TrainRun], data: ActivationData) -> tuple[list[SAETr
                 member.load(state)
                 order = state["loader"]
             elif not run.settings.start:
-                assert sample_ND is not None
-                member.initialise(sample_ND, **plan.moments())
+                assert sample is not None
+                target = None if sample.target_BE is None else StartRows(sample.target_BE, **plan.target_moments())
+                member.initialise(sample.x_BD, **plan.moments(), target=target)
             member.loggers = _loggers(run, len(runs) > 1)
         except UserError as error:
             failed[run.name] = str(error)
@@ -251,7 +254,7 @@ def _calibrate(module: MultiSAEModule, data: ActivationData, device: torch.devic
     module.to(device)  # Lightning ends a fit by moving it to the CPU
     members = [member for member in module.running if member.sae.needs_calibration or _aims(member.sae)]
     rows = data.calibration_loader() if members and data.plan.reserved_rows else ()
-    batches = [data.model_units(batch.to(device)) for batch in rows]
+    batches = [data.model_units(batch.to(device)).x_BD for batch in rows]
     records: dict[str, dict[str, Any]] = {}
     for member in members:
         sae = member.sae
@@ -279,7 +282,7 @@ def _aims(sae: SAE) -> bool:
 def _save(run: TrainRun, member: SAETrainer, record: dict[str, Any]) -> None:
     """Write the SAE with its record, and print the line that sums it up."""
     training = _training(run, member) | record
-    save(member.sae, run.folder, {**origin(run.plan.store, run.plan.site), "training": training})
+    save(member.sae, run.folder, {**origin(run.plan.store, run.plan.site, run.plan.target), "training": training})
     member.finalize("success")
     print(closing(member.sae, training, run.folder))
     for warning in (diverged(run, training), missed_l0(member.sae, training)):
@@ -297,7 +300,7 @@ def _training(run: TrainRun, member: SAETrainer) -> dict[str, Any]:
         "batch": plan.batch,
         "world": plan.world,
         "seed": settings.seed,
-        "optimizer": {"name": OPTIMIZERS[settings.optimizer.name].__name__} | settings.optimizer.arguments(),
+        "optimizer": {"name": optimizer_class(settings.optimizer.name).__name__} | settings.optimizer.arguments(),
         "lr_asked": settings.lr_asked,
         "schedule": asdict(member.schedule),
         "clip": member.clip,

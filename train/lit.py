@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from data.base.errors import UserError
 from data.loading.loader import ActivationLoader
+from train.sae import Batch
 from train.sae.metrics import held_out
 from train.sae.sparse.product import float32_products
 from train.sae_trainer import SAETrainer, State
@@ -79,7 +80,7 @@ class MultiSAEModule(LightningModule):
         self,
         members: Sequence[SAETrainer],
         stream: Passes,
-        model_units: Callable[[Tensor], Tensor],
+        model_units: Callable[[Tensor], Batch],
         *,
         validate_every: int,
         held_out_rows: Callable[[], Iterable[Tensor]] | None,
@@ -119,9 +120,9 @@ class MultiSAEModule(LightningModule):
 
     def training_step(self, batch: Tensor, batch_idx: int) -> None:
         # Decoded once for all members; the copies that a step makes of it are its own.
-        x_BD = self.model_units(batch)
+        decoded = self.model_units(batch)
         for member in self.in_step:
-            self.guarded(member, partial(member.training_step, x_BD))
+            self.guarded(member, partial(member.training_step, *decoded))
         self.step += 1
         # Not Lightning's validation loop, which counts batches since this process began: a resumed run validates at the
         # steps of the run. The same code scores the SAEs once more after calibration, outside of a fit.

@@ -8,21 +8,16 @@ from typing import Any
 
 import torch
 
+from data.base.clock import clock
 from data.loading.order import mixing_span
 from data.store.manifest import TRAIN
+from data.store.massive import has_massive_rows
 from train.plan import TrainRun
 from train.resume import LAST, read_checkpoint
 from train.sae import SAE
 from train.targets import l0_miss
 
 LARGE_MEAN = 0.8  # of E||x||^2; at 0.94 ReLU and JumpReLU were seen to collapse, at 0.34 and below not
-
-
-def clock(seconds: float) -> str:
-    """Format seconds as m:ss or h:mm:ss."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 def label(sae: SAE) -> str:
@@ -34,9 +29,10 @@ def opening(runs: Sequence[TrainRun]) -> str:
     """Say what begins, on what; of several SAEs each in a line of its own."""
     settings, plan = runs[0].settings, runs[0].plan
     rows = int(plan.readers[TRAIN].sizes[: plan.stored_chunks].sum())
+    sites = plan.site if plan.target is None else f"{plan.site} -> {plan.target}"
     span = mixing_span(plan.store.layout.unit_rows, settings.loader.pool_chunks, rows)
     read = (
-        f"{plan.tokens:,} tokens in {plan.steps:,} steps from {plan.store.path} {plan.site} "
+        f"{plan.tokens:,} tokens in {plan.steps:,} steps from {plan.store.path} {sites} "
         f"({rows:,} rows, mixed over {span:,.0f})"
     )
     lines = []
@@ -54,9 +50,14 @@ def opening(runs: Sequence[TrainRun]) -> str:
             f"rows above {plan.outliers.times:g} times the median norm are left out ({left_out}): "
             "outliers=null keeps them"
         )
+    if plan.target is not None and has_massive_rows(plan.store.stats(TRAIN, plan.target)):
+        lines.append(
+            f"{plan.target} has massive rows, which are left out only where the norm of {plan.site} is massive too: "
+            "those that stay may be most of what the NMSE counts"
+        )
     moments = plan.moments()
     share = 1 - moments["variance"] / moments["mean_sq_norm"]
-    uncentred = [run.name for run in runs if not run.sae.apply_b_dec_to_input]
+    uncentred = [run.name for run in runs if run.sae.encoder_centre is None]
     if share > LARGE_MEAN and uncentred:
         lines.append(
             f"the mean holds {share:.0%} of the activations' squared norm, and {', '.join(uncentred)} may lose most "

@@ -15,9 +15,10 @@ from numpy.typing import NDArray
 from data.base.errors import UserError
 from data.base.location import parse_location
 from data.base.records import canonical, diff_fields
-from data.base.sites import Site
+from data.base.sites import SITE_KINDS, Site
 from data.loading.norm_filter import DecodeRows, NormFilteredReader, median_norm, moments
 from data.loading.order import batches_per_epoch, split_calibration
+from data.loading.pair import PairReader
 from data.loading.reader import Reader, open_reader
 from data.store import store as stores
 from data.store.find import find, open_store, pick
@@ -31,7 +32,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Outliers:
-    """Rows with a norm above `times` the `median` of the training rows, which are left out everywhere."""
+    """Rows with a norm above `times` the `median` of the training rows, which are left out everywhere.
+
+    The norm is that of the site that is read, for a transcoder too: its target's rows go with those of its input.
+    """
 
     times: float
     median: float
@@ -53,8 +57,10 @@ class DataPlan:
     heldout: NDArray[np.int64]  # of heldout/: validation's
     stored_chunks: int  # of train/, as the run began: what is harvested later is not this run's
     reserved_rows: int
-    readers: dict[str, Reader]  # of train/ and, if there is validation, heldout/
+    readers: dict[str, Reader]  # of train/ and, if there is validation, heldout/; of a transcoder's two sites as one
     outliers: Outliers | None = None
+    target: str | None = None  # of a transcoder, and its width
+    d_out: int | None = None
 
     @property
     def tokens(self) -> int:
@@ -67,6 +73,32 @@ class DataPlan:
         if isinstance(reader, NormFilteredReader):
             return moments(stats, reader.left_out)
         return {"mean_sq_norm": stats.mean_sq_norm, "variance": stats.variance}
+
+    def target_moments(self) -> dict[str, float]:
+        """Return those of a transcoder's target."""
+        assert self.target is not None
+        stats, reader = self.store.stats(TRAIN, self.target), self.readers[TRAIN]
+        if isinstance(reader, NormFilteredReader):
+            return moments(stats, reader.left_out_second)
+        return {"mean_sq_norm": stats.mean_sq_norm, "variance": stats.variance}
+
+
+def target_of(settings: TrainSettings) -> str | None:
+    """Name the site that `target` stands for, None for an SAE; UserError where it stands for none, or for `site`."""
+    if settings.target is None:
+        return None
+    site, name = Site.parse(settings.site), settings.target
+    if name in SITE_KINDS:
+        if site.layer is None:
+            raise UserError(
+                f"target={name} is taken at the layer of site, and site={settings.site} names none: give target={name}."
+                "<layer>"
+            )
+        name = f"{name}.{site.layer}"
+    target = str(Site.parse(name))
+    if target == str(site):
+        raise UserError(f"target={settings.target} is the site itself: leave it out for an SAE of {site}")
+    return target
 
 
 def refuse_ranks_in_sweep(settings: TrainSettings) -> None:
@@ -85,7 +117,9 @@ def harvest_line(settings: TrainSettings, overrides: Sequence[str], tokens: int)
     groups = ("experiment", "model", "text", "packing", "cache", "lm_batch")
     # The overrides a harvest has as well, as the user wrote them; the rest of the line is worked out here.
     own = [item for item in overrides if item.lstrip("+~").split("=")[0].split(".")[0].split("@")[0] in groups]
-    parts = [*own, f"sites=[{settings.site}]", f"tokens={tokens}", f"heldout_tokens={settings.heldout_tokens}"]
+    target = target_of(settings)
+    sites = settings.site if target is None else f"{settings.site},{target}"
+    parts = [*own, f"sites=[{sites}]", f"tokens={tokens}", f"heldout_tokens={settings.heldout_tokens}"]
     return f'make harvest ARGS="{" ".join(parts)}"'
 
 
@@ -101,11 +135,12 @@ def find_store(settings: TrainSettings, overrides: Sequence[str]) -> stores.Stor
     return pick(matches)
 
 
-def origin(store: stores.Store, site: str) -> Group:
-    """Return what an SAE's config.json keeps of the activations it is of;
+def origin(store: stores.Store, site: str, target: str | None = None) -> Group:
+    """Return what an SAE's config.json keeps of the activations it is of, a transcoder's with its target;
     `model_name` has no folder of this machine in it."""
     manifest = store.manifest
-    names = {"site": site, "fingerprint": manifest.fingerprint, "store": manifest.folder}
+    sites = {"site": site} if target is None else {"site": site, "target": target}
+    names = {**sites, "fingerprint": manifest.fingerprint, "store": manifest.folder}
     made_with = {"model": manifest.settings["model"], "packing": manifest.settings["packing"]}
     return {**names, **made_with, "model_name": manifest.identity["model"]["name"]}
 
@@ -140,7 +175,12 @@ def _first_chunks(reader: Reader, rows: int) -> NDArray[np.int64]:
 
 
 def _filtered_readers(
-    readers: dict[str, Reader], settings: TrainSettings, times: float, chunks: int, decode: DecodeRows
+    readers: dict[str, Reader],
+    settings: TrainSettings,
+    times: float,
+    chunks: int,
+    decode: DecodeRows,
+    decode_target: DecodeRows | None,
 ) -> tuple[dict[str, Reader], Outliers]:
     """Wrap the readers, without the rows above `times` the median norm; reads every row once."""
     median = median_norm(readers[TRAIN], chunks, decode)
@@ -150,7 +190,9 @@ def _filtered_readers(
     left_out: dict[str, int] = {}
     for split, reader in readers.items():
         count = chunks if split == TRAIN else len(reader.sizes)
-        remaining = NormFilteredReader(reader, count, limit, decode, threads=settings.loader.threads)
+        remaining = NormFilteredReader(
+            reader, count, limit, decode, decode_second=decode_target, threads=settings.loader.threads
+        )
         filtered[split] = remaining
         left_out[split] = remaining.left_out.rows
     return filtered, Outliers(times, median, left_out)
@@ -173,16 +215,17 @@ def make_plan(
     """
     if multirun:
         refuse_ranks_in_sweep(settings)
-    site = str(Site.parse(settings.site))
+    site, target = str(Site.parse(settings.site)), target_of(settings)
     store = find_store(settings, overrides)
-    readers = _readers(settings, overrides, store, site)
+    readers = _readers(settings, overrides, store, site, target)
     # A store may have grown since the run began. With more chunks the order of all rows would be another, so a run that
     # goes on keeps to those it began with.
     stored_chunks = len(readers[TRAIN].sizes[:stored_chunks])
     outliers = None
     times = _outlier_times(settings, store, site)
     if times is not None:
-        readers, outliers = _filtered_readers(readers, settings, times, stored_chunks, store.rows_of(site).values)
+        decode, decode_target = _decoders(store, site, target)
+        readers, outliers = _filtered_readers(readers, settings, times, stored_chunks, decode, decode_target)
     sizes = readers[TRAIN].sizes[:stored_chunks]
     steps = settings.tokens // (settings.batch * settings.world)
     if steps < 1:
@@ -213,24 +256,51 @@ def make_plan(
         reserved_rows=int(sizes[reserved].sum()),
         readers=readers,
         outliers=outliers,
+        target=target,
+        d_out=None if target is None else store.decoder(TRAIN, target).width,
     )
 
 
-def _readers(settings: TrainSettings, overrides: Sequence[str], store: stores.Store, site: str) -> dict[str, Reader]:
-    """Open a reader of train/ and, if there is validation, of heldout/;
-    UserError where the store lacks site or rows."""
+def _readers(
+    settings: TrainSettings, overrides: Sequence[str], store: stores.Store, site: str, target: str | None
+) -> dict[str, Reader]:
+    """Open a reader of train/ and, if there is validation, of heldout/, for a transcoder of both its sites;
+    UserError where the store lacks a site or rows."""
     sites = store.sites(TRAIN)
-    if site not in sites:
-        why = f"site {site} is not among the sites ({', '.join(sites) or 'none'})"
-        raise _too_few(settings, overrides, store, why)
-    readers = {TRAIN: open_reader(store, TRAIN, site)}
-    if settings.heldout_tokens:
-        rows = store.rows(HELDOUT, site)
-        if rows < settings.heldout_tokens:
-            why = f"heldout_tokens={settings.heldout_tokens} asks for more than the {rows} held-out tokens of {site}"
+    for name in (site, target or site):
+        if name not in sites:
+            why = f"site {name} is not among the sites ({', '.join(sites) or 'none'})"
             raise _too_few(settings, overrides, store, why)
-        readers[HELDOUT] = open_reader(store, HELDOUT, site)
+    readers = {TRAIN: _reader(store, TRAIN, site, target)}
+    if settings.heldout_tokens:
+        # Before a reader is opened, as the held-out part of a site may not be there at all.
+        rows = min(store.rows(HELDOUT, name) for name in (site, target or site))
+        if rows >= settings.heldout_tokens:
+            readers[HELDOUT] = _reader(store, HELDOUT, site, target)
+            rows = int(readers[HELDOUT].sizes.sum())
+        if rows < settings.heldout_tokens:
+            of = site if target is None else f"{site} with {target}"
+            why = f"heldout_tokens={settings.heldout_tokens} asks for more than the {rows} held-out tokens of {of}"
+            raise _too_few(settings, overrides, store, why)
     return readers
+
+
+def _reader(store: stores.Store, split: str, site: str, target: str | None) -> Reader:
+    reader = open_reader(store, split, site)
+    return reader if target is None else PairReader(reader, open_reader(store, split, target))
+
+
+def _decoders(store: stores.Store, site: str, target: str | None) -> tuple[DecodeRows, DecodeRows | None]:
+    """Give what makes floats of stored rows, of the site and of the target, from rows of both where there are two."""
+    if target is None:
+        return store.rows_of(site).values, None
+    stored = store.row_shape(TRAIN, site)[0]
+    own, other = store.rows_of(site), store.rows_of(target)
+    # Contiguous, as int8 rows are decoded by views that need it.
+    return (
+        lambda rows: own.values(np.ascontiguousarray(rows[:, :stored])),
+        lambda rows: other.values(np.ascontiguousarray(rows[:, stored:])),
+    )
 
 
 def _split(
@@ -271,6 +341,7 @@ class TrainRun:
         read = {
             "store": str(store.resolve() if isinstance(store, Path) else store),
             "site": self.plan.site,
+            "target": self.plan.target,
             "tokens": self.plan.tokens,
             "stored_chunks": self.plan.stored_chunks,
         }

@@ -15,7 +15,7 @@ import math
 from data.base.errors import UserError
 from train.config import AUTO, TrainSettings
 
-ADAM = ("adam", "adamw")  # the rule is of optimizers whose step is about lr a weight
+ADAM = ("adam", "adamw", "adam8bit")  # the rule is of optimizers whose step is about lr a weight
 
 LEAST_WIDTH, LEAST_STEPS = 64, 400
 

@@ -50,6 +50,9 @@ def numbers(settings: TrainSettings, plan: DataPlan) -> Group:
     """Return what determines the numbers of a run, the store's identity with it."""
     # Settings that set no number (the folder, the pace, the logger) may differ between a run and its continuation.
     own = of_scope(settings, "sae", "stream")
+    if not own["sae"].get("skip"):
+        # Runs from before there were transcoders say nothing of it.
+        own["sae"] = {name: value for name, value in own["sae"].items() if name != "skip"}
     return {**own, "store": plan.store.manifest.fingerprint, "world": plan.world}
 
 

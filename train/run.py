@@ -15,12 +15,14 @@ from omegaconf import DictConfig
 from pydantic import Field
 
 from data.base import cli
+from data.base.calls import composed, settings_of_call
 from data.base.config import Real, Settings, Whole
 from data.base.errors import UserError
 from data.base.records import canonical
 from train.config import VARIANT_ALIASES, Group, TrainSettings, by_name, check_installed, of_scope
 from train.plan import DataPlan, TrainRun, group_by_stream, make_plan
 from train.rates import with_rate
+from train.result import TrainResult
 from train.resume import first_rank, only_writer, resumed, step_to_resume, stored_chunks, write_run
 
 if TYPE_CHECKING:
@@ -68,9 +70,20 @@ def request_of(config: DictConfig) -> TrainRequest:
     return TrainRequest(cli.stage_settings(config, "train", TrainSettings), overrides, sweep)
 
 
-def train(settings: Group, overrides: Sequence[str] = ()) -> None:
-    """Train what `settings` (conf/train.yaml, resolved) describe, or go on with it, into the folder `out`."""
-    train_all([TrainRequest(settings, overrides)])
+def train(config: Mapping[str, Any] | None = None, overrides: Sequence[str] = (), **settings: Any) -> TrainResult:
+    """Train one SAE, or go on with it (`resume=folder`); gives its folder, record, held-out figures and the SAE.
+
+    `settings` are those of conf/train.yaml, groups by an option's name or as a mapping, dotted names by
+    `**{"sae.k": 16}`; or `config` is a whole configuration, as Hydra composes one, and `overrides` those behind it.
+    Raises UserError in one sentence for what cannot be.
+    """
+    if config is None:
+        with composed("train", settings) as made:
+            request = request_of(made)
+    else:
+        request = TrainRequest(settings_of_call("train", config, settings), overrides)
+    train_all([request])
+    return TrainResult(request.folder)
 
 
 def train_all(jobs: Sequence[TrainRequest]) -> None:
@@ -148,11 +161,14 @@ def _summary(failed: Mapping[str, str], count: int) -> str:
     return f"{len(failed)} of {count} SAEs failed: {each}"
 
 
-def prepare(job: TrainRequest, plans: dict[str, DataPlan] | None = None) -> TrainRun | None:
+def prepare(
+    job: TrainRequest, plans: dict[str, DataPlan] | None = None, *, shapes_only: bool = False
+) -> TrainRun | None:
     """Make every check of a job that can be made before it trains;
     return its run, or None where its folder holds the SAE already.
 
-    `plans` keeps the plans made, which jobs share that differ in nothing but the SAE and its optimizer.
+    `plans` keeps the plans made, which jobs share that differ in nothing but the SAE and its optimizer. With
+    `shapes_only` the SAE has no weights, for a machine that only hands the job on.
     """
     plans = {} if plans is None else plans
     if any(item.lstrip("+").startswith("lr_asked=") for item in job.overrides):
@@ -160,28 +176,40 @@ def prepare(job: TrainRequest, plans: dict[str, DataPlan] | None = None) -> Trai
     given = resumed(job.settings, job.overrides) if job.settings.get("resume") else job.settings
     settings = TrainSettings.of(given)
     check_installed(settings.logger.name)
+    check_installed(settings.optimizer.name)
     folder = Path(settings.out)
     stored = stored_chunks(folder)
     shared = canonical([stored, of_scope(settings, "stream", "store", "pass")])
     if shared not in plans:
-        plans[shared] = make_plan(settings, job.overrides, job.sweep is not None, stored)
+        plans[shared] = make_plan(settings, job.overrides, job.sweep is not None and not shapes_only, stored)
     plan = plans[shared]
-    # From here on the run has numbers for what was `auto`, so that it goes on with them whatever the store grows into.
-    settings = settings.model_copy(update={"outliers": plan.outliers.times if plan.outliers else None})
+    # From here on the run has numbers for what was `auto`, so that it goes on with them whatever the store grows into,
+    # and its target is a site.
+    settled = {"outliers": plan.outliers.times if plan.outliers else None, "target": plan.target}
+    settings = settings.model_copy(update=settled)
     settings = with_rate(settings, plan.d_in, plan.steps)
     step = step_to_resume(folder, settings, plan)
     if step is None:
         print(f"{folder} holds this SAE already: nothing to do")
         return None
-    sae = build(settings.sae, plan.d_in, job.overrides)
+    with without_weights() if shapes_only else contextlib.nullcontext():
+        sae = build(settings.sae, plan.d_in, job.overrides, plan.d_out)
+    sae.site, sae.target = plan.site, plan.target
     if sae.needs_calibration and plan.reserved_rows < plan.batch:
         raise UserError(
             f"calibration_tokens={settings.calibration_tokens} sets {plan.reserved_rows} rows aside, fewer than one "
             f"batch={plan.batch}, and the threshold of {sae.name} is calibrated on them: raise it"
         )
-    if settings.start and not step:
+    if settings.start and not step and not shapes_only:
         start(sae, Path(settings.start))
     return TrainRun(settings, plan, sae, folder, folder.name, step, job.sweep)
+
+
+def without_weights() -> contextlib.AbstractContextManager[Any]:
+    """Let SAEs be built as shapes only, which take no memory."""
+    import torch
+
+    return torch.device("meta")
 
 
 def start(sae: SAE, folder: Path) -> None:
@@ -190,7 +218,8 @@ def start(sae: SAE, folder: Path) -> None:
 
     given = load(folder)
     said = {"name": "sae", "d_in": "the site's width", "width": "sae.width", "input_norm": "sae.input_norm"}
-    for name, setting in {**said, "apply_b_dec_to_input": "sae.apply_b_dec_to_input"}.items():
+    said |= {"apply_b_dec_to_input": "sae.apply_b_dec_to_input", "target": "target", "skip": "sae.skip"}
+    for name, setting in said.items():
         here, there = getattr(sae, name), getattr(given, name)
         if here != there:
             raise UserError(
@@ -210,8 +239,8 @@ def start(sae: SAE, folder: Path) -> None:
     sae.load_state_dict(state)
 
 
-def build(settings: Mapping[str, Any], d_in: int, overrides: Sequence[str] = ()) -> SAE:
-    """Build the variant that the group `sae` describes, for activations of width `d_in`;
+def build(settings: Mapping[str, Any], d_in: int, overrides: Sequence[str] = (), d_out: int | None = None) -> SAE:
+    """Build the variant that the group `sae` describes, for activations of width `d_in`, or with `d_out` a transcoder;
     `width` goes before `expansion`."""
     from train.sae import VARIANTS
 
@@ -223,6 +252,8 @@ def build(settings: Mapping[str, Any], d_in: int, overrides: Sequence[str] = ())
         raise UserError(f"sae.variant={name} is not a variant of this project: choose sae={'|'.join(VARIANTS)}")
     variant = VARIANTS[name]
     given = {item.lstrip("+").split("=")[0] for item in overrides if not item.endswith("=null")}
+    if d_out is not None and "sae.apply_b_dec_to_input" not in given:
+        arguments["apply_b_dec_to_input"] = False  # a variant's own default is for SAEs
     if "sae.expansion" in given and width is not None:
         raise UserError(
             f"sae.width={width} and sae.expansion={expansion} both say how many latents: give one of them, and "
@@ -241,4 +272,4 @@ def build(settings: Mapping[str, Any], d_in: int, overrides: Sequence[str] = ())
         if latents != int(latents):
             raise UserError(f"sae.expansion={expansion} times the width {d_in} is not a whole number of latents")
     config = variant.Config.of({"width": latents, **arguments}, "sae")
-    return variant(d_in, **config.model_dump())
+    return variant(d_in, d_out=d_out, **config.model_dump())

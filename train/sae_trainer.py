@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from data.base.errors import UserError
 from train.optimizers import OptimizerFactory
-from train.sae import SAE, DeadLatents, StepOutput, TrainContext
+from train.sae import SAE, DeadLatents, StartRows, StepOutput, TrainContext
 from train.sae.parts.update import WeightEMA, update
 from train.schedules import Schedule
 
@@ -99,9 +99,9 @@ class SAETrainer(nn.Module):
 
     # The step
 
-    def training_step(self, x_BD: Tensor) -> None:
-        """Take one step on a batch in model units; raise UserError where a loss was not finite,
-        at a step that is logged.
+    def training_step(self, x_BD: Tensor, target_BE: Tensor | None = None) -> None:
+        """Take one step on a batch in model units, a transcoder's with its target; raise UserError where a loss was not
+        finite, at a step that is logged.
 
         On a GPU nothing waits for the device but the steps that are logged.
         """
@@ -111,6 +111,8 @@ class SAETrainer(nn.Module):
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * self.schedule.lr(self.step)
         context = TrainContext(sparsity_scale=self.schedule.sparsity(self.step), ranks=self.world)
+        if target_BE is not None:
+            context = replace(context, target_BE=self.sae.norm_out.normalise(target_BE))
         if self.sae.uses_auxk:
             tokens = len(x_BD) * self.world
             # The list may be made anew after half the window at the latest, so that it never holds many that live.
@@ -225,10 +227,13 @@ class SAETrainer(nn.Module):
 
     # Beginning and going on
 
-    def initialise(self, sample_ND: Tensor, mean_sq_norm: float, variance: float) -> None:
-        """Start from data in model units and the moments of all of it."""
+    def initialise(
+        self, sample_ND: Tensor, mean_sq_norm: float, variance: float, target: StartRows | None = None
+    ) -> None:
+        """Start from data in model units and the moments of all of it, a transcoder from those of its target too."""
         set_random_state(self.rng, torch.device("cpu"))
-        self.sae.initialise(sample_ND, mean_sq_norm=mean_sq_norm, variance=variance, seed=self.seed)
+        moments = {"mean_sq_norm": mean_sq_norm, "variance": variance}
+        self.sae.initialise(sample_ND, **moments, seed=self.seed, target=target)
         self.rng = random_state(torch.device("cpu"))
 
     def state(self) -> State:

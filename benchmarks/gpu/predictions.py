@@ -26,6 +26,12 @@ def roofline_ms(batch: int, d_model: int, width: int, k: int) -> float:
     return 1e3 * (product + gathers + adam)
 
 
+def roofline_bytes(batch: int, d_model: int, width: int, k: int) -> float:
+    """Count the bytes of the same step, from memory and from the cache, without the product's own."""
+    rows = batch * k * d_model
+    return 4 * rows + 2 * 2 * rows + ADAM_BYTES * width * d_model
+
+
 def state_gb(d_model: int, width: int) -> float:
     """Return the bytes of parameters, gradients and Adam's two moments of W_enc and W_dec in float32, in GB."""
     return 4 * 4 * 2 * width * d_model / 1e9

@@ -6,7 +6,6 @@ import os
 import sys
 from collections.abc import Callable, Iterable
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import hydra
@@ -18,10 +17,9 @@ from omegaconf.errors import OmegaConfBaseException
 from data.base.composing import NameJob, guard, refuse_flags
 from data.base.config import Settings, unknown
 from data.base.errors import UserError, to_sentence
+from data.base.help import CONF as CONF
+from data.base.help import STAGES, show_help
 from data.base.location import refuse_credentials
-
-CONF = Path(__file__).resolve().parents[2] / "conf"
-STAGES = ("harvest", "train")  # that a preset speaks to
 
 # glibc gives large blocks back to the kernel at once and pays a page fault for each page of the next one.
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
@@ -108,6 +106,12 @@ def guarded(act: Callable[[], None]) -> None:
         _failed = True
 
 
+def _show_help(config_name: str) -> None:
+    """Print the help and end, where it is asked for."""
+    if show_help(config_name, sys.argv[1:]):
+        raise SystemExit(0)
+
+
 def _end_if_failed() -> None:
     if _failed:
         raise SystemExit(1)
@@ -118,6 +122,8 @@ def run(main: Callable[[DictConfig], None], config_name: str, name_job: NameJob 
 
     `name_job` names the folders of a sweep's jobs; without it Hydra does.
     """
+    guarded(lambda: _show_help(config_name))
+    _end_if_failed()
     keep_freed_memory()
     guard(name_job)
     guarded(lambda: refuse_credentials(" ".join(sys.argv[1:])))  # before Hydra writes them down

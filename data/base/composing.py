@@ -23,9 +23,14 @@ from omegaconf.errors import OmegaConfBaseException
 from data.base.errors import UserError
 
 _BASIC = "hydra._internal.core_plugins.basic"
+SLURM = "hydra_plugins.slurm.SlurmLauncher"
 # All that Hydra may call by a name in its settings.
 CALLED = {
-    "launcher._target_": ("hydra_plugins.together.SinglePassLauncher", f"{_BASIC}_launcher.BasicLauncher"),
+    "launcher._target_": (
+        "hydra_plugins.together.SinglePassLauncher",
+        SLURM,
+        f"{_BASIC}_launcher.BasicLauncher",
+    ),
     "sweeper._target_": (f"{_BASIC}_sweeper.BasicSweeper",),
 }
 LOGGING = ("logging.StreamHandler", "logging.FileHandler", "logging.NullHandler", "logging.Formatter")
@@ -59,6 +64,16 @@ def refuse_calls(own: Mapping[str, Any]) -> None:
             refused = refused or ("${" in text and text != _LOG_FILE)
         if refused:
             raise UserError(f"hydra.{path}={value} could call any code by its name: leave it out")
+
+
+def refuse_launcher(own: DictConfig, stage: str | None) -> None:
+    """Refuse a launcher of ours where nothing would look at it; `own` is the composed group `hydra`."""
+    sweep = own.mode == RunMode.MULTIRUN
+    target = str(own.launcher.get("_target_"))
+    if sweep and stage != "train" and target.startswith("hydra_plugins."):
+        raise UserError(f"hydra/launcher={own.runtime.choices['hydra/launcher']} is for sweeps of train: leave out -m")
+    if not sweep and stage != "harvest" and target == SLURM:
+        raise UserError("hydra/launcher=slurm is for a harvest and for train -m: leave it out here, or add -m to train")
 
 
 def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
@@ -97,6 +112,7 @@ class GuardedLoader(ConfigLoaderImpl):
         except (HydraException, OmegaConfBaseException) as error:
             raise UserError(self._sentence(error, config_name)) from None
         refuse_calls(_plain(config.hydra))
+        refuse_launcher(config.hydra, config_name)
         return config
 
     def load_sweep_config(self, master_config: DictConfig, sweep_overrides: list[str]) -> DictConfig:

@@ -50,26 +50,38 @@ def median_norm(reader: Reader, chunks: int, decode: DecodeRows) -> float:
 class NormFilteredReader:
     """A reader's first `chunks` chunks without the rows whose norm is above `limit`; they are all read once to tell.
 
-    `left_out` are the statistics of those rows. `decode` makes floats [n, D] of rows as they are stored.
+    `left_out` are the statistics of those rows. `decode` makes floats [n, D] of rows as they are stored. Of the rows of
+    a pair of sites it takes the first's, which alone decide; `decode_second` the second's, for `left_out_second`.
     """
 
-    def __init__(self, reader: Reader, chunks: int, limit: float, decode: DecodeRows, *, threads: int = 2) -> None:
-        self.reader, self.decode, self.limit = reader, decode, limit
+    def __init__(
+        self,
+        reader: Reader,
+        chunks: int,
+        limit: float,
+        decode: DecodeRows,
+        *,
+        decode_second: DecodeRows | None = None,
+        threads: int = 2,
+    ) -> None:
+        self.reader, self.decode, self.decode_second, self.limit = reader, decode, decode_second, limit
         self.width, self.row_shape = reader.width, reader.row_shape
         self.dtype, self.torch_dtype = reader.dtype, reader.torch_dtype
         with ThreadPoolExecutor(threads) as pool:
             found = list(pool.map(self._look, range(chunks)))
-        self.kept = [kept for kept, _ in found]
+        self.kept = [kept for kept, *_ in found]
         self.sizes = np.array([len(kept) for kept in self.kept], np.int64)
-        self.left_out = Stats.merge(stats for _, stats in found)
+        self.left_out = Stats.merge(stats for _, stats, _ in found)
+        self.left_out_second = Stats.merge(stats for _, _, stats in found)
 
-    def _look(self, chunk: int) -> tuple[Ints, Stats]:
-        """Find the numbers of the rows that are kept, and the statistics of the others."""
+    def _look(self, chunk: int) -> tuple[Ints, Stats, Stats]:
+        """Find the numbers of the rows that are kept, and the statistics of the others, of the second site last."""
         rows = np.empty((int(self.reader.sizes[chunk]), self.width), self.dtype)
         self.reader.read(chunk, rows)
         wide = self.decode(rows)
         above = norms(wide) > self.limit
-        return np.flatnonzero(~above), Stats.of(wide[above])
+        second = wide if self.decode_second is None else self.decode_second(rows)
+        return np.flatnonzero(~above), Stats.of(wide[above]), Stats.of(second[above])
 
     @property
     def bytes_read(self) -> int:

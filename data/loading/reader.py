@@ -67,6 +67,15 @@ class Reader(Protocol):
         ...
 
 
+@runtime_checkable
+class ScatterReader(Protocol):
+    """A reader that fills several arrays from one chunk without a copy of the whole."""
+
+    def scatter(self, chunk: int, outs: Sequence[NDArray[Any]], start: int) -> None:
+        """Fill `outs` one after another with the chunk's rows from `start` on, which must be enough."""
+        ...
+
+
 class _CommittedReader:
     """What both readers know from the commit records alone."""
 
@@ -237,9 +246,12 @@ class ZarrReader(_CommittedReader):
         self._count([part])
 
 
+CommittedReader = DirectReader | RangeReader | ZarrReader
+
+
 def scatter(reader: Reader, chunk: int, outs: Sequence[NDArray[Any]], start: int) -> None:
     """Fill `outs`, each [n, width], one after another with the chunk's rows from `start` on, as many as they take."""
-    if isinstance(reader, DirectReader):
+    if isinstance(reader, ScatterReader):
         reader.scatter(chunk, outs, start)
         return
     rows = np.empty((sum(map(len, outs)), *reader.row_shape), reader.dtype)
@@ -250,7 +262,7 @@ def scatter(reader: Reader, chunk: int, outs: Sequence[NDArray[Any]], start: int
         at += len(out)
 
 
-def open_reader(store: Store, split: str, site: str) -> Reader:
+def open_reader(store: Store, split: str, site: str) -> CommittedReader:
     """Open the fastest reader that can read this site; a UserError where the store does not have it."""
     metadata, layout = store.metadata(split, site), store.layout
     as_written = store.rows_of(site).format(tuple(metadata["shape"][1:])).metadata()

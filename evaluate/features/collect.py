@@ -1,7 +1,8 @@
-"""What each latent fires on, gathered in one pass over held-out text; memory grows with the latents, not the text.
+"""What each latent fires on, gathered in one pass over held-out text; memory grows with the latents, not the text
+(the firings that co-activation is counted on have a limit of their own).
 
 Letters: B contexts of a chunk, T tokens of a context, N kept tokens of the chunk, F latents, n firings (a latent above
-0 on a token), m examples, K places of a shelf, W tokens of a window.
+0 on a token), m examples, K places of a shelf, W tokens of a window, P parts of a context.
 """
 
 from __future__ import annotations
@@ -14,24 +15,13 @@ from jaxtyping import Bool, Float
 from numpy.typing import NDArray
 from torch import Tensor
 
+from evaluate.features.coactivation import CoActivation
+from evaluate.features.draw import priority
+
 BINS = 64  # of a latent's histogram: equal bins from 0 to the power of two above its maximum
 NEVER = -200  # below the exponent of every float32
 GATHERED = 1 << 22  # activations of windows looked up at a time
-
-
-def priority(token_n: NDArray[np.int64], latent_n: NDArray[np.int64], width: int, seed: int) -> NDArray[np.float64]:
-    """Draw numbers in [0, 1) that depend on (seed, token, latent) alone:
-    the largest ones of a latent are a fair sample.
-
-    splitmix64 of token * F + latent, so that neither batches nor order decide what is sampled.
-    """
-    with np.errstate(over="ignore"):
-        z = token_n.astype(np.uint64) * np.uint64(width) + latent_n.astype(np.uint64)
-        z += np.uint64(seed + 1) * np.uint64(0x9E3779B97F4A7C15)
-        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        z ^= z >> np.uint64(31)
-    return (z >> np.uint64(11)).astype(np.float64) * 2.0**-53
+PARTS = 16  # of a context, as equal as they can be, in which firings are counted
 
 
 @dataclass(frozen=True)
@@ -48,11 +38,38 @@ class Firings:
         return cls(latent_n, row_n, f_FN[latent_n, row_n])
 
 
+@dataclass(frozen=True)
+class ContextGroups:
+    """The firings of a chunk cut into groups of one latent in one context, which stand together.
+
+    starts, ends: of each group among the firings, its end left out.
+    """
+
+    starts: NDArray[np.int64]
+    ends: NDArray[np.int64]
+
+    @classmethod
+    def of(cls, firings: Firings, sequence_N: NDArray[np.int64]) -> ContextGroups:
+        contexts = int(sequence_N[-1]) + 1 if len(sequence_N) else 1
+        group_n = firings.latent_n * contexts + sequence_N[firings.row_n]
+        starts = np.flatnonzero(np.diff(group_n, prepend=-1))
+        return cls(starts, np.append(starts[1:], len(group_n)).astype(np.int64))
+
+    def around(self, firings: Firings, index_m: NDArray[np.int64], position_N: NDArray[np.int64]) -> NDArray[Any]:
+        """Return for each firing chosen all firings of its latent in its context: (positions, activations)."""
+        out = np.empty(len(index_m), object)
+        for place, group in enumerate(np.searchsorted(self.starts, index_m, side="right") - 1):
+            own = slice(self.starts[group], self.ends[group])
+            out[place] = (position_N[firings.row_n[own]].astype(np.int32), firings.value_n[own].copy())
+        return out
+
+
 class Shelf:
     """For each latent the K examples with the largest keys, in falling order; of equal keys the earlier token's.
 
     key_FK is -inf where there is none; sequence, position: the token; value: its activation; window_FKW: the latent's
-    activations on the tokens around it (0 where there is no token).
+    activations on the tokens around it (0 where there is no token); whole_FK: where it fires in the whole context, as
+    (positions, activations), 0 where there is no example.
     """
 
     def __init__(self, width: int, places: int, window: int) -> None:
@@ -61,6 +78,7 @@ class Shelf:
         self.position_FK = np.full((width, places), -1, np.int64)
         self.value_FK = np.zeros((width, places), np.float32)
         self.window_FKW = np.zeros((width, places, window), np.float32)
+        self.whole_FK = np.zeros((width, places), object)
 
     @property
     def places(self) -> int:
@@ -82,6 +100,7 @@ class Shelf:
         position_m: NDArray[np.int64],
         value_m: NDArray[np.float32],
         window_mW: NDArray[np.float32],
+        whole_m: NDArray[Any],
     ) -> None:
         """Take in what `candidates` chose."""
         if not len(latent_m):
@@ -94,8 +113,9 @@ class Shelf:
             self.position_FK,
             self.value_FK,
             self.window_FKW,
+            self.whole_FK,
         )
-        news: list[NDArray[Any]] = [key_m, sequence_m, position_m, value_m, window_mW]
+        news: list[NDArray[Any]] = [key_m, sequence_m, position_m, value_m, window_mW, whole_m]
         order: NDArray[np.int64] | None = None
         for table, new in zip(tables, news, strict=True):
             both = np.concatenate([table[touched], np.full_like(table[touched], -np.inf if order is None else 0)], 1)
@@ -118,7 +138,8 @@ class Collector:
 
     fired_F: tokens on which a latent fires. contexts_F: contexts in which it does. total_F, largest_F: sum and maximum
     of its activations. top: the contexts with the largest activations, each at its largest token. sample: firings
-    drawn fairly, as many of each latent.
+    drawn fairly, as many of each latent. fired_FP: tokens on which a latent fires in each part of a context, of the
+    tokens_P there are. together: which latents fire on the same tokens.
     """
 
     def __init__(self, width: int, *, top: int, sample: int, before: int, after: int, seed: int) -> None:
@@ -129,6 +150,9 @@ class Collector:
         self.total_F = np.zeros(width)
         self.largest_F = np.zeros(width, np.float32)
         self.top, self.sample = (Shelf(width, places, before + 1 + after) for places in (top, sample))
+        self.fired_FP = np.zeros((width, PARTS), np.int64)
+        self.tokens_P = np.zeros(PARTS, np.int64)
+        self.together = CoActivation(width, seed)
         self.tokens = 0
         self._exponent_F = np.full(width, NEVER)
         self._histogram_FH = np.zeros((width, BINS), np.int64)
@@ -143,9 +167,12 @@ class Collector:
         self._count(firings)
         sequence_N, position_N = np.nonzero(keep)
         row_BT = np.where(keep, np.cumsum(keep).reshape(keep.shape) - 1, -1)
-        peaks = self._peaks(firings, sequence_N)
-        tokens_n = (first + sequence_N[firings.row_n]) * keep.shape[1] + position_N[firings.row_n]
-        drawn = priority(tokens_n, firings.latent_n, self.width, self.seed)
+        groups = ContextGroups.of(firings, sequence_N)
+        peaks = self._peaks(firings, groups)
+        token_N = (first + sequence_N) * keep.shape[1] + position_N
+        drawn = priority(token_N[firings.row_n], firings.latent_n, self.width, self.seed)
+        self.together.update(token_N, firings.row_n, firings.latent_n)
+        self._count_parts(firings, position_N, keep.shape[1])
         every = np.arange(len(firings.latent_n))
         for shelf, among, key in (
             (self.top, peaks, firings.value_n[peaks].astype(np.float64)),
@@ -155,7 +182,15 @@ class Collector:
             index = among[chosen]
             latent, row = firings.latent_n[index], firings.row_n[index]
             windows = self._windows(f_FN, row_BT, latent, sequence_N[row], position_N[row])
-            shelf.put(latent, key[chosen], first + sequence_N[row], position_N[row], firings.value_n[index], windows)
+            whole = groups.around(firings, index, position_N)
+            at = (first + sequence_N[row], position_N[row])
+            shelf.put(latent, key[chosen], *at, firings.value_n[index], windows, whole)
+
+    def _count_parts(self, firings: Firings, position_N: NDArray[np.int64], context: int) -> None:
+        part_N = position_N * PARTS // context
+        self.tokens_P += np.bincount(part_N, minlength=PARTS)
+        cells_n = firings.latent_n * PARTS + part_N[firings.row_n]
+        self.fired_FP += np.bincount(cells_n, minlength=self.width * PARTS).reshape(-1, PARTS)
 
     def _count(self, firings: Firings) -> None:
         latent, value = firings.latent_n, firings.value_n
@@ -175,17 +210,14 @@ class Collector:
         bins = np.floor(np.ldexp(value.astype(np.float64), int(np.log2(BINS)) - exponent_F[latent])).astype(np.int64)
         self._histogram_FH += np.bincount(latent * BINS + bins, minlength=self.width * BINS).reshape(-1, BINS)
 
-    def _peaks(self, firings: Firings, sequence_N: NDArray[np.int64]) -> NDArray[np.int64]:
+    def _peaks(self, firings: Firings, groups: ContextGroups) -> NDArray[np.int64]:
         """Find for each latent in each context the first of its largest firings; counts the contexts."""
         if not len(firings.latent_n):
             return np.zeros(0, np.int64)
-        # Firings are ordered by latent and token, so those of one latent in one context stand together.
-        group = firings.latent_n * (int(sequence_N[-1]) + 1) + sequence_N[firings.row_n]
-        starts = np.flatnonzero(np.diff(group, prepend=-1))
-        sizes = np.diff(starts, append=len(group))
-        is_peak = firings.value_n == np.repeat(np.maximum.reduceat(firings.value_n, starts), sizes)
+        number_n = np.repeat(np.arange(len(groups.starts)), groups.ends - groups.starts)
+        is_peak = firings.value_n == np.maximum.reduceat(firings.value_n, groups.starts)[number_n]
         peaks: NDArray[np.int64] = np.flatnonzero(is_peak)
-        peaks = peaks[np.flatnonzero(np.diff(group[peaks], prepend=-1))]
+        peaks = peaks[np.flatnonzero(np.diff(number_n[peaks], prepend=-1))]
         self.contexts_F += np.bincount(firings.latent_n[peaks], minlength=self.width)
         return peaks
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data.base.errors import UserError
 from data.base.location import parse_location
+from data.base.records import Json
 from data.base.sites import Site
+from data.store.store import Store
 from evaluate.config import FeaturesSettings, HeldoutSettings
 from evaluate.inputs import HeldoutText, SavedSAE, find_saes, group_by_store, open_text
 from evaluate.massive import ScoredText
@@ -22,6 +25,7 @@ if TYPE_CHECKING:
     from evaluate.features.pages import Latents
     from train.sae.base import SAE
 
+OTHER_FOLDER = "other"  # the folder of the pages of the SAE compared with
 SHARED = tuple(name for name in HeldoutSettings.model_fields if name not in ("out", "seed"))
 
 
@@ -69,26 +73,44 @@ def collect(sae: SAE, text: HeldoutText, site: Site, settings: FeaturesSettings)
 
 
 def describe_latents(
-    sae: SAE, text: HeldoutText, site: Site, collector: Collector, settings: FeaturesSettings
+    sae: SAE,
+    text: HeldoutText,
+    site: Site,
+    collector: Collector,
+    settings: FeaturesSettings,
+    other: OtherPages | None = None,
 ) -> Latents:
     """Put what was collected together with what the weights say."""
     from tqdm import tqdm
 
     from evaluate.features import weights
-    from evaluate.features.pages import Latents, Words
+    from evaluate.features.pages import Latents, OtherSAE, Words
 
     W_dec_FD = sae.W_dec.detach()
     vocabulary = min(len(text.tokenizer), text.model.config.get_text_config().vocab_size)
     # A module's own output need not be added to the residual stream, so only the named points have a direct path.
     lens = None if site.path is not None else weights.find_lens(text.model, sae.d_in)
-    raised, lowered = None, None
-    with tqdm(total=sae.width * (2 if lens else 1), unit="row", desc="decoder rows", mininterval=1.0) as bar:
+    raised, lowered, beside = None, None, None
+    total = sae.width * (1 + (lens is not None) + (other is not None))
+    with tqdm(total=total, unit="row", desc="decoder rows", mininterval=1.0) as bar:
         near = as_arrays(weights.neighbours(W_dec_FD, settings.neighbours, bar.update))
         if lens:
             raised, lowered = map(as_arrays, weights.ends(lens, W_dec_FD, vocabulary, settings.logits, bar.update))
-    words = Words(text.tokenizer)
-    quantiles = tuple(settings.quantiles)
-    return Latents(collector, text.packed, words, near, raised, lowered, quantiles, settings.at_a_quantile)
+        if other is not None:
+            rows = weights.neighbours(W_dec_FD, settings.neighbours, bar.update, other.sae.W_dec.detach())
+            beside = OtherSAE(other.name, OTHER_FOLDER, as_arrays(rows), other.peaks)
+    return Latents(
+        collector,
+        text.packed,
+        Words(text.tokenizer),
+        near,
+        raised,
+        lowered,
+        tuple(settings.quantiles),
+        settings.at_a_quantile,
+        collector.together.neighbours(settings.neighbours),
+        beside,
+    )
 
 
 def as_arrays(ends: tuple[Tensor, Tensor]) -> tuple[NDArray[Any], NDArray[Any]]:
@@ -97,27 +119,76 @@ def as_arrays(ends: tuple[Tensor, Tensor]) -> tuple[NDArray[Any], NDArray[Any]]:
 
 
 def make(config: Mapping[str, Any]) -> Path:
-    """Write the pages that a resolved configuration names (evaluate/config.py); the path of `index.html`."""
-    return make_pages(FeaturesSettings.of(config))
+    """Write the pages that a resolved configuration names (evaluate/config.py); the path of the page to open."""
+    settings = FeaturesSettings.of(config)
+    if settings.own_text is None:
+        return make_pages(settings)
+    from evaluate.features.own_text import make_own_text
+
+    return make_own_text(settings, one_sae(settings.folder))
 
 
-def make_pages(settings: FeaturesSettings) -> Path:
-    """Write the pages of one SAE; the path of `index.html`."""
+def make_pages(settings: FeaturesSettings, report: str | None = None) -> Path:
+    """Write the pages of one SAE, and of the one it is compared with; the path of `index.html`.
+
+    report: where the report is that they stand beside, as their links have it.
+    """
     trained = one_sae(settings.folder)
-    ((store, by_site),) = group_by_store([trained], parse_location(settings.cache))
+    compared = None if settings.compare is None else one_sae(settings.compare)
+    saes = [trained] if compared is None else [trained, compared]
+    stores = group_by_store(saes, parse_location(settings.cache))
+    if len(stores) > 1 or len(stores[0][1]) > 1:
+        raise UserError(f"compare={settings.compare} is of another store or site: name an SAE of the same one")
+    ((store, by_site),) = stores
     (site,) = map(Site.parse, by_site)
+    scored = ScoredText.of(open_text(store, settings.model_dump()), site, saes)
+    other = None
+    if compared is not None:
+        sae = load(compared.folder).eval()
+        collector = collect(sae, scored.text, site, settings)
+        latents = describe_latents(sae, scored.text, site, collector, settings)
+        about = describe_pages(compared, store, scored, latents, settings)
+        peaks = write(latents, about, Path(settings.out) / OTHER_FOLDER)
+        other = OtherPages(sae, f"{compared.config['variant']} in {compared.folder.name}", peaks)
     sae = load(trained.folder).eval()
-    scored = ScoredText.of(open_text(store, settings.model_dump()), site, [trained])
+    collector = collect(sae, scored.text, site, settings)
+    latents = describe_latents(sae, scored.text, site, collector, settings, other)
+    about = describe_pages(trained, store, scored, latents, settings)
+    write(latents, {**about, "report": report}, Path(settings.out))
+    return Path(settings.out) / "index.html"
+
+
+@dataclass(frozen=True)
+class OtherPages:
+    """The SAE that pages compare with: its weights, its name, and the tokens that each latent fires on most."""
+
+    sae: SAE
+    name: str
+    peaks: list[list[int]]
+
+
+def write(latents: Latents, about: Json, out: Path) -> list[list[int]]:
+    """Write pages; return the tokens that each latent fires on most."""
     from tqdm import tqdm
 
     from evaluate.features import pages
 
-    collector = collect(sae, scored.text, site, settings)
-    latents = describe_latents(sae, scored.text, site, collector, settings)
-    about = {
+    width = latents.collector.width
+    with tqdm(total=width, unit="page", desc="pages", mininterval=1.0) as bar:
+        pages.write_pages(latents, about, out, bar.update)
+    every = pages.Pieces(latents)
+    return [every.peak_tokens(latent) for latent in range(width)]
+
+
+def describe_pages(
+    trained: SavedSAE, store: Store, scored: ScoredText, latents: Latents, settings: FeaturesSettings
+) -> Json:
+    """Return what stands at the top of the pages."""
+    collector = latents.collector
+    return {
         "variant": trained.config["variant"],
-        "width": sae.width,
-        "site": str(site),
+        "width": collector.width,
+        "site": trained.config["site"],
         "model": store.manifest.name,
         "store": store.path.name,
         "fingerprint": store.manifest.fingerprint,
@@ -130,13 +201,14 @@ def make_pages(settings: FeaturesSettings) -> Path:
         "sample": settings.sample,
         "seed": settings.seed,
         "logits": latents.raised is not None,
+        "together": collector.together.share,
+        "report": None,
         "settings": {"settings": trained.config["settings"], "training": trained.config.get("training", {})},
     }
-    with tqdm(total=sae.width, unit="page", desc="pages", mininterval=1.0) as bar:
-        return pages.write_pages(latents, about, Path(settings.out), bar.update)
 
 
 def make_for(evaluation: HeldoutSettings, folder: str) -> Path:
     """Write the pages of one SAE beside a report, from the same held-out text; all else as its defaults have it."""
     shared = {name: getattr(evaluation, name) for name in SHARED}
-    return make_pages(FeaturesSettings(**shared, folder=folder, out=str(Path(evaluation.out) / "features")))
+    settings = FeaturesSettings(**shared, folder=folder, out=str(Path(evaluation.out) / "features"))
+    return make_pages(settings, report="../report.html")

@@ -1,6 +1,7 @@
-"""The pages of one SAE: `index.html`, a summary of all latents in `index.js`, the latents themselves in pieces.
+"""The pages of one SAE: `index.html`, a summary of all latents in `index.js`, the latents themselves in pieces
+(`part-*.js`), the contexts they were read from (`text-*.js`), and the labels that someone gave them (`labels.js`).
 
-A page opened from disk may not fetch, so the data are scripts that call `thresher.index` and `thresher.piece`.
+A page opened from disk may not fetch, so the data are scripts that call `thresher.index`, `thresher.piece` and so on.
 """
 
 from __future__ import annotations
@@ -21,8 +22,10 @@ from evaluate.report.render import asset, render, safe_json, script_hash
 from harvest.packing import PackedTokens
 
 LATENTS_A_PIECE = 128
+TOKENS_A_TEXT = 1 << 14  # of whole contexts in one file
+LABELS_JS = "labels.js"
+TOKEN_FIGURES = 6  # tokens that a latent's statistics name
 LABELS = 4  # tokens that name a latent in lists, of those it fires on and of those it raises
-PAGES_FORMAT = 1
 
 
 class Strings:
@@ -56,8 +59,25 @@ class Words:
 
 
 @dataclass(frozen=True)
+class OtherSAE:
+    """The SAE that the pages compare with, whose own pages are in the folder `path` below these.
+
+    near: for each latent the ids [F, K] and cosines [F, K] of the nearest decoder rows of the other SAE. peaks: the
+    tokens that each of the other's latents fires on most.
+    """
+
+    name: str
+    path: str
+    near: tuple[NDArray[np.int64], NDArray[np.float32]]
+    peaks: list[list[int]]
+
+
+@dataclass(frozen=True)
 class Latents:
-    """All that the pages tell of F latents; ends are (ids [F, K], values [F, K]), None where there are none."""
+    """All that the pages tell of F latents; ends are (ids [F, K], values [F, K]), None where there are none.
+
+    together: for each latent those that fire on its tokens, with the share. other: the SAE compared with.
+    """
 
     collector: Collector
     packed: PackedTokens
@@ -67,6 +87,8 @@ class Latents:
     lowered: tuple[NDArray[np.int64], NDArray[np.float32]] | None
     quantiles: tuple[float, ...]
     at_a_quantile: int  # examples
+    together: list[list[tuple[int, float]]]
+    other: OtherSAE | None = None
 
 
 def short(value: float) -> float:
@@ -93,19 +115,29 @@ class Pieces:
         self.interest_F = latents.collector.interest_F()
 
     def context(self, shelf: Shelf, latent: int, place: int, tokens: Strings, documents: dict[str, int]) -> Json:
-        """Return one example: token numbers, the place of its token among them, and (place,
-        activation) where it fires."""
+        """Return one example: the numbers of its tokens `t`, the place `p` of its own token among them, the places and
+        activations `a` where the latent fires among them, and `o`, positions and activations elsewhere in the context.
+        """
         packed, offsets = self.latents.packed, self.latents.collector.offsets_W
         sequence, position = int(shelf.sequence_FK[latent, place]), int(shelf.position_FK[latent, place])
         inside = (position + offsets >= 0) & (position + offsets < packed.contexts.shape[1])
         window = shelf.window_FKW[latent, place][inside]
         ids = packed.contexts[sequence, position + offsets[inside]]
         active = np.flatnonzero(window)
+        positions, values = shelf.whole_FK[latent, place]
+        shown = range(max(0, position + int(offsets[0])), position + int(offsets[-1]) + 1)
+        elsewhere = [
+            number
+            for at, value in zip(positions.tolist(), values.tolist(), strict=True)
+            if at not in shown
+            for number in (at, short(value))
+        ]
         name = packed.document(sequence, position)
         return {
             "t": tokens.numbers(ids.tolist()),
             "p": int(np.flatnonzero(offsets[inside] == 0)[0]),
             "a": [pair for at in active.tolist() for pair in (at, short(float(window[at])))],
+            "o": elsewhere,
             "d": documents.setdefault(name, len(documents)),
             "s": [sequence, position],
         }
@@ -127,6 +159,18 @@ class Pieces:
                 groups.append({"q": quantile, "v": short(value), "c": contexts})
         return groups
 
+    def token_figures(self, latent: int, tokens: Strings) -> list[list[float]]:
+        """Return the tokens that the latent fires on most: number, share of the drawn firings, mean activation."""
+        sample = self.latents.collector.sample
+        drawn = np.flatnonzero(sample.sequence_FK[latent] >= 0)
+        ids = self.latents.packed.contexts[sample.sequence_FK[latent, drawn], sample.position_FK[latent, drawn]]
+        values = sample.value_FK[latent, drawn]
+        most = Counter(ids.tolist()).most_common(TOKEN_FIGURES)
+        return [
+            [tokens.number(token), short(count / len(drawn)), short(float(values[ids == token].mean()))]
+            for token, count in most
+        ]
+
     def latent(self, latent: int, tokens: Strings, documents: dict[str, int]) -> Json:
         """Return all of one latent but what the summary has."""
         counts, bin_width = self.latents.collector.histogram(latent)
@@ -135,12 +179,19 @@ class Pieces:
             "h": counts,
             "w": bin_width,
             "n": [[int(i), round(float(c), 3)] for i, c in zip(ids[latent], cosines[latent], strict=True)],
+            "c": [[other, short(share)] for other, share in self.latents.together[latent]],
+            "k": self.token_figures(latent, tokens),
+            "b": self.latents.collector.fired_FP[latent].tolist(),
             "g": self.groups(latent, tokens, documents) if self.latents.collector.fired_F[latent] else [],
         }
+        other = self.latents.other
+        if other is not None:
+            pairs = zip(other.near[0][latent].tolist(), other.near[1][latent].tolist(), strict=True)
+            piece["x"] = [[i, round(cosine, 3), tokens.numbers(other.peaks[i])] for i, cosine in pairs]
         for name, ends in (("r", self.latents.raised), ("l", self.latents.lowered)):
             if ends is not None:
-                pairs = zip(ends[0][latent], ends[1][latent], strict=True)
-                piece[name] = [[tokens.number(int(token)), short(float(value))] for token, value in pairs]
+                both = zip(ends[0][latent], ends[1][latent], strict=True)
+                piece[name] = [[tokens.number(int(token)), short(float(value))] for token, value in both]
         return piece
 
     def piece(self, first: int) -> Json:
@@ -149,6 +200,14 @@ class Pieces:
         every = range(first, min(first + LATENTS_A_PIECE, self.latents.collector.width))
         latents = [self.latent(latent, tokens, documents) for latent in every]
         return {"latents": latents, "tokens": tokens.texts, "documents": list(documents)}
+
+    def text(self, first: int, count: int) -> Json:
+        """Return `count` whole contexts from context `first` on, and which of their tokens were not read."""
+        tokens, packed = Strings(self.latents.words.text), self.latents.packed
+        part = slice(first, first + count)
+        left_out = [np.flatnonzero(~keep).tolist() for keep in packed.keep[part]]
+        contexts = [tokens.numbers(ids.tolist()) for ids in packed.contexts[part]]
+        return {"contexts": contexts, "left_out": left_out, "tokens": tokens.texts}
 
     def peak_tokens(self, latent: int) -> list[int]:
         """Return the tokens at the peaks of the top contexts, the most frequent first."""
@@ -184,12 +243,27 @@ def write_pages(latents: Latents, about: Json, out: Path, bar: Callable[[int], A
     width = latents.collector.width
     for number, first in enumerate(range(0, width, LATENTS_A_PIECE)):
         piece = pieces.piece(first)
-        write_atomic(out / piece_name(number), f"thresher.piece({number},{safe_json(piece)});\n")
+        _write_call(out / data_name("part", number), "piece", number, piece)
         bar(len(piece["latents"]))
-    write_atomic(out / "index.js", f"thresher.index({safe_json(pieces.summary())});\n")
-    for stale in _beyond(out, -(-width // LATENTS_A_PIECE)):
-        stale.unlink()
-    page = {"about": about, "width": width, "tokens": latents.collector.tokens, "a_piece": LATENTS_A_PIECE}
+    contexts, context = latents.packed.contexts.shape
+    a_text = max(1, TOKENS_A_TEXT // context)
+    for number, first in enumerate(range(0, contexts, a_text)):
+        _write_call(out / data_name("text", number), "text", number, pieces.text(first, a_text))
+    _write_call(out / "index.js", "index", pieces.summary())
+    _write_call(out / LABELS_JS, "labels", {})
+    for kind, count in (("part", -(-width // LATENTS_A_PIECE)), ("text", -(-contexts // a_text))):
+        for stale in _beyond(out, kind, count):
+            stale.unlink()
+    other = latents.other
+    page = {
+        "about": about,
+        "width": width,
+        "tokens": latents.collector.tokens,
+        "tokens_by_part": latents.collector.tokens_P.tolist(),
+        "a_piece": LATENTS_A_PIECE,
+        "a_text": a_text,
+        "other": None if other is None else {"name": other.name, "path": other.path},
+    }
     script = asset("features.js")
     html = render(
         "features.html", page=page, about=about, style=asset("base.css") + asset("features.css"), script=script,
@@ -199,12 +273,19 @@ def write_pages(latents: Latents, about: Json, out: Path, bar: Callable[[int], A
     return out / "index.html"
 
 
-def piece_name(number: int) -> str:
-    return f"part-{number:03d}.js"
+def _write_call(path: Path, name: str, *values: Any) -> None:
+    """Write a script that calls `thresher.<name>` with the values."""
+    write_atomic(path, f"thresher.{name}({','.join(map(safe_json, values))});\n")
 
 
-def _beyond(out: Path, count: int) -> Iterator[Path]:
-    """Find pieces of an SAE with more latents that had its pages here before."""
-    for path in out.glob("part-*.js"):
-        if path.stem.removeprefix("part-").isdigit() and int(path.stem.removeprefix("part-")) >= count:
+def data_name(kind: str, number: int) -> str:
+    """Return the name of a numbered data file: `part-007.js` of the latents, `text-007.js` of the contexts."""
+    return f"{kind}-{number:03d}.js"
+
+
+def _beyond(out: Path, kind: str, count: int) -> Iterator[Path]:
+    """Find data files of an SAE with more of them that had its pages here before."""
+    for path in out.glob(f"{kind}-*.js"):
+        number = path.stem.removeprefix(f"{kind}-")
+        if number.isdigit() and int(number) >= count:
             yield path

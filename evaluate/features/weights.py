@@ -1,6 +1,6 @@
 """What can be read off an SAE's weights: the logits a decoder row raises and lowers, and the rows near it.
 
-Letters: F latents, R rows at a time, D width of the site, V vocabulary, K entries kept.
+Letters: F latents, G latents of another SAE, R rows at a time, D width of the site, V vocabulary, K entries kept.
 """
 
 from __future__ import annotations
@@ -94,20 +94,28 @@ def ends(
 
 
 @torch.inference_mode()
-def neighbours(W_dec_FD: Float[Tensor, "F D"], count: int, bar: Callable[[int], Any]) -> Ends:
-    """Find the `count` rows with the largest cosine to each row, itself left out, nearest first.
+def neighbours(
+    W_dec_FD: Float[Tensor, "F D"],
+    count: int,
+    bar: Callable[[int], Any],
+    among_GD: Float[Tensor, "G D"] | None = None,
+) -> Ends:
+    """Find the `count` rows with the largest cosine to each row, nearest first: of the others, or of `among_GD`.
 
     `bar` is called with how many rows were done.
     """
     unit_FD = nn.functional.normalize(W_dec_FD.float())
-    width = len(unit_FD)
+    unit_GD = unit_FD if among_GD is None else nn.functional.normalize(among_GD.float())
+    width = len(unit_GD)
     nearest = []
-    for first in range(0, width, max(1, ENTRIES_AT_ONCE // width)):
-        rows_RD = unit_FD[first : first + max(1, ENTRIES_AT_ONCE // width)]
-        cosine_RF = rows_RD @ unit_FD.t()
-        own = torch.arange(len(rows_RD), device=cosine_RF.device)
-        cosine_RF[own, first + own] = -torch.inf
-        values, latents = cosine_RF.topk(min(count, width - 1))
+    at_once = max(1, ENTRIES_AT_ONCE // width)
+    for first in range(0, len(unit_FD), at_once):
+        rows_RD = unit_FD[first : first + at_once]
+        cosine_RG = rows_RD @ unit_GD.t()
+        if among_GD is None:
+            own = torch.arange(len(rows_RD), device=cosine_RG.device)
+            cosine_RG[own, first + own] = -torch.inf
+        values, latents = cosine_RG.topk(min(count, width - (among_GD is None)))
         nearest.append((latents.cpu(), values.cpu()))
         bar(len(rows_RD))
     return torch.cat([latents for latents, _ in nearest]), torch.cat([values for _, values in nearest])

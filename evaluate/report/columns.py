@@ -8,12 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from data.base.records import Json
 
 REPORT_FORMAT = 1  # of report.json
 SHIPPED, BATCH = "shipped", "batch"  # the forms of an SAE in report.json
+Better = Literal["lower", "higher", ""]
+ARROWS = {"lower": "↓", "higher": "↑"}
+STAR = "★"  # marks the best SAE at its L0
 FEW_DOCUMENTS = 50  # below so many documents an interval says that it may be too narrow
 
 
@@ -22,7 +25,8 @@ class Column:
     """One column of a table of SAEs.
 
     key: its name in report.json. read: its value in an SAE's row of the report: a number, a text, None for what is not
-    known, or a statistic with its standard error. digits: decimals. definition: what the legend says.
+    known, or a statistic with its standard error. digits: decimals where there is no standard error to say how many.
+    definition: what the legend says. better: whether a lower or a higher value is better; empty for neither.
     """
 
     key: str
@@ -30,11 +34,17 @@ class Column:
     digits: int
     definition: str
     read: Callable[[Json], Any]
+    better: Better = ""
+
+    @property
+    def titled(self) -> str:
+        """Return the heading with an arrow to the better values."""
+        return f"{self.heading} {ARROWS[self.better]}" if self.better else self.heading
 
 
-def metric(key: str, heading: str, digits: int, definition: str = "") -> Column:
+def metric(key: str, heading: str, digits: int, definition: str = "", better: Better = "") -> Column:
     """Return a statistic of `row["metrics"]`."""
-    return Column(key, heading, digits, definition, lambda row: row["metrics"][key])
+    return Column(key, heading, digits, definition, lambda row: row["metrics"][key], better)
 
 
 def _dead(row: Json) -> str | None:
@@ -56,6 +66,11 @@ def sae_name(row: Json) -> str:
     return f"{row['number']} {row['variant']}" + ("" if form == SHIPPED else f" ({form} form)")
 
 
+def best_at_their_l0(site: Json) -> set[str]:
+    """Return the folders of the SAEs that have the lowest CE increase of all that share their L0."""
+    return {group["best"] for group in site.get("verdict", []) if group["next"] is not None}
+
+
 def pareto_names(row: Json) -> str | None:
     """Return the costs in which no other SAE of the table is better at its L0."""
     names = {"nmse": "NMSE", "ce_increase": "CE"}
@@ -73,36 +88,54 @@ SPLICE = (
         "NMSE",
         4,
         "sum ||x - x̂||² / sum ||x - mean x||² over the set, in the model's units (FVU); EV = 1 - NMSE.",
+        "lower",
     ),
-    metric("ce_spliced", "CE", 4, _CE),
-    metric("ce_increase", "CE increase", 4, "CE spliced - CE clean."),
+    metric("ce_spliced", "CE", 4, _CE, "lower"),
+    metric("ce_increase", "CE increase", 4, "CE spliced - CE clean.", "lower"),
     metric(
         "recovered_zero",
         "recovered zero",
         4,
         "(CE zero - CE spliced) / (CE zero - CE clean), of pooled means; recovered mean: likewise.",
+        "higher",
     ),
-    metric("recovered_mean", "recovered mean", 4),
+    metric("recovered_mean", "recovered mean", 4, "", "higher"),
     metric(
-        "kl", "KL", 4, "KL(clean || spliced) of the next-token distributions, in nats, mean over the predicted tokens."
+        "kl",
+        "KL",
+        4,
+        "KL(clean || spliced) of the next-token distributions, in nats, mean over the predicted tokens.",
+        "lower",
     ),
 )
 PARETO = Column("pareto", "Pareto", 0, _PARETO, pareto_names)
+EQUAL_L0 = Column(
+    "at_equal_l0",
+    "CE at equal L0",
+    3,
+    "CE increase over what the line through the site's SAEs (log CE increase against log L0) has at the SAE's own L0,"
+    " less 1, with its 95% interval (bootstrap over documents): below 0 is better than the sweep as a whole.",
+    lambda row: row.get("at_equal_l0"),
+    "lower",
+)
+"""Where the L0 of a site's SAEs differ, so that their CE alone ranks nothing."""
 DETAIL = (
-    metric("ev", "EV", 4),
+    metric("ev", "EV", 4, "", "higher"),
     metric(
         "nmse_token",
         "NMSE token",
         4,
         "the same with each token's entries brought to mean 0 and standard deviation 1, x̂ by x's map.",
+        "lower",
     ),
     metric(
         "nmse_btk",
         "NMSE btk",
         4,
         "mean squared error over tokens and entries in that space, not divided by a variance.",
+        "lower",
     ),
-    metric("cosine", "cosine", 4, "mean cosine of x and x̂."),
+    metric("cosine", "cosine", 4, "mean cosine of x and x̂.", "higher"),
     metric(
         "gamma",
         "gamma",
@@ -117,8 +150,9 @@ DETAIL = (
         0,
         "latents that fire on none of the held-out tokens scored.",
         lambda row: row["l0"]["silent"],
+        "lower",
     ),
-    Column("dead", "dead", 0, _DEAD, _dead),
+    Column("dead", "dead", 0, _DEAD, _dead, "lower"),
     Column(
         "storage_share",
         "storage share",
@@ -153,11 +187,16 @@ BY_KEY = {column.key: column for column in (*SPLICE, *DETAIL, *OF_SITE)}
 def _definitions() -> dict[str, str]:
     """Return the legend in the order in which it is read."""
     defined = {column.heading: column.definition for column in (*SPLICE, *DETAIL) if column.definition}
-    named = {"SAE": "variant; the number is the row of the sizes table below, which names the folder."}
+    named = {
+        "SAE": "variant; the number is the row of the sizes table below, which names the folder.",
+        STAR: "the lowest CE increase of the SAEs whose L0 are within 5% of each other.",
+        "↓, ↑": "lower, or higher, is better.",
+    }
     order = ("L0", "L0 sd", "NMSE", "NMSE token", "NMSE btk", "cosine", "gamma", "CE", "CE increase")
     named |= {heading: defined[heading] for heading in (*order, "recovered zero", "KL")}
     named |= {
         "Pareto": PARETO.definition,
+        EQUAL_L0.heading: EQUAL_L0.definition,
         "Δ": "difference from the baseline on the same text, with its 95% interval (paired bootstrap over documents),"
         " in bold where the interval leaves 0 out.",
     }

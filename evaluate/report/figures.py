@@ -13,8 +13,8 @@ import plotly.graph_objects as go
 from data.base.records import Json
 from evaluate.report import series
 from evaluate.report.columns import sae_name, sparsity_setting
+from evaluate.report.digits import measured, plain
 from evaluate.report.series import OTHER, STYLES, families, is_wide
-from evaluate.report.tables import figure
 
 SYMBOLS = {"o": "circle", "s": "square", "^": "triangle-up", "D": "diamond", "v": "triangle-down", "P": "cross"}
 CURVES = {"nmse": "NMSE of the batch", "l0": "L0 of the batch", "dead": "dead latents", "lr": "learning rate"}
@@ -56,8 +56,8 @@ def hover(row: Json, metric: str, label: str) -> str:
     lines = [f"<b>{sae_name(row)}</b> {sparsity_setting(row['settings'])}, {row['width']:,} latents"]
     for name, words in (("l0", "L0"), (metric, label)):
         entry = row["metrics"][name]
-        error = "" if entry["se"] is None else f" ± {figure(entry['se'], 2)}"
-        lines.append(f"{words} {figure(entry['value'])}{error}")
+        value, error = measured(entry["value"], entry["se"])
+        lines.append(f"{words} {value} ± {error}" if error else f"{words} {value}")
     return "<br>".join([*lines, row["folder"].replace("&", "&amp;").replace("<", "&lt;")])
 
 
@@ -103,7 +103,7 @@ def lines(rows: list[Json]) -> Iterator[tuple[Json, Json]]:
     """
     for label, variant, own in families(rows):
         for row, opacity in zip(own, np.linspace(0.45 if len(own) > 1 else 1, 1, len(own)), strict=True):
-            name = f"{sae_name(row)}, L0 {figure(row['metrics']['l0']['value'])}"
+            name = f"{sae_name(row)}, L0 {plain(row['metrics']['l0']['value'], 3)}"
             look = {"line": {"color": style(variant)[0], "width": 1.6}, "opacity": float(opacity), "mode": "lines"}
             if len(rows) > PAGE_LEGEND:
                 look |= {"legendgroup": label, "showlegend": row is own[-1]}

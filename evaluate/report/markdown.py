@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from data.base.files import write_atomic
@@ -17,15 +17,21 @@ from evaluate.report.columns import (
     DEFINITIONS,
     DELTAS,
     DETAIL,
+    EQUAL_L0,
     OF_SITE,
     PARETO,
     SIZES,
     SPLICE,
+    STAR,
     Column,
+    best_at_their_l0,
     few_documents,
     massive_rows,
     sae_name,
 )
+from evaluate.report.digits import measured, with_interval
+from evaluate.report.sweep import sweep_columns
+from evaluate.report.verdict import verdict_sentences
 
 
 def write_markdown(report: Json, out: Path) -> Path:
@@ -60,16 +66,13 @@ def format_number(value: float | None, digits: int = 3) -> str:
     return f"{value:.{digits}f}" if value == 0 or abs(value) >= 10**-digits else f"{value:.1e}"
 
 
-def with_error(row: Json, metric: str, digits: int = 3) -> str:
-    """Format `value ± standard error` of a metric of an SAE."""
-    return statistic(row["metrics"][metric], digits)
-
-
 def statistic(entry: Json, digits: int = 3) -> str:
-    """Format `value ± standard error`."""
-    if entry["value"] is None or entry["se"] is None:
+    """Format `value ± standard error`, or `value [low, high]`, with digits that agree with the error."""
+    if entry["value"] is not None and entry.get("low") is not None:
+        return " ".join(with_interval(entry["value"], entry["low"], entry["high"]))
+    if entry["value"] is None or not entry["se"]:
         return format_number(entry["value"], digits)
-    return f"{format_number(entry['value'], digits)} ± {format_number(entry['se'], digits)}"
+    return " ± ".join(measured(entry["value"], entry["se"]))
 
 
 def table(heads: list[str], rows: list[list[str]]) -> str:
@@ -82,16 +85,22 @@ def column_cell(row: Json, column: Column, *, error: bool = True) -> str:
     """Format a column's value of an SAE, with its standard error where it has one and `error`."""
     value = column.read(row)
     if isinstance(value, dict):
-        return with_error(row, column.key, column.digits) if error else format_number(value["value"], column.digits)
+        return statistic(value, column.digits) if error else format_number(value["value"], column.digits)
     if value is None or isinstance(value, float):
         return format_number(value, column.digits)
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
-def sae_table(rows: list[Json], columns: Sequence[Column], *, error: bool = True) -> str:
-    """Write a table of the SAEs of a site."""
-    cells = [[sae_name(row), *(column_cell(row, column, error=error) for column in columns)] for row in rows]
-    return table(["SAE", *(column.heading for column in columns)], cells)
+def sae_table(
+    rows: list[Json], columns: Sequence[Column], *, error: bool = True, best: Collection[str] = frozenset()
+) -> str:
+    """Write a table of the SAEs of a site; those whose folders are in `best` are marked."""
+    names = [f"**{sae_name(row)}** {STAR}" if row["folder"] in best else sae_name(row) for row in rows]
+    cells = [
+        [name, *(column_cell(row, column, error=error) for column in columns)]
+        for name, row in zip(names, rows, strict=True)
+    ]
+    return table(["SAE", *(column.titled for column in columns)], cells)
 
 
 def _delta(row: Json, metric: str, digits: int) -> str:
@@ -99,7 +108,7 @@ def _delta(row: Json, metric: str, digits: int) -> str:
     entry = row["delta"][metric]
     if entry["low"] is None:
         return format_number(entry["value"], digits)
-    text = f"{entry['value']:+.{digits}f} [{entry['low']:+.{digits}f}, {entry['high']:+.{digits}f}]"
+    text = " ".join(with_interval(entry["value"], entry["low"], entry["high"], signed=True))
     return f"**{text}**" if entry["low"] > 0 or entry["high"] < 0 else text
 
 
@@ -155,11 +164,13 @@ def _site_lines(site: Json) -> list[str]:
 
 def _site_section(site: Json) -> str:
     rows = site["saes"]
+    equal_l0 = [EQUAL_L0] if any(EQUAL_L0.read(row) is not None for row in rows) else []
     figures = "\n\n".join(f"![{Path(plot).stem}]({plot})" for plot in site["plots"])
     parts = [
         f"## {site['site']} of {site['model']}",
         "\n".join(_site_lines(site)),
-        sae_table(rows, [*SPLICE, PARETO]),
+        "\n\n".join(f"**{sentence}**" for sentence in verdict_sentences(site)),
+        sae_table(rows, [*sweep_columns(rows), *SPLICE, *equal_l0, PARETO], best=best_at_their_l0(site)),
         *_all_rows(rows),
         *_comparison(site),
         *(feature_section(site["gao"], table) if "gao" in site else []),
@@ -170,6 +181,10 @@ def _site_section(site: Json) -> str:
     return "\n\n".join(parts)
 
 
+def _made(report: Json) -> str:
+    return f"Made {report['made'][:16].replace('T', ' ')} UTC. " if "made" in report else ""
+
+
 def markdown(report: Json) -> str:
     """Write the whole report as Markdown."""
     settings = report["settings"]
@@ -178,6 +193,7 @@ def markdown(report: Json) -> str:
         form = "**with BatchTopK and Matryoshka SAEs in their training form (`form=batch`), not their inference form**"
     head = (
         "# Evaluation\n\n"
+        f"{_made(report)}"
         f"Every number is measured on held-out documents, {form}."
         " ± is one standard error"
         f" (paired bootstrap over documents, {settings['bootstrap']:,} samples, seed {settings['seed']})."

@@ -11,9 +11,10 @@ from omegaconf import OmegaConf
 
 from data.base.files import write_atomic
 from data.base.records import Json
-from evaluate.report.columns import DEFINITIONS, OF_SITE, few_documents, massive_rows, sae_name
+from evaluate.report.columns import DEFINITIONS, OF_SITE, STAR, best_at_their_l0, few_documents, massive_rows, sae_name
 from evaluate.report.render import asset, render, script_hash
 from evaluate.report.tables import Table, cell, heading, is_plain, sae_tables, site_tables
+from evaluate.report.verdict import verdict_sentences
 
 # Of a site: what the page says in its own words.
 IN_WORDS = {
@@ -27,6 +28,7 @@ IN_WORDS = {
     "split",
     "storage",
     "massive",
+    "verdict",
 }
 
 
@@ -45,6 +47,8 @@ def write_page(
     page = render(
         "report.html",
         sites=[site_section(site, config, identities[site["fingerprint"]], features) for site in report["sites"]],
+        made=report.get("made", "")[:16].replace("T", " "),
+        star=STAR,
         definitions=DEFINITIONS,
         settings=report["settings"],
         config=OmegaConf.to_yaml(OmegaConf.create(dict(config))),
@@ -71,12 +75,13 @@ def site_section(site: Json, config: Mapping[str, Any], identity: Json, features
     facts = {
         name: value for name, value in site.items() if name not in IN_WORDS and is_plain(value) and value is not None
     }
-    tables: list[Table] = [*sae_tables(rows), *site_tables(site, IN_WORDS)]
+    tables: list[Table] = [*sae_tables(rows, best_at_their_l0(site)), *site_tables(site, IN_WORDS)]
     return {
         "title": f"{site['site']} of {site['model']}",
         "model": site["model"],
         "site": site,
         "facts": {heading(name): cell(value).text for name, value in facts.items()},
+        "verdict": verdict_sentences(site),
         "tables": tables,
         "warnings": [sentence for sentence in (few_documents(site), *massive_rows(site)) if sentence],
         "figures": [(title, figure) for title, figure in made.items() if figure],

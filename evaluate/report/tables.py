@@ -2,38 +2,76 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from data.base.records import Json
-from evaluate.report.columns import BY_KEY, OF_SITE, SHIPPED, SPLICE, sae_name, sparsity_setting
+from evaluate.report.columns import (
+    ARROWS,
+    BY_KEY,
+    DEFINITIONS,
+    EQUAL_L0,
+    OF_SITE,
+    PARETO,
+    SHIPPED,
+    SPLICE,
+    sae_name,
+    sparsity_setting,
+)
+from evaluate.report.digits import measured, plain, with_interval
+from evaluate.report.series import OTHER, STYLES
+from evaluate.report.sweep import sweep_columns
 
 FIRST = tuple(column.key for column in SPLICE)  # the metrics of the first table
 SITE = tuple(column.key for column in OF_SITE)
-HEADINGS = {column.key: column.heading for column in BY_KEY.values()} | {"asked": "asked"}
+HEADINGS = {column.key: column.heading for column in (*BY_KEY.values(), EQUAL_L0, PARETO)} | {"asked": "asked"}
+BETTER = {column.heading: column.better for column in (*BY_KEY.values(), EQUAL_L0)}
 TITLES = {
     "delta": "Differences from the baseline, with their intervals",
     "gao": "Feature metrics (Gao et al.)",
     "all_rows": "Over all rows, the massive ones among them",
 }
 # Of an SAE's row: what tables and figures already show.
-SHOWN = {"number", "variant", "metrics", "l0", "settings", "training", "storage_share"}
+SHOWN = {"number", "variant", "metrics", "l0", "settings", "training", "storage_share", "pareto", EQUAL_L0.key}
+# The markers of the plots, as text.
+SIGNS = {"o": "●", "s": "■", "^": "▲", "D": "◆", "v": "▼", "P": "✚", "X": "✖"}
+BLACK = "#000000"  # would not be seen on a dark page, which the text's own colour is
 
 
 @dataclass(frozen=True)
 class Cell:
-    """What stands in a table; `key` is what it is sorted by."""
+    """What stands in a table; `key` is what it is sorted by.
+
+    sign, colour: the marker of an SAE in the plots. best: whether it names the best SAE at its L0.
+    """
 
     text: str
     error: str = ""
     key: float | str = ""
+    sign: str = ""
+    colour: str = ""
+    best: bool = False
+
+
+@dataclass(frozen=True)
+class Head:
+    """The heading of a column, what it means, and whether lower or higher values are better."""
+
+    text: str
+    definition: str = ""
+    better: str = ""
+
+    @property
+    def arrow(self) -> str:
+        """Return the arrow to the better values."""
+        return ARROWS.get(self.better, "")
 
 
 @dataclass(frozen=True)
 class Table:
     title: str
-    heads: list[str]
+    heads: list[Head]
     rows: list[list[Cell]]
 
 
@@ -41,11 +79,21 @@ def heading(name: str) -> str:
     return HEADINGS.get(name, name.replace("_", " "))
 
 
-def figure(value: float, digits: int = 4) -> str:
-    """Format so many significant digits, trailing zeros kept, as a plain number where that is short."""
-    if value and not 1e-4 <= abs(value) < 1e6:
-        return f"{value:.{digits - 1}e}"
-    return f"{value:,.0f}" if abs(value) >= 10**digits else f"{value:#.{digits}g}".removesuffix(".")
+def head(text: str) -> Head:
+    """Return the heading of a column with what is known of it."""
+    return Head(text, DEFINITIONS.get(text, ""), BETTER.get(text, ""))
+
+
+def sae_cell(row: Json, best: Collection[str] = frozenset()) -> Cell:
+    """Name an SAE, with its marker in the plots."""
+    colour, marker = STYLES.get(row["variant"], OTHER)
+    return Cell(
+        sae_name(row),
+        key=float(row["number"]),
+        sign=SIGNS.get(marker, "✖"),
+        colour="" if colour == BLACK else colour,
+        best=row["folder"] in best,
+    )
 
 
 def is_entry(value: Any) -> bool:
@@ -64,32 +112,36 @@ def is_words(value: Any) -> bool:
 def cell(value: Any) -> Cell:
     """Format a value; one that is not known is a dash and sorts last."""
     if is_entry(value):
-        inner, error = cell(value["value"]), ""
+        if value["value"] is None:
+            return cell(None)
         if value.get("low") is not None:
-            error = f"[{figure(value['low'], 3)}, {figure(value['high'], 3)}]"
-        elif value.get("se") is not None:
-            error = f"± {figure(value['se'], 2)}"
-        return Cell(inner.text, error, inner.key)
+            text, error = with_interval(value["value"], value["low"], value["high"])
+            return Cell(text, error, float(value["value"]))
+        text, error = measured(value["value"], value.get("se"))
+        return Cell(text, f"± {error}" if error else "", float(value["value"]))
     if value is None or value == []:
         return Cell("–", key=float("inf"))
     if isinstance(value, list):
         return cell(", ".join(map(heading, value)))
     if isinstance(value, str | bool):
         return Cell(str(value), key=str(value))
-    return Cell(f"{value:,}" if isinstance(value, int) else figure(value), key=float(value))
+    return Cell(f"{value:,}" if isinstance(value, int) else plain(value), key=float(value))
 
 
-def rows_table(title: str, rows: Sequence[Json], parts: Sequence[Json]) -> Table | None:
-    """Make a table, a line an SAE, of what `parts` hold of each, columns in the order met;
-    None where there are none."""
+def rows_table(
+    title: str, rows: Sequence[Json], parts: Sequence[Json], best: Collection[str] = frozenset()
+) -> Table | None:
+    """Make a table, a line an SAE, of what `parts` hold of each, columns in the order met; None where there are none.
+
+    The SAEs whose folders are in `best` are marked.
+    """
     names = list(dict.fromkeys(name for part in parts for name, value in part.items() if is_plain(value)))
     if not names:
         return None
     lines = [
-        [Cell(sae_name(row), key=float(row["number"])), *(cell(part.get(name)) for name in names)]
-        for row, part in zip(rows, parts, strict=True)
+        [sae_cell(row, best), *(cell(part.get(name)) for name in names)] for row, part in zip(rows, parts, strict=True)
     ]
-    return Table(title, ["SAE", *map(heading, names)], lines)
+    return Table(title, [head("SAE"), *(head(heading(name)) for name in names)], lines)
 
 
 def in_key_order(part: Any, first: Sequence[str], without: Sequence[str] = ()) -> Json:
@@ -100,10 +152,16 @@ def in_key_order(part: Any, first: Sequence[str], without: Sequence[str] = ()) -
     return {name: part[name] for name in first or part if name in part and name not in without}
 
 
-def sae_tables(rows: Sequence[Json]) -> list[Table]:
-    """Give the tables of the SAEs of a site."""
-    metrics = [row["metrics"] for row in rows]
-    first = [in_key_order(part, FIRST) for part in metrics]
+def sae_tables(rows: Sequence[Json], best: Collection[str] = frozenset()) -> list[Table]:
+    """Give the tables of the SAEs of a site; those whose folders are in `best` are marked."""
+    swept = sweep_columns(rows)
+    first = [
+        {column.heading: column.read(row) for column in swept}
+        | in_key_order(row["metrics"], FIRST)
+        | ({EQUAL_L0.key: row[EQUAL_L0.key]} if EQUAL_L0.key in row else {})
+        | {PARETO.key: PARETO.read(row) if "pareto" in row else None}
+        for row in rows
+    ]
     detail = [
         {name: value for name, value in row["metrics"].items() if name not in (*FIRST, *SITE)}
         | {"L0 sd": row["l0"]["std"], "silent": row["l0"]["silent"], "dead": row["training"].get("dead")}
@@ -125,7 +183,7 @@ def sae_tables(rows: Sequence[Json]) -> list[Table]:
     others = [(name, [in_key_order(row.get(name), (), SITE) for row in rows]) for name in more]
     titled = [("What the splice costs", first), ("Reconstruction and firing", detail), ("The SAEs", sizes)]
     titled += [(title_of(name), parts) for name, parts in others]
-    return [table for title, parts in titled if (table := rows_table(title, rows, parts))]
+    return [table for title, parts in titled if (table := rows_table(title, rows, parts, best))]
 
 
 def title_of(*names: str) -> str:
@@ -146,7 +204,7 @@ def plain_table(title: str, lines: Iterable[Json]) -> Table | None:
     ]
     names = list(dict.fromkeys(name for line in flat for name in line))
     rows = [[cell(line.get(name)) for name in names] for line in flat]
-    return Table(title, [heading(name) for name in names], rows) if names and rows else None
+    return Table(title, [head(heading(name)) for name in names], rows) if names and rows else None
 
 
 def inner(key: str, part: Json) -> list[tuple[str, Any]]:

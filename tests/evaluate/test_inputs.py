@@ -47,7 +47,7 @@ def test_own_text_is_what_is_scored(
     config = config_of(harvested, tmp_path, a_text(tmp_path / "own.jsonl", 5))
     text = open_text(harvested["store"], config)
     assert len(text.packed.names) == 8
-    path = evaluate(config)
+    path = evaluate(config).path
     (site,) = json.loads((path.parent / "report.json").read_text())["sites"]
     assert site["text"]["documents"] == 12 and site["documents"] == 8 and site["split"] == "own text"
     from harvest.hooks import Site, run_to

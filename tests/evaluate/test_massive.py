@@ -58,7 +58,7 @@ def scored(sunk: dict[str, Any], tmp_path: Path) -> Callable[..., tuple[dict[str
 
     def run(**settings: Any) -> tuple[dict[str, Any], str]:
         own = {"saes": str(tmp_path / "saes"), "cache": sunk["config"]["cache"], "out": str(tmp_path / "out")}
-        path = evaluate(stage_config("evaluate", **own, tokens=250, bootstrap=20, device="cpu", **settings))
+        path = evaluate(stage_config("evaluate", **own, tokens=250, bootstrap=20, device="cpu", **settings)).path
         (site,) = json.loads((path.parent / "report.json").read_text())["sites"]
         return site, path.read_text()
 

@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from evaluate.metrics import SetSums, deltas, statistics, totals
-from evaluate.pareto import best_at_equal_l0, compare, excess_at_equal_l0, front
+from evaluate.pareto import add_excess, best_at_equal_l0, compare, excess_at_equal_l0, front, verdict
+from train.sae.metrics import one_l0_groups
 
 NAMES = [
     *("tokens", "predicted", "error", "deviation", "error_token", "deviation_token", "error_btk", "l0", "cosine"),
@@ -102,3 +103,58 @@ def test_unknown_values_are_on_no_front() -> None:
     compare(rows, [], None, 10, 0)
     assert [row["pareto"] for row in rows] == [["nmse"], ["nmse"], []]
     assert "delta" not in rows[0]
+
+
+def rows_of(*points: tuple[float, float]) -> list[dict[str, Any]]:
+    """Rows of a report by (L0, CE increase)."""
+    return [
+        {"folder": str(i), "metrics": {"l0": {"value": l0}, "ce_increase": {"value": cost}}}
+        for i, (l0, cost) in enumerate(points)
+    ]
+
+
+def test_the_verdict_ranks_saes_of_one_l0_alone() -> None:
+    rows = rows_of((32.0, 0.3), (33.0, 0.1), (64.0, 0.01), (31.9, 0.2))
+    base = some(20, 0)
+    sums = [SetSums(own, own) for own in (base | {"spliced": base["spliced"] + row["metrics"]["l0"]["value"]}
+                                          for row in rows)]  # fmt: skip
+    first, second = verdict(rows, sums, samples=50, seed=0)
+    assert first["l0"] == [31.9, 33.0] and first["saes"] == ["1", "3", "0"]
+    assert (first["best"], first["next"]) == ("1", "3")
+    assert first["difference"] == deltas(sums[3], sums[1], samples=50, seed=0)["ce_increase"]
+    assert (second["saes"], second["next"], second["difference"]) == (["2"], None, None)
+    rows[2]["metrics"]["ce_increase"]["value"] = None
+    assert len(verdict(rows, sums, samples=50, seed=0)) == 1
+
+
+def test_groups_of_one_l0_begin_with_the_sparsest() -> None:
+    assert one_l0_groups([10.0, 10.4, 10.8, 5.0]) == [[3], [0, 1], [2]]
+    assert one_l0_groups([]) == []
+
+
+def test_excess_ce_is_of_the_saes_own_l0() -> None:
+    """CE increase = 1 / L0 for all, but the second has a tenth more than that."""
+    base = some(30, 0) | {"clean": np.zeros(30)}
+    base["predicted"] = base["tokens"]
+    l0 = [4.0, 8.0, 16.0, 32.0]
+    cost = [1 / 4, 1.1 / 8, 1 / 16, 1 / 32]
+    sums = []
+    for x, y in zip(l0, cost, strict=True):
+        own = base | {"l0": x * base["tokens"], "spliced": y * base["predicted"]}
+        sums.append(SetSums(own, own))
+    rows = rows_of(*zip(l0, cost, strict=True))
+    add_excess(rows, sums, samples=20, seed=0)
+    shares = [row["at_equal_l0"] for row in rows]
+    line = [float(np.log(y)) for y in cost]
+    slope, at_0 = np.polyfit(np.log(l0), line, 1)
+    expected = [np.exp(y - slope * np.log(x) - at_0) - 1 for x, y in zip(l0, line, strict=True)]
+    assert [share["value"] for share in shares] == pytest.approx(expected)
+    assert max(range(4), key=lambda i: shares[i]["value"]) == 1
+
+
+def test_excess_ce_is_left_out_where_l0_says_nothing() -> None:
+    alike = rows_of((32.0, 0.3), (33.0, 0.1), (32.5, 0.2))
+    two = rows_of((8.0, 0.3), (33.0, 0.1))
+    for rows in (alike, two):
+        add_excess(rows, [], samples=20, seed=0)
+        assert not any("at_equal_l0" in row for row in rows)

@@ -51,7 +51,7 @@ def config(harvested: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
 
 
 def results(config: dict[str, Any]) -> dict[str, Any]:
-    path = evaluate(config)
+    path = evaluate(config).path
     found: dict[str, Any] = json.loads((path.parent / "report.json").read_text())
     return found
 

@@ -67,9 +67,10 @@ CASES = [
 ]
 
 
-def perturbed(case: Case, centred: bool) -> SAE:
+def perturbed(case: Case, centred: bool, **transcoder: Any) -> SAE:
     """In float64, with nothing at a special value: biases, rows that are not unit, Vx = 2.5, E||x'||^2 = 4."""
-    sae = VARIANTS[case.name](8, 24, input_norm="none", apply_b_dec_to_input=centred, **case.settings).double()
+    settings = {"input_norm": "none", "apply_b_dec_to_input": centred, **case.settings, **transcoder}
+    sae = VARIANTS[case.name](8, 24, **settings).double()
     noise = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for name, parameter in sae.named_parameters():
@@ -78,13 +79,15 @@ def perturbed(case: Case, centred: bool) -> SAE:
                 parameter.abs_()
         sae.variance.fill_(2.5)
         sae.mean_sq.fill_(4.0)
+        if sae.transcodes:
+            sae.centre.copy_(0.3 * torch.randn(8, generator=noise, dtype=torch.float64))
         if isinstance(sae, BatchTopKBase):
             sae.threshold.fill_(0.75)
     return sae
 
 
-def tokens() -> Tensor:
-    return torch.randn(12, 8, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+def tokens(width: int = 8, seed: int = 3) -> Tensor:
+    return torch.randn(12, width, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def as_formula(parts: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

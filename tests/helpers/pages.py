@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from evaluate.features.collect import Collector
-from evaluate.features.pages import Latents, Words, write_pages
+from evaluate.features.pages import Latents, OtherSAE, Words, write_pages
 from harvest.packing import PackedTokens
 
 HOSTILE = [
@@ -35,7 +35,7 @@ class Tokenizer:
         return "▁" if token == 1 else "x"
 
 
-def a_page(out: Path, width: int = 5) -> tuple[Latents, Path]:
+def a_page(out: Path, width: int = 5, other: OtherSAE | None = None) -> tuple[Latents, Path]:
     """Pages of random latents over a text of hostile tokens in a hostile document; latent 0 is silent."""
     g = torch.Generator().manual_seed(0)
     f = torch.randn(6, 8, width, generator=g).relu()
@@ -49,7 +49,8 @@ def a_page(out: Path, width: int = 5) -> tuple[Latents, Path]:
     ids = torch.arange(width * 3).reshape(width, 3).numpy() % len(HOSTILE)
     ends = (ids, torch.randn(width, 3, generator=g).numpy())
     near = (np.array([[(i + 1) % width] for i in range(width)]), np.full((width, 1), 0.5, np.float32))
-    latents = Latents(found, packed, Words(Tokenizer()), near, ends, ends, (0.9, 0.5), 2)
+    together = found.together.neighbours(3)
+    latents = Latents(found, packed, Words(Tokenizer()), near, ends, ends, (0.9, 0.5), 2, together, other)
     about = {
         **{"variant": HOSTILE[0], "width": width, "site": HOSTILE[1], "model": HOSTILE[2], "store": "s"},
         **{
@@ -61,13 +62,13 @@ def a_page(out: Path, width: int = 5) -> tuple[Latents, Path]:
             "contexts": 6,
             "silent": 1,
         },
-        **{"sample": 4, "seed": 0, "logits": True, "settings": {"a": HOSTILE[2]}},
+        **{"sample": 4, "seed": 0, "logits": True, "together": 0.5, "report": None, "settings": {"a": HOSTILE[2]}},
     }
     return latents, write_pages(latents, about, out, lambda count: None)
 
 
 def called(path: Path) -> Any:
     """The arguments of the one call that a data script is."""
-    match = re.fullmatch(r"thresher\.(?:index|piece)\((.*)\);\n", path.read_text(encoding="utf-8"))
+    match = re.fullmatch(r"thresher\.(?:index|piece|text|labels)\((.*)\);\n", path.read_text(encoding="utf-8"))
     assert match
     return json.loads(f"[{match[1]}]")

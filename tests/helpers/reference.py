@@ -1,12 +1,14 @@
 """Every loss and every gradient from its formula, in numpy and float64, by hand: no autograd, nothing of the package.
 
-x [B, D] is normalised input, v = Vx. p maps parameter names to arrays.
+x [B, D] is normalised input, v = Vx. p maps parameter names to arrays. Of a transcoder y [B, E] is what it predicts and
+centre [D] what its encoder subtracts; W_skip in p is its skip.
 Each function returns the loss and the gradients by name.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,9 +36,21 @@ def of_batch(z: Array, k: int) -> NDArray[np.bool_]:
 class Pass:
     """One forward and backward pass: terms are added, then the chain rule runs back from z to the encoder."""
 
-    def __init__(self, x: Array, p: Parameters, v: float, centred: bool, bias: str = "b_enc") -> None:
+    def __init__(
+        self,
+        x: Array,
+        p: Parameters,
+        v: float,
+        centred: bool,
+        bias: str = "b_enc",
+        y: Array | None = None,
+        centre: Array | None = None,
+    ) -> None:
+        assert (y is None) == (centre is None) and not (centred and y is not None)
         self.x, self.p, self.v, self.centred, self.bias = x, p, v, centred, bias
-        self.xc = x - p["b_dec"] if centred else x
+        self.y = x if y is None else y
+        self.xc = x - p["b_dec"] if centred else x if centre is None else x - centre
+        self.beside = p["b_dec"] + (self.xc @ p["W_skip"] if "W_skip" in p else 0.0)
         self.h = self.xc @ p["W_enc"]
         self.z = self.h + p[bias]
         self.dz = np.zeros_like(self.z)
@@ -44,21 +58,23 @@ class Pass:
         self.loss = 0.0
 
     def squared(self, f: Array, *, weight: float = 1.0, latents: int | None = None) -> Array:
-        """Adds weight * E||x - (f W_dec + b_dec)||^2 / v over the first `latents`; returns d/df (zero beyond them)."""
+        """Adds weight * E||y - (f W_dec + b_dec + xc W_skip)||^2 / v over the first `latents`: d/df."""
         used = np.array(f)
         used[:, slice(latents, None) if latents else slice(0, 0)] = 0
-        error = used @ self.p["W_dec"] + self.p["b_dec"] - self.x
+        error = used @ self.p["W_dec"] + self.beside - self.y
         self.loss += weight * np.sum(error**2) / (len(self.x) * self.v)
         g = weight * 2 * error / (len(self.x) * self.v)
         self.grads["W_dec"] += used.T @ g
         self.grads["b_dec"] += g.sum(0)
+        if "W_skip" in self.p:
+            self.grads["W_skip"] += self.xc.T @ g
         df = g @ self.p["W_dec"].T
         if latents:
             df[:, latents:] = 0
         return df
 
     def residual(self, f: Array) -> Array:
-        return self.x - f @ self.p["W_dec"] - self.p["b_dec"]
+        return self.y - f @ self.p["W_dec"] - self.beside
 
     def auxk(
         self,
@@ -72,7 +88,7 @@ class Pass:
     ) -> None:
         r = self.residual(f)
         n_dead = int(dead.sum())
-        k = min(k_aux or 2 ** round(np.log2(self.x.shape[1] / 2)), n_dead)
+        k = min(k_aux or 2 ** round(np.log2(self.y.shape[1] / 2)), n_dead)
         if k == 0:
             return
         masked = np.where(dead, self.z, -np.inf)
@@ -95,8 +111,8 @@ class Pass:
         return float(self.loss), self.grads
 
 
-def relu(x: Array, p: Parameters, v: float, centred: bool, *, sparsity: float, form: str) -> Result:
-    run = Pass(x, p, v, centred)
+def relu(x: Array, p: Parameters, v: float, centred: bool, *, sparsity: float, form: str, **transcoder: Any) -> Result:
+    run = Pass(x, p, v, centred, **transcoder)
     f = np.maximum(run.z, 0)
     df = run.squared(f)
     norms = np.linalg.norm(p["W_dec"], axis=1) if form == "april" else np.ones(f.shape[1])
@@ -122,8 +138,9 @@ def topk(
     by_residual: bool = True,
     k_aux: int | None = None,
     multi: bool = False,
+    **transcoder: Any,
 ) -> Result:
-    run = Pass(x, p, v, centred)
+    run = Pass(x, p, v, centred, **transcoder)
     kept = per_token(run.z, k)
     f = np.where(kept, run.z, 0)
     run.dz += run.squared(f) * kept
@@ -148,9 +165,10 @@ def batchtopk(
     by_residual: bool = True,
     k_aux: int | None = None,
     sizes: Sequence[int | None] = (None,),
+    **transcoder: Any,
 ) -> Result:
     """`sizes`: the nested prefixes of Matryoshka; None is the full width."""
-    run = Pass(x, p, v, centred)
+    run = Pass(x, p, v, centred, **transcoder)
     kept = of_batch(run.z, k)
     f = np.where(kept, run.z, 0)
     for size in sizes:
@@ -160,8 +178,8 @@ def batchtopk(
     return run.result()
 
 
-def gated(x: Array, p: Parameters, v: float, centred: bool, *, sparsity: float) -> Result:
-    run = Pass(x, p, v, centred, bias="b_gate")
+def gated(x: Array, p: Parameters, v: float, centred: bool, *, sparsity: float, **transcoder: Any) -> Result:
+    run = Pass(x, p, v, centred, bias="b_gate", **transcoder)
     pi, scale = run.z, np.exp(p["r_mag"])
     mag = run.h * scale + p["b_mag"]
     df = run.squared(np.where((pi > 0) & (mag > 0), mag, 0))
@@ -172,7 +190,7 @@ def gated(x: Array, p: Parameters, v: float, centred: bool, *, sparsity: float) 
     gate = np.maximum(pi, 0)
     weight = sparsity / (len(x) * np.sqrt(v))
     run.loss += weight * gate.sum()
-    error = gate @ p["W_dec"] + p["b_dec"] - x  # the decoder is detached here
+    error = gate @ p["W_dec"] + run.beside - run.y  # the decoder is detached here
     run.loss += np.sum(error**2) / (len(x) * v)
     run.dz += (weight + 2 * error / (len(x) * v) @ p["W_dec"].T) * (pi > 0)
     run.grads["W_enc"] += run.xc.T @ through_mag
@@ -191,8 +209,9 @@ def jumprelu(
     eps: float,
     target: float | None = None,
     form: str = "log",
+    **transcoder: Any,
 ) -> Result:
-    run = Pass(x, p, v, centred)
+    run = Pass(x, p, v, centred, **transcoder)
     z, theta = run.z, p["theta"]
     open_ = z > theta
     kernel = np.abs((z - theta) / eps) < 0.5

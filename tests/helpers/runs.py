@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from train.plan import DataPlan, make_plan
 from train.resume import LAST
 
 SITE, D = "resid_post.3", 16
+TARGET, E = "mlp_out.3", 12
 ROWS = {TRAIN: 4096, HELDOUT: 1024}
 
 Settings = dict[str, Any]
@@ -79,6 +80,20 @@ def make_store(
             native = from_float32(part) if dtype == "bfloat16" else part
             store.write(split, unit, SITE, native, {"device": "cpu"})
     return store
+
+
+def add_target(store: Store, site: str = TARGET, splits: Sequence[str] = (TRAIN, HELDOUT)) -> None:
+    """Give a store a second site of width E: each row a fixed function of the first site's row at its place."""
+    weights = np.random.default_rng(7).normal(size=(D, E)).astype(np.float32)
+    for split, seed in zip((TRAIN, HELDOUT), (1, 2), strict=True):
+        if split not in splits:
+            continue
+        y = np.maximum(activations(ROWS[split], seed) - 3, 0) @ weights + 5
+        store.require(split, site, E, len(y), FeatureScale.of(y))
+        for unit in range(len(y) // store.layout.unit_rows):
+            part = y[unit * store.layout.unit_rows : (unit + 1) * store.layout.unit_rows]
+            native = from_float32(part) if store.layout.dtype == "bfloat16" else part
+            store.write(split, unit, site, native, {"device": "cpu"})
 
 
 def plan_of(settings: Settings, *args: Any, **kwargs: Any) -> DataPlan:

@@ -10,9 +10,9 @@ from unittest.mock import MagicMock
 
 import pytest
 
+from data.base.clock import clock
 from train.callbacks import Progress
 from train.lit import MultiSAEModule
-from train.messages import clock
 
 
 class Terminal(io.StringIO):

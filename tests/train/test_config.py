@@ -21,6 +21,7 @@ from train.config import (
     scope_of_override,
 )
 from train.interop.config import ExportSettings, ImportSettings
+from train.publish import PublishSettings
 from train.sae import VARIANTS
 
 # Groups of conf/train.yaml's defaults list, in files of their own, and what Hydra reads itself.
@@ -40,6 +41,7 @@ SCHEMAS = {
     "logger/wandb": LoggerSettings,
     "export": ExportSettings,
     "adopt": ImportSettings,
+    "publish": PublishSettings,
 }
 
 

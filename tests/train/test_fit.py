@@ -342,8 +342,8 @@ def test_the_mean_of_the_weights_ships(
 ) -> None:
     plain, after = SAETrainer.training_step, []
 
-    def note(self: SAETrainer, x_BD: Tensor) -> None:
-        plain(self, x_BD)
+    def note(self: SAETrainer, *batch: Any) -> None:
+        plain(self, *batch)
         after.append({name: p.detach().double().clone() for name, p in self.sae.named_parameters()})
 
     monkeypatch.setattr(SAETrainer, "training_step", note)

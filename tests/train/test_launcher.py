@@ -108,7 +108,7 @@ def test_each_equals_its_run_alone_and_the_cache_is_read_once(
     floats: list[torch.Tensor] = []
     with monkeypatch.context() as patch:
         plain = SAETrainer.training_step
-        patch.setattr(SAETrainer, "training_step", lambda self, x_BD: (floats.append(x_BD), plain(self, x_BD)))
+        patch.setattr(SAETrainer, "training_step", lambda self, *batch: (floats.append(batch[0]), plain(self, *batch)))
         train_all(jobs(kinds, *long))
     assert reads == one and len(floats) == 6 * 32 and len({id(x_BD) for x_BD in floats}) == 32
     out = capsys.readouterr()

@@ -80,11 +80,13 @@ def test_refusals(short: Any, overrides: list[str], says: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("extra", ["tensorboard", "wandb"])
-def test_a_missing_logger_names_its_extra(short: Any, extra: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("option", ["logger=tensorboard", "logger=wandb", "optimizer.name=adam8bit"])
+def test_what_is_missing_names_its_extra(short: Any, option: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    setting, extra = option.split("=")
+    asked = short(option)[setting.split(".")[0]]["name"]
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(UserError, match=rf'pip install -e "\.\[{extra}\]"'):
-        check_installed(short(f"logger={extra}")["logger"]["name"])
+    with pytest.raises(UserError, match=rf'{setting}={extra} is not installed: .*pip install -e "\.\[{extra}\]"'):
+        check_installed(asked)
 
 
 def test_counts_may_be_written_as_floats_and_sites_as_transformer_lens_names(short: Any) -> None:

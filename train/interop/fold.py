@@ -20,7 +20,7 @@ def rebuilt(sae: SAE, state: dict[str, Tensor], **settings: Any) -> SAE:
     """Make an SAE of the same class with other settings and this state."""
     new = type(sae)(**sae.settings() | settings)
     new.load_state_dict(state)
-    new.site = sae.site
+    new.site, new.target = sae.site, sae.target
     return new
 
 
@@ -36,7 +36,12 @@ def folded(sae: SAE) -> SAE:
 
     z, f, b_dec, the latents' biases, theta, T are divided by s; W_enc, W_dec and r_mag stay as they are. April's norms
     go from the rows of W_dec to W_enc and b_enc, and with them to f.
+
+    Of a transcoder both norms are folded in and its centre too, which becomes zero: y_hat of model-unit x stays, in
+    the target's model units, with f in them.
     """
+    if sae.transcodes:
+        return _with_free_rows(sae, _folded_transcoder(sae), {"input_norm": "none"})
     state = {name: tensor.clone() for name, tensor in sae.state_dict().items()}
     # x' = s x. z' = (x' - b') W + b' is s times (x - b'/s) W + b'/s, so everything that is added to z or compared with
     # it is divided by s and the weights stay: f and x_hat come out in the model's units.
@@ -47,7 +52,39 @@ def folded(sae: SAE) -> SAE:
     for name in ("variance", "mean_sq"):
         state[name] /= s.square()
     state["norm.scale"] = torch.ones_like(s)
-    settings: dict[str, Any] = {"input_norm": "token" if sae.input_norm == "token" else "none"}
+    return _with_free_rows(sae, state, {"input_norm": "token" if sae.input_norm == "token" else "none"})
+
+
+def _folded_transcoder(sae: SAE) -> dict[str, Tensor]:
+    """Give the state of a transcoder that does the same without norms and centre."""
+    state = {name: tensor.clone() for name, tensor in sae.state_dict().items()}
+    # With x' = s x and y' = t y, and every z and f divided by t: z = x (s/t) W + (b - c W) / t, and
+    # y_hat = f W_dec + x (s/t) W_skip + (b_dec - c W_skip) / t, c the centre. In float64, since a threshold may lie
+    # close to z.
+    s, t, centre_D = sae.norm.scale.double(), sae.norm_out.scale.double(), sae.centre.double()
+    moved_F = sae.W_enc_FD.double() @ centre_D
+    for name in sae.bias_names:
+        by_F = moved_F * sae.get_parameter("r_mag").double().exp() if name == "b_mag" else moved_F
+        state[name] = ((state[name].double() - by_F) / t).float()
+    for name in ("theta", "threshold"):
+        if name in state:
+            state[name] /= sae.norm_out.scale
+    state["W_enc_FD"] = (state["W_enc_FD"].double() * (s / t)).float()
+    b_dec_E = state["b_dec"].double()
+    if sae.W_skip is not None:
+        b_dec_E = b_dec_E - centre_D @ sae.W_skip.double()
+        state["W_skip"] = (sae.W_skip.double() * (s / t)).float()
+    state["b_dec"] = (b_dec_E / t).float()
+    for name in ("variance", "mean_sq"):
+        state[name] /= sae.norm_out.scale.square()
+    for name in ("norm.scale", "norm_target.scale"):
+        state[name] = torch.ones_like(state[name])
+    state["centre"] = torch.zeros_like(sae.centre)
+    return state
+
+
+def _with_free_rows(sae: SAE, state: dict[str, Tensor], settings: dict[str, Any]) -> SAE:
+    """Make the SAE of a folded state, the lengths of April's decoder rows moved to its encoder."""
     if isinstance(sae, ReLU):
         settings["form"] = "bricken"
         if not sae.unit_rows and not unit_rows(sae.W_dec):

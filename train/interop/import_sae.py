@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig
-from torch import Tensor
 
 from data.base import cli
 from data.base.errors import UserError
 from data.base.sites import Site
-from data.loading.loader import ActivationLoader
-from data.loading.reader import open_reader
 from data.store.manifest import TRAIN
-from data.store.store import Store
 from train.interop.config import ImportSettings, refuse_full
-from train.plan import origin
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from data.store.store import Store
 
 _ROWS = 32_768  # that token-normalised moments are measured on
 
@@ -27,6 +28,7 @@ def adopt(folder: Path, store: Store, site: str | None, out: Path) -> None:
     only a training that goes on uses, are the store's.
     """
     from train.interop import format_of
+    from train.plan import origin
     from train.sae import save
 
     refuse_full(out)
@@ -50,6 +52,9 @@ def adopt(folder: Path, store: Store, site: str | None, out: Path) -> None:
 
 def _rows(store: Store, site: str) -> Tensor:
     """Read a sample of the training rows, in model units."""
+    from data.loading.loader import ActivationLoader
+    from data.loading.reader import open_reader
+
     reader = open_reader(store, TRAIN, site)
     loader = ActivationLoader(reader, batch=1)
     rows: Tensor = store.decoder(TRAIN, site)(loader.sample(min(_ROWS, int(reader.sizes.sum())))).float()
@@ -64,6 +69,8 @@ def _site(folder: Path, named: str | None) -> str:
 
 def main(config: DictConfig) -> None:
     """Run the command from Hydra's configuration."""
+    from data.store.store import Store
+
     settings = ImportSettings.of(cli.stage_settings(config, "adopt"))
     if not settings.store:
         raise UserError("store is not set: name the folder of the activations that the SAE is to be scored on")

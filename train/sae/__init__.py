@@ -1,15 +1,18 @@
 """Sparse autoencoders in plain torch: `load(folder)` gives one, `sae.encode_decode(x)` f and x_hat."""
 
-from train.sae.base import SAE, StepOutput, TrainContext
+from train.sae.base import SAE, Batch, StepOutput, TrainContext
 from train.sae.io import VARIANTS, load, load_config, save
 from train.sae.parts.auxk import DeadLatents, default_window
+from train.sae.parts.init import StartRows
 from train.sae.parts.threshold import Calibration
 
 __all__ = [
     "SAE",
     "VARIANTS",
+    "Batch",
     "Calibration",
     "DeadLatents",
+    "StartRows",
     "StepOutput",
     "TrainContext",
     "default_window",

@@ -1,23 +1,24 @@
 """What every SAE variant is: parameters, the inference form, a pure loss, and what the training step does around it.
 
-Letters: B tokens in a batch, D model width, F latents, N tokens of a set, d chosen latents; `...` any leading shape.
-x is in model units, x' ("xn") normalised, z pre-activations, f the latents' activations.
+Letters: B tokens in a batch, D model width, E width of what is predicted (D but for a transcoder), F latents, N tokens
+of a set, d chosen latents; `...` any leading shape. x is in model units, x' ("xn") normalised, z pre-activations, f the
+latents' activations, y and y' what a transcoder predicts.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from data.base.errors import UserError
-from train.sae.config import SAEConfig
-from train.sae.parts.init import SAMPLES, directions, geometric_median
+from train.sae.config import SAEConfig, transcoder_settings
+from train.sae.parts.init import SAMPLES, StartRows, directions, finite, fit_norm, geometric_median
 from train.sae.parts.norm import InputNorm
 from train.sae.parts.threshold import L0Calibration
 from train.sae.sparse.codes import Codes
@@ -26,6 +27,13 @@ from train.sae.sparse.rules import Selection
 
 _SCALING_ROWS = 1024  # tokens the first scale of the encoder is measured on
 _WARM = 0.999  # share of the sparsity coefficient from which on the warm-up counts as over
+
+
+class Batch(NamedTuple):
+    """Activations in model units: what an SAE reads, and what a transcoder predicts of the same tokens."""
+
+    x_BD: Float[Tensor, "B D"]
+    target_BE: Float[Tensor, "B E"] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,6 +48,12 @@ class TrainContext:
     """Share of the sparsity coefficient in the warm-up, from 0 to 1; only variants with a coefficient use it."""
     ranks: int = 1
     """Processes of torch's default group, each with as many tokens, that have one batch together."""
+    target_BE: Float[Tensor, "B E"] | None = None
+    """y', what a transcoder is to predict, normalised; None for an SAE, which predicts its input."""
+
+    def target_of(self, xn_BD: Float[Tensor, "B D"]) -> Float[Tensor, "B E"]:
+        """Return what the loss compares x_hat' with."""
+        return xn_BD if self.target_BE is None else self.target_BE
 
     @property
     def warmed_up(self) -> bool:
@@ -61,8 +75,8 @@ class StepOutput:
     """Detached scalars, already weighted where they are terms of the loss; always `nmse` and `l0`."""
     codes: Codes
     """f of the training form, detached."""
-    xn_hat_BD: Float[Tensor, "B D"]
-    """x_hat' of the training form, detached."""
+    xn_hat_BD: Float[Tensor, "B E"]
+    """x_hat' of the training form, detached; of a transcoder y_hat'."""
     min_kept: Float[Tensor, ""] | None = None
     """The smallest z kept of the batch, 0 where fewer than k * B are positive; of BatchTopK and Matryoshka."""
     coefficient: Float[Tensor, ""] | None = None
@@ -95,6 +109,13 @@ class SAE(nn.Module, ABC):
     D, averaged over tokens and divided by Vx; an L1 is divided by sqrt(Vx). So the reconstruction's term reads as an
     NMSE.
 
+    Given `d_out`, it is a transcoder (Dunefsky et al. 2406.11944): x_hat' stands for y', the activations of another
+    site at the same tokens, normalised by `norm_out`. W_dec [F, E] and b_dec [E] belong to them, as do Vx, `mean_sq`
+    and every squared error. In its encoder a constant takes the place of b_dec: z = (x' - centre) W_enc + b_enc with
+    the buffer `centre`, the geometric median of x' at the start; it can be folded into b_enc, but in training keeps a
+    step of W_enc from moving each z by a large mean. With the setting `skip`, y_hat' has (x' - centre) W_skip beside
+    (Paulo et al. 2501.18823), W_skip [D, E] zero at the start.
+
     `encode`, `decode`, `encode_decode` and `forward` are the inference form, in training too: they take any leading
     shape and give no gradient. The trainer's order: `step = loss(norm.normalise(x), context)`, backward,
     `project_gradient_(W_dec)` where `unit_rows`, clipping, the optimizer's step, `renormalise_(W_dec)` where
@@ -110,32 +131,48 @@ class SAE(nn.Module, ABC):
     config: SAEConfig
     variance: Tensor
     mean_sq: Tensor
+    centre: Tensor  # of a transcoder alone
+    W_skip: nn.Parameter | None
 
-    def __init__(self, d_in: int, width: int, **settings: Any) -> None:
+    def __init__(self, d_in: int, width: int, d_out: int | None = None, **settings: Any) -> None:
         """Make an SAE of `width` latents over `d_in` entries; `settings` are those of the variant's `Config`.
 
+        With `d_out` it is a transcoder, which predicts so many entries of another site.
         Raises UserError for settings that do not fit.
         """
         super().__init__()
+        self.transcodes = d_out is not None
+        if self.transcodes:
+            settings = transcoder_settings(settings)
         self.config = self.Config.of({"width": width, **settings})
-        if d_in < 1:
-            raise UserError(f"an SAE over {d_in} entries is impossible: there must be at least 1")
+        if d_in < 1 or (d_out is not None and d_out < 1):
+            raise UserError(f"an SAE from {d_in} to {d_out or d_in} entries is impossible: there must be at least 1")
+        if self.config.skip and not self.transcodes:
+            raise UserError(
+                "sae.skip is a path from a transcoder's input to its target: give target, or sae.skip=false"
+            )
         self.d_in, self.width = d_in, self.config.width
+        self.d_out = d_in if d_out is None else d_out
         self.site: str | None = None  # where the activations are from, once it is known
+        self.record: dict[str, Any] | None = None  # its config.json, where it was loaded from a folder
+        self.target: str | None = None  # of a transcoder, where those are from that it predicts
         self.unit_rows = True
         self.matmul = "float32"  # of the encoder's product in training; bf16: its factors rounded to bfloat16
         self.norm = InputNorm(self.config.input_norm, d_in)
         # Any values will do here, as `initialise` or a state dict sets others; unit rows make an untrained SAE a sane
-        # one.
-        rows_FD = directions(self.width, d_in, seed=0)
-        self.W_enc_FD = nn.Parameter(rows_FD.clone())  # latent by latent, as its gradients come and optimizers walk
-        self.W_dec = nn.Parameter(rows_FD)
-        self.b_dec = nn.Parameter(torch.zeros(d_in))
+        # one. The encoder's lie latent by latent, as its gradients come and optimizers walk.
+        self.W_enc_FD = nn.Parameter(directions(self.width, d_in, seed=0))
+        self.W_dec = nn.Parameter(directions(self.width, self.d_out, seed=0))
+        self.b_dec = nn.Parameter(torch.zeros(self.d_out))
         for name in self.bias_names:
             self.register_parameter(name, nn.Parameter(torch.zeros(self.width)))
         # Buffers, so that they are saved with the weights: a loss can be repeated later from the SAE alone.
         self.register_buffer("variance", torch.ones(()))
-        self.register_buffer("mean_sq", torch.tensor(float(d_in)))
+        self.register_buffer("mean_sq", torch.tensor(float(self.d_out)))
+        if self.transcodes:
+            self.norm_target = InputNorm(self.config.input_norm, self.d_out)
+            self.register_buffer("centre", torch.zeros(d_in))
+        self.W_skip = nn.Parameter(torch.zeros(d_in, self.d_out)) if self.config.skip else None
         # Last, so that a variant may build on all of the above.
         self.add_state()
 
@@ -192,11 +229,17 @@ class SAE(nn.Module, ABC):
 
     def settings(self) -> dict[str, Any]:
         """Give the constructor's arguments as plain JSON: `type(sae)(**sae.settings())` is an SAE of the same form."""
-        return {"d_in": self.d_in, **self.config.model_dump(mode="json")}
+        if self.transcodes:
+            return {"d_in": self.d_in, "d_out": self.d_out, **self.config.model_dump(mode="json")}
+        return {"d_in": self.d_in, **self.config.model_dump(mode="json", exclude={"skip"})}
 
     def extra_repr(self) -> str:
-        site = "" if self.site is None else f", site={self.site}"
-        return f"{self.name}, d={self.d_in}, F={self.width}, {self.config.aim}{site}"
+        places = "".join(
+            f", {name}={place}" for name, place in (("site", self.site), ("target", self.target)) if place is not None
+        )
+        out = f", d_out={self.d_out}" if self.transcodes else ""
+        skip = ", skip" if self.config.skip else ""
+        return f"{self.name}, d={self.d_in}{out}, F={self.width}, {self.config.aim}{skip}{places}"
 
     def __repr__(self) -> str:
         return f"SAE({self.extra_repr()})"
@@ -207,9 +250,26 @@ class SAE(nn.Module, ABC):
         return self.config.input_norm
 
     @property
+    def skip(self) -> bool:
+        """Return whether it has a linear path beside its latents."""
+        return self.config.skip
+
+    @property
     def apply_b_dec_to_input(self) -> bool:
         """Return whether the encoder reads x' - b_dec."""
         return self.config.apply_b_dec_to_input
+
+    @property
+    def norm_out(self) -> InputNorm:
+        """Return the norm of what is predicted: that of the input, but for a transcoder."""
+        return self.norm_target if self.transcodes else self.norm
+
+    @property
+    def encoder_centre(self) -> Float[Tensor, " D"] | None:
+        """Return what the encoder subtracts from x': b_dec, a transcoder's own `centre`, or nothing."""
+        if self.transcodes:
+            return self.centre
+        return self.b_dec if self.apply_b_dec_to_input else None
 
     @property
     def W_enc(self) -> Float[Tensor, "D F"]:
@@ -231,32 +291,36 @@ class SAE(nn.Module, ABC):
         return self.encode_normalised(self.norm.normalise(x_BD)).reshape(*x.shape[:-1], self.width)
 
     @torch.no_grad()
-    def decode(self, f: Float[Tensor, "... F"], x: Float[Tensor, "... D"] | None = None) -> Float[Tensor, "... D"]:
-        """Compute x_hat of activations, in model units.
+    def decode(self, f: Float[Tensor, "... F"], x: Float[Tensor, "... D"] | None = None) -> Float[Tensor, "... E"]:
+        """Compute x_hat of activations, in model units; of a transcoder those of its target.
 
-        `x` is the input that f came from, which input_norm=token needs: it gives each token's mean and spread back.
+        `x` is the input that f came from. input_norm=token needs it, as it gives each token's mean and spread back, and
+        so does a transcoder's skip.
         """
         f_BF = f.reshape(-1, f.shape[-1]).to(self.W_dec.dtype)
         if f.shape[-1] != self.width:
             raise UserError(f"the SAE has {self.width} latents and decode got {f.shape[-1]}: give all of them")
         if x is None and self.input_norm == "token":
             raise UserError("input_norm=token gives each token its own mean and spread back: call decode(f, x)")
-        x_hat_BD = self.decode_normalised(f_BF)
-        x_BD = x_hat_BD if x is None else self._rows(x)
-        return self.norm.denormalise(x_hat_BD, x_BD).reshape(*f.shape[:-1], self.d_in)
+        x_BD = None if x is None else self._rows(x)
+        x_hat_BE = self.decode_normalised(f_BF, None if x_BD is None else self.norm.normalise(x_BD))
+        x_hat_BE = self.norm_out.denormalise(x_hat_BE, x_hat_BE if x_BD is None else x_BD)
+        return x_hat_BE.reshape(*f.shape[:-1], self.d_out)
 
     @torch.no_grad()
-    def encode_decode(self, x: Float[Tensor, "... D"]) -> tuple[Float[Tensor, "... F"], Float[Tensor, "... D"]]:
-        """Compute f and x_hat of model-unit input; x_hat in model units and the parameters' dtype."""
+    def encode_decode(self, x: Float[Tensor, "... D"]) -> tuple[Float[Tensor, "... F"], Float[Tensor, "... E"]]:
+        """Compute f and x_hat of model-unit input; x_hat in the model units of its site, in the parameters' dtype."""
         x_BD = self._rows(x)
+        xn_BD = self.norm.normalise(x_BD)
         # By way of codes, also where all of f is asked for: the decoder's product then touches the k active rows of
         # W_dec and not all F.
-        codes, f = self.encode_sparse(self.norm.normalise(x_BD))
-        x_hat_BD = self.norm.denormalise(self.decode_sparse(codes, f), x_BD)
-        return codes.dense(f).reshape(*x.shape[:-1], self.width), x_hat_BD.reshape(x.shape)
+        codes, f = self.encode_sparse(xn_BD)
+        x_hat_BE = self.norm_out.denormalise(self.decode_sparse(codes, f, xn_BD), x_BD)
+        leading = x.shape[:-1]
+        return codes.dense(f).reshape(*leading, self.width), x_hat_BE.reshape(*leading, self.d_out)
 
-    def forward(self, x: Float[Tensor, "... D"]) -> Float[Tensor, "... D"]:
-        """Compute x_hat in model units."""
+    def forward(self, x: Float[Tensor, "... D"]) -> Float[Tensor, "... E"]:
+        """Compute x_hat in model units; of a transcoder the prediction of its target, in the target's."""
         return self.encode_decode(x)[1]
 
     def _rows(self, x: Tensor) -> Float[Tensor, "B D"]:
@@ -272,17 +336,27 @@ class SAE(nn.Module, ABC):
         codes, f = self.encode_sparse(xn_BD)
         return codes.dense(f)
 
-    def decode_normalised(self, f_BF: Float[Tensor, "B F"]) -> Float[Tensor, "B D"]:
-        """Compute x_hat' = f W_dec + b_dec; differentiable."""
-        return torch.addmm(self.b_dec, f_BF, self.W_dec)
+    def decode_normalised(
+        self, f_BF: Float[Tensor, "B F"], xn_BD: Float[Tensor, "B D"] | None = None
+    ) -> Float[Tensor, "B E"]:
+        """Compute x_hat' = f W_dec + b_dec; differentiable. A skip needs x'."""
+        if self.W_skip is None:
+            return torch.addmm(self.b_dec, f_BF, self.W_dec)
+        if xn_BD is None:
+            raise UserError("the transcoder has a skip from its input to its output: call decode(f, x)")
+        return f_BF @ self.W_dec + self.beside_latents(xn_BD)
 
-    def decode_sparse(self, codes: Codes, f: Tensor) -> Float[Tensor, "B D"]:
-        """Compute x_hat' = f W_dec + b_dec of codes; differentiable."""
-        return codes.decode(f, self.W_dec)[0] + self.b_dec
+    def decode_sparse(self, codes: Codes, f: Tensor, xn_BD: Float[Tensor, "B D"]) -> Float[Tensor, "B E"]:
+        """Compute x_hat' = f W_dec + b_dec of codes, and the skip's part; differentiable."""
+        return codes.decode(f, self.W_dec)[0] + self.beside_latents(xn_BD)
+
+    def beside_latents(self, xn_BD: Float[Tensor, "B D"]) -> Tensor:
+        """Compute what is added to f W_dec: b_dec [E], or with a skip b_dec + (x' - centre) W_skip [B, E]."""
+        return self.b_dec if self.W_skip is None else torch.addmm(self.b_dec, xn_BD - self.centre, self.W_skip)
 
     def input_centred(self, xn_BD: Float[Tensor, "B D"]) -> Float[Tensor, "B D"]:
-        """Give x' - b_dec, or x' where the variant's setting says so."""
-        return xn_BD - self.b_dec if self.apply_b_dec_to_input else xn_BD
+        """Give x' - b_dec, or x' where the variant's setting says so; of a transcoder x' - centre."""
+        return xn_BD if self.encoder_centre is None else xn_BD - self.encoder_centre
 
     def pre_activation(self, xn_BD: Float[Tensor, "B D"]) -> Float[Tensor, "B F"]:
         """Compute z = (x' - b_dec) W_enc + b_enc (Gated: pi, with b_gate)."""
@@ -292,15 +366,14 @@ class SAE(nn.Module, ABC):
         self, xn_BD: Float[Tensor, "B D"], bias_F: Tensor | None, selections: Sequence[Selection]
     ) -> list[Codes]:
         """Compute what the selections keep of z with this bias; only training rounds the product's factors."""
-        b_dec_D = self.b_dec if self.apply_b_dec_to_input else None
         # The scores of the inference form must not depend on how the training saved time.
         matmul = self.matmul if self.training else "float32"
-        return encode(xn_BD, self.W_enc_FD, bias_F, b_dec_D, selections, matmul=matmul)
+        return encode(xn_BD, self.W_enc_FD, bias_F, self.encoder_centre, selections, matmul=matmul)
 
     # Terms of losses
 
-    def nmse(self, xn_hat_BD: Float[Tensor, "B D"], xn_BD: Float[Tensor, "B D"]) -> Float[Tensor, ""]:
-        """Compute E over tokens of ||x' - x_hat'||^2 / Vx."""
+    def nmse(self, xn_hat_BD: Float[Tensor, "B E"], xn_BD: Float[Tensor, "B E"]) -> Float[Tensor, ""]:
+        """Compute E over tokens of ||x' - x_hat'||^2 / Vx; a transcoder's of y' in place of x'."""
         # In bfloat16 a step of Adam is often smaller than the spacing of the weights, which then never move.
         if self.W_dec.dtype not in (torch.float32, torch.float64):
             raise UserError(f"parameters in {self.W_dec.dtype} cannot follow small gradients: train the SAE in float32")
@@ -322,47 +395,56 @@ class SAE(nn.Module, ABC):
         mean_sq_norm: float | None = None,
         variance: float | None = None,
         seed: int = 0,
+        target: StartRows | None = None,
     ) -> None:
-        """Start from data, `sample_ND` in model units.
+        """Start from data, `sample_ND` in model units; a transcoder's `target` of the same tokens.
 
         `mean_sq_norm` E||x||^2 and `variance` E||x - E x||^2 of the training tokens in model units; measured on the
         sample where None. W_dec random unit rows; W_enc = c W_dec^T with c such that x_hat' - b_dec has the norm of
         x' - b_dec; b_dec the geometric median of up to 32,768 samples (Gao et al. 2024). Where b_dec is not
         subtracted at the encoder, the biases start at -b_dec W_enc, so that the SAE starts as the same function.
+
+        A transcoder's W_enc has random directions of its own, as the tie to W_dec means nothing between two sites;
+        b_dec is the median of y', `centre` that of x', and W_skip zero.
         """
-        sample_ND = sample_ND.to(self.W_dec)
-        if sample_ND.shape[0] < 2 or not bool(sample_ND.isfinite().all()):
-            raise UserError("an SAE starts from at least 2 finite activations: check the site and the store")
-        self._measure(sample_ND, mean_sq_norm, variance)
-        xn_ND = self.norm.normalise(sample_ND[:SAMPLES])
-        self.b_dec.copy_(geometric_median(xn_ND))
-        self.W_dec.copy_(directions(self.width, self.d_in, seed))
+        assert self.transcodes == (target is not None), "a transcoder starts from its target too, an SAE from x alone"
+        own = StartRows(finite(sample_ND.to(self.W_dec)), mean_sq_norm, variance)
+        out = own if target is None else replace(target, rows_ND=finite(target.rows_ND.to(self.W_dec)))
+        assert len(own.rows_ND) == len(out.rows_ND), "the rows of site and target are of the same tokens"
+        fit_norm(self.norm, own)
+        self._measure(out)
+        xn_ND = self.norm.normalise(own.rows_ND[:SAMPLES])
+        target_NE = xn_ND if target is None else self.norm_out.normalise(out.rows_ND[:SAMPLES])
+        self.b_dec.copy_(geometric_median(target_NE))
+        self.W_dec.copy_(directions(self.width, self.d_out, seed))
+        rows_FD: Tensor = self.W_dec
+        if self.transcodes:
+            self.centre.copy_(geometric_median(xn_ND))
+            # Of another seed: the same one would tie the two where the widths are equal.
+            rows_FD = directions(self.width, self.d_in, seed + 1).to(self.W_dec)
+        if self.W_skip is not None:
+            self.W_skip.zero_()
         # c has no closed form, as it depends on which latents are chosen. But f grows in proportion to c (but for
         # thresholds of a variant's own): one forward at c = 1 says by how much x_hat' is too short.
-        self._start_encoder(1.0)
-        xn_BD = xn_ND[:_SCALING_ROWS]
-        explained = (self.loss(xn_BD).xn_hat_BD - self.b_dec).square().sum()
-        to_explain = (xn_BD - self.b_dec).square().sum()
+        self._start_encoder(rows_FD, 1.0)
+        target_BE = target_NE[:_SCALING_ROWS]
+        step = self.loss(xn_ND[:_SCALING_ROWS], TrainContext(target_BE=target_BE if self.transcodes else None))
+        explained = (step.xn_hat_BD - self.b_dec).square().sum()
+        to_explain = (target_BE - self.b_dec).square().sum()
         # Nothing to scale by where no latent fired, or all tokens are alike.
         if explained > 0 and to_explain > 0:
-            self._start_encoder(float((to_explain / explained).sqrt()))
+            self._start_encoder(rows_FD, float((to_explain / explained).sqrt()))
         self.start_variant(xn_ND)
 
-    def _measure(self, sample_ND: Tensor, mean_sq_norm: float | None, variance: float | None) -> None:
-        """Set s, Vx and E||x'||^2."""
-        if mean_sq_norm is None:
-            mean_sq_norm = float(sample_ND.double().square().sum(1).mean())
-        if not 0 < mean_sq_norm < float("inf"):
-            raise UserError(
-                f"the activations' mean squared norm is {mean_sq_norm}: an SAE needs finite ones that are not all zero"
-            )
-        self.norm.fit(mean_sq_norm)
-        if self.input_norm == "token" or variance is None:
-            xn_ND = self.norm.normalise(sample_ND).double()
+    def _measure(self, out: StartRows) -> None:
+        """Set s of what is predicted, Vx and E||x'||^2."""
+        mean_sq_norm = fit_norm(self.norm_out, out)
+        if self.input_norm == "token" or out.variance is None:
+            xn_ND = self.norm_out.normalise(out.rows_ND).double()
             mean_sq, spread = float(xn_ND.square().sum(1).mean()), float(xn_ND.var(0, correction=0).sum())
         else:
-            s_sq = float(self.norm.scale) ** 2
-            mean_sq, spread = s_sq * mean_sq_norm, s_sq * variance
+            s_sq = float(self.norm_out.scale) ** 2
+            mean_sq, spread = s_sq * mean_sq_norm, s_sq * out.variance
         if not 0 < spread < float("inf"):
             raise UserError(
                 "the activations do not vary, so there is nothing to reconstruct: check the site and the store"
@@ -370,9 +452,9 @@ class SAE(nn.Module, ABC):
         self.mean_sq.fill_(mean_sq)
         self.variance.fill_(spread)
 
-    def _start_encoder(self, scale: float) -> None:
-        self.W_enc.copy_(self.W_dec.t() * scale)
+    def _start_encoder(self, rows_FD: Tensor, scale: float) -> None:
+        self.W_enc.copy_(rows_FD.t() * scale)
         for name in self.bias_names:
             bias_F = self.get_parameter(name)
-            bias_F.zero_() if self.apply_b_dec_to_input else bias_F.copy_(-(self.b_dec @ self.W_enc))
+            bias_F.zero_() if self.encoder_centre is not None else bias_F.copy_(-(self.b_dec @ self.W_enc))
         self.start_encoder()

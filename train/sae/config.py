@@ -5,11 +5,13 @@ A variant's own `Config` stands in its file, as a subclass of one of these.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
 from data.base.config import Flag, Real, Settings, Whole
+from data.base.errors import UserError
 
 RETIRED = {"selection": "batch", "auxk_over": "token"}
 """Settings of earlier versions, which only training read, each with the one value that is still trained."""
@@ -23,7 +25,9 @@ class SAEConfig(Settings):
     input_norm: Literal["none", "dataset", "token"] = "dataset"
     """How x' is made from x: not at all; by one scale, so that E||x'||^2 = D; to mean 0 and spread 1 of each token."""
     apply_b_dec_to_input: Flag = True
-    """Whether the encoder reads x' - b_dec, or x'."""
+    """Whether the encoder reads x' - b_dec, or x'; not of a transcoder, which has a centre of its own."""
+    skip: Flag = False
+    """Whether a transcoder has a linear path from its input to its output beside the latents (2501.18823)."""
 
     @property
     def aim(self) -> str:
@@ -119,3 +123,18 @@ class AuxKConfig(SAEConfig):
     @property
     def wanted_l0(self) -> int | float | None:
         return self.k
+
+
+def transcoder_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Give a transcoder's settings: b_dec is of its output; UserError for what has no meaning between two sites."""
+    if settings.get("apply_b_dec_to_input"):
+        raise UserError(
+            "sae.apply_b_dec_to_input=true would subtract the target's b_dec from a transcoder's input: leave it out, "
+            "as the encoder has a centre of its own"
+        )
+    if settings.get("input_norm") == "token":
+        raise UserError(
+            "sae.input_norm=token would give each token of the target a spread that nobody knows before it is "
+            "predicted: take sae.input_norm=dataset for a transcoder"
+        )
+    return {**settings, "apply_b_dec_to_input": False}

@@ -41,7 +41,7 @@ def _turned(state: dict[str, Tensor], old: str, new: str) -> dict[str, Tensor]:
 def save(sae: SAE, folder: str | Path, record: dict[str, Any]) -> None:
     """Write the SAE into `folder`: weights first, then the config, so that a config means a whole SAE.
 
-    `record` (plain JSON) says what the SAE is of: site, fingerprint, store, model, training.
+    `record` (plain JSON) says what the SAE is of: site, a transcoder's target, fingerprint, store, model, training.
     """
     folder = Path(folder)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in _turned(sae.state_dict(), *_NAMES).items()}
@@ -104,7 +104,8 @@ def load(folder: str | Path) -> SAE:
         raise UserError(
             f"{path} has values in {unfit[0]} that are not finite: train this SAE again or restore the file"
         )
-    sae.site = config.get("site")
+    sae.site, sae.target = config.get("site"), config.get("target")
+    sae.record = config
     return sae
 
 

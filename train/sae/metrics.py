@@ -12,7 +12,23 @@ import torch.distributed as dist
 from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
-from train.sae.base import SAE
+from train.sae.base import SAE, Batch
+
+ONE_L0 = 1.05  # SAEs whose L0 differ by less than this factor are compared as of one L0
+
+
+def one_l0_groups(l0s: Sequence[float]) -> list[list[int]]:
+    """Group SAEs, given by their L0, into those of about one L0, from the sparsest on.
+
+    A group begins with the sparsest SAE not yet in one and takes in all whose L0 is at most ONE_L0 times that.
+    """
+    groups: list[list[int]] = []
+    for index in sorted(range(len(l0s)), key=lambda i: (l0s[i], i)):
+        if groups and l0s[index] <= ONE_L0 * l0s[groups[-1][0]]:
+            groups[-1].append(index)
+        else:
+            groups.append([index])
+    return groups
 
 
 def to_float64(x: Tensor) -> Tensor:
@@ -104,19 +120,20 @@ def _add(column: Tensor, value_N: Tensor, group_N: Tensor | None) -> None:
 
 
 @torch.no_grad()
-def held_out(
-    saes: Sequence[SAE], batches: Iterable[Tensor], device: torch.device, world: int
-) -> list[dict[str, float]]:
-    """Score the inference form of each SAE on all ranks' `batches` in model units, which are read once for all."""
-    errors = [ReconstructionSums(torch.zeros(sae.d_in, device=device)) for sae in saes]
+def held_out(saes: Sequence[SAE], batches: Iterable[Batch], device: torch.device, world: int) -> list[dict[str, float]]:
+    """Score the inference form of each SAE on all ranks' `batches` in model units, which are read once for all.
+
+    A transcoder's NMSE is that of its target.
+    """
+    errors = [ReconstructionSums(torch.zeros(sae.d_out, device=device)) for sae in saes]
     firings = [FiringSums(sae.width, device=device) for sae in saes]
     modes = [sae.training for sae in saes]
     for sae in saes:
         sae.eval()  # the inference form rounds no factors of the encoder's product
-    for x_BD in batches:
+    for x_BD, target_BE in batches:
         for sae, error, firing in zip(saes, errors, firings, strict=True):
-            f_BF, x_hat_BD = sae.encode_decode(x_BD)
-            error.add(x_BD, x_hat_BD)
+            f_BF, x_hat_BE = sae.encode_decode(x_BD)
+            error.add(x_BD if target_BE is None else target_BE, x_hat_BE)
             firing.add(f_BF)
     for sae, mode in zip(saes, modes, strict=True):
         sae.train(mode)

@@ -9,7 +9,9 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from evaluate.features.collect import BINS, Collector, priority
+from evaluate.features.coactivation import CoActivation
+from evaluate.features.collect import BINS, PARTS, Collector
+from evaluate.features.draw import priority
 
 CONTEXTS, LENGTH, WIDTH = 9, 14, 11
 SETTINGS: dict[str, Any] = {"top": 3, "sample": 5, "before": 2, "after": 1, "seed": 4}
@@ -169,3 +171,50 @@ def test_nothing_kept_is_nothing_found() -> None:
     found.update(torch.zeros(0, 3), torch.zeros(2, 4, dtype=torch.bool), 0)
     assert found.tokens == 0 and found.fired_F.sum() == 0 and found.histogram(1) == ([], 0.0)
     assert found.interest_F().tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize("at_once", [1, 2, 9])
+def test_each_example_has_its_latents_firings_of_the_whole_context(
+    f_STF: NDArray[np.float32], keep_ST: NDArray[np.bool_], at_once: int
+) -> None:
+    found = collected(f_STF, keep_ST, at_once)
+    for name in ("top", "sample"):
+        for latent in range(WIDTH):
+            own = firings(f_STF, keep_ST, latent)
+            for place, (sequence, _, _) in enumerate(shelf(found, name, latent)):
+                positions, values = getattr(found, name).whole_FK[latent, place]
+                expected = [(t, v) for s, t, v in own if s == sequence]
+                assert list(zip(positions.tolist(), values.tolist(), strict=True)) == expected
+
+
+def test_firings_are_counted_by_part_of_the_context(f_STF: NDArray[np.float32], keep_ST: NDArray[np.bool_]) -> None:
+    found = collected(f_STF, keep_ST, 4)
+    part_T = np.arange(LENGTH) * PARTS // LENGTH
+    for part in range(PARTS):
+        there = keep_ST & (part_T == part)
+        assert found.tokens_P[part] == there.sum()
+        assert found.fired_FP[:, part].tolist() == (f_STF[there] > 0).sum(0).tolist()
+
+
+@pytest.mark.parametrize("at_once", [1, 9])
+def test_co_activation_is_the_share_of_tokens_on_which_both_fire(
+    f_STF: NDArray[np.float32], keep_ST: NDArray[np.bool_], at_once: int
+) -> None:
+    near = collected(f_STF, keep_ST, at_once).together.neighbours(3)
+    on_NF = f_STF[keep_ST] > 0
+    for latent in range(WIDTH):
+        both = (on_NF & on_NF[:, [latent]]).sum(0)
+        either = (on_NF | on_NF[:, [latent]]).sum(0)
+        share = np.where(np.arange(WIDTH) == latent, 0, both / np.maximum(either, 1))
+        expected = sorted(((i, s) for i, s in enumerate(share) if s > 0), key=lambda pair: (-pair[1], pair[0]))[:3]
+        assert near[latent] == [(i, pytest.approx(s)) for i, s in expected]
+
+
+def test_co_activation_keeps_a_fair_draw_of_a_long_text() -> None:
+    """Of 4,000 tokens with two firings each, room for 1,000 firings keeps an eighth: both firings of each token."""
+    together = CoActivation(2, seed=0, most=1000)
+    for first in range(0, 4000, 100):
+        token = np.arange(first, first + 100)
+        together.update(token, np.repeat(np.arange(100), 2), np.tile([0, 1], 100))
+    assert together.share in (1 / 8, 1 / 16)
+    assert together.neighbours(1) == [[(1, 1.0)], [(0, 1.0)]]

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from data.base.errors import UserError
 from data.loading.reader import open_reader
@@ -37,8 +38,6 @@ def index_of(path: Path) -> dict[str, Any]:
 def test_the_figures_are_those_of_the_stores_held_out_rows(
     config: dict[str, Any], harvested: dict[str, Any], rough_sae: Callable[[int], ReLU]
 ) -> None:
-    import torch
-
     store = harvested["store"]
     config["tokens"] = rows = store.rows("heldout", "resid_post.0")
     reader = open_reader(store, "heldout", "resid_post.0")
@@ -77,10 +76,11 @@ def test_a_site_that_is_no_part_of_the_stream_has_no_logits(
 
 def test_an_evaluation_puts_them_beside_its_report(config: dict[str, Any], tmp_path: Path) -> None:
     own = stage_config("evaluate", saes=config["folder"], tokens=250, bootstrap=10, features="rough")
-    report = evaluate(own | {name: config[name] for name in ("cache", "device", "out")})
+    report = evaluate(own | {name: config[name] for name in ("cache", "device", "out")}).path
     page = report.parent / "features" / "index.html"
     found = json.loads((report.parent / "report.json").read_text())["sites"][0]["saes"][0]
     assert index_of(page)["fired"] == found["l0"]["fired"]
+    assert 'href="../report.html"' in page.read_text()
     assert 'href="features/index.html"' in (report.parent / "report.html").read_text()
     with pytest.raises(UserError, match="features=other is none of the SAEs"):
         evaluate({**own, "features": "other", "cache": config["cache"], "device": "cpu", "out": str(tmp_path / "none")})
@@ -110,3 +110,30 @@ def test_one_of_several_must_be_named(config: dict[str, Any], rough_sae: Callabl
     save(rough_sae(16), folder.parent / "second", json.loads((folder / "config.json").read_text()))
     with pytest.raises(UserError, match="holds 2 SAEs: name the folder of one, such as"):
         one_sae(str(folder.parent))
+
+
+def test_two_saes_of_a_site_are_compared_by_their_decoder_rows(
+    config: dict[str, Any], rough_sae: Callable[[int], ReLU], identity_sae: Callable[[int], ReLU]
+) -> None:
+    folder = Path(config["folder"])
+    whole = json.loads((folder / "config.json").read_text())
+    record = {name: whole[name] for name in ("site", "fingerprint", "store")}
+    save(identity_sae(16), folder.parent / "plain", record)
+    path = make({**config, "compare": str(folder.parent / "plain"), "neighbours": 2})
+    piece = json.loads(f"[{(path.parent / 'part-000.js').read_text()[len('thresher.piece(') : -3]}]")[1]
+    one, other = rough_sae(16).W_dec.detach(), identity_sae(16).W_dec.detach()
+    cosine = torch.nn.functional.cosine_similarity(one[:, None], other[None], dim=-1)
+    for latent, page in enumerate(piece["latents"]):
+        expected, ids = cosine[latent].topk(2)
+        assert [found[0] for found in page["x"]] == ids.tolist()
+        assert [found[1] for found in page["x"]] == pytest.approx(expected.tolist(), abs=6e-4)
+    assert len(index_of(path.parent / "other" / "index.html")["fired"]) == 32
+    assert "relu in plain" in path.read_text()
+
+
+def test_an_sae_of_another_site_is_not_compared(config: dict[str, Any], rough_sae: Callable[[int], ReLU]) -> None:
+    folder = Path(config["folder"])
+    record = {**json.loads((folder / "config.json").read_text()), "site": "mlp_out.1"}
+    save(rough_sae(16), folder.parent / "elsewhere", record)
+    with pytest.raises(UserError, match="is of another store or site"):
+        make({**config, "compare": str(folder.parent / "elsewhere")})

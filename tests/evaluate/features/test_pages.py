@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from evaluate.features import pages
+from evaluate.features.collect import Collector
 from evaluate.features.pages import Words, nearest, short
 from evaluate.report.render import safe_json
 from tests.helpers.pages import HOSTILE, Tokenizer, a_page, called
@@ -46,6 +47,9 @@ def test_a_pages_numbers_are_what_was_collected(tmp_path: Path) -> None:
         page = piece["latents"][latent]
         assert sum(page["h"]) == found.fired_F[latent]
         assert page["n"] == [[(latent + 1) % 5, 0.5]]
+        assert page["b"] == found.fired_FP[latent].tolist() and sum(page["b"]) == found.fired_F[latent]
+        assert sum(share for _, share, _ in page["k"]) == pytest.approx(1, abs=0.02)  # all of 4 drawn firings
+        assert [other for other, _ in page["c"]] == [other for other, _ in latents.together[latent]]
         assert [piece["tokens"][t] for t, _ in page["r"]] == [latents.words.text(i) for i in latents.raised[0][latent]]  # type: ignore[index]
         top, *quantiles = page["g"]
         assert len(top["c"]) == 2 and [g["q"] for g in quantiles] == [0.9, 0.5]
@@ -56,9 +60,33 @@ def test_a_pages_numbers_are_what_was_collected(tmp_path: Path) -> None:
             assert example["p"] == t - around[0]
             values = dict(zip(example["a"][::2], example["a"][1::2], strict=True))
             assert values[example["p"]] > 0 and max(values.values()) <= index["max"][latent]
+            elsewhere = dict(zip(example["o"][::2], example["o"][1::2], strict=True))
+            assert not set(elsewhere) & set(around)
+            shown = {around[0] + place: value for place, value in values.items()} | elsewhere
+            assert shown == whole_context(found, latent, s, t)
             assert piece["documents"][example["d"]] == latents.packed.document(s, t)
         shown = [tuple(example["s"]) for group in page["g"] for example in group["c"]]
         assert len(shown) == len(set(shown))
+
+
+def whole_context(found: Collector, latent: int, sequence: int, position: int) -> dict[int, float]:
+    """Where the latent fires in the context of an example, in three digits."""
+    for shelf in (found.top, found.sample):
+        for place in range(shelf.places):
+            if (shelf.sequence_FK[latent, place], shelf.position_FK[latent, place]) == (sequence, position):
+                positions, values = shelf.whole_FK[latent, place]
+                return {int(at): short(float(value)) for at, value in zip(positions, values, strict=True)}
+    raise AssertionError("no such example")
+
+
+def test_whole_contexts_stand_beside_the_latents(tmp_path: Path) -> None:
+    latents, _ = a_page(tmp_path)
+    number, text = called(tmp_path / "text-000.js")
+    assert number == 0 and text["left_out"] == [[0]] * 6
+    shown = [[text["tokens"][i] for i in ids] for ids in text["contexts"]]
+    assert shown == [[latents.words.text(i) for i in ids] for ids in latents.packed.contexts]
+    part = pages.Pieces(latents).text(2, 3)
+    assert [[part["tokens"][i] for i in ids] for ids in part["contexts"]] == shown[2:5]
 
 
 def test_larger_dictionaries_come_in_pieces_and_old_ones_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -69,7 +97,8 @@ def test_larger_dictionaries_come_in_pieces_and_old_ones_go(tmp_path: Path, monk
     assert [number for number, _ in pieces] == [0, 1, 2, 3]
     assert [len(piece["latents"]) for _, piece in pieces] == [3, 3, 3, 2]
     a_page(tmp_path, 4)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["index.html", "index.js", "part-000.js", "part-001.js"]
+    names = ["index.html", "index.js", "labels.js", "part-000.js", "part-001.js", "text-000.js"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
 
 
 def test_examples_nearest_to_each_quantile_none_twice() -> None:

@@ -13,7 +13,7 @@ import pytest
 
 from evaluate.report import figures, series
 from evaluate.report.page import write_page
-from evaluate.report.tables import cell, figure, sae_tables, site_tables
+from evaluate.report.tables import cell, sae_tables, site_tables
 from tests.helpers.pages import HOSTILE
 from tests.helpers.reports import VARIANTS, a_report, a_row
 
@@ -45,6 +45,8 @@ class Page(HTMLParser):
             self.tables[-1][-1].append("")
 
     def handle_endtag(self, tag: str) -> None:
+        if tag in ("td", "th"):
+            self.tables[-1][-1][-1] = " ".join(self.tables[-1][-1][-1].split())
         while self._within and self._within.pop()[0] != tag:
             pass
 
@@ -88,11 +90,11 @@ def written(harvested: dict[str, Any], tmp_path: Path) -> Written:
 def test_every_sae_and_metric_stands_in_the_tables(written: Written, rows: list[dict[str, Any]]) -> None:
     page = written(rows)
     first, detail, sizes = page.tables
-    assert first[0][:3] == ["SAE", "L0", "NMSE"]
-    assert first[2][:3] == ["2 gated", "6.000 ± 0.10", "0.1400 ± 0.0020"]
+    assert first[0][:3] == ["SAE", "L0", "NMSE ↓"]
+    assert first[2][:3] == ["2 gated", "6.00 ± 0.10", "0.1400 ± 0.0020"]
     for table in page.tables:
         assert [line[0] for line in table[1:]] == [f"{i} {variant}" for i, variant in enumerate(VARIANTS, 1)]
-    heads = set(first[0] + detail[0] + sizes[0])
+    heads = {head.rstrip(" ↓↑") for head in first[0] + detail[0] + sizes[0]}
     assert {"KL", "EV", "NMSE btk", "gamma c", "silent", "dead", "asked", "width", "training tokens", "seed"} <= heads
     assert sizes[1][sizes[0].index("folder")].endswith("/saes/batchtopk")
 
@@ -154,7 +156,7 @@ def test_no_metrics_and_no_values_are_left_out_not_invented(written: Written, ro
         row["training"] = {}
     page = written(rows)
     assert len(page.data) == 3 and "CE increase against L0" not in page.text
-    column = page.tables[0][0].index("CE increase")
+    column = page.tables[0][0].index("CE increase ↓")
     assert {line[column] for line in page.tables[0][1:]} == {"–"}
 
 
@@ -172,13 +174,14 @@ def test_what_a_later_report_adds_is_shown_too(written: Written, rows: list[dict
         gao={"left_out": ["x", "y"], "bases": [{"name": "pca", "probe": {"loss": 0.5, "tasks": {"a": {"loss": 1}}}}]},
         note="a line of its own",
     )
-    assert "new loss" in page.tables[1][0] and "1.250 ± 0.50" in page.tables[1][1]
+    assert "new loss" in page.tables[1][0] and "1.25 ± 0.50" in page.tables[1][1]
+    assert page.tables[0][0][-1] == "Pareto" and page.tables[0][1][-1] == "NMSE, CE"
     sizes = dict(zip(page.tables[2][0], page.tables[2][1], strict=True))
-    assert sizes["SAE"] == "1 batchtopk (batch form)" and sizes["pareto"] == "NMSE, CE increase"
+    assert sizes["SAE"] == "1 batchtopk (batch form)"
     assert [table[:2] for table in page.tables[3:]] == [
-        [["SAE", "NMSE"], ["1 batchtopk (batch form)", "-0.2500 [-0.375, 0.125]"]],
+        [["SAE", "NMSE ↓"], ["1 batchtopk (batch form)", "-0.25 [-0.38, 0.12]"]],
         [["SAE", "best", "tasks"], ["1 batchtopk (batch form)", "0.5000", "12"]],
-        [["of", "delta"], ["2 gated", "-0.2500 ± 0.12"]],
+        [["of", "delta"], ["2 gated", "-0.25 ± 0.12"]],
         [["baselines", "loss"], ["pca", "0.7500"]],
         [["left out"], ["x, y"]],
         [["name", "probe loss"], ["pca", "0.5000"]],
@@ -200,18 +203,34 @@ def test_hostile_names_are_text(written: Written, rows: list[dict[str, Any]]) ->
 
 def test_nothing_outside_is_asked_for(written: Written, rows: list[dict[str, Any]], tmp_path: Path) -> None:
     page = written(rows, {rows[1]["folder"]: tmp_path / "features" / "index.html"})
-    assert page.links == ["features/index.html"]
+    assert [link for link in page.links if not link.startswith("#")] == ["features/index.html"]
     policy = re.search(r'Content-Security-Policy" content="([^"]+)"', (tmp_path / "report.html").read_text())
     assert policy and policy[1].startswith("default-src 'none';") and "http" not in policy[1]
 
 
 def test_cells_keep_their_digits() -> None:
-    written = [figure(value) for value in (40.0, 0.917, 0.0, 12345.6, 1e-7, -0.25, 1234.5)]
-    assert written == ["40.00", "0.9170", "0.000", "12,346", "1.000e-07", "-0.2500", "1234"]
-    assert (cell(None).text, cell(True).text, cell(1234).text) == ("–", "True", "1,234")
+    assert (cell(None).text, cell(True).text, cell(1234).text, cell(8.0).text) == ("–", "True", "1,234", "8")
     entry = cell({"value": 32.0, "se": 0.21})
     assert (entry.text, entry.error, entry.key) == ("32.00", "± 0.21", 32.0)
+    exact = cell({"value": 32.0, "se": 0.0})
+    assert (exact.text, exact.error) == ("32", "")
     assert cell({"value": None, "se": None}) == cell(None)
+
+
+def test_the_page_opens_with_the_verdict_and_leads_to_its_parts(
+    written: Written, rows: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    best, second = rows[0]["folder"], rows[1]["folder"]
+    difference = {"value": 0.5, "se": 0.1, "low": 0.3, "high": 0.7}
+    group = {"l0": [5.0, 5.2], "saes": [best, second], "best": best, "next": second, "difference": difference}
+    page = written(rows, verdict=[group])
+    assert "Best of 2 SAEs at L0 5 to 5.2: 1 batchtopk" in page.text
+    assert page.tables[0][1][0] == "1 batchtopk ★" and page.tables[0][2][0] == "2 gated"
+    html = (tmp_path / "report.html").read_text()
+    targets = [link.removeprefix("#") for link in page.links]
+    assert len(targets) >= 6 and all(f'id="{target}"' in html for target in targets)
+    assert 'title="sum ||x - x̂||² / sum ||x - mean x||²' in html and 'title="lower is better">↓' in html
+    assert 'data-sign="▲" style="--own: #0072B2"' in html  # the marker that the plots give BatchTopK
 
 
 def test_tables_of_nothing_are_no_tables(rows: list[dict[str, Any]]) -> None:

@@ -26,8 +26,11 @@ def test_the_yaml_holds_every_setting_of_its_class(name: str) -> None:
     assert config["width"] is None
     older = {"k"} if "target_l0" in config else set()
     sae = build({**config, "width": 128, "expansion": None}, d_in=16)
+    transcoder = build({**config, "width": 128, "expansion": None}, d_in=16, d_out=8)
     assert config.pop("variant") == name == sae.name
-    assert sae.settings().keys() - {"d_in"} == config.keys() - older
+    assert transcoder.settings().keys() - {"d_in", "d_out"} == config.keys() - older
+    assert sae.settings().keys() - {"d_in"} == config.keys() - older - {"skip"}
+    assert config.pop("skip") is transcoder.settings()["skip"] is False
     # Where null stands for a default that depends on another setting, the class tells what it took.
     wanted = {key: value for key, value in config.items() if key != "width" and value is not None}
     assert {key: sae.settings()[key] for key in wanted} == wanted

@@ -13,6 +13,7 @@ from train.sae.sparse.codes import Codes
 from train.sae.sparse.rules import Everything, TopPerToken
 
 _LONGEST = 50  # steps between two looks at the device
+_MULTIPLE = 64  # latents: matrix kernels run at full width, and a selection can look at whole groups
 
 
 def default_window(tokens: int) -> int:
@@ -44,7 +45,8 @@ class DeadLatents(nn.Module):
         """Find latents, ascending, outside of which `mask` marks none, for a step on a GPU; None elsewhere.
 
         Call it before each step, of at most `tokens` tokens. Asks the device once in `every` steps (1 to 50 of them),
-        then for all that can be dead by the last of them.
+        then for all that can be dead by the last of them. Some that live fill their number up to a multiple of 64,
+        where there are any dead and so many latents.
         """
         # A CPU can afford to count the dead in each step, and then takes just those.
         if not backend_for(self.since_F).fixed_sizes:
@@ -54,15 +56,24 @@ class DeadLatents(nn.Module):
             # A latent needs `dead_after` silent tokens. Who may be dead after `every - 1` more steps has been silent
             # for all but those tokens by now, so the list holds for all of them; `alive_d` takes out who is not dead
             # yet.
-            self._may_die_d = self.mask(dead_after - (every - 1) * tokens).nonzero().squeeze(1)
+            self._may_die_d = filled_up(self.mask(dead_after - (every - 1) * tokens))
             self._left = every
         self._left -= 1
         return self._may_die_d
 
 
-def auxk_size(d_in: int) -> int:
-    """Compute k_aux = 2^round(log2(D / 2)), ties up (Gao et al. 2024: the power of two near D / 2)."""
-    return int(2 ** max(0, math.floor(math.log2(d_in / 2) + 0.5)))
+def filled_up(marked_F: Bool[Tensor, " F"]) -> Int[Tensor, " d"]:
+    """List the marked latents and, where there are any, the first unmarked ones up to a multiple of 64 in all."""
+    marked_d = marked_F.nonzero().squeeze(1)
+    missing = min(-len(marked_d) % _MULTIPLE, len(marked_F) - len(marked_d))
+    if not missing:
+        return marked_d
+    return torch.cat([marked_d, (~marked_F).nonzero().squeeze(1)[:missing]]).sort().values
+
+
+def auxk_size(d_out: int) -> int:
+    """Compute k_aux = 2^round(log2(D / 2)), ties up, D the residual's width (Gao et al. 2024: the power near D / 2)."""
+    return int(2 ** max(0, math.floor(math.log2(d_out / 2) + 0.5)))
 
 
 def auxk_rule(k: int, few: bool) -> TopPerToken | Everything:

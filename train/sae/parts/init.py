@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as nnf
 from jaxtyping import Float
 from torch import Tensor
 
+from data.base.errors import UserError
+from train.sae.parts.norm import InputNorm
+
 SAMPLES = 32_768  # tokens the geometric median is taken over, as in OA
+
+
+@dataclass(frozen=True, eq=False)
+class StartRows:
+    """Rows to start from, in model units, with E||x||^2 and E||x - E x||^2 of all training tokens, where known."""
+
+    rows_ND: Float[Tensor, "N D"]
+    mean_sq_norm: float | None = None
+    variance: float | None = None
 
 
 def directions(width: int, d_in: int, seed: int) -> Float[Tensor, "F D"]:
@@ -35,3 +49,23 @@ def geometric_median(
         if step <= tolerance * spread:
             break
     return median_D
+
+
+def finite(sample_ND: Float[Tensor, "N D"]) -> Float[Tensor, "N D"]:
+    """Return rows to start from; UserError where they are too few or not all finite."""
+    if sample_ND.shape[0] < 2 or not bool(sample_ND.isfinite().all()):
+        raise UserError("an SAE starts from at least 2 finite activations: check the site and the store")
+    return sample_ND
+
+
+def fit_norm(norm: InputNorm, sample: StartRows) -> float:
+    """Set a norm's s, and return the E||x||^2 (model units) that it was set by."""
+    mean_sq_norm = sample.mean_sq_norm
+    if mean_sq_norm is None:
+        mean_sq_norm = float(sample.rows_ND.double().square().sum(1).mean())
+    if not 0 < mean_sq_norm < float("inf"):
+        raise UserError(
+            f"the activations' mean squared norm is {mean_sq_norm}: an SAE needs finite ones that are not all zero"
+        )
+    norm.fit(mean_sq_norm)
+    return mean_sq_norm

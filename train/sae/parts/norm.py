@@ -56,9 +56,11 @@ class InputNorm(nn.Module):
             return (x_BD - mean_B1) / (std_B1 + _EPS)
         return x_BD
 
-    def denormalise(self, xn_BD: Float[Tensor, "B D"], x_BD: Float[Tensor, "B D"]) -> Float[Tensor, "B D"]:
-        """Convert x' units to model units; `x_BD` is the input
-        (model units) whose mean and spread `token` gives back."""
+    def denormalise(self, xn_BD: Float[Tensor, "B D"], x_BD: Float[Tensor, "B _"]) -> Float[Tensor, "B D"]:
+        """Convert x' units to model units; `x_BD` is the input (model units) whose mean and spread `token` gives back.
+
+        Of a transcoder, which has no such norm, it is of another width and not read.
+        """
         if self.kind == "dataset":
             return xn_BD / self.scale
         if self.kind == "token":

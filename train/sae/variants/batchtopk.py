@@ -62,8 +62,8 @@ class BatchTopKBase(TopKBase):
 
     @abstractmethod
     def reconstruct(
-        self, codes: Codes, f: Tensor, xn_BD: Float[Tensor, "B D"]
-    ) -> tuple[Float[Tensor, ""], Float[Tensor, ""], Float[Tensor, "B D"]]:
+        self, codes: Codes, f: Tensor, xn_BD: Float[Tensor, "B D"], target_BE: Float[Tensor, "B E"]
+    ) -> tuple[Float[Tensor, ""], Float[Tensor, ""], Float[Tensor, "B E"]]:
         """Compute the reconstruction's term of the loss, the full width's NMSE, and the full width's x_hat'."""
 
     def dense_encode(self, xn_BD: Float[Tensor, "B D"]) -> Float[Tensor, "B F"]:
@@ -93,8 +93,9 @@ class BatchTopKBase(TopKBase):
             # Fewer than k * B came back where fewer are positive: then the batch says nothing of T, and 0 stands for
             # that. On a GPU the selection is filled up with zeros, so its minimum is 0 by itself.
             min_kept = f.detach().min() if len(f) == count else f.detach().new_zeros(())
-        reconstruction, nmse, xn_hat_BD = self.reconstruct(codes, f, xn_BD)
-        auxk = self.auxk(candidates, (xn_BD - xn_hat_BD).detach())
+        target_BE = context.target_of(xn_BD)
+        reconstruction, nmse, xn_hat_BD = self.reconstruct(codes, f, xn_BD, target_BE)
+        auxk = self.auxk(candidates, (target_BE - xn_hat_BD).detach())
         metrics = {"nmse": nmse.detach(), "l0": codes.l0(f), "auxk": auxk.detach()}
         return StepOutput(reconstruction + auxk, metrics, codes.of(f), xn_hat_BD.detach(), min_kept=min_kept)
 
@@ -109,7 +110,10 @@ class BatchTopKBase(TopKBase):
         self.skipped_batches += step.min_kept <= 0
 
     def start_variant(self, xn_ND: Float[Tensor, "N D"]) -> None:
-        min_kept = self.loss(xn_ND[:_STARTING_ROWS]).min_kept
+        rows = xn_ND[:_STARTING_ROWS]
+        # What is kept does not depend on the target.
+        target_BE = rows.new_zeros(len(rows), self.d_out) if self.transcodes else None
+        min_kept = self.loss(rows, TrainContext(target_BE=target_BE)).min_kept
         assert min_kept is not None
         # Without weight: the first batch of the training replaces it (`running_mean_` begins at weight 0).
         self.threshold.copy_(min_kept)
@@ -141,13 +145,14 @@ class BatchTopK(BatchTopKBase):
     def dense_loss(self, xn_BD: Float[Tensor, "B D"], context: TrainContext = PLAIN) -> Float[Tensor, ""]:
         z_BF = self.pre_activation(xn_BD)
         f_BF = torch.where(largest_of_the_batch(z_BF, self.config.k * len(xn_BD)), z_BF.relu(), 0.0)
-        xn_hat_BD = f_BF @ self.W_dec + self.b_dec
-        nmse = (xn_hat_BD - xn_BD).square().sum(1).mean() / self.variance
-        return nmse + self.dense_auxk(z_BF, (xn_BD - xn_hat_BD).detach(), context)
+        xn_hat_BD = f_BF @ self.W_dec + self.beside_latents(xn_BD)
+        residual_BE = context.target_of(xn_BD) - xn_hat_BD
+        nmse = residual_BE.square().sum(1).mean() / self.variance
+        return nmse + self.dense_auxk(z_BF, residual_BE.detach(), context)
 
     def reconstruct(
-        self, codes: Codes, f: Tensor, xn_BD: Float[Tensor, "B D"]
-    ) -> tuple[Float[Tensor, ""], Float[Tensor, ""], Float[Tensor, "B D"]]:
-        xn_hat_BD = self.decode_sparse(codes, f)
-        nmse = self.nmse(xn_hat_BD, xn_BD)
+        self, codes: Codes, f: Tensor, xn_BD: Float[Tensor, "B D"], target_BE: Float[Tensor, "B E"]
+    ) -> tuple[Float[Tensor, ""], Float[Tensor, ""], Float[Tensor, "B E"]]:
+        xn_hat_BD = self.decode_sparse(codes, f, xn_BD)
+        nmse = self.nmse(xn_hat_BD, target_BE)
         return nmse, nmse, xn_hat_BD

@@ -22,7 +22,8 @@ class Gated(L1SAE):
 
     Rajamanoharan et al. 2404.16014.
     Loss = NMSE + sparsity * sum_j relu(pi_j) / sqrt(Vx) + ||x' - (relu(pi) W_dec* + b_dec*)||^2 / Vx, averaged over
-    tokens; * is detached (not the b_dec inside h), and the gate 1[pi > 0] passes no gradient.
+    tokens; * is detached (not the b_dec inside h), and the gate 1[pi > 0] passes no gradient. Of a transcoder both
+    squared errors are of y', and its skip is detached in the second as b_dec is.
     """
 
     name = "gated"
@@ -45,11 +46,12 @@ class Gated(L1SAE):
     def dense_loss(self, xn_BD: Float[Tensor, "B D"], context: TrainContext = PLAIN) -> Float[Tensor, ""]:
         h_BF = self.input_centred(xn_BD) @ self.W_enc
         gate_BF = (h_BF + self.b_gate).relu()
-        xn_hat_BD = self.dense_encode(xn_BD) @ self.W_dec + self.b_dec
+        target_BE, beside = context.target_of(xn_BD), self.beside_latents(xn_BD)
+        xn_hat_BD = self.dense_encode(xn_BD) @ self.W_dec + beside
         # The gate's own reconstruction trains W_enc and b_gate, as 1[pi > 0] gives them no gradient; the decoder is
         # detached, or it would learn to decode gates and not magnitudes.
-        by_gate_BD = gate_BF @ self.W_dec.detach() + self.b_dec.detach()
-        squared = (xn_hat_BD - xn_BD).square().sum(1).mean() + (by_gate_BD - xn_BD).square().sum(1).mean()
+        by_gate_BD = gate_BF @ self.W_dec.detach() + beside.detach()
+        squared = (xn_hat_BD - target_BE).square().sum(1).mean() + (by_gate_BD - target_BE).square().sum(1).mean()
         coefficient = context.sparsity_scale * self.config.sparsity * self.sparsity_factor
         return squared / self.variance + coefficient * gate_BF.sum(1).mean() / self.variance.sqrt()
 
@@ -73,11 +75,12 @@ class Gated(L1SAE):
 
     def loss(self, xn_BD: Float[Tensor, "B D"], context: TrainContext = PLAIN) -> StepOutput:
         codes, gate, f = self._gate_and_f(xn_BD)
-        xn_hat_BD = self.decode_sparse(codes, f)
-        nmse = self.nmse(xn_hat_BD, xn_BD)
+        target_BE = context.target_of(xn_BD)
+        xn_hat_BD = self.decode_sparse(codes, f, xn_BD)
+        nmse = self.nmse(xn_hat_BD, target_BE)
         sparsity = self.l1_term(self.l1(gate, len(xn_BD)), context)
-        by_gate_BD = codes.decode(gate, self.W_dec.detach())[0] + self.b_dec.detach()
-        auxiliary = self.nmse(by_gate_BD, xn_BD)
+        by_gate_BD = codes.decode(gate, self.W_dec.detach())[0] + self.beside_latents(xn_BD).detach()
+        auxiliary = self.nmse(by_gate_BD, target_BE)
         metrics = {
             "nmse": nmse.detach(),
             "l0": codes.l0(f),

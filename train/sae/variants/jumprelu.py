@@ -153,9 +153,9 @@ class JumpReLU(SAE):
     def dense_loss(self, xn_BD: Float[Tensor, "B D"], context: TrainContext = PLAIN) -> Float[Tensor, ""]:
         z_BF = self.pre_activation(xn_BD)
         f_BF: Tensor = _Jump.apply(z_BF, self.theta, self.eps)  # type: ignore[no-untyped-call]
-        xn_hat_BD = f_BF @ self.W_dec + self.b_dec
+        xn_hat_BD = f_BF @ self.W_dec + self.beside_latents(xn_BD)
         l0: Tensor = _MeanL0.apply(z_BF, self.theta, self.eps, len(xn_BD))  # type: ignore[no-untyped-call]
-        nmse = (xn_hat_BD - xn_BD).square().sum(1).mean() / self.variance
+        nmse = (xn_hat_BD - context.target_of(xn_BD)).square().sum(1).mean() / self.variance
         return nmse + context.sparsity_scale * self.config.sparsity * self._penalty(l0)
 
     def encode_sparse(self, xn_BD: Float[Tensor, "B D"]) -> tuple[Codes, Tensor]:
@@ -168,8 +168,8 @@ class JumpReLU(SAE):
         (codes,) = self.select(xn_BD, self.bias_F, [Selection(Above(self.theta.detach() - eps))])
         theta = codes.at(self.theta)
         f: Tensor = _Jump.apply(codes.values, theta, eps)  # type: ignore[no-untyped-call]
-        xn_hat_BD = self.decode_sparse(codes, f)
-        nmse = self.nmse(xn_hat_BD, xn_BD)
+        xn_hat_BD = self.decode_sparse(codes, f, xn_BD)
+        nmse = self.nmse(xn_hat_BD, context.target_of(xn_BD))
         l0: Tensor = _MeanL0.apply(codes.values, theta, eps, tokens)  # type: ignore[no-untyped-call]
         sparsity = context.sparsity_scale * self.config.sparsity * self._penalty(l0)
         metrics = {"nmse": nmse.detach(), "l0": l0.detach(), "sparsity": sparsity.detach()}

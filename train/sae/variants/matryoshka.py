@@ -54,15 +54,16 @@ class Matryoshka(BatchTopKBase):
         z_BF = self.pre_activation(xn_BD)
         f_BF = torch.where(largest_of_the_batch(z_BF, self.config.k * len(xn_BD)), z_BF.relu(), 0.0)
         loss = xn_BD.new_zeros(())
-        xn_hat_BD = xn_BD
+        target_BE, beside = context.target_of(xn_BD), self.beside_latents(xn_BD)
+        xn_hat_BD = target_BE
         for m in self.config.sizes:
-            xn_hat_BD = f_BF[:, :m] @ self.W_dec[:m] + self.b_dec
-            loss = loss + (xn_hat_BD - xn_BD).square().sum(1).mean() / self.variance
-        return loss + self.dense_auxk(z_BF, (xn_BD - xn_hat_BD).detach(), context)
+            xn_hat_BD = f_BF[:, :m] @ self.W_dec[:m] + beside
+            loss = loss + (xn_hat_BD - target_BE).square().sum(1).mean() / self.variance
+        return loss + self.dense_auxk(z_BF, (target_BE - xn_hat_BD).detach(), context)
 
     def reconstruct(
-        self, codes: Codes, f: Tensor, xn_BD: Float[Tensor, "B D"]
-    ) -> tuple[Float[Tensor, ""], Float[Tensor, ""], Float[Tensor, "B D"]]:
-        xn_hat_PBD = codes.decode(f, self.W_dec, self.config.sizes) + self.b_dec
-        nmse_P = (xn_hat_PBD - xn_BD).square().sum((1, 2)) / (len(xn_BD) * self.variance)
+        self, codes: Codes, f: Tensor, xn_BD: Float[Tensor, "B D"], target_BE: Float[Tensor, "B E"]
+    ) -> tuple[Float[Tensor, ""], Float[Tensor, ""], Float[Tensor, "B E"]]:
+        xn_hat_PBD = codes.decode(f, self.W_dec, self.config.sizes) + self.beside_latents(xn_BD)
+        nmse_P = (xn_hat_PBD - target_BE).square().sum((1, 2)) / (len(xn_BD) * self.variance)
         return nmse_P.sum(), nmse_P[-1], xn_hat_PBD[-1]

@@ -45,11 +45,12 @@ class ReLU(L1SAE):
 
     def dense_loss(self, xn_BD: Float[Tensor, "B D"], context: TrainContext = PLAIN) -> Float[Tensor, ""]:
         f_BF = self.pre_activation(xn_BD).relu()
-        xn_hat_BD = f_BF @ self.W_dec + self.b_dec
+        xn_hat_BD = f_BF @ self.W_dec + self.beside_latents(xn_BD)
         norm_F = self.W_dec.norm(dim=1) if self.config.form == "april" else torch.ones_like(self.bias_F)
         l1 = (f_BF * norm_F).sum(1).mean() / self.variance.sqrt()
         coefficient = context.sparsity_scale * self.config.sparsity * self.sparsity_factor
-        return (xn_hat_BD - xn_BD).square().sum(1).mean() / self.variance + coefficient * l1
+        squared = (xn_hat_BD - context.target_of(xn_BD)).square().sum(1).mean()
+        return squared / self.variance + coefficient * l1
 
     def encode_sparse(self, xn_BD: Float[Tensor, "B D"]) -> tuple[Codes, Tensor]:
         (codes,) = self.select(xn_BD, self.bias_F, [Selection(Above(xn_BD.new_zeros(())))])
@@ -57,8 +58,8 @@ class ReLU(L1SAE):
 
     def loss(self, xn_BD: Float[Tensor, "B D"], context: TrainContext = PLAIN) -> StepOutput:
         codes, f = self.encode_sparse(xn_BD)
-        xn_hat_BD = self.decode_sparse(codes, f)
-        nmse = self.nmse(xn_hat_BD, xn_BD)
+        xn_hat_BD = self.decode_sparse(codes, f, xn_BD)
+        nmse = self.nmse(xn_hat_BD, context.target_of(xn_BD))
         if self.config.form == "april":
             norm_F = torch.linalg.vector_norm(self.W_dec, dim=1)
             # sum_j f_j ||W_dec_j|| summed over tokens first: the norms are then multiplied once and not for each entry.

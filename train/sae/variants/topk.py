@@ -51,12 +51,14 @@ class TopK(TopKBase):
     def dense_loss(self, xn_BD: Float[Tensor, "B D"], context: TrainContext = PLAIN) -> Float[Tensor, ""]:
         z_BF = self.pre_activation(xn_BD)
         f_BF = torch.where(largest_of_each_token(z_BF, self.config.k), z_BF.relu(), 0.0)
-        xn_hat_BD = f_BF @ self.W_dec + self.b_dec
-        loss = (xn_hat_BD - xn_BD).square().sum(1).mean() / self.variance
+        target_BE = context.target_of(xn_BD)
+        beside = self.beside_latents(xn_BD)
+        xn_hat_BD = f_BF @ self.W_dec + beside
+        loss = (xn_hat_BD - target_BE).square().sum(1).mean() / self.variance
         if self.config.multi_topk:
             wide_BF = torch.where(largest_of_each_token(z_BF, 4 * self.config.k), z_BF.relu(), 0.0)
-            loss = loss + (wide_BF @ self.W_dec + self.b_dec - xn_BD).square().sum(1).mean() / self.variance / 8
-        return loss + self.dense_auxk(z_BF, (xn_BD - xn_hat_BD).detach(), context)
+            loss = loss + (wide_BF @ self.W_dec + beside - target_BE).square().sum(1).mean() / self.variance / 8
+        return loss + self.dense_auxk(z_BF, (target_BE - xn_hat_BD).detach(), context)
 
     def encode_sparse(self, xn_BD: Float[Tensor, "B D"]) -> tuple[Codes, Tensor]:
         (codes,) = self.select(xn_BD, self.bias_F, [Selection(TopPerToken(self.config.k))])
@@ -67,13 +69,14 @@ class TopK(TopKBase):
         # The k largest are among the 4k largest: one selection serves both reconstructions.
         wide, candidates = self.encode_with_candidates(xn_BD, TopPerToken(4 * k if multi_topk else k), context)
         codes = wide.top_of_rows(k) if multi_topk else wide
-        xn_hat_BD = self.decode_sparse(codes, codes.values)
-        nmse = self.nmse(xn_hat_BD, xn_BD)
-        auxk = self.auxk(candidates, (xn_BD - xn_hat_BD).detach())
+        target_BE = context.target_of(xn_BD)
+        xn_hat_BD = self.decode_sparse(codes, codes.values, xn_BD)
+        nmse = self.nmse(xn_hat_BD, target_BE)
+        auxk = self.auxk(candidates, (target_BE - xn_hat_BD).detach())
         metrics = {"nmse": nmse.detach(), "l0": codes.l0(codes.values), "auxk": auxk.detach()}
         loss = nmse + auxk
         if multi_topk:
-            multi = self.nmse(self.decode_sparse(wide, wide.values), xn_BD) / 8
+            multi = self.nmse(self.decode_sparse(wide, wide.values, xn_BD), target_BE) / 8
             metrics["multi"] = multi.detach()
             loss = loss + multi
         return StepOutput(loss, metrics, codes.of(codes.values), xn_hat_BD.detach())

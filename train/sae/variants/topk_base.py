@@ -45,7 +45,7 @@ class TopKBase(SAE):
     @property
     def k_aux(self) -> int:
         """Return how many latents of a token AuxK takes."""
-        return auxk_size(self.d_in) if self.config.auxk_k is None else self.config.auxk_k
+        return auxk_size(self.d_out) if self.config.auxk_k is None else self.config.auxk_k
 
     def encode_with_candidates(
         self, xn_BD: Float[Tensor, "B D"], rule: Rule, context: TrainContext

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from train.sae.parts.auxk import DeadLatents, auxk_error, auxk_rule, auxk_size, default_window
+from train.sae.parts.auxk import DeadLatents, auxk_error, auxk_rule, auxk_size, default_window, filled_up
 from train.sae.sparse.backend import use_backend
 from train.sae.sparse.codes import Codes, Support
 from train.sae.sparse.cpu import select
@@ -127,7 +127,7 @@ def test_an_undetached_residual_is_a_fault() -> None:
 
 @pytest.mark.parametrize("every", [1, 4])
 def test_all_that_can_die_before_the_next_look_are_named(every: int) -> None:
-    dead, looks = DeadLatents(50), 0
+    dead, looks = DeadLatents(200), 0
     assert dead.may_die(60, 10, every) is None  # on a CPU the mask is looked at
     generator, last = torch.Generator().manual_seed(0), torch.zeros(0)
     with use_backend(TritonBackend()):
@@ -137,6 +137,18 @@ def test_all_that_can_die_before_the_next_look_are_named(every: int) -> None:
             looks += may_die_d is not last
             last = may_die_d
             assert set(dead.mask(60).nonzero().flatten().tolist()) <= set(may_die_d.tolist())
-            dead.update(torch.rand(50, generator=generator) < 0.3, 10)
+            assert len(may_die_d) % 64 == 0
+            dead.update(torch.rand(200, generator=generator) < 0.3, 10)
     assert looks == 40 // every
-    assert len(last) < 50
+    assert len(last) < 200
+
+
+def test_candidates_are_filled_up_to_what_kernels_like() -> None:
+    marked = torch.zeros(130, dtype=torch.bool)
+    assert filled_up(marked).tolist() == []  # nobody can be dead: no AuxK
+    marked[[1, 100]] = True
+    assert filled_up(marked).tolist() == [*range(63), 100]  # 62 that live: 0 and 2 to 62
+    marked[:] = True
+    marked[7] = False
+    assert filled_up(marked).tolist() == [*range(130)]  # more there are not
+    assert filled_up(marked[:128]).tolist() == [*range(128)]

@@ -1,0 +1,361 @@
+"""What a training step does to a device, counted without one: operations, bytes moved, memory, waits of the host.
+
+torch's operations are seen as they are dispatched. With shapes alone (fake tensors) a step of a million latents is
+counted in seconds, by the GPU's path of the code: `StandIn` is Triton's backend with its kernels replaced by their
+shapes and their traffic. A fake tensor has no values, so a step that asked for one would end with an error.
+Letters: B tokens in a batch, D model width, F latents, n entries, d latents that may be dead.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from train.config import OptimizerSettings
+from train.optimizers import optimizer_from
+from train.sae import VARIANTS
+from train.sae.sparse.backend import use_backend
+from train.sae.sparse.cpu import CPUBackend
+from train.sae.sparse.product import Product
+from train.sae.sparse.rules import Entries, Selection
+from train.sae.sparse.triton import TritonBackend
+from train.sae_trainer import SAETrainer
+from train.schedules import Schedule
+
+# Operations that reserve memory and run nothing.
+_RESERVE = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "set_", "resize_"}
+_SAME = {"_unsafe_view", "lift_fresh"}  # a view by another name
+# Operations for whose result the host waits: a value, or a size that depends on values.
+_WAITS = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "bincount", "_unique2"}
+_PRODUCTS = {"mm", "addmm", "bmm", "baddbmm"}
+_PICK = {"index_select", "index", "gather", "embedding"}  # read what they pick, and not the whole table
+_PUT = {"index_add_", "index_add", "index_fill_", "index_copy_", "index_put_", "scatter_", "scatter_add_"}
+_OVERWRITE = {"fill_", "zero_", "copy_"}  # do not read what they write to
+# Passes over the input of what a GPU does in several: radix selection and radix sort take 8 bits a pass.
+_PASSES = {"topk": 5, "sort": 4, "kthvalue": 5}
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One operation that runs on the device."""
+
+    name: str
+    part: str
+    """Which part of the step it belongs to; see `Counter`."""
+    read: int
+    """Bytes."""
+    written: int
+    """Bytes."""
+    waits: bool
+    """Whether the host waits for its result."""
+
+
+def extent(tensor: Tensor) -> int:
+    """Compute the bytes of a tensor's entries, those of an expanded dimension once."""
+    entries = 1
+    for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
+        entries *= size if stride else min(size, 1)
+    return entries * tensor.element_size()
+
+
+class Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Sees each of torch's operations, and the storages that live.
+
+    An operation belongs to the part that `within` names, or by what it touches: `products`, `parameters` (a tensor of
+    `parameter_entries`), `z` (one of `z_entries`) or `rest`. `candidates` is the number of entries that `nonzero`
+    finds in a fake tensor.
+    """
+
+    def __init__(self, *, parameter_entries: int = -1, z_entries: int = -1, candidates: int = 0) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.parameter_entries, self.z_entries, self.candidates = parameter_entries, z_entries, candidates
+        self.operations: list[Operation] = []
+        self.live, self.peak = 0, 0
+        self.held: dict[int, tuple[weakref.ref[Any], int]] = {}
+        self.part: str | None = None
+        self.paused = False
+
+    def begin(self) -> None:
+        """Forget the operations so far, and count the peak of the memory from here."""
+        self.operations = []
+        self.peak = self.live
+
+    @contextmanager
+    def within(self, part: str) -> Iterator[None]:
+        """Name the part of the step that the operations of the `with` block belong to."""
+        before, self.part = self.part, self.part or part
+        try:
+            yield
+        finally:
+            self.part = before
+
+    @contextmanager
+    def kernel(self, part: str, read: int, written: int) -> Iterator[None]:
+        """Count the `with` block as one operation of so many bytes, whatever stands in for it."""
+        self.operations.append(Operation("kernel", part, read, written, waits=False))
+        self.paused = True
+        try:
+            yield
+        finally:
+            self.paused = False
+
+    def watch(self, tensor: Tensor) -> None:
+        """Count a tensor's memory for as long as it lives."""
+        storage = tensor.untyped_storage()
+        key = id(storage)
+        if key in self.held and self.held[key][0]() is storage:
+            return
+        size = storage.nbytes()
+        self.held[key] = (weakref.ref(storage, lambda _, key=key, size=size: self._freed(key, size)), size)  # type: ignore[misc]
+        self.live += size
+        self.peak = max(self.peak, self.live)
+
+    def _freed(self, key: int, size: int) -> None:
+        self.live -= size
+        self.held.pop(key, None)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = func.overloadpacket.__name__
+        if name == "nonzero" and isinstance(args[0], FakeTensor):
+            out = args[0].new_empty(self.candidates, args[0].dim(), dtype=torch.int64)
+        else:
+            out = func(*args, **kwargs)
+        if self.paused or func.namespace == "prim":  # prim: a fake tensor was asked for its device
+            return out
+        for tensor in _tensors(out):
+            self.watch(tensor)
+        if not (func.is_view or name in _RESERVE or name in _SAME):
+            self.operations.append(self._operation(func, name, args, kwargs, out))
+        return out
+
+    def _operation(self, func: Any, name: str, args: Any, kwargs: Any, out: Any) -> Operation:
+        read, written = traffic(func, name, args, kwargs, out)
+        tensors = _tensors((args, kwargs, out))
+        masked = name == "index" and any(tensor.dtype == torch.bool for tensor in _tensors(args[1]))
+        part = "products" if name in _PRODUCTS else self.part
+        if part is None:
+            part = self._by_size({tensor.numel() for tensor in tensors})
+        return Operation(name, part, read, written, waits=name in _WAITS or masked)
+
+    def _by_size(self, entries: set[int]) -> str:
+        if self.parameter_entries in entries:
+            return "parameters"
+        return "z" if self.z_entries in entries else "rest"
+
+
+def _tensors(values: Any) -> list[Tensor]:
+    """List the dense tensors among nested values; a sparse one's parts are dense tensors that were seen before."""
+    return [value for value in tree_leaves(values) if isinstance(value, Tensor) and value.layout == torch.strided]
+
+
+def traffic(func: Any, name: str, args: Any, kwargs: Any, out: Any) -> tuple[int, int]:
+    """Count the bytes that an operation reads and writes: each input and output once, with the exceptions above."""
+    inputs = _tensors((args, kwargs))
+    fresh = sum(extent(tensor) for tensor in _tensors(out) if not any(_same(tensor, other) for other in inputs))
+    if name in _PICK:
+        return sum(extent(tensor) for tensor in inputs[1:]) + fresh, fresh
+    if name in _PUT:
+        put = max((extent(tensor) for tensor in inputs[1:] if tensor.is_floating_point()), default=0)
+        return sum(extent(tensor) for tensor in inputs[1:]) + put + fresh, put + fresh
+    if name == "_fused_adam_":
+        weights, _, *states = args[:4]
+        every = sum(extent(tensor) for tensor in _tensors(args[:4]))
+        return every, sum(extent(tensor) for tensor in _tensors((weights, states)))
+    mutated = _mutated(func, args, kwargs)
+    unread = mutated if name in _OVERWRITE or "out" in kwargs else []
+    read = sum(extent(tensor) for tensor in inputs if not any(tensor is other for other in unread))
+    written = sum(extent(tensor) for tensor in mutated) + fresh
+    return read * _PASSES.get(name, 1), written * (_PASSES["sort"] if name == "sort" else 1)
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    return one.untyped_storage() is other.untyped_storage()
+
+
+def _mutated(func: Any, args: Any, kwargs: Any) -> list[Tensor]:
+    """List the tensors that an operation's schema says it writes to."""
+    found: list[Tensor] = []
+    for index, argument in enumerate(func._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            given = args[index] if index < len(args) else kwargs.get(argument.name)
+            found += _tensors(given)
+    return found
+
+
+# The GPU's path
+
+
+@dataclass(frozen=True)
+class StandIn(TritonBackend):
+    """Triton's backend without Triton: the kernels' results come from the CPU's, or are shapes alone of fake tensors.
+
+    Their traffic: each entry reads the rows it names and its own numbers; each row of a result is written once.
+    """
+
+    counter: Counter = field(default_factory=Counter)
+    """What counts."""
+
+    def select(self, product: Product, selections: Sequence[Selection]) -> list[Entries | Tensor]:
+        with self.counter.within("selection"):
+            return super().select(product, selections)
+
+    def order(self, index_n: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+        with self.counter.within("sparse products"):
+            return super().order(index_n, groups)
+
+    def ends(self, index_n: Tensor, groups: int) -> Tensor:
+        with self.counter.within("sparse products"):
+            return super().ends(index_n, groups)
+
+    def gather_sums(self, weight_n: Tensor, index_n: Tensor, ends: Tensor, table_XD: Tensor) -> Tensor:
+        rows = len(weight_n) * table_XD.shape[1] * table_XD.element_size()
+        written = (len(ends) - 1) * table_XD.shape[1] * table_XD.element_size()
+        read = rows + extent(weight_n) + extent(index_n) + extent(ends)
+        with self.counter.kernel("sparse products", read, written):
+            if isinstance(table_XD, FakeTensor):
+                sums = table_XD.new_empty(len(ends) - 1, table_XD.shape[1])
+            else:
+                sums = CPUBackend().gather_sums(weight_n, index_n, ends, table_XD)
+        self.counter.watch(sums)
+        return sums
+
+    def dots(self, rows_n: Tensor, latents_n: Tensor, left_XD: Tensor, right_FD: Tensor) -> Tensor:
+        rows = 2 * len(rows_n) * left_XD.shape[1] * left_XD.element_size()
+        written = len(rows_n) * left_XD.element_size()
+        with self.counter.kernel("sparse products", rows + extent(rows_n) + extent(latents_n), written):
+            if isinstance(left_XD, FakeTensor):
+                dots = left_XD.new_empty(len(rows_n))
+            else:
+                dots = CPUBackend().dots(rows_n, latents_n, left_XD, right_FD)
+        self.counter.watch(dots)
+        return dots
+
+    def project_rows_(self, grad_FD: Tensor, rows_FD: Tensor) -> None:
+        with self.counter.kernel("parameters", extent(grad_FD) + extent(rows_FD), extent(grad_FD)):
+            if not isinstance(grad_FD, FakeTensor):
+                CPUBackend().project_rows_(grad_FD, rows_FD)
+
+
+# A step
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What is trained: sizes, and what changes the memory or the traffic of a step."""
+
+    variant: str
+    width: int
+    """F."""
+    d_model: int = 768
+    """D."""
+    batch: int = 4096
+    """B."""
+    k: int = 32
+    """Latents a token of the variants that choose."""
+    dead: int = 0
+    """Latents among which AuxK chooses, d."""
+    ema: bool = False
+    """Whether a mean of the weights is held."""
+
+
+@dataclass(frozen=True)
+class Count:
+    """What a step came to."""
+
+    operations: list[Operation]
+    """In order."""
+    state: int
+    """Bytes that live between two steps, without the batch."""
+    peak: int
+    """Bytes at the most, with the batch."""
+
+    @property
+    def moved(self) -> dict[str, int]:
+        """Return the bytes read and written, by part of the step."""
+        parts: dict[str, int] = defaultdict(int)
+        for operation in self.operations:
+            parts[operation.part] += operation.read + operation.written
+        return dict(parts)
+
+    @property
+    def waits(self) -> list[str]:
+        """Return the operations for which the host waits."""
+        return [operation.name for operation in self.operations if operation.waits]
+
+
+def sae_settings(shape: Shape) -> dict[str, Any]:
+    """Return the settings of the SAE that a shape names, in the form that conf/sae trains."""
+    if shape.variant in ("topk", "batchtopk", "matryoshka"):
+        return {"k": shape.k}
+    return {"sparsity": 1.0, "target_l0": 3 * shape.k}
+
+
+def trainer_of(shape: Shape, log_every: int = 1 << 40) -> SAETrainer:
+    """Make the trainer of an SAE, with fused Adam; by default it logs no step."""
+    return SAETrainer(
+        VARIANTS[shape.variant](shape.d_model, shape.width, **sae_settings(shape)),
+        optimizer_from(OptimizerSettings.of({"lr": 1e-3, "fused": True})),
+        Schedule(1 << 40, 0, 0, 0),
+        folder=Path("unused"),
+        name=shape.variant,
+        seed=0,
+        dead_after=1000 * shape.batch,
+        ema=0.999 if shape.ema else None,
+        log_every=log_every,
+    )
+
+
+def count_step(shape: Shape) -> Count:
+    """Count a plain step, not the first, on the GPU's path, by shapes alone; ends with an error if it asks a value."""
+    counter = Counter(
+        parameter_entries=shape.width * shape.d_model, z_entries=shape.batch * shape.width, candidates=shape.dead
+    )
+    with FakeTensorMode(), use_backend(StandIn(counter=counter)), counter:
+        return _second_step(shape, counter, torch.empty(shape.batch, shape.d_model))
+
+
+def count_real_step(shape: Shape) -> Count:
+    """Count the same with real tensors and the stand-ins' results: for small shapes, without AuxK."""
+    counter = Counter(parameter_entries=shape.width * shape.d_model, z_entries=shape.batch * shape.width)
+    with use_backend(StandIn(counter=counter)), counter:
+        return _second_step(shape, counter, torch.randn(shape.batch, shape.d_model))
+
+
+def _second_step(shape: Shape, counter: Counter, x_BD: Tensor) -> Count:
+    counter.watch(x_BD)
+    trainer = trainer_of(shape)
+    trainer.training_step(x_BD)
+    counter.begin()
+    state = counter.live - extent(x_BD)
+    trainer.training_step(x_BD)
+    return Count(counter.operations, state, counter.peak)
+
+
+def count_waits(variant: str) -> dict[str, list[str]]:
+    """List what the host waits for on the GPU's path, in three steps of a tiny SAE.
+
+    `look`: where it is looked up which latents may die, once in up to 50 steps; `plain`; `logged`. A copy from or to
+    the device does not show on a CPU.
+    """
+    counter = Counter()
+    shape = Shape(variant, width=256, d_model=16, batch=64, k=4)
+    waits = {}
+    with use_backend(StandIn(counter=counter)), counter:
+        trainer = trainer_of(shape, log_every=3)
+        for name in ("look", "plain", "logged"):
+            counter.begin()
+            trainer.training_step(torch.randn(shape.batch, shape.d_model))
+            waits[name] = [operation.name for operation in counter.operations if operation.waits]
+    return waits

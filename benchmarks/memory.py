@@ -1,0 +1,154 @@
+"""What a training step needs of a device's memory, by formula, beside what is counted of a step.
+
+    python -m benchmarks.memory                                   # the table of benchmarks/RESULTS.md
+    python -m benchmarks.memory --variants topk --widths 1048576 --d-model 2304 --dead 0.2 --batch 8192
+
+Counted without a device, by shapes alone, on the GPU's path (benchmarks/counting.py). What a kernel of torch's or of
+cuBLAS reserves for itself is not in it, nor are the CUDA context (about 0.5 GB) and what the allocator cannot use.
+Letters: B tokens in a batch, D model width, F latents, n = k B entries, d latents that may be dead, P prefixes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+
+from benchmarks.counting import Shape, count_step
+from train.sae.parts.auxk import auxk_size
+from train.sae.sparse.triton import TritonBackend
+
+VARIANTS = ("topk", "batchtopk", "matryoshka", "relu", "jumprelu", "gated")
+CHOOSING = ("topk", "batchtopk", "matryoshka")
+BIASES = {"jumprelu": 2, "gated": 3}
+"""Vectors [F] among the parameters; one of the other variants."""
+MOMENTS = {"adam": 8.0, "adam8bit": 2 * (1 + 4 / 256)}
+"""Bytes of an optimizer's state an entry: two float32, or two of 8 bits with a float32 scale for 256 of them."""
+PREFIXES = 5
+GROUP = 32  # latents of which the first choice looks at the largest
+LOOKED_AT = 7  # bytes an entry that a choice looks at: a running count in int32 and three marks
+LARGEST = 4 + LOOKED_AT  # a group: the largest of it too
+NEAR = 8 + 4 + LOOKED_AT  # an entry of a chosen group: its place and value too
+# What lives beside the state where the loss of a variant with a bound has most: z and its kin, a mask of it, [F, D].
+DENSE = {"relu": (3.0, 3), "jumprelu": (5.25, 1), "gated": (7.25, 1)}
+
+
+def parameters(shape: Shape) -> int:
+    """Count the entries of the parameters."""
+    return shape.width * (2 * shape.d_model + BIASES.get(shape.variant, 1)) + shape.d_model
+
+
+def state_bytes(shape: Shape, optimizer: str = "adam") -> float:
+    """Compute the bytes that live between two steps: weights, moments, mean of the weights, counters; no gradient."""
+    per_entry = 4 + MOMENTS[optimizer] + (4 if shape.ema else 0)
+    return parameters(shape) * per_entry + 8 * shape.width
+
+
+def block_of(shape: Shape) -> int:
+    """Compute the latents of a block of z."""
+    latents = TritonBackend().block_entries // shape.batch // 32 * 32
+    return min(shape.width, max(32, latents))
+
+
+def choice_bytes(entries: int, lines: int, count: int) -> int:
+    """Compute what a choice of `count` from each of `lines` needs beside the entries themselves."""
+    width = entries // lines
+    group = min(GROUP, width & -width)
+    if count >= width // group:  # every group may hold one: all entries are looked at
+        return LOOKED_AT * entries
+    chosen = lines * count
+    return max(LARGEST * entries // group, NEAR * chosen * group) + 8 * chosen
+
+
+def moments(shape: Shape, matmul: str = "float32") -> dict[str, int]:
+    """Compute the bytes beside the state, by the moments of a step at which they may be most.
+
+    The batch, the normalised batch and the encoder's input are in each of them.
+    """
+    matrix, batch, rows = 4 * shape.width * shape.d_model, shape.batch, 4 * shape.batch * shape.d_model
+    if shape.variant not in CHOOSING:
+        of_z, of_matrix = DENSE[shape.variant]
+        z = 4 * batch * shape.width
+        return {"loss": round(of_z * z) + of_matrix * matrix + 3 * rows, "gradients": 2 * matrix + 2 * z + 4 * rows}
+    block, n = block_of(shape), shape.k * batch
+    z = 4 * batch * block
+    lines, count = (batch, shape.k) if shape.variant == "topk" else (1, n)
+    found = {
+        "choice": 3 * rows + z + choice_bytes(batch * block, lines, count),
+        "gradients": 2 * matrix + 3 * rows + 56 * n,
+    }
+    if matmul == "bf16":  # both factors of the block's product once more, at two bytes
+        found["product"] = 3 * rows + z + rows // 2 + 2 * block * shape.d_model
+    if shape.variant == "matryoshka":
+        found["prefixes"] = (5 * PREFIXES + 2) * rows + 24 * n
+        found["gradients"] += (PREFIXES - 1) * rows
+    return with_auxk(shape, found) if shape.dead else found
+
+
+def with_auxk(shape: Shape, found: dict[str, int]) -> dict[str, int]:
+    """Add AuxK's part to the moments of a step without it; d is filled up to a multiple of 64."""
+    batch, rows, k_aux = shape.batch, 4 * shape.batch * shape.d_model, auxk_size(shape.d_model)
+    dead = min(shape.width, math.ceil(shape.dead / 64) * 64)
+    z, entries = 4 * batch * dead, 24 * shape.k * batch
+    few = dead <= TritonBackend().dense_dead * k_aux
+    held = z if few else 24 * k_aux * batch
+    # The rows of W_dec are picked, so their gradient is spread over a second matrix and added to the first.
+    matrix = 4 * shape.width * shape.d_model
+    later = {name: found[name] + matrix + held for name in ("gradients", "prefixes") if name in found}
+    if few:
+        prefixes = PREFIXES if shape.variant == "matryoshka" else 1
+        auxk = 17 * batch * dead + 4 * dead * shape.d_model + (2 * prefixes + 4) * rows + entries
+        return found | later | {"AuxK": auxk}
+    return found | later | {"AuxK's choice": z + choice_bytes(batch * dead, batch, k_aux) + 3 * rows + entries}
+
+
+def peak_bytes(shape: Shape, optimizer: str = "adam", matmul: str = "float32") -> float:
+    """Compute the most bytes that a training step holds."""
+    return state_bytes(shape, optimizer) + max(moments(shape, matmul).values())
+
+
+def row(shape: Shape) -> str:
+    """Write one line of the table: by formula and counted, in GB, and the moment of the peak."""
+    count = count_step(shape)
+    found = moments(shape)
+    most = max(found, key=lambda name: found[name])
+    state, peak = state_bytes(shape), peak_bytes(shape)
+    gradients = 4 * parameters(shape)
+    off = peak / count.peak - 1
+    cells = [
+        f"{shape.variant}",
+        f"{shape.width:,}",
+        f"{shape.dead:,}",
+        f"{state / 1e9:.3f}",
+        f"{gradients / 1e9:.3f}",
+        f"{(peak - state) / 1e9:.3f}",
+        f"{peak / 1e9:.3f}",
+        most,
+        f"{count.peak / 1e9:.3f}",
+        f"{off:+.1%}",
+    ]
+    return "| " + " | ".join(cells) + " |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument("--widths", nargs="+", type=int, default=[12_288, 49_152, 262_144, 1_048_576])
+    parser.add_argument("--d-model", type=int, default=768)
+    parser.add_argument("--batch", type=int, default=4096)
+    parser.add_argument("--k", type=int, default=32)
+    parser.add_argument("--dead", nargs="+", type=float, default=[0.0], help="shares of latents that may be dead")
+    parser.add_argument("--ema", action="store_true")
+    args = parser.parse_args()
+    print(f"d={args.d_model}, B={args.batch:,}, k={args.k}; GB (1e9 bytes), with Adam's moments in float32\n")
+    print("| variant | F | may be dead | state | gradients | peak - state | peak | at | counted | formula off by |")
+    print("| :-- | --: | --: | --: | --: | --: | --: | :-- | --: | --: |")
+    for variant in args.variants:
+        for width in args.widths:
+            for share in args.dead if variant in CHOOSING else [0.0]:
+                dead = round(share * width)
+                shape = Shape(variant, width, args.d_model, args.batch, args.k, dead=dead, ema=args.ema)
+                print(row(shape), flush=True)
+
+
+if __name__ == "__main__":
+    main()
