@@ -62,6 +62,7 @@ class Tokeniser:
                 wanted = text.ranges_wanted(self.store.sizes)
                 lost = self._make(ranges, range(text.n_ranges, wanted))
                 while text.n_ranges < wanted and self.store.is_made(split, text.n_ranges):
+                    self._progress.tokens(ranges.uncounted(text.n_ranges))
                     text.take()
                     if text.is_enough or text.is_whole:
                         break
@@ -82,7 +83,11 @@ class Tokeniser:
         lost = None
         while left := ranges.left(wanted):
             for number in left:
+                if self.store.is_made(ranges.split, number):  # by another, since the last look
+                    self._progress.tokens(ranges.uncounted(number))
+                    continue
                 with self.store.leases.take(ranges.split, number, ["tokens"], {}) as ours:
+                    # Looked at again under the lease: another may have committed it in between.
                     if not ours or self.store.is_made(ranges.split, number):
                         continue
                     part = ranges.get(number)
@@ -92,6 +97,7 @@ class Tokeniser:
                         lost = part
                         break
                     self._commit(ranges.split, part)
+                    ranges.uncounted(number)
             else:
                 if ranges.left(wanted) == left:  # other processes have all of it, and one of them may die
                     time.sleep(WAIT_S)
@@ -122,12 +128,21 @@ class _Ranges:
         self._order, self._store = order, store
         self._reading: Iterator[DocumentRange] = iter(())
         self._next: int | None = None
+        self._counted: set[int] = set()
+
+    def uncounted(self, number: int) -> int:
+        """Return the tokens of a range that is committed, and 0 the next time."""
+        record = self._store.record(self.split, number)
+        if record is None or number in self._counted:
+            return 0
+        self._counted.add(number)
+        return record.tokens
 
     def left(self, wanted: range) -> list[int]:
         """Return which of the wanted ranges are not committed, up to the split's last where that is known."""
-        left = []
+        made, left = set(self._store.numbers(self.split)), []
         for number in wanted:
-            record = self._store.record(self.split, number)
+            record = self._store.record(self.split, number) if number in made else None
             if record is None:
                 left.append(number)
             elif record.last:
