@@ -5,8 +5,9 @@
 
 In each round, in turn: the tokenizer over the same documents from memory, `ENCODE_AT_ONCE` at a time; then a fresh
 cache for each number of processes, which begin together once they have imported everything; then the same cache read
-as a second site reads it, every context once. The tokenizer has one thread a process throughout. Prints the median over
-the rounds, its range, and the ratio to the tokenizer alone within a round; the load is the machine's before the first.
+as a second site reads it, every context once. The tokenizer has one thread a process throughout. Prints tokens a second
+by the clock and by the CPU seconds of all processes, which a busy machine changes little: each the median over the
+rounds with its range, and the ratio to the tokenizer alone within a round. The load is the machine's before the first.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -52,13 +54,26 @@ def packing() -> Packing:
     return Packing(context=CONTEXT, bos="document", heldout=0.0)
 
 
-def alone(source: FirstDocuments, tokenizer: Any) -> tuple[float, int]:
-    """Tokenise the documents from memory; returns the seconds and the tokens."""
+@dataclass(frozen=True)
+class Took:
+    """Seconds of a way to tokenise, by the clock and of all CPUs."""
+
+    clock: float
+    cpu: float
+
+    @classmethod
+    def since(cls, clock: float, cpu: float) -> Took:
+        """Count from a time of `time.perf_counter` and one of `time.process_time`."""
+        return cls(time.perf_counter() - clock, time.process_time() - cpu)
+
+
+def alone(source: FirstDocuments, tokenizer: Any) -> tuple[Took, int]:
+    """Tokenise the documents from memory; returns what it took and the tokens."""
     rule = packing()
     texts = list(DocumentOrder(source, rule.shuffle, rule.heldout).texts(TRAIN))
-    began = time.perf_counter()
+    began = time.perf_counter(), time.process_time()
     tokens = sum(len(doc.ids) for doc in encoded(texts, tokenizer))
-    return time.perf_counter() - began, tokens
+    return Took.since(*began), tokens
 
 
 def work(cache: Path, source: FirstDocuments, model: str, rows: int, start: Any, ends: Any) -> None:
@@ -66,40 +81,41 @@ def work(cache: Path, source: FirstDocuments, model: str, rows: int, start: Any,
     tokenizer = lm.load_tokenizer({"name": model})
     store = TokenStore.create_or_open(cache, {"benchmark": "tokenise"}, {})
     start.wait()
-    began = time.perf_counter()
+    began, cpu = time.perf_counter(), time.process_time()
     Tokeniser(store, source, tokenizer, packing(), quiet=True).text(TRAIN, rows)
-    ends.put((began, time.perf_counter()))
+    ends.put((began, time.perf_counter(), time.process_time() - cpu))
 
 
-def together(cache: Path, source: FirstDocuments, model: str, rows: int, count: int) -> float:
-    """Tokenise into a cache by so many processes; returns the seconds from the first start to the last end."""
+def together(cache: Path, source: FirstDocuments, model: str, rows: int, count: int) -> Took:
+    """Tokenise into a cache by so many processes; the clock goes from the first start to the last end."""
     context = multiprocessing.get_context("spawn")
     start, ends = context.Barrier(count), context.Queue()
     processes = [context.Process(target=work, args=(cache, source, model, rows, start, ends)) for _ in range(count)]
     for process in processes:
         process.start()
-    times: list[tuple[float, float]] = [ends.get(timeout=3600) for _ in processes]
+    times: list[tuple[float, float, float]] = [ends.get(timeout=3600) for _ in processes]
     for process in processes:
         process.join()
-    return max(end for _, end in times) - min(begin for begin, _ in times)
+    begins, stops, cpus = zip(*times, strict=True)
+    return Took(max(stops) - min(begins), sum(cpus))
 
 
-def read_again(cache: Path, source: FirstDocuments, tokenizer: Any, rows: int) -> float:
-    """Read every context of a text that is tokenised, as a second site does; returns the seconds."""
+def read_again(cache: Path, source: FirstDocuments, tokenizer: Any, rows: int) -> Took:
+    """Read every context of a text that is tokenised, as a second site does."""
     store = TokenStore.create_or_open(cache, {"benchmark": "tokenise"}, {})
-    began = time.perf_counter()
+    began = time.perf_counter(), time.process_time()
     text = Tokeniser(store, source, tokenizer, packing(), quiet=True).text(TRAIN, rows)
     for first in range(0, text.n_contexts, CONTEXT):
         text.read(slice(first, first + CONTEXT))
-    return time.perf_counter() - began
+    return Took.since(*began)
 
 
 def measure(
     source: FirstDocuments, model: str, counts: Sequence[int], rounds: int
-) -> tuple[int, dict[str, list[float]]]:
-    """Return the tokens of the text, and the seconds of each way in each round."""
+) -> tuple[int, dict[str, list[Took]]]:
+    """Return the tokens of the text, and what each way took in each round."""
     tokenizer = lm.load_tokenizer({"name": model})
-    seconds: dict[str, list[float]] = {}
+    seconds: dict[str, list[Took]] = {}
     tokens = 0
     for _ in range(rounds):
         took, tokens = alone(source, tokenizer)
@@ -116,16 +132,22 @@ def measure(
     return tokens, seconds
 
 
-def table(tokens: int, seconds: dict[str, list[float]]) -> list[str]:
+def table(tokens: int, ways: dict[str, list[Took]]) -> list[str]:
     """Return the lines of the Markdown table."""
-    base = next(iter(seconds.values()))
-    lines = ["| | tokens/s | range | to the tokenizer alone |", "| :-- | --: | :-- | --: |"]
-    for way, took in seconds.items():
-        speeds = [tokens / one for one in took]
-        ratio = statistics.median(one / other for one, other in zip(base, took, strict=True))
-        lines.append(
-            f"| {way} | {statistics.median(speeds):,.0f} | {min(speeds):,.0f} to {max(speeds):,.0f} | {ratio:.2f} |"
-        )
+    lines = [
+        "| | tokens/s | range | to alone | tokens/CPU s | range | to alone |",
+        "| :-- | --: | :-- | --: | --: | :-- | --: |",
+    ]
+    base = next(iter(ways.values()))
+    for way, took in ways.items():
+        cells = [way]
+        for unit in ("clock", "cpu"):
+            speeds = [tokens / getattr(one, unit) for one in took]
+            ratios = [getattr(one, unit) / getattr(other, unit) for one, other in zip(base, took, strict=True)]
+            cells.append(f"{statistics.median(speeds):,.0f}")
+            cells.append(f"{min(speeds):,.0f} to {max(speeds):,.0f}")
+            cells.append(f"{statistics.median(ratios):.2f}")
+        lines.append(f"| {' | '.join(cells)} |")
     return lines
 
 

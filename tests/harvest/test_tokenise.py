@@ -302,8 +302,8 @@ def test_killed_processes_leave_what_one_alone_makes(tmp_path: Path) -> None:
     def n_files() -> int:
         return sum(len(files) for _, _, files in os.walk(cut))
 
-    for kills in (2, 1, 2, 1, 2, 0):
-        more = n_files() + rng.randint(1, 8)
+    for kills in (2, 1, 2, 0):
+        more = n_files() + rng.randint(1, 4)
         processes = [subprocess.Popen(worker, cwd=ROOT) for _ in range(2)]
         while kills and n_files() < more and any(process.poll() is None for process in processes):
             time.sleep(0.005)
@@ -312,7 +312,7 @@ def test_killed_processes_leave_what_one_alone_makes(tmp_path: Path) -> None:
         codes = [process.wait() for process in processes]
         assert set(codes) <= {0, -signal.SIGKILL}
         killed += codes.count(-signal.SIGKILL)
-    assert killed >= 4
+    assert killed >= 2
     tokenised(tmp_path / "alone", KILLED_TEXT, KILLED_PACKING, KILLED_ROWS)
     assert contents(cut) == contents(tmp_path / "alone")
 
