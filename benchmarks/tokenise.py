@@ -151,14 +151,14 @@ def table(tokens: int, ways: dict[str, list[Took]]) -> list[str]:
     return lines
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--text", nargs="+", required=True, help="files of text, as text.paths takes them")
     parser.add_argument("--model", default="embedded", help="whose tokenizer (default embedded)")
     parser.add_argument("--processes", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--documents", type=int, default=4000)
     parser.add_argument("--rounds", type=int, default=3)
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     os.environ.update(_ONE_THREAD)  # read by the tokenizer's library at its first text, here and in the processes
     print(f"load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores")
     source = FirstDocuments(paths=options.text, most=options.documents)

@@ -19,11 +19,8 @@ def test_speeds_and_ratios_by_hand() -> None:
 
 
 @pytest.mark.slow
-def test_every_way_is_measured(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_every_way_is_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = write_stories(tmp_path / "stories.jsonl", range(200))
-    monkeypatch.setattr("sys.argv", ["tokenise", "--text", str(text), "--rounds", "1"])
-    assert tokenise.main() == 0
+    assert tokenise.main(["--text", str(text), "--rounds", "1"]) == 0
     ways = [line.split("|")[1].strip() for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
     assert ways == ["", ":--", "the tokenizer alone", "1 process", "2 processes", "read again"]
