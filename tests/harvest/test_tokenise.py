@@ -25,7 +25,8 @@ from data.storage import leases
 from data.store.manifest import HELDOUT, TRAIN
 from data.store.token_store import RangeSizes
 from harvest import lm
-from harvest.documents import Document
+from harvest.chat import Chat
+from harvest.documents import Document, TextSource
 from harvest.packing import PackedTokens, Packing, pack
 from harvest.run import harvest
 from harvest.stored_text import StoredText
@@ -85,6 +86,34 @@ def test_stored_tokens_are_packed_as_text_is(
         assert str(ours.value) == str(error)
         return
     assert_same_text(tokeniser.text(split, rows, multiple=multiple), packed)
+
+
+class Mixed(TextSource):
+    """Texts, token ids with and without a BOS of their own, and chats of which only some rows may be harvested."""
+
+    kind: str = "files"
+
+    def check(self) -> None: ...
+
+    def documents(self) -> Iterator[Document]:
+        for number in range(12):
+            yield Document(f"text {number}", STORIES[number], STORIES[number])
+            yield Document.of_ids(f"own {number}", [0, 5 + number, 6, 1])
+            yield Document.of_ids(f"bare {number}", [7 + number, 8])
+            said = [{"role": "user", "content": f"say {number}"}, {"role": "assistant", "content": f"it is {number}"}]
+            chat = Chat(said, "assistant").spelled()
+            yield Document(f"chat {number}", chat, chat)
+
+
+@pytest.mark.parametrize("bos", ["context", "document", "none"])
+@pytest.mark.parametrize("keep_special", [False, True])
+def test_chats_and_token_ids_are_packed_as_text_is(tmp_path: Path, bos: str, keep_special: bool) -> None:
+    words = tokenizer()
+    words.chat_template = "<s>{% for m in messages %}{{ m['role'] }} {{ m['content'] }}</s>{% endfor %}"
+    packing = plain(9, bos=bos, separator=True, keep_special=keep_special, shuffle=2)
+    packed = pack(Mixed(), words, packing, TRAIN, 300, multiple=3)
+    assert not packed.keep.all()
+    assert_same_text(tokenised(tmp_path, Mixed(), packing, 300, multiple=3, tokenizer=words), packed)
 
 
 def test_what_a_packing_adds_is_no_part_of_what_is_stored(tmp_path: Path) -> None:
