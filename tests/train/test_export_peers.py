@@ -20,6 +20,7 @@ from harvest.hooks import Site, run_to
 from harvest.lm import EMBEDDED, load_model
 from tests.helpers.hub import serving
 from tests.helpers.runs import SITE, activations
+from tests.helpers.transcoders import CASES, make_transcoder, save_transcoder, write_export
 from tests.train.interop.test_export import RECORD, cases, make
 from train.interop.export import export
 from train.sae import VARIANTS, save
@@ -56,6 +57,29 @@ def test_the_peers_encode_and_decode_as_we_do(tmp_path: Path) -> None:
         rows = ~near.any(1)
         assert (f - theirs["f"])[rows].abs().max() < 1e-5 * rms, (to, form, norm)
         assert (x_hat - theirs["x_hat"])[rows].abs().max() < 1e-5 * rms, (to, form, norm)
+
+
+def test_the_peers_transcode_as_we_do(tmp_path: Path) -> None:
+    """SAELens' four transcoders, sparsify's with and without skip, circuit-tracer's set."""
+    x = torch.from_numpy(activations(2048, 9))
+    save_file({"x": x}, tmp_path / "x.safetensors")
+    jobs = []
+    for number, (to, form, skip) in enumerate(CASES):
+        folder = save_transcoder(tmp_path / f"{number}", make_transcoder(form, skip))
+        write_export(to, folder, tmp_path / f"{number}-out")
+        paths = {"folder": str(tmp_path / f"{number}-out"), "to": str(tmp_path / f"{number}.safetensors")}
+        jobs.append({"format": to, "x": str(tmp_path / "x.safetensors"), **paths})
+    ask(PEERS, "benchmarks.peer_forms", jobs)
+    for number, (to, form, skip) in enumerate(CASES):
+        sae, theirs = make_transcoder(form, skip), load_file(tmp_path / f"{number}.safetensors")
+        with torch.no_grad():
+            f, y = sae.encode_decode(x)
+            f = f / sae.norm_out.scale * (1 if sae.unit_rows else sae.W_dec.norm(dim=1))
+            near = margin(sae, x) < 1e-5
+        rows, rms = ~near.any(1), float(y.square().mean().sqrt())
+        assert near.float().mean() < 1e-4, (to, form, skip)
+        assert (f - theirs["f"])[rows].abs().max() < 2e-5 * rms, (to, form, skip)
+        assert (y - theirs["x_hat"])[rows].abs().max() < 2e-5 * rms, (to, form, skip)
 
 
 def test_sae_lens_own_evaluation_agrees(tmp_path: Path) -> None:
