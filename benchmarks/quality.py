@@ -156,7 +156,7 @@ def scored_on_rows(options: argparse.Namespace, folder: Path, named: tuple[str, 
     decode = store.decoder(HELDOUT, SITE)
     loader = ActivationLoader(open_reader(store, HELDOUT, SITE), batch=options.batch, shuffle=False)
     rows = (Batch(decode(batch).float()) for batch in loader)
-    (value,) = held_out([sae], rows, torch.device("cpu"), 1)
+    (value,) = held_out([sae], rows, torch.device("cpu"))
     found = Dictionary().found(sae.W_dec)
     return Score(*named, value["l0"], value["nmse"], float("nan"), int(value["silent"]), found)
 

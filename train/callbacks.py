@@ -15,6 +15,8 @@ from data.base.clock import clock
 from data.base.files import atomic_file
 from train.lit import MultiSAEModule
 from train.resume import LAST, checkpoint_seal
+from train.sae_trainer import SAETrainer, State
+from train.shards import SHARDS, divide, remove_others
 from train.signals import Signals
 
 _AGREE_EVERY = 10  # steps: ranks must stop and save at the same one, and asking each other costs a message
@@ -27,8 +29,24 @@ def write_checkpoint(path: Path, state: dict[str, Any]) -> None:
         torch.save(state, file)
 
 
+def save_state(member: SAETrainer, state: State) -> None:
+    """Write the checkpoint of a member: by the first of its processes, or each its part of a split dictionary."""
+    split = member.sae.split
+    if member.data.rank:  # another has the same
+        return
+    index, path = state, member.folder / LAST
+    if split.size > 1:
+        index, part = divide(state, split)
+        write_checkpoint(path.with_name(index[SHARDS][split.rank]), part)
+        # The index names files that are there, on every host: it is written once all parts are.
+        split.sum_(torch.zeros((), device=member.bad_step.device))
+    if split.rank == 0:
+        write_checkpoint(path, index)
+        remove_others(path.parent, index.get(SHARDS, []))
+
+
 class LastCheckpoint(Callback):
-    """Writes one file in each member's folder every `every` steps or `minutes`, after the last step and on a signal.
+    """Saves each member in its folder every `every` steps or `minutes`, after the last step and on a signal.
 
     None is written of a state that is not finite.
     """
@@ -55,9 +73,9 @@ class LastCheckpoint(Callback):
         for member in module.in_step:
             # Before anything is written: a checkpoint of weights that are NaN would replace the last good one.
             module.guarded(member, member.check_finite)
-        for member in module.in_step if trainer.is_global_zero else []:
+        for member in module.in_step:
             state = {**member.state(), "loader": module.stream.state(member.step)}
-            write_checkpoint(member.folder / LAST, {**state, "seal": checkpoint_seal(state)})
+            save_state(member, {**state, "seal": checkpoint_seal(state)})
         self.saved_at = time.monotonic()
 
     def _agreed(self, trainer: Trainer, step: int) -> tuple[bool, bool]:

@@ -134,10 +134,22 @@ class TrainerSettings(Settings):
     """Devices of a node; for more than one: torchrun --nproc-per-node N -m train trainer.devices=N."""
     num_nodes: Whole = Field(1, ge=1)
     """Machines."""
+    latent_ranks: Whole = Field(1, ge=1)
+    """Processes that hold one dictionary together, each a part of its latents; they read the same rows."""
     deterministic: Flag | Literal["warn"] = False
     """Refuse operations that have no deterministic form; warn: only say so."""
     precision: Text = "32-true"
     """Always 32-true: weights and reconstructions stay in float32."""
+
+    @model_validator(mode="after")
+    def _whole_meshes(self) -> Self:
+        processes = self.devices * self.num_nodes
+        if processes % self.latent_ranks:
+            raise ValueError(
+                f"trainer.latent_ranks={self.latent_ranks} does not divide the {processes} processes of "
+                "trainer.devices and trainer.num_nodes: give a number that does"
+            )
+        return self
 
     @field_validator("precision")
     @classmethod
@@ -245,9 +257,14 @@ class TrainSettings(Settings):
         return super().of(named_groups(given), at)
 
     @property
-    def world(self) -> int:
-        """Return the ranks of the run."""
+    def processes(self) -> int:
+        """Return the processes of the run, one a device."""
         return self.trainer.devices * self.trainer.num_nodes
+
+    @property
+    def world(self) -> int:
+        """Return the ranks that read rows of their own: those that hold one dictionary together count once."""
+        return self.processes // self.trainer.latent_ranks
 
 
 def named_groups(settings: Mapping[str, Any]) -> Group:

@@ -18,6 +18,7 @@ from data.loading.loader import ActivationLoader
 from data.store.manifest import HELDOUT, TRAIN
 from train.plan import DataPlan
 from train.sae import Batch
+from train.sae.parts.groups import ALONE
 
 
 def _must_fit(loader: ActivationLoader, device: torch.device, preload: str) -> None:
@@ -42,7 +43,7 @@ def free_bytes(device: torch.device) -> int:
 
 
 class ActivationData(LightningDataModule):
-    """Batches of what a `DataPlan` says. Rank, world and device are the trainer's, if any.
+    """Batches of what a `DataPlan` says. The device is the trainer's, if any; `ranks` are those that share a batch.
 
     The loaders give rows as they are stored, which `model_units` decodes on the training device.
     preload: where the training rows are kept after they are read once, "ram" or "device"; a UserError where they do
@@ -55,6 +56,7 @@ class ActivationData(LightningDataModule):
         super().__init__()
         self.plan = plan
         self.preload = preload
+        self.ranks = ALONE
         self.training: ActivationLoader | None = None
         self._decoder = plan.store.decoder(TRAIN, plan.site)
         self._target_decoder = None if plan.target is None else plan.store.decoder(TRAIN, plan.target)
@@ -76,7 +78,7 @@ class ActivationData(LightningDataModule):
         return ActivationLoader(self.plan.readers[split], **settings)
 
     def _share(self) -> dict[str, int]:
-        return {"rank": self.trainer.global_rank, "world": self.trainer.world_size} if self.trainer else {}
+        return {"rank": self.ranks.rank, "world": self.ranks.size}
 
     def train_dataloader(self) -> ActivationLoader:
         device = self.trainer.strategy.root_device if self.trainer else torch.device("cpu")
@@ -100,8 +102,8 @@ class ActivationData(LightningDataModule):
         return self._loader(HELDOUT, self.plan.heldout, shuffle=False, drop_last=False, **self._share())
 
     def calibration_loader(self) -> ActivationLoader:
-        """Return rows, as stored, of the training split that the optimizer never sees; every rank reads all of them."""
-        return self._loader(TRAIN, self.plan.reserved)
+        """Return rows, as stored, of the training split that the optimizer never sees; every rank its part."""
+        return self._loader(TRAIN, self.plan.reserved, **self._share())
 
     def sample(self, rows: int) -> Batch:
         """Read up to `rows` rows of the first epoch's order, in float32;

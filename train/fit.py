@@ -23,17 +23,20 @@ from train.config import TrainSettings
 from train.datamodule import ActivationData
 from train.lit import MultiSAEModule, OwnReduction, Passes
 from train.loggers import CsvLogger, WandbRun
+from train.mesh import connect, is_lost_rank
 from train.messages import closing, diverged, how_to_go_on, label, missed_l0, opening, slow_bf16
 from train.optimizers import optimizer_class, optimizer_from
 from train.plan import DataPlan, TrainRun, origin
-from train.resume import fingerprint, first_rank, read_checkpoint
+from train.resume import LAST, fingerprint, first_rank, read_checkpoint, read_tensors
 from train.sae import SAE, StartRows, default_window, save
 from train.sae.config import PenaltyConfig
 from train.sae.parts.init import SAMPLES
+from train.sae.parts.ranks import ONE, Mesh
 from train.sae.sparse.product import float32_products, has_bf16_units
 from train.sae.variants.batchtopk import BatchTopKBase
 from train.sae_trainer import SAETrainer, State
 from train.schedules import Schedule
+from train.shards import own_state
 from train.signals import Signals
 
 
@@ -73,6 +76,12 @@ def fit(runs: Sequence[TrainRun], *watching: Callback) -> dict[str, str]:
             if first_rank():
                 print(how_to_go_on(runs, "stopped by the error below"), file=sys.stderr)
             raise
+        except RuntimeError as error:
+            if not is_lost_rank(error):
+                raise
+            # By each that is left, as the first rank may be the lost one.
+            print(how_to_go_on(runs, "another process of this training has ended"), file=sys.stderr)
+            raise SystemExit(1) from None
 
 
 def _fit(runs: Sequence[TrainRun], signals: Signals, *watching: Callback) -> dict[str, str]:
@@ -82,11 +91,13 @@ def _fit(runs: Sequence[TrainRun], signals: Signals, *watching: Callback) -> dic
     checkpoints = LastCheckpoint(settings.checkpoint_every, settings.checkpoint_minutes, signals)
     trainer = _trainer(settings, plan, checkpoints, _progress(runs), *watching)
     data.trainer = trainer
+    mesh = connect(trainer, settings)
+    data.ranks = mesh.data
     read = _bytes_read(plan)
     if trainer.is_global_zero:
         print(opening(runs))
     matmul = _matmul(settings.matmul, trainer.strategy.root_device)
-    members, failed, order = _members(runs, data)
+    members, failed, order = _members(runs, data, mesh)
     for member in members:
         member.sae.matmul = matmul
     if not members:
@@ -111,12 +122,12 @@ def _fit(runs: Sequence[TrainRun], signals: Signals, *watching: Callback) -> dic
     with float32_products():
         calibrated = _calibrate(module, data, trainer.strategy.root_device)
     module.validate("final")
+    seconds = round(time.monotonic() - began, 1)
+    by_name = {run.name: run for run in runs}
+    for member in module.running if mesh.data.rank == 0 else []:  # by all that hold a part of its latents
+        record = {"waited": waited, **calibrated.get(member.name, {}), "seconds": seconds}
+        _save(by_name[member.name], member, record)
     if trainer.is_global_zero:
-        seconds = round(time.monotonic() - began, 1)
-        by_name = {run.name: run for run in runs}
-        for member in module.running:
-            record = {"waited": waited, **calibrated.get(member.name, {}), "seconds": seconds}
-            _save(by_name[member.name], member, record)
         shared = f", once for {len(members)} SAEs" if len(members) > 1 else ""
         print(f"read {(_bytes_read(plan) - read) / 1e6:,.1f} MB of the cache{shared}")
     return failed | {member.name: member.failure for member in members if member.failure}
@@ -126,7 +137,9 @@ def _bytes_read(plan: DataPlan) -> int:
     return sum(reader.bytes_read for reader in plan.readers.values())
 
 
-def _members(runs: Sequence[TrainRun], data: ActivationData) -> tuple[list[SAETrainer], dict[str, str], State | None]:
+def _members(
+    runs: Sequence[TrainRun], data: ActivationData, mesh: Mesh
+) -> tuple[list[SAETrainer], dict[str, str], State | None]:
     """Make the SAEs at their first step or at their checkpoint;
     return also why others could not begin and the loader's state."""
     plan = runs[0].plan
@@ -138,9 +151,12 @@ def _members(runs: Sequence[TrainRun], data: ActivationData) -> tuple[list[SAETr
     order: State | None = None
     for run in runs:
         try:
-            member = make_member(run)
+            member = make_member(run, mesh)
             if run.step:
-                state = read_checkpoint(run.folder, run.settings, plan)
+                split = member.sae.split.size > 1
+                state = read_checkpoint(run.folder, run.settings, plan, mapped=split)
+                place = (run.folder / LAST).parent
+                state = own_state(member.sae, state, place, read_tensors, average=member.average is not None)
                 member.load(state)
                 order = state["loader"]
             elif not run.settings.start:
@@ -155,9 +171,10 @@ def _members(runs: Sequence[TrainRun], data: ActivationData) -> tuple[list[SAETr
     return members, failed, order
 
 
-def make_member(run: TrainRun) -> SAETrainer:
-    """Make the run's SAE with what trains it, at step 0."""
+def make_member(run: TrainRun, mesh: Mesh = ONE) -> SAETrainer:
+    """Make the run's SAE with what trains it, at step 0, on this process of the mesh."""
     settings, plan = run.settings, run.plan
+    run.sae.split = mesh.latents  # connected by now
     rate = 1.0
     if settings.lr_at_width is not None:
         # Adam's best rate falls about as the square root of the width (Gao et al. 2406.04093).
@@ -174,7 +191,7 @@ def make_member(run: TrainRun) -> SAETrainer:
         ema=settings.ema,
         rate=rate,
         log_every=settings.log_every,
-        world=plan.world,
+        data=mesh.data,
         fingerprint=fingerprint(settings, plan),
     )
 
@@ -195,7 +212,7 @@ def _trainer(settings: TrainSettings, plan: DataPlan, *callbacks: Callback) -> T
         devices=device.devices,
         num_nodes=device.num_nodes,
         deterministic=device.deterministic,
-        strategy=OwnReduction() if plan.world > 1 else "auto",
+        strategy=OwnReduction() if settings.processes > 1 else "auto",
         max_epochs=1,  # the stream of batches goes over the store as often as it takes
         log_every_n_steps=0,  # the members log, so that the other steps cost nothing
         logger=False,
@@ -250,13 +267,13 @@ def _calibrate(module: MultiSAEModule, data: ActivationData, device: torch.devic
     for member in members:
         sae = member.sae
         if not isinstance(sae, BatchTopKBase):
-            found = sae.calibrate_l0(batches) if batches else None
+            found = sae.calibrate_l0(batches, member.data) if batches else None
             if found is not None:
                 records[member.name] = {"l0_calibration": asdict(found)}
             continue
         # Recorded beside the calibrated one: how far the two are apart says how well the running mean served.
         followed = float(sae.threshold)
-        calibration = asdict(sae.calibrate(batches))
+        calibration = asdict(sae.calibrate(batches, member.data))
         records[member.name] = {
             "calibration": calibration,
             "running_threshold": followed,
@@ -271,10 +288,12 @@ def _aims(sae: SAE) -> bool:
 
 
 def _save(run: TrainRun, member: SAETrainer, record: dict[str, Any]) -> None:
-    """Write the SAE with its record, and print the line that sums it up."""
+    """Write the SAE with its record, and print the line that sums it up; by all processes that hold its latents."""
     training = _training(run, member) | record
     save(member.sae, run.folder, {**origin(run.plan.store, run.plan.site, run.plan.target), "training": training})
     member.finalize("success")
+    if not first_rank():
+        return
     print(closing(member.sae, training, run.folder))
     for warning in (diverged(run, training), missed_l0(member.sae, training)):
         if warning:

@@ -152,6 +152,6 @@ class MultiSAEModule(LightningModule):
             for member in members:
                 shipping.enter_context(member.swapped_in())
             # One pass over the held-out rows for all of them, which reading from a disk would else repeat for each.
-            found = held_out([m.sae for m in members], rows, self.device, self.trainer.world_size)
+            found = held_out([m.sae for m in members], rows, self.device, members[0].data)
         for member, values in zip(members, found, strict=True):
             member.validated(prefix, values)

@@ -63,12 +63,8 @@ def opening(runs: Sequence[TrainRun]) -> str:
             f"the mean holds {share:.0%} of the activations' squared norm, and {', '.join(uncentred)} may lose most "
             "latents to it, as the encoder reads it: give sae.apply_b_dec_to_input=true"
         )
-    if plan.world > 1:
-        # Nobody should take these for what one process with the whole batch computes.
-        lines.append(
-            f"on {plan.world} ranks AuxK's residual norm, L0 targets and the threshold's calibration are of each "
-            f"rank's own batch of {plan.batch}, not of one batch over all ranks"
-        )
+    if settings.trainer.latent_ranks > 1:
+        lines.append(f"{settings.trainer.latent_ranks} processes hold the latents of one dictionary, each a part")
     return "\n".join(lines)
 
 
@@ -80,6 +76,10 @@ def how_to_go_on(runs: Sequence[TrainRun], why: str) -> str:
     first = saved[0]
     step, total = read_checkpoint(first.folder, first.settings, first.plan, mapped=True)["step"], first.plan.steps
     command = f'make train ARGS="resume={first.folder}"'
+    if first.settings.processes > 1:
+        nodes = f"--nnodes {first.settings.trainer.num_nodes} " if first.settings.trainer.num_nodes > 1 else ""
+        ranks = f"{nodes}--nproc-per-node {first.settings.trainer.devices}"
+        command = f"torchrun {ranks} -m train resume={first.folder}"
     if first.sweep is None:
         return f"{why}; step {step:,} of {total:,} is saved, go on from there with: {command}"
     return (

@@ -104,7 +104,7 @@ def target_of(settings: TrainSettings) -> str | None:
 def refuse_ranks_in_sweep(settings: TrainSettings) -> None:
     """Refuse ranks that Lightning would start from inside a Hydra sweep, each with the whole sweep."""
     outside = "LOCAL_RANK" in os.environ or "SLURM_PROCID" in os.environ
-    if settings.world > 1 and not outside:
+    if settings.processes > 1 and not outside:
         raise UserError(
             f"trainer.devices={settings.trainer.devices} inside a sweep would start the whole sweep again on every "
             "device: use trainer.devices=1, or start the ranks yourself (torchrun -m train ...)"

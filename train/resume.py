@@ -171,25 +171,36 @@ def checkpoint_seal(state: Mapping[str, Any]) -> str:
     return hashlib.sha256(canonical([state["run"], state["step"], state["loader"]]).encode()).hexdigest()[:16]
 
 
-def read_checkpoint(folder: Path, settings: TrainSettings, plan: DataPlan, mapped: bool = False) -> Group:
-    """Read a run's last.ckpt; UserError where it is damaged, edited, incomplete or another run's.
-
-    `mapped`: its tensors stay on the disk until they are used. Only tensors and plain types are loaded, never code.
-    """
+def read_tensors(path: Path, mapped: bool = False) -> Any:
+    """Read what torch.save wrote, None where it is damaged;
+    `mapped`: its tensors stay on the disk until they are used."""
     import torch
 
-    path = folder / LAST
-    remedy = "remove the folder and train anew"
     try:
         with zipfile.ZipFile(path) as parts:
             # torch.save writes a zip whose parts have a CRC each; torch.load itself does not look at them.
             whole = parts.testzip() is None
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped) if whole else None
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped) if whole else None
     except (zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError, EOFError, KeyError, NotImplementedError):
-        state = None
+        return None
+
+
+def read_checkpoint(folder: Path, settings: TrainSettings, plan: DataPlan, mapped: bool = False) -> Group:
+    """Read a run's last.ckpt; UserError where it is damaged, edited, incomplete or another run's.
+
+    `mapped`: its tensors stay on the disk until they are used. Only tensors and plain types are loaded, never code.
+    Of a split dictionary this is the index.
+    """
+    from train.shards import OF_PART, SHARDS
+
+    path = folder / LAST
+    remedy = "remove the folder and train anew"
+    state = read_tensors(path, mapped)
     if not isinstance(state, dict):
         raise UserError(f"{path} is damaged, so there is nothing to go on from: {remedy}")
     needed = _PARTS | ({"average"} if settings.ema is not None else frozenset())
+    if SHARDS in state:  # an index of files with a part of the latents each, checked as they are read
+        needed -= set(OF_PART)
     if missing := sorted(needed - state.keys()):
         raise UserError(f"{path} lacks its part {missing[0]} (an earlier version wrote it, or it was edited): {remedy}")
     # A checkpoint copied from another folder loads without complaint if the shapes agree. Its run's hash tells.

@@ -28,6 +28,7 @@ from train.sweep import job_folder, write_overrides
 
 if TYPE_CHECKING:
     from train.sae import SAE
+    from train.sae.parts.split import LatentSplit
 
 MOST_LATENTS = 10**9  # more is a slip of the keyboard, and would end in a failed allocation and not in a sentence
 _OFF_UNIT = 0.01  # rows of W_dec: dictionary_learning leaves its own off by about its learning rate
@@ -217,16 +218,27 @@ def prepare(
         print(f"{folder} holds this SAE already: nothing to do")
         return None
     with without_weights() if shapes_only else contextlib.nullcontext():
-        sae = build(settings.sae, plan.d_in, job.overrides, plan.d_out)
+        split = None if shapes_only else _split(settings)
+        sae = build(settings.sae, plan.d_in, job.overrides, plan.d_out, split)
     sae.site, sae.target = plan.site, plan.target
-    if sae.needs_calibration and plan.reserved_rows < plan.batch:
+    if sae.needs_calibration and plan.reserved_rows < plan.batch * plan.world:
+        on_ranks = f" on {plan.world} ranks" if plan.world > 1 else ""
         raise UserError(
             f"calibration_tokens={settings.calibration_tokens} sets {plan.reserved_rows} rows aside, fewer than one "
-            f"batch={plan.batch}, and the threshold of {sae.name} is calibrated on them: raise it"
+            f"batch={plan.batch}{on_ranks}, and the threshold of {sae.name} is calibrated on them: raise it"
         )
     if settings.start and not step and not shapes_only:
         start(sae, Path(settings.start))
     return TrainRun(settings, plan, sae, folder, folder.name, step, job.sweep)
+
+
+def _split(settings: TrainSettings) -> LatentSplit | None:
+    """Say which latents this process holds; None for all."""
+    if settings.trainer.latent_ranks == 1:
+        return None
+    from train.mesh import latent_split
+
+    return latent_split(settings)
 
 
 def without_weights() -> contextlib.AbstractContextManager[Any]:
@@ -239,6 +251,7 @@ def without_weights() -> contextlib.AbstractContextManager[Any]:
 def start(sae: SAE, folder: Path) -> None:
     """Give `sae` the weights, norm, moments and threshold of the SAE in `folder`; UserError names what does not fit."""
     from train.sae import load
+    from train.shards import own_weights
 
     given = load(folder)
     said = {"name": "sae", "d_in": "the site's width", "width": "sae.width", "input_norm": "sae.input_norm"}
@@ -260,12 +273,18 @@ def start(sae: SAE, folder: Path) -> None:
         state["skipped_batches"].zero_()  # it counts batches of a run
     if "sparsity_factor" in state:
         state["sparsity_factor"].fill_(1)  # of the coefficient of a run
-    sae.load_state_dict(state)
+    sae.load_state_dict(own_weights(sae, state))
 
 
-def build(settings: Mapping[str, Any], d_in: int, overrides: Sequence[str] = (), d_out: int | None = None) -> SAE:
+def build(
+    settings: Mapping[str, Any],
+    d_in: int,
+    overrides: Sequence[str] = (),
+    d_out: int | None = None,
+    split: LatentSplit | None = None,
+) -> SAE:
     """Build the variant that the group `sae` describes, for activations of width `d_in`, or with `d_out` a transcoder;
-    `width` goes before `expansion`."""
+    `width` goes before `expansion`. Of a `split` one only the latents of this process are made."""
     from train.sae import VARIANTS
 
     arguments = by_name(settings, "sae", "variant", VARIANT_ALIASES)
@@ -296,4 +315,6 @@ def build(settings: Mapping[str, Any], d_in: int, overrides: Sequence[str] = (),
         if latents != int(latents):
             raise UserError(f"sae.expansion={expansion} times the width {d_in} is not a whole number of latents")
     config = variant.Config.of({"width": latents, **arguments}, "sae")
-    return variant(d_in, d_out=d_out, **config.model_dump())
+    if split is None:
+        return variant(d_in, d_out=d_out, **config.model_dump())
+    return variant(d_in, d_out=d_out, split=split, **config.model_dump())

@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from data.base.errors import UserError
 from train.optimizers import OptimizerFactory
 from train.sae import SAE, DeadLatents, StartRows, StepOutput, TrainContext
+from train.sae.parts.groups import ALONE, RankGroup
 from train.sae.parts.update import WeightEMA, update
 from train.schedules import Schedule
 
@@ -47,7 +47,8 @@ class SAETrainer(nn.Module):
     Nothing of it is shared with the others of its pass: the random state too is its own, as if it were trained alone.
     `step` counts its steps done; `failure` is the sentence it was stopped with. Counters move in `training_step` only.
     `ema` is the decay of the mean of the weights that is saved, None for the weights themselves; `rate` a factor on the
-    optimizer's learning rates; `fingerprint` that of the numbers of its run, which its checkpoints carry.
+    optimizer's learning rates; `data` the processes that have other rows of each batch; `fingerprint` that of the
+    numbers of its run, which its checkpoints carry. Of a split dictionary this is the part that is here.
     """
 
     bad_step: Tensor
@@ -66,7 +67,7 @@ class SAETrainer(nn.Module):
         ema: float | None = None,
         rate: float = 1.0,
         log_every: int = 50,
-        world: int = 1,
+        data: RankGroup = ALONE,
         fingerprint: str = "",
     ) -> None:
         super().__init__()
@@ -77,9 +78,9 @@ class SAETrainer(nn.Module):
         self.dead_after = dead_after
         self.clip = clip
         self.log_every = log_every
-        self.world = world
+        self.data = data
         self.fingerprint = fingerprint
-        self.dead = DeadLatents(sae.width)
+        self.dead = DeadLatents(sae.own_width)
         self.average = None if ema is None else WeightEMA(sae, ema)
         self.register_buffer("bad_step", torch.tensor(-1))
         try:
@@ -110,11 +111,11 @@ class SAETrainer(nn.Module):
         set_random_state(self.rng, x_BD.device)
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * self.schedule.lr(self.step)
-        context = TrainContext(sparsity_scale=self.schedule.sparsity(self.step), ranks=self.world)
+        context = TrainContext(sparsity_scale=self.schedule.sparsity(self.step), data=self.data)
         if target_BE is not None:
             context = replace(context, target_BE=self.sae.norm_out.normalise(target_BE))
         if self.sae.uses_auxk:
-            tokens = len(x_BD) * self.world
+            tokens = len(x_BD) * self.data.size
             # The list may be made anew after half the window at the latest, so that it never holds many that live.
             may_die_d = self.dead.may_die(self.dead_after, tokens, self.dead_after // (2 * tokens))
             context = replace(context, dead_F=self.dead.mask(self.dead_after), may_die_d=may_die_d)
@@ -140,44 +141,41 @@ class SAETrainer(nn.Module):
 
     @torch.no_grad()
     def _count(self, step: StepOutput) -> None:
-        fired_F, tokens = step.fired_F, step.tokens
-        if self.world > 1:
+        fired_F = step.fired_F
+        if self.data.size > 1:
             # A latent is alive if it fired on any rank's part of the batch.
-            fired = fired_F.int()
-            dist.all_reduce(fired, dist.ReduceOp.MAX)
-            fired_F = fired.bool()
-            # A threshold follows the first rank's batches: ranks must not drift apart, and any one of them is a fair
-            # sample.
+            fired_F = self.data.max_(fired_F.int()).bool()
+            # Where each rank selects of its own rows the threshold follows the first one's: ranks must not drift apart,
+            # and any one of them is a fair sample. Else the buffers are alike already.
             for buffer in self.sae.buffers():
-                dist.broadcast(buffer, 0)
-        self.dead.update(fired_F, tokens * self.world)
+                self.data.broadcast_(buffer)
+        self.dead.update(fired_F, step.tokens * self.data.size)
         # Without a branch: the first bad step stays, and the host does not wait for it.
         bad = (self.bad_step < 0) & ~torch.isfinite(step.loss.detach())
         self.bad_step = torch.where(bad, self.step, self.bad_step)
 
     def _average_gradients(self) -> None:
-        if self.world > 1:
+        if self.data.size > 1:
             for parameter in self.sae.parameters():
                 assert parameter.grad is not None
-                dist.all_reduce(parameter.grad)
-                parameter.grad.div_(self.world)
+                self.data.sum_(parameter.grad).div_(self.data.size)
 
     def _figures(self, step: StepOutput) -> dict[str, float]:
         """Collect what is logged of the step just done; reads values from the device."""
-        values = {"loss": float(step.loss.detach())}
-        values |= {name: float(value) for name, value in step.figures.items()}
+        figures = {"loss": step.loss.detach(), **step.figures}
+        # Of the whole batch, over all ranks.
+        values = {name: float(self.data.mean(value)) for name, value in figures.items()}
         values["dead"] = self.dead_count()
         values["lr"] = self.rates[0] * self.schedule.lr(self.step - 1)
         return values
 
     def dead_count(self) -> int:
-        """Return how many latents are dead now."""
-        return int(self.dead.mask(self.dead_after).sum())
+        """Return how many latents are dead now; of a split dictionary every process asks at once."""
+        return int(self.sae.split.sum_(self.dead.mask(self.dead_after).sum()))
 
     def check_finite(self) -> None:
         """Raise UserError naming the first step whose loss was not finite, on every rank alike."""
-        if self.world > 1:
-            dist.all_reduce(self.bad_step, dist.ReduceOp.MAX)
+        self.sae.mesh(self.data).max_(self.bad_step)
         if (step := int(self.bad_step)) >= 0:
             rate = f"learning rate {self.rates[0] * self.schedule.lr(step):.2g}"
             raise UserError(

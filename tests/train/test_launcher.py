@@ -26,6 +26,8 @@ from train.plan import group_by_stream
 from train.resume import LAST
 from train.run import TrainRequest, prepare, train, train_all
 from train.sae import SAE, StepOutput, load_config
+from train.sae.parts.groups import RankGroup
+from train.sae.parts.ranks import Mesh
 from train.sae.variants.batchtopk import BatchTopK
 from train.sae.variants.topk import TopK
 from train.sae_trainer import SAETrainer
@@ -279,16 +281,16 @@ def test_two_ranks_average_their_gradients_and_count_both_batches(
     batches = [torch.randn(64, 16, generator=torch.Generator().manual_seed(i)) for i in range(8)]
     sums: list[Any] = []
 
-    def all_reduce(tensor: torch.Tensor, op: Any = dist.ReduceOp.SUM) -> None:
+    def all_reduce(tensor: torch.Tensor, op: Any = dist.ReduceOp.SUM, group: Any = None) -> None:
         sums.append(op)
         if op == dist.ReduceOp.SUM:
             tensor.mul_(2)
 
     monkeypatch.setattr(dist, "all_reduce", all_reduce)
-    monkeypatch.setattr(dist, "broadcast", lambda tensor, rank: None)
+    monkeypatch.setattr(dist, "broadcast", lambda tensor, **_: None)
     members = []
     for world in (1, 2):
-        member = make_member(replace(run, plan=replace(run.plan, world=world), sae=copy.deepcopy(run.sae)))
+        member = make_member(replace(run, sae=copy.deepcopy(run.sae)), Mesh(RankGroup(world)))
         member.initialise(torch.cat(batches), 16.0, 16.0)
         for x_BD in batches:
             member.training_step(x_BD)

@@ -18,8 +18,11 @@ from torch import Tensor, nn
 
 from data.base.errors import UserError
 from train.sae.config import SAEConfig, transcoder_settings
+from train.sae.parts.groups import ALONE, RankGroup
 from train.sae.parts.init import SAMPLES, StartRows, directions, finite, fit_norm, geometric_median
 from train.sae.parts.norm import InputNorm
+from train.sae.parts.ranks import Mesh
+from train.sae.parts.split import WHOLE, LatentSplit
 from train.sae.parts.threshold import L0Calibration
 from train.sae.sparse.codes import Codes
 from train.sae.sparse.encode import encode
@@ -46,8 +49,8 @@ class TrainContext:
     """Latents, ascending, outside of which `dead_F` marks none: with it no device is waited for to find the dead."""
     sparsity_scale: float = 1.0
     """Share of the sparsity coefficient in the warm-up, from 0 to 1; only variants with a coefficient use it."""
-    ranks: int = 1
-    """Processes of torch's default group, each with as many tokens, that have one batch together."""
+    data: RankGroup = ALONE
+    """Processes, each with as many tokens, that have one batch together."""
     target_BE: Float[Tensor, "B E"] | None = None
     """y', what a transcoder is to predict, normalised; None for an SAE, which predicts its input."""
 
@@ -120,11 +123,16 @@ class SAE(nn.Module, ABC):
     shape and give no gradient. The trainer's order: `step = loss(norm.normalise(x), context)`, backward,
     `project_gradient_(W_dec)` where `unit_rows`, clipping, the optimizer's step, `renormalise_(W_dec)` where
     `unit_rows`, `after_step(step)`. Nothing else moves any state.
+
+    `split` says which latents this process has, where several hold one dictionary: then `width` is that of the whole,
+    what has one row a latent (all parameters but `replicated`, f, dead latents) has those of this process alone, and
+    x_hat is the whole dictionary's.
     """
 
     name: ClassVar[str]
     Config: ClassVar[type[SAEConfig]]
     bias_names: ClassVar[tuple[str, ...]] = ("b_enc",)  # the latents' biases, that of z first
+    replicated: ClassVar[frozenset[str]] = frozenset({"b_dec", "W_skip"})  # parameters without a row for each latent
     needs_calibration: ClassVar[bool] = False
     uses_auxk: ClassVar[bool] = False
 
@@ -134,7 +142,9 @@ class SAE(nn.Module, ABC):
     centre: Tensor  # of a transcoder alone
     W_skip: nn.Parameter | None
 
-    def __init__(self, d_in: int, width: int, d_out: int | None = None, **settings: Any) -> None:
+    def __init__(
+        self, d_in: int, width: int, d_out: int | None = None, *, split: LatentSplit = WHOLE, **settings: Any
+    ) -> None:
         """Make an SAE of `width` latents over `d_in` entries; `settings` are those of the variant's `Config`.
 
         With `d_out` it is a transcoder, which predicts so many entries of another site.
@@ -151,7 +161,12 @@ class SAE(nn.Module, ABC):
             raise UserError(
                 "sae.skip is a path from a transcoder's input to its target: give target, or sae.skip=false"
             )
-        self.d_in, self.width = d_in, self.config.width
+        if split.size > self.config.width:
+            raise UserError(
+                f"{self.config.width} latents cannot be split over {split.size} processes: lower trainer.latent_ranks"
+            )
+        self.d_in, self.width, self.split = d_in, self.config.width, split
+        self.own_width = split.own(self.width)  # latents that are here
         self.d_out = d_in if d_out is None else d_out
         self.site: str | None = None  # where the activations are from, once it is known
         self.record: dict[str, Any] | None = None  # its config.json, where it was loaded from a folder
@@ -161,11 +176,11 @@ class SAE(nn.Module, ABC):
         self.norm = InputNorm(self.config.input_norm, d_in)
         # Any values will do here, as `initialise` or a state dict sets others; unit rows make an untrained SAE a sane
         # one. The encoder's lie latent by latent, as its gradients come and optimizers walk.
-        self.W_enc_FD = nn.Parameter(directions(self.width, d_in, seed=0))
-        self.W_dec = nn.Parameter(directions(self.width, self.d_out, seed=0))
+        self.W_enc_FD = nn.Parameter(directions(self.width, d_in, seed=0, split=split))
+        self.W_dec = nn.Parameter(directions(self.width, self.d_out, seed=0, split=split))
         self.b_dec = nn.Parameter(torch.zeros(self.d_out))
         for name in self.bias_names:
-            self.register_parameter(name, nn.Parameter(torch.zeros(self.width)))
+            self.register_parameter(name, nn.Parameter(torch.zeros(self.own_width)))
         # Buffers, so that they are saved with the weights: a loss can be repeated later from the SAE alone.
         self.register_buffer("variance", torch.ones(()))
         self.register_buffer("mean_sq", torch.tensor(float(self.d_out)))
@@ -203,8 +218,11 @@ class SAE(nn.Module, ABC):
     def start_variant(self, xn_ND: Float[Tensor, "N D"]) -> None:
         """Set what a variant takes from normalised samples, last in `initialise`; default nothing."""
 
-    def calibrate_l0(self, batches: Sequence[Float[Tensor, "_ D"]]) -> L0Calibration | None:
-        """Bring the mean L0 on `batches` (model units, not trained on) to its target; None where there is none."""
+    def calibrate_l0(self, batches: Sequence[Float[Tensor, "_ D"]], data: RankGroup = ALONE) -> L0Calibration | None:
+        """Bring the mean L0 on `batches` (model units, not trained on) to its target; None where there is none.
+
+        Each process of `data` has batches of its own, equally many.
+        """
         return None
 
     def start_encoder(self) -> None:
@@ -288,7 +306,7 @@ class SAE(nn.Module, ABC):
     def encode(self, x: Float[Tensor, "... D"]) -> Float[Tensor, "... F"]:
         """Compute f of model-unit input."""
         x_BD = self._rows(x)
-        return self.encode_normalised(self.norm.normalise(x_BD)).reshape(*x.shape[:-1], self.width)
+        return self.encode_normalised(self.norm.normalise(x_BD)).reshape(*x.shape[:-1], self.own_width)
 
     @torch.no_grad()
     def decode(self, f: Float[Tensor, "... F"], x: Float[Tensor, "... D"] | None = None) -> Float[Tensor, "... E"]:
@@ -298,8 +316,8 @@ class SAE(nn.Module, ABC):
         so does a transcoder's skip.
         """
         f_BF = f.reshape(-1, f.shape[-1]).to(self.W_dec.dtype)
-        if f.shape[-1] != self.width:
-            raise UserError(f"the SAE has {self.width} latents and decode got {f.shape[-1]}: give all of them")
+        if f.shape[-1] != self.own_width:
+            raise UserError(f"the SAE has {self.own_width} latents and decode got {f.shape[-1]}: give all of them")
         if x is None and self.input_norm == "token":
             raise UserError("input_norm=token gives each token its own mean and spread back: call decode(f, x)")
         x_BD = None if x is None else self._rows(x)
@@ -317,7 +335,7 @@ class SAE(nn.Module, ABC):
         codes, f = self.encode_sparse(xn_BD)
         x_hat_BE = self.norm_out.denormalise(self.decode_sparse(codes, f, xn_BD), x_BD)
         leading = x.shape[:-1]
-        return codes.dense(f).reshape(*leading, self.width), x_hat_BE.reshape(*leading, self.d_out)
+        return codes.dense(f).reshape(*leading, self.own_width), x_hat_BE.reshape(*leading, self.d_out)
 
     def forward(self, x: Float[Tensor, "... D"]) -> Float[Tensor, "... E"]:
         """Compute x_hat in model units; of a transcoder the prediction of its target, in the target's."""
@@ -341,14 +359,16 @@ class SAE(nn.Module, ABC):
     ) -> Float[Tensor, "B E"]:
         """Compute x_hat' = f W_dec + b_dec; differentiable. A skip needs x'."""
         if self.W_skip is None:
+            if self.split.size > 1:
+                return self.split.total(f_BF @ self.W_dec) + self.b_dec
             return torch.addmm(self.b_dec, f_BF, self.W_dec)
         if xn_BD is None:
             raise UserError("the transcoder has a skip from its input to its output: call decode(f, x)")
-        return f_BF @ self.W_dec + self.beside_latents(xn_BD)
+        return self.split.total(f_BF @ self.W_dec) + self.beside_latents(xn_BD)
 
     def decode_sparse(self, codes: Codes, f: Tensor, xn_BD: Float[Tensor, "B D"]) -> Float[Tensor, "B E"]:
         """Compute x_hat' = f W_dec + b_dec of codes, and the skip's part; differentiable."""
-        return codes.decode(f, self.W_dec)[0] + self.beside_latents(xn_BD)
+        return self.split.total(codes.decode(f, self.W_dec)[0]) + self.beside_latents(xn_BD)
 
     def beside_latents(self, xn_BD: Float[Tensor, "B D"]) -> Tensor:
         """Compute what is added to f W_dec: b_dec [E], or with a skip b_dec + (x' - centre) W_skip [B, E]."""
@@ -366,11 +386,21 @@ class SAE(nn.Module, ABC):
         self, xn_BD: Float[Tensor, "B D"], bias_F: Tensor | None, selections: Sequence[Selection]
     ) -> list[Codes]:
         """Compute what the selections keep of z with this bias; only training rounds the product's factors."""
+        # Each process adds its latents' part to the gradient of the one b_dec.
+        centre_D = None if self.encoder_centre is None else self.split.shared(self.encoder_centre)
         # The scores of the inference form must not depend on how the training saved time.
         matmul = self.matmul if self.training else "float32"
-        return encode(xn_BD, self.W_enc_FD, bias_F, self.encoder_centre, selections, matmul=matmul)
+        return encode(xn_BD, self.W_enc_FD, bias_F, centre_D, selections, matmul=matmul)
+
+    def l0(self, codes: Codes, f: Tensor, data: RankGroup = ALONE) -> Float[Tensor, ""]:
+        """Compute the mean number of f above zero a token, of all latents and of the rows of `data`."""
+        return self.mesh(data).sum_((f.detach() > 0).sum()) / (codes.shape[0] * data.size)
 
     # Terms of losses
+
+    def mesh(self, data: RankGroup) -> Mesh:
+        """Return the processes that have a batch and this dictionary together."""
+        return Mesh(data, self.split)
 
     def nmse(self, xn_hat_BD: Float[Tensor, "B E"], xn_BD: Float[Tensor, "B E"]) -> Float[Tensor, ""]:
         """Compute E over tokens of ||x' - x_hat'||^2 / Vx; a transcoder's of y' in place of x'."""
@@ -416,12 +446,12 @@ class SAE(nn.Module, ABC):
         xn_ND = self.norm.normalise(own.rows_ND[:SAMPLES])
         target_NE = xn_ND if target is None else self.norm_out.normalise(out.rows_ND[:SAMPLES])
         self.b_dec.copy_(geometric_median(target_NE))
-        self.W_dec.copy_(directions(self.width, self.d_out, seed))
+        self.W_dec.copy_(directions(self.width, self.d_out, seed, self.split))
         rows_FD: Tensor = self.W_dec
         if self.transcodes:
             self.centre.copy_(geometric_median(xn_ND))
             # Of another seed: the same one would tie the two where the widths are equal.
-            rows_FD = directions(self.width, self.d_in, seed + 1).to(self.W_dec)
+            rows_FD = directions(self.width, self.d_in, seed + 1, self.split).to(self.W_dec)
         if self.W_skip is not None:
             self.W_skip.zero_()
         # c has no closed form, as it depends on which latents are chosen. But f grows in proportion to c (but for

@@ -9,11 +9,10 @@ from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load as from_bytes
-from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from data.base.errors import UserError
-from data.base.files import write_atomic
+from data.base.files import atomic_file, write_atomic
 from train.sae.base import SAE
 from train.sae.config import RETIRED
 from train.sae.variants.batchtopk import BatchTopK
@@ -22,38 +21,48 @@ from train.sae.variants.jumprelu import JumpReLU
 from train.sae.variants.matryoshka import Matryoshka
 from train.sae.variants.relu import ReLU
 from train.sae.variants.topk import TopK
+from train.sae.weights_file import ENCODER, ENCODER_THERE, weight_pieces
 
 SAE_FORMAT = 1
 WEIGHTS, CONFIG = "sae.safetensors", "config.json"
 SHA256 = "weights_sha256"  # in config.json, of sae.safetensors; folders of earlier versions have none
-_NAMES = ("W_enc_FD", "W_enc")  # of the parameter, in the file
 
 VARIANTS: dict[str, type[SAE]] = {
     variant.name: variant for variant in (ReLU, TopK, BatchTopK, Matryoshka, Gated, JumpReLU)
 }
 
 
-def _turned(state: dict[str, Tensor], old: str, new: str) -> dict[str, Tensor]:
-    """Transpose and rename the encoder's weights of a state: a file has them as the formula, [D, F]."""
-    return {new if name == old else name: tensor.t() if name == old else tensor for name, tensor in state.items()}
+def _turned(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Transpose and rename the encoder's weights of a file, which has them as the formula, [D, F]."""
+    return {
+        ENCODER if name == ENCODER_THERE else name: tensor.t() if name == ENCODER_THERE else tensor
+        for name, tensor in state.items()
+    }
 
 
 def save(sae: SAE, folder: str | Path, record: dict[str, Any]) -> None:
     """Write the SAE into `folder`: weights first, then the config, so that a config means a whole SAE.
 
-    `record` (plain JSON) says what the SAE is of: site, a transcoder's target, fingerprint, store, model, training.
+    `record` (plain JSON) says what the SAE is of: site, a transcoder's target, fingerprint, store, model, training. Of
+    a split dictionary all its processes call this, and the first one writes the whole.
     """
     folder = Path(folder)
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in _turned(sae.state_dict(), *_NAMES).items()}
-    weights = to_bytes(tensors)
     config = {"format": SAE_FORMAT, "variant": sae.name, "settings": sae.settings(), **record}
-    config[SHA256] = hashlib.sha256(weights).hexdigest()
-    text = json.dumps(config, indent=2, allow_nan=False) + "\n"
+    json.dumps(config, allow_nan=False)  # raises before anything is written
+    if sae.split.rank:
+        for _ in weight_pieces(sae):  # the first process writes what all of them send
+            pass
+        return
     folder.mkdir(parents=True, exist_ok=True)
     # An older SAE's config beside new weights would be a wrong SAE; without a config the folder holds none.
     (folder / CONFIG).unlink(missing_ok=True)
-    write_atomic(folder / WEIGHTS, weights)
-    write_atomic(folder / CONFIG, text.encode())
+    digest = hashlib.sha256()
+    with atomic_file(folder / WEIGHTS) as file:
+        for piece in weight_pieces(sae):
+            file.write(piece)
+            digest.update(piece)
+    config[SHA256] = digest.hexdigest()
+    write_atomic(folder / CONFIG, (json.dumps(config, indent=2, allow_nan=False) + "\n").encode())
 
 
 def load_config(folder: str | Path) -> dict[str, Any]:
@@ -94,7 +103,7 @@ def load(folder: str | Path) -> SAE:
         raise UserError(f"{path} is damaged, its checksum is another: train this SAE again or restore the file")
     try:
         sae = VARIANTS[config["variant"]](**inference_settings(config["settings"]))
-        sae.load_state_dict(_turned(from_bytes(data), *reversed(_NAMES)))
+        sae.load_state_dict(_turned(from_bytes(data)))
     except (SafetensorError, RuntimeError, TypeError, UserError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(

@@ -8,11 +8,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 import torch
-import torch.distributed as dist
 from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
 from train.sae.base import SAE, Batch
+from train.sae.parts.groups import ALONE, RankGroup
 
 ONE_L0 = 1.05  # SAEs whose L0 differ by less than this factor are compared as of one L0
 
@@ -74,10 +74,10 @@ class ReconstructionSums:
         table = self.table()
         return float(table["error"].sum() / table["deviation"].sum())
 
-    def all_reduce(self) -> None:
+    def all_reduce(self, ranks: RankGroup) -> None:
         """Add up the sums of all ranks."""
         for tensor in (*self.columns.values(), self.sum_D):
-            dist.all_reduce(tensor)
+            ranks.sum_(tensor)
 
 
 class FiringSums:
@@ -105,10 +105,10 @@ class FiringSums:
         """Count the latents that fire on no token of the set."""
         return int((self.fired_F == 0).sum())
 
-    def all_reduce(self) -> None:
+    def all_reduce(self, ranks: RankGroup) -> None:
         """Add up the sums of all ranks."""
         for tensor in (self.tokens, self.l0, self.fired_F):
-            dist.all_reduce(tensor)
+            ranks.sum_(tensor)
 
 
 def _add(column: Tensor, value_N: Tensor, group_N: Tensor | None) -> None:
@@ -120,13 +120,16 @@ def _add(column: Tensor, value_N: Tensor, group_N: Tensor | None) -> None:
 
 
 @torch.no_grad()
-def held_out(saes: Sequence[SAE], batches: Iterable[Batch], device: torch.device, world: int) -> list[dict[str, float]]:
+def held_out(
+    saes: Sequence[SAE], batches: Iterable[Batch], device: torch.device, data: RankGroup = ALONE
+) -> list[dict[str, float]]:
     """Score the inference form of each SAE on all ranks' `batches` in model units, which are read once for all.
 
-    A transcoder's NMSE is that of its target.
+    A transcoder's NMSE is that of its target. Each process of `data` has batches of its own; those of a split
+    dictionary have the same ones.
     """
     errors = [ReconstructionSums(torch.zeros(sae.d_out, device=device)) for sae in saes]
-    firings = [FiringSums(sae.width, device=device) for sae in saes]
+    firings = [FiringSums(sae.own_width, device=device) for sae in saes]
     modes = [sae.training for sae in saes]
     for sae in saes:
         sae.eval()  # the inference form rounds no factors of the encoder's product
@@ -138,10 +141,11 @@ def held_out(saes: Sequence[SAE], batches: Iterable[Batch], device: torch.device
     for sae, mode in zip(saes, modes, strict=True):
         sae.train(mode)
     found = []
-    for error, firing in zip(errors, firings, strict=True):
-        if world > 1:
-            error.all_reduce()
-            firing.all_reduce()
+    for sae, error, firing in zip(saes, errors, firings, strict=True):
+        error.all_reduce(data)
+        firing.all_reduce(data)
+        sae.split.sum_(firing.l0)
+        silent = int(sae.split.sum_(torch.tensor(firing.silent(), device=device)))
         tokens = int(firing.tokens.sum())
-        found.append({"nmse": error.nmse(), "l0": firing.mean_l0(), "silent": firing.silent(), "tokens": tokens})
+        found.append({"nmse": error.nmse(), "l0": firing.mean_l0(), "silent": silent, "tokens": tokens})
     return found

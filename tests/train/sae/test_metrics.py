@@ -42,11 +42,11 @@ def test_firings_by_hand() -> None:
 def test_validation_scores_the_inference_form() -> None:
     sae, x = make("topk"), activations(200, seed=5)
     sae.matmul = "bf16"
-    (found,) = held_out([sae], map(Batch, x.split(64)), torch.device("cpu"), 1)
+    (found,) = held_out([sae], map(Batch, x.split(64)), torch.device("cpu"))
     f, x_hat = sae.eval().encode_decode(x)
     assert found["nmse"] == pytest.approx(float((x - x_hat).square().sum() / (x - x.mean(0)).square().sum()), rel=1e-5)
     assert (found["l0"], found["tokens"]) == (float((f > 0).sum(1).double().mean()), 200)
     assert found["silent"] == F - int((f > 0).any(0).sum())
     sae.train()
-    held_out([sae], map(Batch, x.split(64)), torch.device("cpu"), 1)
+    held_out([sae], map(Batch, x.split(64)), torch.device("cpu"))
     assert sae.training

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from train.sae.parts.split import WHOLE, LatentSplit
 from train.sae.sparse.backend import backend_for
 from train.sae.sparse.codes import Codes
 from train.sae.sparse.rules import Everything, TopPerToken
@@ -89,17 +90,23 @@ def auxk_error(
     k: int,
     relu: bool,
     alive_d: Bool[Tensor, " d"] | None = None,
+    split: LatentSplit = WHOLE,
+    latents_d: Int[Tensor, " d"] | None = None,
 ) -> Float[Tensor, ""]:
     """Compute AuxK's error, E over tokens of ||r - a W_dec||^2, from dead latents' z and decoder rows.
 
     Gao et al. 2406.04093, A.2. a holds the k = k_aux largest pre-activations z of each token among the dead latents
     (live ones cannot win: they are not looked at) and zero elsewhere; no b_dec. `residual_BD` r = x' - x_hat' must be
     detached. Signed values of a give a gradient where z < 0; `relu` takes relu(a), the reference form, which gives none
-    there. `alive_d` marks latents among these d that are not dead.
+    there. `alive_d` marks latents among these d that are not dead. Of a `split` dictionary `latents_d` numbers the
+    dead ones of this process; the largest are then chosen, and their reconstructions added up, over all of them.
     """
     assert not residual_BD.requires_grad, "AuxK explains the residual and must not change it"
     a = codes.values
-    if codes.support is None and k < a.shape[1]:
+    if split.size > 1:
+        z = a.detach() if alive_d is None else a.detach().masked_fill(codes.at(alive_d), -torch.inf)
+        a = torch.where(split.top_of_tokens(Codes(z, codes.support, codes.shape), k, latents_d), a, 0.0)
+    elif codes.support is None and k < a.shape[1]:
         # The choice itself passes no gradient; only the values that were chosen do.
         z_Bd = a.detach() if alive_d is None else a.detach().masked_fill(alive_d, -torch.inf)
         a = torch.where(backend_for(z_Bd).mark_largest(z_Bd, k), a, 0.0)
@@ -107,4 +114,4 @@ def auxk_error(
         a = torch.where(codes.at(alive_d), 0.0, a)
     if relu:
         a = a.relu()
-    return (codes.decode(a, W_dead_dD)[0] - residual_BD).square().sum() / len(residual_BD)
+    return (split.total(codes.decode(a, W_dead_dD)[0]) - residual_BD).square().sum() / len(residual_BD)

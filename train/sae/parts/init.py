@@ -11,8 +11,10 @@ from torch import Tensor
 
 from data.base.errors import UserError
 from train.sae.parts.norm import InputNorm
+from train.sae.parts.split import WHOLE, LatentSplit
 
 SAMPLES = 32_768  # tokens the geometric median is taken over, as in OA
+_PIECE = 4096  # rows drawn at a time, a multiple of 16
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,11 +26,26 @@ class StartRows:
     variance: float | None = None
 
 
-def directions(width: int, d_in: int, seed: int) -> Float[Tensor, "F D"]:
+def directions(width: int, d_in: int, seed: int, split: LatentSplit = WHOLE) -> Float[Tensor, "F D"]:
     """Draw random unit rows from a generator of their own: the same for every variant at a seed;
-    no global state moves."""
-    rows_FD = torch.randn(width, d_in, generator=torch.Generator().manual_seed(seed))
-    return nnf.normalize(rows_FD, dim=1)
+    no global state moves.
+
+    Of a split dictionary each process draws all rows, a few thousand at a time, and keeps its own: the numbers are
+    those of one process.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    if split.size == 1:
+        return nnf.normalize(torch.randn(width, d_in, generator=generator), dim=1)
+    own_FD = torch.empty(split.own(width), d_in)
+    first = 0
+    while first < width:
+        # torch draws normal numbers in groups of 16: pieces of whole groups give the numbers of one long draw. What is
+        # left at the end is at least a piece, as a rest of less than a group would be drawn in another way.
+        rows = _PIECE if width - first >= 2 * _PIECE else width - first
+        piece_FD = torch.randn(rows, d_in, generator=generator)
+        own_FD[split.own(first) : split.own(first + rows)] = piece_FD[(split.rank - first) % split.size :: split.size]
+        first += rows
+    return nnf.normalize(own_FD, dim=1)
 
 
 def geometric_median(

@@ -20,10 +20,28 @@ def update(sae: SAE, optimizer: Optimizer, clip: float | None) -> None:
     # The order matters: the part that the projection removes would else count in the clipped norm and shrink all other
     # gradients, and Adam would gather moments of steps that the renormalisation undoes.
     if clip is not None:
-        torch.nn.utils.clip_grad_norm_(sae.parameters(), clip)
+        _clip_(sae, clip)
     optimizer.step()
     if sae.unit_rows:
         renormalise_(sae.W_dec)
+
+
+def _clip_(sae: SAE, clip: float) -> None:
+    """Scale all gradients down where their norm, of a split dictionary over all its processes, is above `clip`."""
+    if sae.split.size == 1:
+        torch.nn.utils.clip_grad_norm_(sae.parameters(), clip)
+        return
+    own, replicated = sae.b_dec.new_zeros(()), sae.b_dec.new_zeros(())
+    for name, parameter in sae.named_parameters():
+        assert parameter.grad is not None
+        # What every process has alike counts once.
+        total = replicated if name in sae.replicated else own
+        total += parameter.grad.square().sum()
+    norm = (sae.split.sum_(own) + replicated).sqrt()
+    factor = (clip / (norm + 1e-6)).clamp(max=1)  # as torch's clip_grad_norm_
+    for parameter in sae.parameters():
+        assert parameter.grad is not None
+        parameter.grad.mul_(factor)
 
 
 class WeightEMA(nn.Module):

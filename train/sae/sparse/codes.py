@@ -162,17 +162,22 @@ class Codes:
         """Find the latents with f above zero on any token."""
         return f.amax(0) > 0 if self.support is None else self.support.fired(f)
 
-    def l0(self, f: Tensor) -> Float[Tensor, ""]:
-        """Compute the mean number of f above zero a token."""
-        return (f.detach() > 0).sum() / self.shape[0]
-
     def top_of_rows(self, k: int) -> Codes:
         """Keep the k largest of each token, of entries."""
         assert self.support is not None
         entries = Entries(self.support.rows_n, self.support.latents_n, self.values.detach())
-        index_m = self.support.backend.top_of_rows(entries, k, self.shape[0])
-        support = Support(entries.rows_n[index_m], entries.latents_n[index_m], self.shape, self.support.backend)
-        return Codes(self.values.index_select(0, index_m), support, self.shape)
+        return self._at_index(self.support, self.support.backend.top_of_rows(entries, k, self.shape[0]))
+
+    def kept(self, kept: Bool[Tensor, ...]) -> Codes:
+        """Keep the values that are marked; others become 0 where sizes are fixed, and are no entries elsewhere."""
+        if self.support is None or self.support.backend.fixed_sizes:
+            return Codes(torch.where(kept, self.values, 0.0), self.support, self.shape)
+        return self._at_index(self.support, kept.nonzero().squeeze(1))
+
+    def _at_index(self, support: Support, index_m: Int[Tensor, " m"]) -> Codes:
+        """Keep the entries of these numbers, in order."""
+        chosen = Support(support.rows_n[index_m], support.latents_n[index_m], self.shape, support.backend)
+        return Codes(self.values.index_select(0, index_m), chosen, self.shape)
 
     def totals(self, f: Tensor) -> Float[Tensor, " F"]:
         """Sum f over tokens."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -13,6 +14,7 @@ from data.base.errors import UserError
 from train.sae.base import PLAIN, StepOutput, TrainContext
 from train.sae.config import AuxKConfig
 from train.sae.parts.dense import largest_of_the_batch
+from train.sae.parts.groups import ALONE, RankGroup
 from train.sae.parts.ranks import largest_over_ranks
 from train.sae.parts.threshold import Calibration, calibrate, running_mean_
 from train.sae.sparse.backend import backend_for
@@ -36,7 +38,11 @@ def _next_guess(guess: Tensor | None, min_kept: Tensor) -> Tensor:
 
 
 class BatchTopKConfig(AuxKConfig):
-    """Settings of BatchTopK; `k` is a mean over tokens."""
+    """Settings of BatchTopK and Matryoshka; `k` is a mean over tokens."""
+
+    largest_of: Literal["rank"] | None = None
+    """What the k * B largest are chosen of, where several ranks have rows of a batch: null for all of it; rank for each
+    rank's own rows, which is another method and spares the ranks a few messages."""
 
 
 class BatchTopKBase(TopKBase):
@@ -48,6 +54,7 @@ class BatchTopKBase(TopKBase):
     """
 
     needs_calibration = True
+    config: BatchTopKConfig
 
     threshold: Tensor
     threshold_weight: Tensor
@@ -77,27 +84,48 @@ class BatchTopKBase(TopKBase):
 
     def active_batch(self, xn_BD: Float[Tensor, "B D"]) -> tuple[Codes, Tensor]:
         """Compute codes of normalised input and f in the training form, which depend on the rest of the batch."""
-        (codes,) = self.select(xn_BD, self.bias_F, [Selection(TopOfBatch(self.config.k * len(xn_BD)))])
+        codes, _ = self._of_batch(xn_BD)
         return codes, codes.values
 
+    def _of_batch(self, xn_BD: Float[Tensor, "B D"]) -> tuple[Codes, Float[Tensor, ""]]:
+        """Choose the k * B largest of a batch that every process has, and find the smallest of them."""
+        count = self.config.k * len(xn_BD)
+        rule = TopOfBatch(min(count, len(xn_BD) * self.own_width))
+        (codes,) = self.select(xn_BD, self.bias_F, [Selection(rule)])
+        return self._of_whole(codes, count, ALONE)
+
     def loss(self, xn_BD: Float[Tensor, "B D"], context: TrainContext = PLAIN) -> StepOutput:
-        count = self.config.k * len(xn_BD) * context.ranks
+        rows = ALONE if self.config.largest_of == "rank" else context.data
+        count = self.config.k * len(xn_BD) * rows.size
+        alone = rows.size * self.split.size == 1
         # Of a batch over several ranks this one may have all the largest, and its own smallest is no guess at theirs.
-        rule = TopOfBatch(min(count, len(xn_BD) * self.width), guess=self.guess if context.ranks == 1 else None)
+        rule = TopOfBatch(min(count, len(xn_BD) * self.own_width), guess=self.guess if alone else None)
         codes, candidates = self.encode_with_candidates(xn_BD, rule, context)
+        codes, min_kept = self._of_whole(codes, count, rows)
         f = codes.values
-        if context.ranks > 1:
-            kept_n, min_kept = largest_over_ranks(f.detach().flatten(), count)
-            f = torch.where(kept_n.view_as(f), f, 0.0)
-        else:
-            # Fewer than k * B came back where fewer are positive: then the batch says nothing of T, and 0 stands for
-            # that. On a GPU the selection is filled up with zeros, so its minimum is 0 by itself.
-            min_kept = f.detach().min() if len(f) == count else f.detach().new_zeros(())
         target_BE = context.target_of(xn_BD)
         reconstruction, nmse, xn_hat_BD = self.reconstruct(codes, f, xn_BD, target_BE)
-        auxk = self.auxk(candidates, (target_BE - xn_hat_BD).detach())
-        metrics = {"nmse": nmse.detach(), "l0": codes.l0(f), "auxk": auxk.detach()}
+        auxk = self.auxk(candidates, (target_BE - xn_hat_BD).detach(), context.data)
+        metrics = {"nmse": nmse.detach(), "l0": self.l0(codes, f), "auxk": auxk.detach()}
         return StepOutput(reconstruction + auxk, metrics, codes.of(f), xn_hat_BD.detach(), min_kept=min_kept)
+
+    def _of_whole(self, codes: Codes, count: int, data: RankGroup) -> tuple[Codes, Float[Tensor, ""]]:
+        """Choose the `count` largest over all processes, of those here, and find the smallest of them.
+
+        It is 0 where fewer are positive, as the batch then says nothing of T.
+        """
+        if data.size * self.split.size == 1:
+            z = codes.values.detach()
+            # On a GPU the selection is filled up with zeros, so its minimum is 0 by itself.
+            return codes, z.min() if len(z) == count else z.new_zeros(())
+        assert codes.support is not None
+        rows, latents_n = codes.shape[0], self.split.latent(codes.support.latents_n)
+        # As one process would number the entries that has the ranks' rows one after another: by row and then latent.
+        place_n = (codes.support.rows_n + data.rank * rows) * self.width + latents_n
+        places = rows * data.size * self.width
+        z_n = codes.values.detach()
+        kept_n, min_kept = largest_over_ranks(z_n, place_n, places, count, self.mesh(data))
+        return codes.kept(kept_n), min_kept
 
     @torch.no_grad()
     def after_step(self, step: StepOutput) -> None:
@@ -110,24 +138,26 @@ class BatchTopKBase(TopKBase):
         self.skipped_batches += step.min_kept <= 0
 
     def start_variant(self, xn_ND: Float[Tensor, "N D"]) -> None:
-        rows = xn_ND[:_STARTING_ROWS]
-        # What is kept does not depend on the target.
-        target_BE = rows.new_zeros(len(rows), self.d_out) if self.transcodes else None
-        min_kept = self.loss(rows, TrainContext(target_BE=target_BE)).min_kept
-        assert min_kept is not None
+        _, min_kept = self._of_batch(xn_ND[:_STARTING_ROWS])
         # Without weight: the first batch of the training replaces it (`running_mean_` begins at weight 0).
         self.threshold.copy_(min_kept)
 
     @torch.no_grad()
-    def calibrate(self, batches: Sequence[Float[Tensor, "_ D"]]) -> Calibration:
-        """Settle T with frozen weights on batches (model units, of the training batch size) not used in training."""
+    def calibrate(self, batches: Sequence[Float[Tensor, "_ D"]], data: RankGroup = ALONE) -> Calibration:
+        """Settle T with frozen weights on batches (model units, of the training batch size) not used in training.
+
+        Each process of `data` has its part of every batch, all of them alike many rows.
+        """
         if not batches:
             raise UserError(
                 "the threshold is calibrated on reserved training batches, and there are none: set calibration_tokens"
             )
         # On batches of the training's size, since the k * B-th largest value of a batch depends on B; reserved ones,
         # since on batches that were trained on z is larger and T would come out too high.
-        found = calibrate(lambda x_BD: self.pre_activation(self.norm.normalise(x_BD)), batches, self.config.k)
+        rows = ALONE if self.config.largest_of == "rank" else data
+        found = calibrate(
+            lambda x_BD: self.pre_activation(self.norm.normalise(x_BD)), batches, self.config.k, self.mesh(rows)
+        )
         self.threshold.fill_(found.threshold)
         return found
 

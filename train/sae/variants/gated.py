@@ -36,7 +36,7 @@ class Gated(L1SAE):
 
     def add_state(self) -> None:
         super().add_state()
-        self.r_mag = nn.Parameter(torch.zeros(self.width))
+        self.r_mag = nn.Parameter(torch.zeros(self.own_width))
 
     def dense_encode(self, xn_BD: Float[Tensor, "B D"]) -> Float[Tensor, "B F"]:
         h_BF = self.input_centred(xn_BD) @ self.W_enc
@@ -78,12 +78,12 @@ class Gated(L1SAE):
         target_BE = context.target_of(xn_BD)
         xn_hat_BD = self.decode_sparse(codes, f, xn_BD)
         nmse = self.nmse(xn_hat_BD, target_BE)
-        sparsity = self.l1_term(self.l1(gate, len(xn_BD)), context)
-        by_gate_BD = codes.decode(gate, self.W_dec.detach())[0] + self.beside_latents(xn_BD).detach()
+        sparsity = self.l1_term(self.split.total(self.l1(gate, len(xn_BD))), context)
+        by_gate_BD = self.split.total(codes.decode(gate, self.W_dec.detach())[0]) + self.beside_latents(xn_BD).detach()
         auxiliary = self.nmse(by_gate_BD, target_BE)
         metrics = {
             "nmse": nmse.detach(),
-            "l0": codes.l0(f),
+            "l0": self.mean_l0(codes, f, context),
             "sparsity": sparsity.detach(),
             "auxiliary": auxiliary.detach(),
         }

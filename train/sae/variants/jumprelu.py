@@ -14,6 +14,8 @@ from torch.autograd.function import once_differentiable
 from data.base.config import Flag, Real
 from train.sae.base import PLAIN, SAE, StepOutput, TrainContext
 from train.sae.config import PenaltyConfig
+from train.sae.parts.groups import ALONE, RankGroup
+from train.sae.parts.ranks import kth_largest
 from train.sae.parts.threshold import L0Calibration, find_level
 from train.sae.sparse.codes import Codes
 from train.sae.sparse.rules import Above, Selection, TopOfBatch
@@ -131,7 +133,7 @@ class JumpReLU(SAE):
     def add_state(self) -> None:
         # theta itself and not its logarithm, which would make a step proportional to theta: thresholds near zero would
         # hardly move. `after_step` keeps it positive.
-        self.theta = nn.Parameter(torch.full((self.width,), self._first_theta()))
+        self.theta = nn.Parameter(torch.full((self.own_width,), self._first_theta()))
 
     @property
     def rate_shares(self) -> Mapping[str, float]:
@@ -171,6 +173,9 @@ class JumpReLU(SAE):
         xn_hat_BD = self.decode_sparse(codes, f, xn_BD)
         nmse = self.nmse(xn_hat_BD, context.target_of(xn_BD))
         l0: Tensor = _MeanL0.apply(codes.values, theta, eps, tokens)  # type: ignore[no-untyped-call]
+        l0 = self.split.total(l0)
+        if self.config.target_l0 is not None:
+            l0 = context.data.mean(l0)  # the penalty is not linear in it: it is of the batch over all ranks
         sparsity = context.sparsity_scale * self.config.sparsity * self._penalty(l0)
         metrics = {"nmse": nmse.detach(), "l0": l0.detach(), "sparsity": sparsity.detach()}
         return StepOutput(nmse + sparsity, metrics, codes.of(f), xn_hat_BD.detach())
@@ -185,7 +190,7 @@ class JumpReLU(SAE):
         return torch.where(ratio > 1, ratio.clamp_min(1).log(), ratio - 1).square()
 
     @torch.no_grad()
-    def calibrate_l0(self, batches: Sequence[Float[Tensor, "_ D"]]) -> L0Calibration | None:
+    def calibrate_l0(self, batches: Sequence[Float[Tensor, "_ D"]], data: RankGroup = ALONE) -> L0Calibration | None:
         """Multiply every theta by what brings the mean L0 to `target_l0`."""
         if self.config.target_l0 is None:
             return None
@@ -193,7 +198,7 @@ class JumpReLU(SAE):
         def relative(x_BD: Tensor) -> Tensor:
             return self.pre_activation(self.norm.normalise(x_BD)) / self.theta
 
-        found = find_level(relative, batches, self.config.target_l0, at=1.0)
+        found = find_level(relative, batches, self.config.target_l0, at=1.0, mesh=self.mesh(data))
         self.theta.mul_(found.level).clamp_(min=self.eps * 1e-3)
         return found
 
@@ -208,6 +213,13 @@ class JumpReLU(SAE):
             return
         rows = xn_ND[:_START_ROWS]
         count = max(1, round(_START * config.target_l0 * len(rows)))
-        (codes,) = self.select(rows, self.bias_F, [Selection(TopOfBatch(count))])
-        if len(codes.values):
+        rule = TopOfBatch(min(count, len(rows) * self.own_width))
+        (codes,) = self.select(rows, self.bias_F, [Selection(rule)])
+        if self.split.size > 1:
+            z_n = codes.values.detach()
+            z_n = z_n[z_n > 0]
+            found = int(self.split.sum_(z_n.new_tensor(len(z_n))))
+            if found:
+                self.theta.fill_(kth_largest(z_n, min(count, found), self.mesh(ALONE)))
+        elif len(codes.values):
             self.theta.fill_(codes.values.min())

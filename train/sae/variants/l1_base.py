@@ -11,7 +11,9 @@ from torch import Tensor
 
 from train.sae.base import SAE, StepOutput, TrainContext
 from train.sae.config import SparsityConfig
+from train.sae.parts.groups import ALONE, RankGroup
 from train.sae.parts.threshold import L0Calibration, find_level
+from train.sae.sparse.codes import Codes
 
 _RATE = 0.05  # of the coefficient's logarithm a step, at an L0 e times too large or more
 
@@ -37,14 +39,18 @@ class L1SAE(SAE):
         return self.pre_activation(xn_BD)
 
     @torch.no_grad()
-    def calibrate_l0(self, batches: Sequence[Float[Tensor, "_ D"]]) -> L0Calibration | None:
+    def calibrate_l0(self, batches: Sequence[Float[Tensor, "_ D"]], data: RankGroup = ALONE) -> L0Calibration | None:
         """Lower the bias of every z by what brings the mean L0 to `target_l0`."""
         if self.config.target_l0 is None:
             return None
         normalised = [self.norm.normalise(x_BD) for x_BD in batches]
-        found = find_level(self.margins, normalised, self.config.target_l0, at=0.0)
+        found = find_level(self.margins, normalised, self.config.target_l0, at=0.0, mesh=self.mesh(data))
         self.bias_F.sub_(found.level)
         return found
+
+    def mean_l0(self, codes: Codes, f: Tensor, context: TrainContext) -> Float[Tensor, ""]:
+        """Compute the mean L0 of the batch, over all ranks where the coefficient follows it."""
+        return self.l0(codes, f, ALONE if self.config.target_l0 is None else context.data)
 
     def coefficient(self, context: TrainContext) -> Float[Tensor, ""]:
         """Compute the L1's coefficient at this step."""

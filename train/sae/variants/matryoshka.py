@@ -12,13 +12,12 @@ from torch import Tensor
 
 from data.base.config import Real
 from train.sae.base import PLAIN, TrainContext
-from train.sae.config import AuxKConfig
 from train.sae.parts.dense import largest_of_the_batch
 from train.sae.sparse.codes import Codes
-from train.sae.variants.batchtopk import BatchTopKBase
+from train.sae.variants.batchtopk import BatchTopKBase, BatchTopKConfig
 
 
-class MatryoshkaConfig(AuxKConfig):
+class MatryoshkaConfig(BatchTopKConfig):
     """Settings of Matryoshka; `k` is a mean over tokens."""
 
     prefixes: tuple[Real, ...] = (0.03125, 0.09375, 0.21875, 0.46875, 1.0)
@@ -64,6 +63,7 @@ class Matryoshka(BatchTopKBase):
     def reconstruct(
         self, codes: Codes, f: Tensor, xn_BD: Float[Tensor, "B D"], target_BE: Float[Tensor, "B E"]
     ) -> tuple[Float[Tensor, ""], Float[Tensor, ""], Float[Tensor, "B E"]]:
-        xn_hat_PBD = codes.decode(f, self.W_dec, self.config.sizes) + self.beside_latents(xn_BD)
+        own = [self.split.own(m) for m in self.config.sizes]
+        xn_hat_PBD = self.split.total(codes.decode(f, self.W_dec, own)) + self.beside_latents(xn_BD)
         nmse_P = (xn_hat_PBD - target_BE).square().sum((1, 2)) / (len(xn_BD) * self.variance)
         return nmse_P.sum(), nmse_P[-1], xn_hat_PBD[-1]

@@ -66,8 +66,8 @@ class ReLU(L1SAE):
             l1 = codes.totals(f) @ norm_F / (len(xn_BD) * self.variance.sqrt())
         else:
             l1 = self.l1(f, len(xn_BD))
-        sparsity = self.l1_term(l1, context)
-        metrics = {"nmse": nmse.detach(), "l0": codes.l0(f), "sparsity": sparsity.detach()}
+        sparsity = self.l1_term(self.split.total(l1), context)
+        metrics = {"nmse": nmse.detach(), "l0": self.mean_l0(codes, f, context), "sparsity": sparsity.detach()}
         return self.step_output(
             context, loss=nmse + sparsity, metrics=metrics, codes=codes.of(f), xn_hat_BD=xn_hat_BD.detach()
         )

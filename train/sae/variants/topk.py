@@ -8,6 +8,7 @@ from pydantic import model_validator
 from torch import Tensor
 
 from data.base.config import Flag
+from data.base.errors import UserError
 from train.sae.base import PLAIN, StepOutput, TrainContext
 from train.sae.config import AuxKConfig
 from train.sae.parts.dense import largest_of_each_token
@@ -62,18 +63,25 @@ class TopK(TopKBase):
 
     def encode_sparse(self, xn_BD: Float[Tensor, "B D"]) -> tuple[Codes, Tensor]:
         (codes,) = self.select(xn_BD, self.bias_F, [Selection(TopPerToken(self.config.k))])
+        codes = self._of_whole(codes, self.config.k)
         return codes, codes.values
+
+    def _of_whole(self, codes: Codes, k: int) -> Codes:
+        """Choose the k largest of each token over all processes of a split dictionary, of those here."""
+        return codes if self.split.size == 1 else codes.kept(self.split.top_of_tokens(codes, k))
 
     def loss(self, xn_BD: Float[Tensor, "B D"], context: TrainContext = PLAIN) -> StepOutput:
         k, multi_topk = self.config.k, self.config.multi_topk
         # The k largest are among the 4k largest: one selection serves both reconstructions.
         wide, candidates = self.encode_with_candidates(xn_BD, TopPerToken(4 * k if multi_topk else k), context)
-        codes = wide.top_of_rows(k) if multi_topk else wide
+        if multi_topk:
+            wide = self._of_whole(wide, 4 * k)
+        codes = self._of_whole(wide.top_of_rows(k) if multi_topk else wide, k)
         target_BE = context.target_of(xn_BD)
         xn_hat_BD = self.decode_sparse(codes, codes.values, xn_BD)
         nmse = self.nmse(xn_hat_BD, target_BE)
-        auxk = self.auxk(candidates, (target_BE - xn_hat_BD).detach())
-        metrics = {"nmse": nmse.detach(), "l0": codes.l0(codes.values), "auxk": auxk.detach()}
+        auxk = self.auxk(candidates, (target_BE - xn_hat_BD).detach(), context.data)
+        metrics = {"nmse": nmse.detach(), "l0": self.l0(codes, codes.values), "auxk": auxk.detach()}
         loss = nmse + auxk
         if multi_topk:
             multi = self.nmse(self.decode_sparse(wide, wide.values, xn_BD), target_BE) / 8
@@ -83,6 +91,11 @@ class TopK(TopKBase):
 
     def start_encoder(self) -> None:
         if not self.config.tied_init:
+            if self.split.size > 1:
+                raise UserError(
+                    "sae.tied_init=false gives each latent its neighbour's row, which another process has: leave it "
+                    "out with trainer.latent_ranks"
+                )
             for parameter in (self.W_enc_FD, self.bias_F):
                 # Each encoder row (and bias) takes the decoder row of the latent before: directions of the same kind
                 # and norm, but of another latent.

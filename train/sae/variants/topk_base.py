@@ -12,6 +12,7 @@ from train.sae.base import SAE, TrainContext
 from train.sae.config import AuxKConfig
 from train.sae.parts.auxk import auxk_error, auxk_rule, auxk_size
 from train.sae.parts.dense import largest_of_each_token
+from train.sae.parts.groups import ALONE, RankGroup
 from train.sae.sparse.backend import backend_for
 from train.sae.sparse.codes import Codes
 from train.sae.sparse.rules import Rule, Selection
@@ -60,29 +61,46 @@ class TopKBase(SAE):
         else:
             alive_d = ~dead_F.index_select(0, latents_d)
         if latents_d is None or not len(latents_d):
-            return self.select(xn_BD, self.bias_F, [Selection(rule)])[0], None
+            (codes,) = self.select(xn_BD, self.bias_F, [Selection(rule)])
+            # Without a dead latent here other processes may have some, whose choice and sum take part of all.
+            none = None if latents_d is None or self.split.size == 1 else self._no_candidates(xn_BD, latents_d)
+            return codes, none
         # With few dead latents a dense product over them is cheaper than a selection, and gives the same sum.
         few = len(latents_d) <= backend_for(xn_BD).dense_dead * self.k_aux
         aside = Selection(auxk_rule(self.k_aux, few), latents_d, alive_d)
         codes, beside = self.select(xn_BD, self.bias_F, [Selection(rule), aside])
         return codes, Candidates(beside, latents_d, alive_d)
 
-    def auxk(self, candidates: Candidates | None, residual_BD: Float[Tensor, "B D"]) -> Float[Tensor, ""]:
-        """Compute AuxK's term of the loss; `residual_BD` x' - x_hat' detached."""
+    @staticmethod
+    def _no_candidates(xn_BD: Tensor, latents_d: Tensor) -> Candidates:
+        none_Bd = xn_BD.new_zeros(len(xn_BD), 0)
+        return Candidates(Codes(none_Bd, None, (len(xn_BD), 0)), latents_d, None)
+
+    def auxk(
+        self, candidates: Candidates | None, residual_BD: Float[Tensor, "B D"], data: RankGroup = ALONE
+    ) -> Float[Tensor, ""]:
+        """Compute AuxK's term of the loss; `residual_BD` x' - x_hat' detached, of each process of `data`."""
         if candidates is None:
             return residual_BD.new_zeros(())
-        alive_d = candidates.alive_d
-        W_dead_dD = self.W_dec.index_select(0, candidates.latents_d)
+        alive_d, latents_d = candidates.alive_d, candidates.latents_d
         error = auxk_error(
-            candidates.codes, residual_BD, W_dead_dD, k=self.k_aux, relu=self.config.auxk_relu, alive_d=alive_d
+            candidates.codes,
+            residual_BD,
+            self.W_dec.index_select(0, latents_d),
+            k=self.k_aux,
+            relu=self.config.auxk_relu,
+            alive_d=alive_d,
+            split=self.split,
+            latents_d=latents_d,
         )
-        if alive_d is not None:
+        if alive_d is not None or self.split.size > 1:
             # The list of who may die may hold nobody dead yet. Without any dead latent the term is absent, not the norm
             # of the residual.
-            error = torch.where(alive_d.all(), 0.0, error)
-        return self.config.auxk_alpha * error / self.auxk_norm(residual_BD)
+            dead = latents_d.new_tensor(len(latents_d)) if alive_d is None else (~alive_d).sum()
+            error = torch.where(self.split.sum_(dead) == 0, 0.0, error)
+        return self.config.auxk_alpha * error / self.auxk_norm(residual_BD, data)
 
-    def auxk_norm(self, residual_BD: Float[Tensor, "B D"]) -> Float[Tensor, ""]:
+    def auxk_norm(self, residual_BD: Float[Tensor, "B D"], data: RankGroup = ALONE) -> Float[Tensor, ""]:
         """Compute what divides AuxK's squared error: by default the variance of the residual over the batch.
 
         A batch of one token, or of equal ones, has none, and one that is reconstructed exactly hardly any: there it is
@@ -90,8 +108,9 @@ class TopKBase(SAE):
         """
         if self.config.auxk_norm == "variance":
             return self.variance
-        spread = (residual_BD - residual_BD.mean(0)).square().sum() / residual_BD.shape[0]
-        mean_sq = residual_BD.square().sum() / residual_BD.shape[0]
+        mean_D = data.mean(residual_BD.mean(0))
+        spread = data.mean((residual_BD - mean_D).square().sum() / residual_BD.shape[0])
+        mean_sq = data.mean(residual_BD.square().sum() / residual_BD.shape[0])
         return torch.maximum(spread, torch.maximum(_LEAST_OF_SQUARE * mean_sq, _LEAST_OF_VARIANCE * self.variance))
 
     def dense_auxk(
