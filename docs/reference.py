@@ -57,7 +57,17 @@ def settings_page() -> str:
     for stage, schema in STAGES.items():
         file = ConfigFile.read(CONF / f"{stage}.yaml")
         command, _, purpose = file.prose[0].partition(": ")
-        lines += [f"## {command}", "", purpose, *file.prose[1:], "", "```", *file.examples, "```", ""]
+        lines += [
+            f"## {command}",
+            "",
+            purpose[:1].upper() + purpose[1:],
+            *file.prose[1:],
+            "",
+            "```",
+            *file.examples,
+            "```",
+            "",
+        ]
         lines += _table(schema, _defaults(stage))
     lines += ["## Groups", ""]
     for group, schema in GROUPS.items():

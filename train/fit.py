@@ -22,7 +22,7 @@ from train.callbacks import LastCheckpoint, Progress
 from train.config import TrainSettings
 from train.datamodule import ActivationData
 from train.lit import MultiSAEModule, OwnReduction, Passes
-from train.loggers import CsvLogger
+from train.loggers import CsvLogger, WandbRun
 from train.mesh import connect, is_lost_rank
 from train.messages import closing, diverged, how_to_go_on, label, missed_l0, opening, slow_bf16
 from train.optimizers import optimizer_class, optimizer_from
@@ -163,7 +163,7 @@ def _members(
                 assert sample is not None
                 target = None if sample.target_BE is None else StartRows(sample.target_BE, **plan.target_moments())
                 member.initialise(sample.x_BD, **plan.moments(), target=target)
-            member.loggers = _loggers(run, len(runs) > 1)
+            member.loggers = _loggers(run)
         except UserError as error:
             failed[run.name] = str(error)
         else:
@@ -239,7 +239,7 @@ def _matmul(setting: str | None, device: torch.device) -> str:
     return matmul
 
 
-def _loggers(run: TrainRun, shared: bool) -> list[Logger]:
+def _loggers(run: TrainRun) -> list[Logger]:
     """Make the loggers: metrics.csv, cut where the run goes on, and what `logger` asks for beside it."""
     rows = CsvLogger(run.folder)
     rows.cut(run.step)
@@ -250,16 +250,7 @@ def _loggers(run: TrainRun, shared: bool) -> list[Logger]:
 
         loggers.append(TensorBoardLogger(run.folder, name="", version="tensorboard"))
     elif logger.name == "wandb":
-        if shared:
-            raise UserError(
-                "logger=wandb keeps one run a process and would mix the SAEs of a pass: add hydra/launcher=basic, "
-                "which trains one after another, or take another logger"
-            )
-        from pytorch_lightning.loggers import WandbLogger
-
-        loggers.append(
-            WandbLogger(name=run.folder.name, save_dir=run.folder, project=logger.project, offline=logger.offline)
-        )
+        loggers.append(WandbRun(run.folder, logger.project, logger.offline))
     return loggers
 
 

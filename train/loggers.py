@@ -1,4 +1,4 @@
-"""metrics.csv, which every run has."""
+"""metrics.csv, which every run has, and a run at Weights & Biases."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from pytorch_lightning.loggers import WandbLogger
 from pytorch_lightning.loggers.logger import Logger
 from pytorch_lightning.utilities import rank_zero_only
 
@@ -83,3 +84,18 @@ class CsvLogger(Logger):
         """Write the file anew, beside its place and renamed: a kill leaves the old rows or the new ones."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(self.path, self._lines(rows, header=True).encode())
+
+
+class WandbRun(WandbLogger):
+    """A run of one SAE at Weights & Biases, named as its folder, beside the runs of the other SAEs of its pass.
+
+    By default wandb has one run a process, which the SAEs of a pass would share.
+    """
+
+    def __init__(self, folder: Path, project: str, offline: bool) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        super().__init__(folder.name, folder, offline=offline, project=project, reinit="create_new")
+
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        self.experiment.finish(exit_code=0 if status == "success" else 1)

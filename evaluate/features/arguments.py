@@ -1,4 +1,4 @@
-"""The command line of `python -m evaluate.features`, read before Hydra; imports nothing heavy, as `--help` passes here."""
+"""The command line of `python -m evaluate.features`, read before Hydra; nothing heavy is imported, for `--help`."""
 
 from __future__ import annotations
 

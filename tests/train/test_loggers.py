@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import csv
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from train.loggers import CsvLogger
+from train.run import TrainRequest, train_all
 
 
 def rows(folder: Path) -> list[dict[str, str]]:
@@ -79,3 +82,24 @@ def test_a_last_line_cut_within_its_last_number_is_dropped(tmp_path: Path) -> No
     log.path.write_bytes(text[:-4])  # "20,2.1": every column is there, and the number is another
     CsvLogger(tmp_path).cut(20)
     assert rows(tmp_path) == [{"step": "10", "a": "1.25"}]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["tensorboard", "wandb"])
+def test_each_sae_of_a_pass_has_a_log_of_its_own(
+    name: str, short: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if find_spec(name) is None:
+        pytest.skip(f'needs .venv/bin/pip install -e ".[{name}]"')
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    folders = {k: tmp_path / f"sae.k-{k}" for k in (2, 4)}
+    own = ["sae=topk", f"logger={name}", *(["logger.offline=true"] if name == "wandb" else [])]
+    train_all([TrainRequest(short(f"out={folder}", f"sae.k={k}", *own)) for k, folder in folders.items()])
+    assert "2 SAEs in one pass" in capsys.readouterr().out
+    written = "*.wandb" if name == "wandb" else "tensorboard/events.*"
+    found = {k: [path.read_bytes() for path in folder.rglob(written)] for k, folder in folders.items()}
+    assert [len(files) for files in found.values()] == [1, 1]
+    assert found[2] != found[4]
+    if name == "tensorboard":  # what W&B writes is compressed
+        assert all(b"train/nmse" in files[0] for files in found.values())
+    assert all((folder / "metrics.csv").is_file() for folder in folders.values())
