@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -50,15 +52,15 @@ def reader(build: Build) -> PairReader:
     pool_chunks=st.integers(1, 6),
     seed=st.integers(0, 5),
     world=st.integers(1, 2),
-    preload=st.booleans(),
+    source=st.sampled_from([{}, {"preload": True}, {"device": torch.device("cpu")}]),
 )
 def test_row_i_of_both_is_the_same_token(
-    reader: PairReader, batch: int, pool_chunks: int, seed: int, world: int, preload: bool
+    reader: PairReader, batch: int, pool_chunks: int, seed: int, world: int, source: dict[str, Any]
 ) -> None:
     """In every batch; and the order is the one in which a loader of the first site alone gives its rows."""
     order = {"batch": batch, "pool_chunks": pool_chunks, "seed": seed, "world": world}
     for rank in range(world):
-        both = list(ActivationLoader(reader, rank=rank, preload=preload, **order))
+        both = list(ActivationLoader(reader, rank=rank, **source, **order))
         first = list(ActivationLoader(reader.first, rank=rank, **order))
         assert len(both) == len(first)
         for rows, alone in zip(both, first, strict=True):

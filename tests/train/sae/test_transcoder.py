@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from train.interop.fold import folded
 from train.sae import SAE, VARIANTS, Batch, StartRows, TrainContext, load, save
 from train.sae.metrics import held_out
 from train.sae.parts.update import update
+from train.sae.sparse.backend import use_backend
+from train.sae.sparse.triton import TritonBackend
 
 D, E, F, FEATURES = 32, 24, 48, 24
 SKIP = pytest.mark.parametrize("skip", [False, True], ids=["plain", "skip"])
@@ -187,3 +190,23 @@ def test_a_skip_is_refused_in_an_sae_and_needs_the_input_to_decode() -> None:
     sae = transcoder("topk", skip=True)
     with pytest.raises(UserError, match=r"decode\(f, x\)"):
         sae.decode(torch.zeros(3, F))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed: pip install triton")
+@pytest.mark.parametrize("case", [case for case in CASES if "=" not in str(case).partition("k=")[2]], ids=str)
+def test_the_gpu_step_equals_the_dense_form(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU where there is one, else in Triton's interpreter: decoder rows of another width than the encoder's."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu":
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+    sae = perturbed(case, centred=False, d_out=6, skip=True).to(device)
+    x, y = tokens().to(device), tokens(6, seed=4).to(device)
+    context = TrainContext(torch.from_numpy(DEAD).to(device), target_BE=y)
+    with use_backend(TritonBackend()):
+        found = sae.loss(x, context).loss
+        gradients = torch.autograd.grad(found, list(sae.parameters()), allow_unused=True)
+    wanted = sae.dense_loss(x, context)
+    torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+    for found_grad, grad in zip(gradients, torch.autograd.grad(wanted, list(sae.parameters())), strict=True):
+        torch.testing.assert_close(found_grad, grad, rtol=1e-9, atol=1e-12)
