@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from data.base.sites import SITE_KINDS, Site
+from data.base.sites import STREAM_KINDS, Site
 from data.store.chunk_codec import ChunkCodec
 from data.store.int8 import PILOT_ROWS, FeatureScale, RowDecoder, encode_int8
 from data.store.layout import CODECS, Layout
@@ -42,7 +42,7 @@ def activations(name: str, text: Mapping[str, Any], rows: int, every: int) -> It
     tokenizer, model = lm.load_tokenizer(settings), lm.load_model(settings)
     packed = pack(source_from(text), tokenizer, Packing(context=256, bos="document", shuffle=None), TRAIN, rows)
     layers = int(model.config.num_hidden_layers)
-    sites = [f"{kind}.{layer}" for kind in SITE_KINDS for layer in sorted({*range(0, layers, every), layers - 1})]
+    sites = [f"{kind}.{layer}" for kind in STREAM_KINDS for layer in sorted({*range(0, layers, every), layers - 1})]
     held: dict[str, list[Floats]] = {site: [] for site in sites}
     for first in range(0, len(packed.contexts), LM_BATCH):
         batch = slice(first, first + LM_BATCH)

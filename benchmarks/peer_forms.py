@@ -11,6 +11,7 @@ import json
 import os
 import sys
 import warnings
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,7 +27,8 @@ def _saelens(folder: str, x_ND: Tensor) -> tuple[Tensor, Tensor]:
 
     sae: Any = SAE.load_from_disk(folder)
     f_NF = sae.encode(x_ND)
-    return f_NF, sae.decode(f_NF)
+    # A transcoder's skip is in its forward alone.
+    return f_NF, sae(x_ND) if hasattr(sae, "W_skip") else sae.decode(f_NF)
 
 
 def _dictionary_learning(folder: str, x_ND: Tensor) -> tuple[Tensor, Tensor]:
@@ -43,10 +45,27 @@ def _sparsify(folder: str, x_ND: Tensor) -> tuple[Tensor, Tensor]:
     sae = SparseCoder.load_from_disk(folder)
     values, index, _ = sae.encode(x_ND)
     f_NF = torch.zeros(len(x_ND), sae.num_latents).scatter_(1, index, values)
-    return f_NF, sae.decode(values, index)
+    return f_NF, sae(x_ND).sae_out if sae.W_skip is not None else sae.decode(values, index)
 
 
-FORMS = {"saelens": _saelens, "dictionary_learning": _dictionary_learning, "sparsify": _sparsify}
+def _circuit_tracer(folder: str, x_ND: Tensor) -> tuple[Tensor, Tensor]:
+    """Load a set and give what its first layer makes of x."""
+    import yaml  # type: ignore[import-untyped]
+    from circuit_tracer.transcoder.single_layer_transcoder import load_transcoder_set
+
+    config = yaml.safe_load(Path(folder, "config.yaml").read_text())
+    paths = dict(enumerate(sorted(str(path) for path in Path(folder).glob("layer_*.safetensors"))))
+    hooks = {name: config[name] for name in ("scan", "feature_input_hook", "feature_output_hook")}
+    transcoder = load_transcoder_set(paths, **hooks, device=torch.device("cpu"))[0]
+    return transcoder.encode(x_ND), transcoder(x_ND)
+
+
+FORMS = {
+    "saelens": _saelens,
+    "dictionary_learning": _dictionary_learning,
+    "sparsify": _sparsify,
+    "circuit_tracer": _circuit_tracer,
+}
 
 
 def main() -> None:

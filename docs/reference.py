@@ -15,6 +15,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from data.base.help import CONF, ConfigFile, group_options, preset_lines
+from data.slurm.settings import LAUNCHER, SlurmSettings
 from evaluate.config import EvaluateSettings, FeaturesSettings
 from harvest.config import HarvestSettings
 from harvest.documents import SOURCES
@@ -73,6 +74,8 @@ def settings_page() -> str:
     for group, schema in GROUPS.items():
         lines += [f"### {group}", "", f"Options: {_listed(group_options(group))}.", ""]
         lines += _table(schema, {}, f"{group}.")
+    lines += ["### hydra/launcher=slurm", "", "Jobs of a cluster: [how](slurm.md).", ""]
+    lines += _table(SlurmSettings, {}, f"{LAUNCHER}.")
     lines += ["### text", "", f"Options: {_listed(group_options('text'))}.", ""]
     for kind, source in SOURCES.items():
         lines += [f"#### text.kind={kind}", "", *_table(source, {}, "text.")]

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from data.base.config import Real, Settings, Text, Whole
+from data.base.config import Flag, Real, Settings, Text, Whole
 
 FEATURE_METRICS = ("probe", "patterns", "ablation")
 OLDER_NAMES = {"gao": "feature_metrics", "gao_with": "feature_metrics_with"}
@@ -100,6 +100,8 @@ class EvaluateSettings(HeldoutSettings):
     """Samples of documents behind each standard error."""
     form: Literal["shipped", "batch"] = "shipped"
     """shipped: every SAE's inference form; batch: BatchTopK and Matryoshka by the k largest of each batch."""
+    together: Flag = False
+    """Put all SAEs and transcoders of a store to work in one forward too: the replacement model's cross-entropy."""
     baseline: Text | None = None
     """The folder of one of the SAEs, or its last part: the report gives each one's difference from it."""
     feature_metrics: Annotated[list[Literal["probe", "patterns", "ablation"]], BeforeValidator(_all_metrics)] = Field(

@@ -42,10 +42,25 @@ __all__ = [
 
 @dataclass(frozen=True)
 class SavedSAE:
-    """A folder of a trained SAE and the record in it."""
+    """A folder of a trained SAE or transcoder and the record in it."""
 
     folder: Path
     config: Json
+
+    @property
+    def site(self) -> str:
+        """Return the site that it reads."""
+        return str(self.config["site"])
+
+    @property
+    def target(self) -> str:
+        """Return the site that its output stands for: a transcoder's target, else the site that it reads."""
+        return str(self.config.get("target") or self.site)
+
+    @property
+    def transcodes(self) -> bool:
+        """Return whether it predicts another site than it reads."""
+        return self.target != self.site
 
 
 def find_saes(patterns: str | Sequence[str]) -> list[SavedSAE]:
@@ -68,7 +83,11 @@ def find_saes(patterns: str | Sequence[str]) -> list[SavedSAE]:
 
 
 def group_by_store(saes: Iterable[SavedSAE], cache: Location) -> list[tuple[Store, dict[str, list[SavedSAE]]]]:
-    """Group SAEs by store and, within it, by site; UserError where the cache lacks the store, or that the site."""
+    """Group SAEs by store and, within it, by the site that their output stands for, so that the transcoders into a
+    site stand beside its SAEs.
+
+    Raises UserError where the cache lacks the store, or that a site.
+    """
     stores: dict[str, Store] = {}
     by_store: dict[str, dict[str, list[SavedSAE]]] = {}
     for sae in saes:
@@ -77,8 +96,9 @@ def group_by_store(saes: Iterable[SavedSAE], cache: Location) -> list[tuple[Stor
             raise UserError(f"{sae.folder} does not say which store and site it was trained on: train it again")
         if fingerprint not in stores:
             stores[fingerprint] = find_fingerprint(cache, fingerprint)
-        stores[fingerprint].stats(TRAIN, site)
-        by_store.setdefault(fingerprint, {}).setdefault(site, []).append(sae)
+        for name in (sae.site, sae.target):
+            stores[fingerprint].stats(TRAIN, name)
+        by_store.setdefault(fingerprint, {}).setdefault(sae.target, []).append(sae)
     return [(stores[fingerprint], sites) for fingerprint, sites in by_store.items()]
 
 

@@ -3,16 +3,19 @@
 A row is massive where its norm is above `times` times the median norm of its site (methods: 10 times unless set). An
 SAE that was trained without such rows says so in its config.json; they are then treated like special tokens, neither
 fed nor replaced nor scored, for all SAEs of the site alike. Where no SAE has such a rule massive rows are scored, and
-the report gives reconstruction over the ordinary rows first and over all rows beside it.
+the report gives reconstruction over the ordinary rows first and over all rows beside it. The norm is that of the site
+which is read: a transcoder's input. Where SAEs of a target and transcoders into it stand side by side, a row that is
+massive at one of the sites they read is massive for all of them.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
@@ -94,46 +97,63 @@ def site_median_norm(text: HeldoutText, site: Site) -> float:
     return float(np.median(norms_ST[text.packed.keep[:contexts]]))
 
 
-def without_massive(text: HeldoutText, site: Site, rule: MassiveRule) -> tuple[HeldoutText, int]:
-    """Mark the text's massive rows as not to be scored, like special tokens, and how many those are."""
+def without_massive(text: HeldoutText, rules: Mapping[str, MassiveRule]) -> tuple[HeldoutText, int]:
+    """Mark the text's rows that are massive at one of the sites as not to be scored, like special tokens; how many."""
     contexts = range(len(text.packed.contexts))
-    massive_ST = norms_of(text, site, contexts) > rule.limit
+    massive_ST = np.zeros(text.packed.keep.shape, bool)
+    for site, rule in rules.items():
+        massive_ST |= norms_of(text, Site.parse(site), contexts) > rule.limit
     left_out = int((massive_ST & text.packed.keep).sum())
     if left_out == text.packed.keep.sum():
-        raise UserError(f"every row of {site} has a {rule}, so nothing is left to score: train the SAEs again")
+        named = ", ".join(f"{site} has a {rule}" for site, rule in rules.items())
+        raise UserError(f"every row of {named}, so nothing is left to score: train the SAEs again")
     packed = dataclasses.replace(text.packed, keep=text.packed.keep & ~massive_ST)
     return dataclasses.replace(text, packed=packed), left_out
 
 
 @dataclass(frozen=True)
 class ScoredText:
-    """The text of a site as all its SAEs are scored on it.
+    """The text as all SAEs that stand side by side are scored on it.
 
-    rule: what is massive there; by it `left_out` rows were taken out where `from_saes`, and rows are told apart in the
-    report where not. note: a sentence where the SAEs' own rules differ.
+    rules: what is massive, by the site that is read; by them `left_out` rows were taken out where `from_saes`, and rows
+    are told apart in the report where not. note: a sentence where the SAEs' own rules differ.
     """
 
     text: HeldoutText
-    rule: MassiveRule
+    rules: dict[str, MassiveRule]
     from_saes: bool
     left_out: int
     note: str | None
 
     @classmethod
-    def of(cls, text: HeldoutText, site: Site, saes: Sequence[SavedSAE]) -> ScoredText:
-        """Apply the SAEs' own rule to the text; where they have none, find what is massive at the site."""
-        rules = [rule_of(sae) for sae in saes]
-        rule = strictest(rules)
-        if rule is None:
-            return cls(text, MassiveRule(TIMES_MEDIAN, site_median_norm(text, site)), False, 0, None)
-        scored, left_out = without_massive(text, site, rule)
-        return cls(scored, rule, True, left_out, disagreement(rules))
+    def of(cls, text: HeldoutText, saes: Sequence[SavedSAE]) -> ScoredText:
+        """Apply the SAEs' own rules to the text; where none has one, find what is massive at the sites they read."""
+        own: dict[str, list[MassiveRule | None]] = {}
+        for sae in saes:
+            own.setdefault(sae.site, []).append(rule_of(sae))
+        rules = {site: rule for site, of_site in own.items() if (rule := strictest(of_site)) is not None}
+        if not rules:
+            found = {site: MassiveRule(TIMES_MEDIAN, site_median_norm(text, Site.parse(site))) for site in own}
+            return cls(text, found, False, 0, None)
+        scored, left_out = without_massive(text, rules)
+        notes = [note for of_site in own.values() if (note := disagreement(of_site)) is not None]
+        return cls(scored, rules, True, left_out, " ".join(notes) or None)
+
+    @property
+    def limits(self) -> dict[str, float]:
+        """Return the largest norm of an ordinary row, by the site that is read."""
+        return {site: rule.limit for site, rule in self.rules.items()}
 
     def result(self, massive_rows: int) -> Json:
-        """Return what report.json says of the rule; `massive_rows` were scored."""
+        """Return what report.json says of the rules; `massive_rows` were scored.
+
+        times, median: of the first site; where several are read, "sites" has those of each.
+        """
+        of_sites = {site: {"times": rule.times, "median": rule.median} for site, rule in self.rules.items()}
+        first = next(iter(of_sites.values()))
         return {
-            "times": self.rule.times,
-            "median": self.rule.median,
+            **first,
+            **({"sites": of_sites} if len(of_sites) > 1 else {}),
             "rows": massive_rows,
             "left_out": self.left_out,
             "by": "the SAEs' own rule" if self.from_saes else "the report's rule",
@@ -141,9 +161,10 @@ class ScoredText:
         }
 
 
-def is_massive(x_ND: Float[Tensor, "N D"], limit: float | None) -> Bool[Tensor, " N"] | None:
-    """Mark the rows that are massive; None where none is, or nothing is known of the site."""
-    if limit is None:
+def is_massive(inputs: Mapping[str, Float[Tensor, "N _"]], limits: Mapping[str, float]) -> Bool[Tensor, " N"] | None:
+    """Mark the rows that are massive at one of the sites that are read; None where none is, or no limit is known."""
+    marks = [inputs[site].float().norm(dim=1) > limit for site, limit in limits.items()]
+    if not marks:
         return None
-    massive_N = x_ND.float().norm(dim=1) > limit
+    massive_N = torch.stack([mark.to(marks[0].device) for mark in marks]).any(0)
     return massive_N if bool(massive_N.any()) else None

@@ -9,7 +9,7 @@ few numbers a context and a document, never with tokens.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -235,12 +235,9 @@ def statistics(sums: Columns) -> Columns:
     """Compute every pooled ratio, from sums over sequences:
     arrays of one entry, or of one for each bootstrap sample."""
     s = sums
-    tokens, predicted = s["tokens"], s["predicted"]
-    ce = {name: s[name] / predicted for name in ("clean", "spliced", "zero", "mean")}
-    with np.errstate(
-        divide="ignore", invalid="ignore"
-    ):  # an SAE that gives 0 has no gamma; an ablation may cost nothing
-        return {
+    tokens = s["tokens"]
+    with np.errstate(divide="ignore", invalid="ignore"):  # an SAE that gives 0 has no gamma
+        of_rows = {
             # Ratios of sums, not means of ratios: a token of small norm would otherwise weigh as much as any.
             "nmse": s["error"] / s["deviation"],
             "ev": 1 - s["error"] / s["deviation"],
@@ -250,6 +247,16 @@ def statistics(sums: Columns) -> Columns:
             "cosine": s["cosine"] / tokens,
             "gamma": s["norm"] / s["dot"],
             "gamma_c": s["norm_c"] / s["dot_c"],
+        }
+    return of_rows | loss_statistics(sums)
+
+
+def loss_statistics(sums: Columns) -> Columns:
+    """Compute the ratios that need no rows: what the LM's predictions lose."""
+    predicted = sums["predicted"]
+    ce = {name: sums[name] / predicted for name in ("clean", "spliced", "zero", "mean")}
+    with np.errstate(divide="ignore", invalid="ignore"):  # an ablation may cost nothing
+        return {
             "ce_clean": ce["clean"],
             "ce_spliced": ce["spliced"],
             "ce_zero": ce["zero"],
@@ -257,7 +264,7 @@ def statistics(sums: Columns) -> Columns:
             "ce_increase": ce["spliced"] - ce["clean"],
             "recovered_zero": (ce["zero"] - ce["spliced"]) / (ce["zero"] - ce["clean"]),
             "recovered_mean": (ce["mean"] - ce["spliced"]) / (ce["mean"] - ce["clean"]),
-            "kl": s["kl"] / predicted,
+            "kl": sums["kl"] / predicted,
         }
 
 
@@ -291,14 +298,17 @@ class SetSums:
     documents: Columns
 
 
-def pooled(columns: SetSums, *, samples: int, seed: int) -> dict[str, dict[str, float | None]]:
-    """Compute every statistic of the whole set with its standard error by the paired bootstrap over documents.
+def pooled(
+    columns: SetSums, *, samples: int, seed: int, of: Callable[[Columns], Columns] = statistics
+) -> dict[str, dict[str, float | None]]:
+    """Compute every statistic (`of` the sums) of the whole set with its standard error by the paired bootstrap over
+    documents.
 
     None stands for a value that is not finite, and for the error of fewer than two documents or samples.
     """
-    values = statistics(totals(columns.contexts))
+    values = of(totals(columns.contexts))
     documents = without_empty(columns.documents)
-    drawn = statistics(resampled(documents, samples=samples, seed=seed))
+    drawn = of(resampled(documents, samples=samples, seed=seed))
     several = min(samples, len(documents["tokens"])) > 1
     result: dict[str, dict[str, float | None]] = {}
     for name, (value,) in values.items():

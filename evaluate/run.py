@@ -33,6 +33,7 @@ from evaluate.report.verdict import ranking, verdict_sentences
 from evaluate.result import Report
 from evaluate.score import SiteScore
 from evaluate.splice import Splice
+from evaluate.together import measure_together, require_one_a_target
 from harvest.packing import Packing, bos_id
 from train.sae.io import load
 
@@ -65,16 +66,17 @@ class SiteRun:
 
         text = self.text
         score = SiteScore(
-            Splice(text.model, Site.parse(self.name)),
+            Splice(text.model, Site.parse(self.name), [Site.parse(sae.site) for sae in self.saes]),
             [load(sae.folder) for sae in self.saes],
             torch.from_numpy(self.store.stats(TRAIN, self.name).mean),
             getattr(torch, self.store.layout.dtype),
             text.packed.contexts.shape,
             self.settings.form,
             documents=text.documents,
-            massive_limit=self.scored.rule.limit,
+            massive_limits=self.scored.limits,
         )
-        label = f"evaluate {len(self.saes)} SAE{'s' * (len(self.saes) > 1)} at {self.name}"
+        kind = "transcoder" if all(sae.transcodes for sae in self.saes) else "SAE"
+        label = f"evaluate {len(self.saes)} {kind}{'s' * (len(self.saes) > 1)} at {self.name}"
         total = int(text.packed.keep.sum())
         with tqdm(total=total, unit="tok", unit_scale=True, desc=label, mininterval=1.0) as bar:
             for batch in text.batches():
@@ -106,8 +108,10 @@ class SiteRun:
         packed = self.text.packed
         sequences, context = packed.contexts.shape
         massive = self.scored.result(score.massive_rows)
+        inputs = sorted({sae.site for sae in self.saes if sae.transcodes})
         return {
             "site": self.name,
+            **({"inputs": inputs} if inputs else {}),
             "store": self.store.path.name,
             "fingerprint": self.store.manifest.fingerprint,
             "model": self.store.manifest.name,
@@ -142,9 +146,13 @@ def density(rows: Sequence[Json]) -> float:
 def describe_sae(sae: SavedSAE, result: Json) -> Json:
     """Write a row of the report: what the SAE is, and what was measured."""
     settings = sae.config["settings"]
+    kind = ""
+    if sae.transcodes:
+        kind = " skip transcoder" if settings.get("skip") else " transcoder"
     return {
         "folder": str(sae.folder),
-        "variant": sae.config["variant"],
+        **({"input": sae.site} if sae.transcodes else {}),
+        "variant": sae.config["variant"] + kind,
         "width": settings["width"],
         "expansion": settings["width"] / settings["d_in"],
         "settings": settings,
@@ -180,19 +188,30 @@ def evaluate(config: Mapping[str, Any] | None = None, **given: Any) -> Report:
     folders = [sae.folder for sae in saes]
     require_baseline(folders, settings.baseline)
     require_features(settings.features, folders)
+    if settings.together:
+        require_one_a_target(saes)
+    if metrics is not None and (transcoders := [sae.folder for sae in saes if sae.transcodes]):
+        raise UserError(
+            f"feature_metrics are of SAEs, and {transcoders[0]} is a transcoder: leave them out, or its folder"
+        )
     stores = group_by_store(saes, parse_location(settings.cache))
     for _, by_site in stores:
         for of_site in by_site.values():
             baseline_of([sae.folder for sae in of_site], settings.baseline)
-    sites = []
+    sites, together = [], []
     for store, by_site in stores:
         text = open_text(store, settings.model_dump())
         for name, of_site in by_site.items():
-            scored = ScoredText.of(text, Site.parse(name), of_site)
+            scored = ScoredText.of(text, of_site)
             sites.append(SiteRun(store, name, of_site, scored, settings).report(metrics))
+        if settings.together:
+            of_store = [sae for of_site in by_site.values() for sae in of_site]
+            together.append(measure_together(store, of_store, ScoredText.of(text, of_store), settings))
     used = {name: getattr(settings, name) for name in ("tokens", "lm_batch", "bootstrap", "seed", "form")}
     made = datetime.now(UTC).isoformat(timespec="seconds")
     report: Json = {"format": REPORT_FORMAT, "made": made, "settings": used, "sites": sites}
+    if together:
+        report["together"] = together
     path = markdown.write_markdown(report, Path(settings.out))
     latents: dict[str, Path] = {}
     if settings.features is not None:

@@ -1,12 +1,13 @@
 """All SAEs of one site over the held-out contexts: a clean, a zero and a mean forward a batch, one spliced an SAE.
 
-Letters: B contexts of a batch, T tokens of a context, N kept tokens of the batch, P predicted tokens of the batch,
-S contexts of the set, D model width, F latents.
+Transcoders into the site stand beside its SAEs: each is given the rows that it reads, and its output takes the place of
+the site's rows. Letters: B contexts of a batch, T tokens of a context, N kept tokens of the batch, P predicted tokens
+of the batch, S contexts of the set, D width of the site, E width of what is read, F latents.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -96,24 +97,37 @@ class SAEScore:
         return self.ordinary.firing
 
     @torch.inference_mode()
-    def reconstruct(self, x_ND: Tensor, places: TokenPlaces, massive_N: Tensor | None = None) -> Tensor:
-        """Compute x_hat [N, D] in model units; adds what is to be counted of it."""
-        assert x_ND.shape[1] == self.sae.d_in
-        self.sae.to(x_ND.device)
-        rows = len(x_ND) if self.form.needs_whole_batch else ACTIVATIONS_AT_ONCE // self.sae.width
+    def reconstruct(
+        self, x_NE: Tensor, places: TokenPlaces, massive_N: Tensor | None = None, target_ND: Tensor | None = None
+    ) -> Tensor:
+        """Compute x_hat [N, D] in model units; adds what is to be counted of it.
+
+        target_ND: the rows that x_hat stands for, where they are others than those that are read.
+        """
+        assert x_NE.shape[1] == self.sae.d_in
+        target_ND = x_NE if target_ND is None else target_ND
+        self.sae.to(x_NE.device)
+        rows = len(x_NE) if self.form.needs_whole_batch else ACTIVATIONS_AT_ONCE // self.sae.width
         rows = max(1, rows)
         parts = []
-        for first in range(0, len(x_ND), rows):
+        for first in range(0, len(x_NE), rows):
             part = slice(first, first + rows)
-            x = x_ND[part]
+            x = x_NE[part]
             f, x_hat = self.form.run(x)
-            self._count(x, f, x_hat, places[part], None if massive_N is None else massive_N[part])
+            massive = None if massive_N is None else massive_N[part]
+            self._count(target_ND[part].to(x_hat.device), f, x_hat, self._empty(x), places[part], massive)
             parts.append(x_hat)
-        return torch.cat(parts) if parts else x_ND
+        return torch.cat(parts) if parts else target_ND
 
-    def _count(self, x: Tensor, f: Tensor, x_hat: Tensor, places: TokenPlaces, massive: Tensor | None) -> None:
-        # What the decoder gives with no latent active: gamma_c measures shrinkage of what the latents add to it.
-        empty = self.sae.norm.denormalise(self.sae.b_dec.expand_as(x), x)
+    def _empty(self, x: Tensor) -> Tensor:
+        """Compute what the decoder gives with no latent active: gamma_c measures shrinkage of what they add to it."""
+        sae = self.sae
+        beside = sae.beside_latents(sae.norm.normalise(x))
+        return sae.norm_out.denormalise(beside.expand(len(x), sae.d_out), x)
+
+    def _count(
+        self, x: Tensor, f: Tensor, x_hat: Tensor, empty: Tensor, places: TokenPlaces, massive: Tensor | None
+    ) -> None:
         if massive is None:
             self.ordinary.update(x, x_hat, empty, f, places)
         else:
@@ -133,7 +147,8 @@ class SiteScore:
 
     mean_D: the training mean, the constant of the mean ablation. storage: the store's dtype, whose rounding is a line
     of its own. shape: (S, T). form: the name of the form of those `saes` that are not a form already. documents: which
-    document each token is of, else each context is one. massive_limit: the largest norm of an ordinary row.
+    document each token is of, else each context is one. massive_limits: the largest norm of an ordinary row, by the
+    site that is read.
     """
 
     def __init__(
@@ -146,11 +161,11 @@ class SiteScore:
         form: str = SHIPPED,
         *,
         documents: Documents | None = None,
-        massive_limit: float | None = None,
+        massive_limits: Mapping[str, float] | None = None,
     ) -> None:
         self.splice, self.mean_D, self.storage = splice, mean_D, storage
         self.documents = documents or Documents.one_a_context(*shape)
-        self.massive_limit = massive_limit
+        self.massive_limits = massive_limits or {}
         forms = [form_of(sae, form) if isinstance(sae, SAE) else as_form(sae) for sae in saes]
         self.scores = [SAEScore(one, mean_D, shape, self.documents.count) for one in forms]
         self.rounding = Reconstruction(mean_D, shape[0])
@@ -175,12 +190,18 @@ class SiteScore:
         for name, rows_ND in ablations.items():
             self.shared.add(name, self.splice.ablated(clean, rows_ND), context_P, document_P)
 
-        x_ND = clean.x_ND.float()  # the SAEs' own dtype
-        massive_N = is_massive(x_ND, self.massive_limit)
+        inputs = {name: x_NE.float() for name, x_NE in clean.inputs.items()}  # the SAEs' own dtype
+        x_ND = inputs[str(self.splice.site)]
+        massive_N = is_massive(inputs, self.massive_limits)
         self._round(x_ND, places, massive_N)
         for score in self.scores:
-            x_hat_ND = score.reconstruct(x_ND, places, massive_N)
+            x_hat_ND = score.reconstruct(inputs[self.input_of(score.sae)], places, massive_N, x_ND)
             score.add_losses(*self.splice.spliced(clean, x_hat_ND), context_P, document_P)
+
+    def input_of(self, sae: SAE) -> str:
+        """Name the site that an SAE of this score reads: this one, or a transcoder's own."""
+        site = sae.site if sae.transcodes else None
+        return str(self.splice.site) if site is None else site
 
     def _round(self, x_ND: Tensor, places: TokenPlaces, massive_N: Tensor | None) -> None:
         context_N = places.context_N

@@ -1,12 +1,15 @@
 """What the LM predicts when the site's tensor is another: the runs behind every cross-entropy.
 
+What is put at a site was made from that site (an SAE's x_hat) or from others (a transcoder's prediction of it): `clean`
+gives the rows of all of them in one forward.
+
 Letters: B contexts of a batch, T tokens of a context, N kept tokens of the batch, P predicted tokens of the batch,
 D width of the site, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -26,24 +29,40 @@ LOGITS_IN_PARTS = 1 << 24  # entries made at a time where a batch has more
 class CleanRun:
     """A batch that the untouched LM has read.
 
-    x_ND: the kept rows of the site in the LM's own dtype. hidden: of the untouched LM, as `Unembedding` gives it.
-    predictions: those of the batch, where its logits are made at once.
+    x_ND: the kept rows of the site in the LM's own dtype. inputs: those of each site that is read, by name, the site
+    itself among them. hidden: of the untouched LM, as `Unembedding` gives it. predictions: those of the batch, where
+    its logits are made at once.
     """
 
     ids_BT: Int64[Tensor, "B T"]
     keep_BT: Bool[Tensor, "B T"]
     x_ND: Float[Tensor, "N D"]
+    inputs: Mapping[str, Float[Tensor, "N _"]]
     hidden: Float[Tensor, "B T _"]
     ce_P: Float[Tensor, " P"]
     predictions: Predictions | None
 
 
+def with_rows(
+    x_BTD: Float[Tensor, "B T D"], keep_BT: Bool[Tensor, "B T"], rows_ND: Float[Tensor, "N D"]
+) -> Float[Tensor, "B T D"]:
+    """Copy x with its kept rows replaced, cast to its dtype."""
+    changed_BTD = x_BTD.clone()
+    # Rows that were not kept (BOS and the like) stay clean, as the SAE was never trained on them.
+    changed_BTD[keep_BT.to(x_BTD.device)] = rows_ND.to(x_BTD.device, x_BTD.dtype)
+    return changed_BTD
+
+
 class Splice:
     """One LM at one site. What is put there replaces exactly the kept rows of exactly the tensor that `capture` reads;
-    the rows of excluded tokens are left as they are, in every run alike."""
+    the rows of excluded tokens are left as they are, in every run alike.
 
-    def __init__(self, model: nn.Module, site: Site) -> None:
+    inputs: other sites whose rows the clean run gives too, for what reads them and predicts this one.
+    """
+
+    def __init__(self, model: nn.Module, site: Site, inputs: Sequence[Site] = ()) -> None:
         self.model, self.site = model, site
+        self.inputs = tuple(dict.fromkeys((site, *inputs)))
         self.below, self.head = LayersBelow(model, site), Unembedding(model)
         self._proved = False
 
@@ -52,15 +71,14 @@ class Splice:
         """Run the untouched LM on a batch."""
         if not self._proved:
             self._prove(ids_BT)
-        # The clean forward goes to the end: its logits are the reference of the KL, and its site is what the SAE reads.
-        with self.below.remember(), capture(self.model, [self.site], stop=False) as seen:
+        # The clean forward goes to the end: its logits are the reference of the KL, and its sites are what is read.
+        with self.below.remember(), capture(self.model, self.inputs, stop=False) as seen:
             hidden = self.head.hidden(ids_BT)
-        x_BTD = seen[str(self.site)]
+        rows = {name: x_BTD[keep_BT.to(x_BTD.device)] for name, x_BTD in seen.items()}
         parts = list(self._predictions(hidden, ids_BT, keep_BT))
         ce_P = torch.cat([part.ce_P for part in parts])
-        return CleanRun(
-            ids_BT, keep_BT, x_BTD[keep_BT.to(x_BTD.device)], hidden, ce_P, parts[0] if len(parts) == 1 else None
-        )
+        whole = parts[0] if len(parts) == 1 else None
+        return CleanRun(ids_BT, keep_BT, rows[str(self.site)], rows, hidden, ce_P, whole)
 
     @torch.inference_mode()
     def spliced(
@@ -70,7 +88,18 @@ class Splice:
 
         `clean` must be the last batch that was run clean: the layers below the site are not run again.
         """
-        hidden = self._hidden(clean, rows_ND)
+        return self.compare(clean, self._hidden(clean, rows_ND))
+
+    @torch.inference_mode()
+    def ablated(self, clean: CleanRun, rows_ND: Float[Tensor, "N D"]) -> Float[Tensor, " P"]:
+        """Give the CE of `spliced` alone."""
+        return self.cross_entropy(clean, self._hidden(clean, rows_ND))
+
+    @torch.inference_mode()
+    def compare(
+        self, clean: CleanRun, hidden: Float[Tensor, "B T _"]
+    ) -> tuple[Float[Tensor, " P"], Float[Tensor, " P"]]:
+        """Give CE and KL(clean || changed) of a changed run of the same batch, whose `Unembedding.hidden` this is."""
         ce, kl = [], []
         for before, after in zip(self._clean_predictions(clean), self._after(hidden, clean), strict=True):
             ce.append(after.ce_P)
@@ -78,17 +107,13 @@ class Splice:
         return torch.cat(ce), torch.cat(kl)
 
     @torch.inference_mode()
-    def ablated(self, clean: CleanRun, rows_ND: Float[Tensor, "N D"]) -> Float[Tensor, " P"]:
-        """Give the CE of `spliced` alone."""
-        hidden = self._hidden(clean, rows_ND)
+    def cross_entropy(self, clean: CleanRun, hidden: Float[Tensor, "B T _"]) -> Float[Tensor, " P"]:
+        """Give the CE of `compare` alone."""
         return torch.cat([after.ce_P for after in self._after(hidden, clean)])
 
     def _hidden(self, clean: CleanRun, rows_ND: Tensor) -> Tensor:
         def put(x_BTD: Tensor) -> Tensor:
-            changed_BTD = x_BTD.clone()
-            # Rows that were not kept (BOS and the like) stay clean, as the SAE was never trained on them.
-            changed_BTD[clean.keep_BT.to(x_BTD.device)] = rows_ND.to(x_BTD.device, x_BTD.dtype)
-            return changed_BTD
+            return with_rows(x_BTD, clean.keep_BT, rows_ND)
 
         with self.below.skip(), replace(self.model, self.site, put):
             return self.head.hidden(clean.ids_BT)

@@ -6,7 +6,10 @@ resid_pre + attn_out and resid_post = resid_mid + mlp_out; in parallel blocks, w
 up at once. Only where the stream itself is changed (the norms of OPT 350m after the sums, the scale of Gemma 4 after
 the second) that stands between.
 
-Where a block reads and adds, and the proof that it does, is in harvest/families.py.
+`attn_in` and `mlp_in` are what attention and the MLP read, after the norm before them where there is one: attn_out is
+a function of attn_in, and mlp_out of mlp_in. What is put there is read by that module alone, not by the skip path.
+
+Where a block reads and adds is in harvest/families.py, and the proof that it does in harvest/proof.py.
 Letters: B sequences, T tokens, D width of the site.
 """
 
@@ -25,7 +28,7 @@ from torch.utils.hooks import RemovableHandle
 
 from data.base.errors import UserError
 from data.base.sites import SITE_KINDS, Site, choices
-from harvest.families import Edit, Place, find_place, model_type
+from harvest.proof import Edit, Place, find_place, model_type
 
 __all__ = ["SITE_KINDS", "HookPoint", "Site", "capture", "locate", "replace", "run_to"]
 
@@ -34,8 +37,8 @@ __all__ = ["SITE_KINDS", "HookPoint", "Site", "capture", "locate", "replace", "r
 class HookPoint:
     """One point of one model: the input or the output (`end` "in", "out") of `module`, to be read or changed.
 
-    shared: the tensor is read or written elsewhere too, so an edit is given a copy; at an "in" end a replacement is
-    written into it, for the skip path to read. multiplier: the site is this many times the tensor.
+    shared: the tensor is read or written elsewhere too, so an edit is given a copy. for_all_readers: at an "in" end a
+    replacement is written into it, for the skip path to read. multiplier: the site is this many times the tensor.
     """
 
     model: nn.Module
@@ -43,6 +46,7 @@ class HookPoint:
     module: nn.Module
     end: str
     shared: bool = False
+    for_all_readers: bool = False
     multiplier: Any = 1.0
 
     def attach(self, edit: Edit) -> list[RemovableHandle]:
@@ -74,8 +78,8 @@ class HookPoint:
             if new_BTD.shape != x_BTD.shape:
                 raise ValueError(f"site {self.site}: the replacement of {[*x_BTD.shape]} has shape {[*new_BTD.shape]}")
             new_BTD = self._unscale(new_BTD.to(device=x.device, dtype=x.dtype), x_BTD, scaled_BTD)
-            if self.shared and self.end == "out":
-                new_BTD = new_BTD.clone()  # the model writes into it, and it may be the caller's own
+            if self.shared and not self.for_all_readers:
+                new_BTD = new_BTD.clone()  # the model may write into it, and it may be the caller's own
             return new_BTD.reshape(x.shape)
 
         def finish(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -109,18 +113,32 @@ class HookPoint:
     def _before(self, apply: Edit) -> RemovableHandle:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             x = args[0] if args else kwargs.get("hidden_states")
+            if not args and "hidden_states" not in kwargs:
+                names = ", ".join(kwargs) or "nothing"
+                raise UserError(
+                    f"site {self.site}: this module is called with {names} by name, of which none is hidden_states: "
+                    "name the output of the module before it"
+                )
             if not isinstance(x, Tensor):
                 raise UserError(f"site {self.site}: this module reads a {type(x).__name__}, not a tensor")
             new = apply(x)
             if new is None:
                 return None
             # The skip path reads the same tensor after this block's norm has: a new tensor would reach the norm only.
-            if self.shared:
+            if self.for_all_readers:
                 x.copy_(new)
                 return None
             return ((new, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": new})
 
-        return self.module.register_forward_pre_hook(hook, with_kwargs=True)
+        handle = self.module.register_forward_pre_hook(hook, with_kwargs=True)
+        hooks = self.module._forward_pre_hooks
+        if self.for_all_readers:
+            # Before those that give this module a tensor of its own: what is written there the skip path never reads.
+            for later in [key for key, other in hooks.items() if hasattr(other, "for_this_module")]:
+                hooks[later] = hooks.pop(later)
+        else:
+            hook.for_this_module = True  # type: ignore[attr-defined]
+        return handle
 
     def _after(self, apply: Edit) -> RemovableHandle:
         def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
@@ -136,8 +154,9 @@ class HookPoint:
         """Return the tensor as [B, T, D], whether the module flattens its tokens, splits its heads, or neither."""
         split = x.shape[:2] == (n_sequences, n_tokens)
         if not x.is_floating_point() or not (split or (x.ndim == 2 and x.shape[0] == n_sequences * n_tokens)):
+            does = "reads" if self.end == "in" else "puts out"
             raise UserError(
-                f"site {self.site}: this module puts out {[*x.shape]}, not one vector for each of "
+                f"site {self.site}: this module {does} {[*x.shape]}, not one vector for each of "
                 f"{n_sequences} x {n_tokens} tokens"
             )
         return x.reshape(n_sequences, n_tokens, -1)
@@ -155,14 +174,19 @@ def locate(model: nn.Module, site: Site) -> HookPoint:
     """Find a site in a model; UserError for an unknown module, a layer out of range, an architecture without it."""
     if site.path is not None:
         try:
-            return HookPoint(model, site, model.get_submodule(site.path), "out")
+            module = model.get_submodule(site.path)
         except AttributeError:
             raise UserError(f"site {site.path!r} is not in this {model_type(model)} model: name {choices()}") from None
+        if site.kind == "module_in":
+            # Others may read the tensor too, or write into it later.
+            return HookPoint(model, site, module, "in", shared=True)
+        return HookPoint(model, site, module, "out")
     return _hook_point(model, site, find_place(model, site, functools.partial(_probe, model)))
 
 
 def _hook_point(model: nn.Module, site: Site, place: Place) -> HookPoint:
-    return HookPoint(model, site, model.get_submodule(place.path), place.end, place.shared, place.multiplier)
+    module = model.get_submodule(place.path)
+    return HookPoint(model, site, module, place.end, place.shared, place.for_all_readers, place.multiplier)
 
 
 @contextmanager
@@ -233,7 +257,7 @@ def _stoppable(model: nn.Module) -> Iterator[None]:
             model.__dict__["forward"] = own
 
 
-# ---- What the proof in families.py runs ------------------------------------------------------------------------------
+# ---- What the proof in proof.py runs ---------------------------------------------------------------------------------
 
 
 def _probe(model: nn.Module, places: Mapping[Site, Place], edits: Mapping[Site, Edit]) -> dict[Site, Tensor]:

@@ -27,7 +27,7 @@ SHAPED = [
     "data.store.int8",
     "data.loading.loader",
     "train.sae",
-    "harvest.families",
+    "harvest.proof",
     "harvest.hooks",
     "evaluate.features.collect",
     "evaluate.features.weights",

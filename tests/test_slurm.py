@@ -7,14 +7,14 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import pytest
 
 from tests.helpers.corpus import ROOT, contents, save_model, write_stories
 from tests.helpers.runs import assert_same_sae, composed, make_store
-from tests.helpers.slurm import Slurm, cluster, until, why_not
+from tests.helpers.slurm import WAIT, Slurm, cluster, until, why_not
 
 pytestmark = pytest.mark.slow
 
@@ -56,14 +56,28 @@ def command(slurm: Slurm, *arguments: str) -> Iterator[subprocess.Popen[str]]:
 
 def said(process: subprocess.Popen[str]) -> str:
     """Wait for a command that succeeds, and return what it said."""
-    out, err = process.communicate(timeout=300)
+    out, err = process.communicate(timeout=2 * WAIT)
     assert process.returncode == 0, out + err
     return out + err
 
 
-def under_way(sweep: Path) -> bool:
-    """Whether each SAE has a checkpoint and is not done."""
-    return all((sweep / name / "checkpoints" / "last.ckpt").exists() for name in SAES)
+def has_saved(run: Path) -> bool:
+    """Whether a run has written a checkpoint."""
+    return (run / "checkpoints" / "last.ckpt").exists()
+
+
+def freeze(slurm: Slurm, runs: Mapping[str, Sequence[Path]]) -> None:
+    """Let jobs stand still as soon as all of their `runs` have a checkpoint, so that none ends before its turn."""
+    frozen: set[str] = set()
+
+    def all_stand() -> bool:
+        for job, folders in runs.items():
+            if job not in frozen and all(has_saved(folder) for folder in folders):
+                slurm.say("scancel", "--signal=STOP", job)
+                frozen.add(job)
+        return frozen == set(runs)
+
+    until(all_stand, "the checkpoints")
 
 
 @pytest.fixture(scope="module")
@@ -81,14 +95,15 @@ def test_a_requeued_job_and_a_node_that_fails_end_in_the_same_bytes(
     sweep = tmp_path / "sweep"
     arguments = [*SWEEP, *ON_SLURM, "hydra.launcher.saes_per_job=1", f"cache={cache}", f"hydra.sweep.dir={sweep}"]
     with command(slurm, *arguments) as process:
-        until(lambda: under_way(sweep), "two checkpoints")
         first, second = sorted(slurm.running(2))
-        node = slurm.queue()[second][1]
-        # As Slurm does when the time limit is near; submitit has the job queued again.
+        freeze(slurm, {first: [sweep / SAES[0]], second: [sweep / SAES[1]]})
+        # As Slurm does when the time limit is near; submitit then has the job queued again.
         slurm.say("scancel", "--signal=USR2", first)
+        slurm.say("scancel", "--signal=CONT", first)
+        node = slurm.queue()[second][1]
         slurm.kill_node(node)
-        until(lambda: slurm.queue()[first][0] == "PENDING", "the first job to be queued again")
         slurm.start_node(node)
+        until(lambda: slurm.queue()[first][0] == "PENDING", "the first job to be queued again")
         slurm.running(2)
         slurm.say("scontrol", "requeue", first)
         text = said(process)
@@ -107,16 +122,17 @@ def test_ctrl_c_leaves_the_jobs_and_the_same_command_goes_on_after_a_cancellatio
     with contextlib.ExitStack() as stack:
         process = stack.enter_context(command(slurm, *arguments))
         (job,) = slurm.running()
+        freeze(slurm, {job: [sweep / name for name in SAES]})
         process.send_signal(signal.SIGINT)
-        out, _ = process.communicate(timeout=60)
+        out, _ = process.communicate(timeout=WAIT)
         assert process.returncode == 130 and "the jobs go on; look again with" in out
-        assert slurm.running() == [job]
         process = stack.enter_context(command(slurm, *arguments))
-        until(lambda: under_way(sweep), "two checkpoints")
+        assert process.stdout is not None
+        assert any("1 jobs of this command are there already, with 2 SAEs" in line for line in process.stdout)
+        assert list(slurm.queue()) == [job]
         slurm.say("scancel", job)
-        out, err = process.communicate(timeout=120)
-        assert process.returncode == 1 and "1 jobs of this command are there already, with 2 SAEs" in out
-        assert "2 of 2 SAEs failed: its job was cancelled" in err
+        _, err = process.communicate(timeout=WAIT)
+        assert process.returncode == 1 and "2 of 2 SAEs failed: its job was cancelled" in err
         text = said(stack.enter_context(command(slurm, *arguments)))
     assert "2/2 SAEs done" in text
     assert "going on from step" in next((sweep / "slurm" / "2").glob("*_log.out")).read_text()
@@ -124,15 +140,16 @@ def test_ctrl_c_leaves_the_jobs_and_the_same_command_goes_on_after_a_cancellatio
         assert_same_sae(sweep / name, local / name)
 
 
-def test_a_job_of_two_processes_trains_as_torchrun_does(slurm: Slurm, cache: Path, tmp_path: Path) -> None:
+def test_a_job_of_two_processes_splits_a_dictionary_as_torchrun_does(slurm: Slurm, cache: Path, tmp_path: Path) -> None:
     small = ["sae=batchtopk", "sae.k=2", "trainer=cpu", "tokens=1920", "batch=32", *SIZES[2:], *PACES, f"cache={cache}"]
     # The nodes have names that no other program knows.
     alias = Slurm(slurm.folder, {**slurm.environment, "MASTER_ADDR": "127.0.0.1"})
-    ranks = ["trainer.num_nodes=2", f"hydra.sweep.dir={tmp_path / 'jobs'}"]
+    ranks = ["trainer.num_nodes=2", "trainer.latent_ranks=2", f"hydra.sweep.dir={tmp_path / 'jobs'}"]
     with command(alias, "train", "-m", *small, *ON_SLURM, *ranks) as process:
         assert "1/1 SAEs done" in said(process)
     torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "train"]
-    with command(slurm, *torchrun, *small, "trainer.devices=2", f"hydra.run.dir={tmp_path / 'ranks'}") as process:
+    mesh = ["trainer.devices=2", "trainer.latent_ranks=2"]
+    with command(slurm, *torchrun, *small, *mesh, f"hydra.run.dir={tmp_path / 'ranks'}") as process:
         said(process)
     (folder,) = (path.parent for path in (tmp_path / "jobs").glob("*/config.json"))
     assert_same_sae(folder, tmp_path / "ranks")

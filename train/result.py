@@ -46,4 +46,5 @@ class TrainResult:
 
     def __str__(self) -> str:
         figures = "  ".join(f"{name} {value:.4g}" for name, value in self.heldout.items())
-        return f"{self.record['variant']} at {self.record['site']}  {figures}  -> {self.folder}"
+        target = f" to {self.record['target']}" if "target" in self.record else ""
+        return f"{self.record['variant']} at {self.record['site']}{target}  {figures}  -> {self.folder}"

@@ -15,7 +15,7 @@ from omegaconf import DictConfig
 from pydantic import Field
 
 from data.base import cli
-from data.base.calls import composed, settings_of_call
+from data.base.calls import composed, overrides_of, settings_of_call
 from data.base.config import Real, Settings, Whole
 from data.base.errors import UserError
 from data.base.records import canonical
@@ -24,6 +24,7 @@ from train.plan import DataPlan, TrainRun, group_by_stream, make_plan
 from train.rates import with_rate
 from train.result import TrainResult
 from train.resume import first_rank, only_writer, resumed, step_to_resume, stored_chunks, write_run
+from train.sweep import job_folder, write_overrides
 
 if TYPE_CHECKING:
     from train.sae import SAE
@@ -85,6 +86,29 @@ def train(config: Mapping[str, Any] | None = None, overrides: Sequence[str] = ()
         request = TrainRequest(settings_of_call("train", config, settings), overrides)
     train_all([request])
     return TrainResult(request.folder)
+
+
+def train_sweep(variations: Sequence[Mapping[str, Any]], out: str | Path, **shared: Any) -> list[TrainResult]:
+    """Train several SAEs, all that can share it in one pass over the store; gives their results in order.
+
+    Each variation has settings of one SAE beside the shared ones, both as `train` takes them. Its folder below `out` is
+    named by what differs, and the same call again goes on where an earlier one ended. A UserError at the end names
+    those that failed; the others are trained by then.
+    """
+    each = [{**shared, **variation} for variation in variations]
+    overrides = [overrides_of(given) for given in each]
+    if not overrides:
+        raise UserError("train_sweep has no variations: give a list of settings, one mapping for each SAE")
+    common = set(overrides[0]).intersection(*overrides)
+    varied = frozenset(item.split("=")[0] for items in overrides for item in items if item not in common)
+    requests = []
+    for given, items in zip(each, overrides, strict=True):
+        folder = Path(out) / job_folder(items, varied, str(out))
+        with composed("train", {**given, "out": folder}) as made:
+            requests.append(replace(request_of(made), sweep=Path(out)))
+        write_overrides(folder, items)
+    train_all(requests)
+    return [TrainResult(request.folder) for request in requests]
 
 
 def train_all(jobs: Sequence[TrainRequest]) -> None:

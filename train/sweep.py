@@ -9,6 +9,7 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
+from data.base.files import write_atomic
 from train.config import scope_of_override
 
 _LONGEST = 100  # characters of a name; file systems end at 255 bytes, tables of a report much earlier
@@ -35,6 +36,13 @@ def job_folder(overrides: Sequence[str], swept: frozenset[str], sweep: str) -> s
         digest = hashlib.sha256("\n".join(deciding).encode()).hexdigest()[:8]
         name = f"{name[:_LONGEST]}_{digest}"
     return name
+
+
+def write_overrides(folder: Path, overrides: Sequence[str]) -> None:
+    """Write the overrides of a job that Hydra did not begin where `job_folder` looks for them."""
+    path = folder / _OVERRIDES
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, OmegaConf.to_yaml(OmegaConf.create([*overrides])))
 
 
 def _sets_numbers(override: str) -> bool:

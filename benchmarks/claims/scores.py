@@ -187,7 +187,7 @@ class ScoredSite:
 
         site, text = Site.parse(self.site), self.text
         if rule is not None:
-            text, _ = without_massive(text, site, rule)
+            text, _ = without_massive(text, {self.site: rule})
         keep, documents = torch.from_numpy(text.packed.keep), Documents.of(text.packed)
         document_ST = torch.from_numpy(documents.numbers(range(len(keep))))
         score = SiteScore(

@@ -16,7 +16,7 @@ from data.base.config import Flag, Real, Settings, Text, Whole
 
 LAUNCHER = "hydra.launcher"
 # Set by what starts the jobs; another value would separate them from their records.
-_OURS = ("job-name", "comment", "array", "output", "error", "open-mode", "signal", "wrap")
+_OURS = ("job-name", "comment", "array", "output", "error", "open-mode", "signal", "wrap", "chdir")
 
 
 def _one_line(value: str) -> str:

@@ -221,7 +221,11 @@ class Keeper:
 
     def _start_again(self, found: dict[str, Standing]) -> dict[str, Standing]:
         """Submit again what died, as often as is allowed; what may not be has failed."""
-        for ticket, share in _dead(found):
+        dead = list(_dead(found))
+        # In succession: a job that Slurm queues again is for a moment in no state of one that will run.
+        still = {(ticket.submission, ticket.index) for ticket, _ in dead}
+        self.dead_looks = Counter({key: looks for key, looks in self.dead_looks.items() if key in still})
+        for ticket, share in dead:
             key = (ticket.submission, ticket.index)
             self.dead_looks[key] += 1
             if self.dead_looks[key] < _LOOKS_BEFORE_DEAD or share[0] in self.given_up:

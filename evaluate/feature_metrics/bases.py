@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from data.base.sites import Site
+from data.base.sites import INPUT_KINDS, Site
 from harvest.hooks import capture, locate, run_to
 from train.sae.base import SAE
 
@@ -116,7 +116,7 @@ def neurons_before(model: nn.Module, site: Site, ids_BT: Tensor) -> Neurons | No
     """
     from transformers.pytorch_utils import Conv1D
 
-    layer = None if site.layer is None else site.layer - (site.kind in ("resid_pre", "resid_mid"))
+    layer = None if site.layer is None else site.layer - (site.kind in ("resid_pre", "resid_mid", *INPUT_KINDS))
     if layer is None or layer < 0 or site.kind == "attn_out":
         return None
     mlp_out = Site("mlp_out", layer)

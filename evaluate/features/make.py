@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from data.base.errors import UserError
 from data.base.location import parse_location
 from data.base.records import Json
-from data.base.sites import Site
+from data.base.sites import STREAM_KINDS, Site
 from data.store.store import Store
 from evaluate.config import FeaturesSettings, HeldoutSettings
 from evaluate.inputs import HeldoutText, SavedSAE, find_saes, group_by_store, open_text
@@ -75,12 +75,12 @@ def collect(sae: SAE, text: HeldoutText, site: Site, settings: FeaturesSettings)
 def describe_latents(
     sae: SAE,
     text: HeldoutText,
-    site: Site,
+    target: Site,
     collector: Collector,
     settings: FeaturesSettings,
     other: OtherPages | None = None,
 ) -> Latents:
-    """Put what was collected together with what the weights say."""
+    """Put what was collected together with what the weights say; `target` is the site that the decoder writes to."""
     from tqdm import tqdm
 
     from evaluate.features import weights
@@ -88,8 +88,9 @@ def describe_latents(
 
     W_dec_FD = sae.W_dec.detach()
     vocabulary = min(len(text.tokenizer), text.model.config.get_text_config().vocab_size)
-    # A module's own output need not be added to the residual stream, so only the named points have a direct path.
-    lens = None if site.path is not None else weights.find_lens(text.model, sae.d_in)
+    # A module's own output need not be added to the residual stream, and what a module reads is not, so only the named
+    # points of the stream have a direct path.
+    lens = weights.find_lens(text.model, sae.d_out) if target.kind in STREAM_KINDS else None
     raised, lowered, beside = None, None, None
     total = sae.width * (1 + (lens is not None) + (other is not None))
     with tqdm(total=total, unit="row", desc="decoder rows", mininterval=1.0) as bar:
@@ -140,19 +141,19 @@ def make_pages(settings: FeaturesSettings, report: str | None = None) -> Path:
     if len(stores) > 1 or len(stores[0][1]) > 1:
         raise UserError(f"compare={settings.compare} is of another store or site: name an SAE of the same one")
     ((store, by_site),) = stores
-    (site,) = map(Site.parse, by_site)
-    scored = ScoredText.of(open_text(store, settings.model_dump()), site, saes)
+    (target,) = map(Site.parse, by_site)
+    scored = ScoredText.of(open_text(store, settings.model_dump()), saes)
     other = None
     if compared is not None:
         sae = load(compared.folder).eval()
-        collector = collect(sae, scored.text, site, settings)
-        latents = describe_latents(sae, scored.text, site, collector, settings)
+        collector = collect(sae, scored.text, Site.parse(compared.site), settings)
+        latents = describe_latents(sae, scored.text, target, collector, settings)
         about = describe_pages(compared, store, scored, latents, settings)
         peaks = write(latents, about, Path(settings.out) / OTHER_FOLDER)
         other = OtherPages(sae, f"{compared.config['variant']} in {compared.folder.name}", peaks)
     sae = load(trained.folder).eval()
-    collector = collect(sae, scored.text, site, settings)
-    latents = describe_latents(sae, scored.text, site, collector, settings, other)
+    collector = collect(sae, scored.text, Site.parse(trained.site), settings)
+    latents = describe_latents(sae, scored.text, target, collector, settings, other)
     about = describe_pages(trained, store, scored, latents, settings)
     write(latents, {**about, "report": report}, Path(settings.out))
     return Path(settings.out) / "index.html"
@@ -188,7 +189,7 @@ def describe_pages(
     return {
         "variant": trained.config["variant"],
         "width": collector.width,
-        "site": trained.config["site"],
+        "site": f"{trained.site} to {trained.target}" if trained.transcodes else trained.site,
         "model": store.manifest.name,
         "store": store.path.name,
         "fingerprint": store.manifest.fingerprint,

@@ -16,7 +16,7 @@ from data.base.errors import UserError
 from data.base.files import write_atomic
 from data.base.location import parse_location
 from data.base.records import Json
-from data.base.sites import Site
+from data.base.sites import STREAM_KINDS, Site
 from data.store.store import Store
 from evaluate.config import FeaturesSettings
 from evaluate.features import weights
@@ -37,8 +37,8 @@ def make_own_text(settings: FeaturesSettings, trained: SavedSAE) -> Path:
     The text is read as in the store: with the BOS of its packing, special tokens left out unless the store has them.
     Raises UserError where it has no token, or more than a context of the store.
     """
-    ((store, by_site),) = group_by_store([trained], parse_location(settings.cache))
-    (site,) = map(Site.parse, by_site)
+    ((store, _),) = group_by_store([trained], parse_location(settings.cache))
+    site, target = Site.parse(trained.site), Site.parse(trained.target)
     text = settings.own_text or ""
     model_settings = {
         **pinned(store)["model"],
@@ -54,7 +54,7 @@ def make_own_text(settings: FeaturesSettings, trained: SavedSAE) -> Path:
     with torch.inference_mode():
         f_NF = sae.to(x_TD.device).encode(x_TD[torch.from_numpy(read).to(x_TD.device)]).cpu()
     fired_K = (f_NF > 0).any(0).nonzero()[:, 0]
-    lens = None if site.path is not None else weights.find_lens(model, sae.d_in)
+    lens = weights.find_lens(model, sae.d_out) if target.kind in STREAM_KINDS else None
     raised = None
     if lens is not None and len(fired_K):
         vocabulary = min(len(tokenizer), model.config.get_text_config().vocab_size)

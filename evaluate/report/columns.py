@@ -224,6 +224,11 @@ def massive_rows(site: Json) -> list[str]:
     if massive is None:
         return []
     rule = f"a norm above {massive['times']:g} times the median {massive['median']:.4g}"
+    if "sites" in massive:
+        each = massive["sites"].items()
+        rule = " or ".join(
+            f"at {site} one above {by['times']:g} times the median {by['median']:.4g}" for site, by in each
+        )
     sentences = []
     if massive["left_out"]:
         sentences.append(

@@ -152,6 +152,11 @@ def _site_lines(site: Json) -> list[str]:
         f" rounding alone has NMSE {format_number(storage['nmse'], 6)}."
         " The splice itself uses x unrounded.",
     ]
+    if "inputs" in site:
+        lines.append(
+            f"Transcoders read {', '.join(site['inputs'])}; their x̂ is what they predict of {site['site']}, and takes"
+            " its place."
+        )
     if "text" in site:
         text = site["text"]
         lines.append(
@@ -181,6 +186,25 @@ def _site_section(site: Json) -> str:
     return "\n\n".join(parts)
 
 
+def _together_section(together: Json) -> str:
+    """Write what all SAEs and transcoders of a store cost at work in one forward."""
+    columns = [column for column in (*SPLICE, *OF_SITE) if column.key in together["metrics"]]
+    cells = [statistic(together["metrics"][column.key], column.digits) for column in columns]
+    parts = [
+        f"{part['target']}" + (f" from {part['site']}" if part["site"] != part["target"] else "")
+        for part in together["saes"]
+    ]
+    return "\n\n".join(
+        [
+            f"## All {len(parts)} together in {together['model']}",
+            f"- Replaced in one forward, each reading behind the replacements below it: {', '.join(parts)}.\n"
+            f"- Token set: {together['tokens']:,} tokens of {together['documents']:,} documents; L0 is the sum over"
+            " all of them, and zero and mean are the ablation of every target at once.",
+            table([column.heading for column in columns], [cells]),
+        ]
+    )
+
+
 def _made(report: Json) -> str:
     return f"Made {report['made'][:16].replace('T', ' ')} UTC. " if "made" in report else ""
 
@@ -199,4 +223,5 @@ def markdown(report: Json) -> str:
         f" (paired bootstrap over documents, {settings['bootstrap']:,} samples, seed {settings['seed']})."
     )
     words = "\n".join(f"- **{name}**: {text}" for name, text in DEFINITIONS.items())
-    return "\n\n".join([head, *map(_site_section, report["sites"]), f"## Columns\n\n{words}"]) + "\n"
+    sections = [*map(_site_section, report["sites"]), *map(_together_section, report.get("together", []))]
+    return "\n\n".join([head, *sections, f"## Columns\n\n{words}"]) + "\n"

@@ -7,9 +7,9 @@ import pytest
 from evaluate.features import pages
 from tests.helpers.browser import browser, running
 from tests.helpers.pages import a_page
-from tests.helpers.tiny_lm import constant_sae, harvested, identity_sae, rough_sae, tiny_lm
+from tests.helpers.tiny_lm import constant_sae, harvested, identity_sae, relu_lm, rough_sae, tiny_lm
 
-__all__ = ["browser", "constant_sae", "harvested", "identity_sae", "rough_sae", "running", "tiny_lm"]
+__all__ = ["browser", "constant_sae", "harvested", "identity_sae", "relu_lm", "rough_sae", "running", "tiny_lm"]
 
 
 @pytest.fixture

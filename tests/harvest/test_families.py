@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from data.base.errors import UserError
+from data.base.sites import INPUT_KINDS, STREAM_KINDS
 from harvest import lm
-from harvest.hooks import SITE_KINDS, Site, locate, replace, run_to
+from harvest.hooks import Site, locate, replace, run_to
 from tests.helpers.families import (
     COMMON,
     LAYERS,
@@ -89,9 +90,11 @@ def read_by_plain_hooks(model: nn.Module, tiny: Tiny, ids: Tensor) -> dict[str, 
         on_output(block, f"resid_post.{layer}")
         on_output(first_of(block, tiny.attn), f"attn_out.{layer}", tiny.multiplier)
         on_output(first_of(block, tiny.mlp), f"mlp_out.{layer}", tiny.multiplier)
-        if tiny.mid:
-            path, end = tiny.mid.split(":")
-            (on_input if end == "in" else on_output)(first_of(block, path), f"resid_mid.{layer}")
+        places = {"resid_mid": tiny.mid} | input_places(tiny)
+        for kind, place in places.items():
+            if place:
+                path, end = place.split(":")
+                (on_input if end == "in" else on_output)(first_of(block, path), f"{kind}.{layer}")
     try:
         logits(model, ids)
     finally:
@@ -100,9 +103,15 @@ def read_by_plain_hooks(model: nn.Module, tiny: Tiny, ids: Tensor) -> dict[str, 
     return seen
 
 
+def input_places(tiny: Tiny) -> dict[str, str]:
+    """Where attention and the MLP read, "" where that is refused."""
+    places = {"attn_in": tiny.attn_in or f"{tiny.attn}:in", "mlp_in": tiny.mlp_in or f"{tiny.mlp}:in"}
+    return {kind: "" if place == "refused" else place for kind, place in places.items()}
+
+
 def sums(model: nn.Module, tiny: Tiny, seen: dict[str, Tensor], layer: int) -> list[tuple[Tensor, Tensor]]:
     """Pairs that are equal if the block does what the family is said to do."""
-    pre, mid, post, attn, mlp = (seen.get(f"{kind}.{layer}") for kind in SITE_KINDS)
+    pre, mid, post, attn, mlp = (seen.get(f"{kind}.{layer}") for kind in STREAM_KINDS)
     assert pre is not None and post is not None and attn is not None and mlp is not None
     if tiny.form == PARALLEL:
         return [(pre + attn + mlp, post)]
@@ -128,7 +137,8 @@ def check(name: str) -> Row:
     tiny, ids = TINY[name], tokens()
     model = tiny.build()
     clean, truth = logits(model, ids), read_by_plain_hooks(model, tiny, ids)
-    assert len(truth) == LAYERS * (len(SITE_KINDS) - (not tiny.mid))
+    n_inputs = sum(bool(place) for place in input_places(tiny).values())
+    assert len(truth) == LAYERS * (len(STREAM_KINDS) - (not tiny.mid) + n_inputs)
 
     # What is read is what the plain hooks read, and adds up.
     seen = run_to(model, [Site.parse(site) for site in truth], ids)
@@ -159,10 +169,46 @@ def check(name: str) -> Row:
         for other in others:
             assert relative(shifted(model, other, ids), moved) < 1e-4, other
 
+    for kind in INPUT_KINDS:
+        check_input(model, tiny, kind, truth, ids)
     if not tiny.mid:
         with pytest.raises(UserError, match="in parallel and have no resid_mid"):
             locate(model, Site.parse("resid_mid.0"))
     return Row(name, tiny.form, len(truth), worst)
+
+
+def check_input(model: nn.Module, tiny: Tiny, kind: str, truth: dict[str, Tensor], ids: Tensor) -> None:
+    """What attention or the MLP gives is a function of what it reads, and nothing else reads what is put there."""
+    part = kind.removesuffix("_in")
+    site, output = Site.parse(f"{kind}.1"), Site.parse(f"{part}_out.1")
+    if not input_places(tiny)[kind]:
+        with pytest.raises(UserError, match=rf"{kind}\.1: {part}_out of this .* block is not known to be a function"):
+            locate(model, site)
+        return
+    stream = Site.parse("resid_mid.1" if tiny.mid and part == "mlp" else "resid_pre.1")
+    clean_BTD = truth[str(output)]
+
+    def move(x_BTD: Tensor) -> Tensor:
+        return x_BTD.flip(-1) + 1
+
+    def put_back(x_BTD: Tensor) -> Tensor:
+        return truth[str(site)]
+
+    # The stream is another, and what is read of it the old: so is what is given. In whichever order the two stand.
+    with replace(model, stream, move), replace(model, site, put_back):
+        assert torch.equal(run_to(model, [output], ids)[str(output)], clean_BTD)
+    with replace(model, site, put_back), replace(model, stream, move):
+        assert torch.equal(run_to(model, [output], ids)[str(output)], clean_BTD)
+    # The stream is the old, and what is read of it another.
+    skip = [Site.parse(name) for name in ("resid_pre.1", "resid_mid.1") if name in truth]
+    with replace(model, site, move):
+        seen = run_to(model, [*skip, output], ids)
+    assert relative(seen[str(output)], clean_BTD) > 1e-3
+    for unmoved in skip:
+        if not (part == "attn" and unmoved.kind == "resid_mid"):
+            assert torch.equal(seen[str(unmoved)], truth[str(unmoved)])
+    with replace(model, site, lambda x_BTD: torch.zeros_like(x_BTD)):
+        assert not run_to(model, [site], ids)[str(site)].any()
 
 
 def check_refused(name: str) -> Row:
@@ -198,6 +244,51 @@ def test_the_families_are_as_many_as_is_said() -> None:
     kinds = {tiny.kind for tiny in TINY.values() if tiny.form != REFUSED}
     assert len(kinds) >= 50 and set(COMMON) <= set(TINY)
     assert {tiny.form for tiny in TINY.values()} == {SEQUENTIAL, PARALLEL, NORMED_STREAM, REFUSED}
+
+
+# ---- The MLP of what it reads ----------------------------------------------------------------------------------------
+
+
+def call_mlp(name: str, block: nn.Module, x_BTD: Tensor) -> Tensor:
+    """The MLP on its own, as a reader of the block's `forward` would call it."""
+    zero = torch.zeros_like(x_BTD)
+    if name.startswith("opt"):
+        return block.fc2(block.activation_fn(block.fc1(x_BTD)))
+    if name in ("biogpt", "xglm"):
+        return block.fc2(block.activation_fn(block.fc1(x_BTD)))
+    if name == "bloom":
+        return block.mlp(x_BTD, zero)  # it adds to the stream itself
+    if name == "mpt":
+        return block.ffn(x_BTD, zero)
+    tiny = TINY[name]
+    module = first_of(block, (tiny.mlp_in or f"{tiny.mlp}:in").split(":")[0])
+    given = module(x_BTD)
+    y_BTD = given[0] if isinstance(given, tuple) else given
+    last = first_of(block, tiny.mlp)
+    return y_BTD * tiny.multiplier if last is module else last(y_BTD) * tiny.multiplier
+
+
+def check_mlp_of_mlp_in(name: str) -> None:
+    tiny, ids = TINY[name], tokens()
+    model = tiny.build()
+    for layer in range(LAYERS):
+        seen = run_to(model, [Site.parse(f"mlp_in.{layer}"), Site.parse(f"mlp_out.{layer}")], ids)
+        y_BTD = call_mlp(name, tiny.block(model, layer), seen[f"mlp_in.{layer}"])
+        assert torch.equal(y_BTD.reshape(seen[f"mlp_out.{layer}"].shape), seen[f"mlp_out.{layer}"])
+
+
+WITH_MLP_IN = [name for name, tiny in TINY.items() if tiny.form != REFUSED and tiny.mlp_in != "refused"]
+
+
+@pytest.mark.parametrize("name", COMMON)
+def test_the_mlp_of_mlp_in_is_mlp_out_to_the_bit(name: str) -> None:
+    check_mlp_of_mlp_in(name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", WITH_MLP_IN)
+def test_the_mlp_of_mlp_in_is_mlp_out_to_the_bit_in_every_family(name: str) -> None:
+    check_mlp_of_mlp_in(name)
 
 
 # ---- What a replacement does where a block multiplies, or adds in place ---------------------------------------------

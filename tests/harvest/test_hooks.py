@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from data.base.errors import UserError
+from data.base.sites import STREAM_KINDS
 from harvest.hooks import SITE_KINDS, Site, capture, locate, replace, run_to
 
 VOCABULARY, LAYERS, WIDTH = 61, 3, 32
@@ -318,8 +319,57 @@ def test_a_module_path_is_the_module_s_output(name: str, path: str, width: int) 
 
 
 @pytest.mark.parametrize(
+    ("name", "path", "width"),
+    [
+        ("opt", "model.decoder.layers.1.fc2", 48),  # some versions flatten the tokens here
+        ("gpt2", "transformer.h.1.mlp.c_proj", 128),
+        ("llama", "model.layers.1.self_attn", WIDTH),  # called with its input by name
+        ("llama", "model.layers.1", WIDTH),
+        ("phi", "model.layers.1.mlp", WIDTH),  # attention reads the same tensor
+    ],
+)
+def test_the_input_of_a_module_path(name: str, path: str, width: int) -> None:
+    model, ids, site = build(name, torch.float32), tokens(), Site.parse(f"in.{path}")
+    inputs: list[Tensor] = []
+
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        inputs.append(args[0] if args else kwargs["hidden_states"])
+
+    handle = model.get_submodule(path).register_forward_pre_hook(hook, with_kwargs=True)
+    clean = logits(model, ids)
+    handle.remove()
+    (seen,) = run_to(model, [site], ids).values()
+    assert seen.shape == (2, 10, width) and torch.equal(seen, inputs[0].reshape(2, 10, width))
+    with replace(model, site, lambda x_BTD: x_BTD):
+        assert torch.equal(logits(model, ids), clean)
+    with replace(model, site, torch.zeros_like):
+        assert not torch.equal(logits(model, ids), clean)
+
+
+def test_what_a_module_reads_is_replaced_for_it_alone() -> None:
+    """In a parallel block attention and the MLP read one tensor; the norm before an MLP, the stream that is skipped."""
+    model, ids = build("phi"), tokens()
+    mlp_in, attn_out = at("mlp_in", 1), at("attn_out", 1)
+    clean = run_to(model, [mlp_in, at("attn_in", 1), attn_out], ids)
+    assert torch.equal(clean["mlp_in.1"], clean["attn_in.1"])
+    with replace(model, mlp_in, torch.zeros_like):
+        assert torch.equal(run_to(model, [attn_out, at("mlp_out", 1)], ids)["attn_out.1"], clean["attn_out.1"])
+    model = build("llama")
+    norm, mid = Site.parse("in.model.layers.1.post_attention_layernorm"), at("resid_mid", 1)
+    (clean_mid,) = run_to(model, [mid], ids).values()
+    for first, second in ((norm, mid), (mid, norm)):
+        with replace(model, first, lambda x_BTD: x_BTD + 1), replace(model, second, lambda x_BTD: x_BTD + 1):
+            seen = run_to(model, [norm, mid, at("mlp_out", 1), at("resid_post", 1)], ids)
+        assert torch.equal(seen["resid_mid.1"], clean_mid + 1) and torch.equal(seen[str(norm)], (clean_mid + 1) + 1)
+        torch.testing.assert_close(seen["resid_post.1"], clean_mid + 1 + seen["mlp_out.1"], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(
     ("name", "site", "sentence"),
     [
+        ("llama", "in.model", "this module is called with input_ids, .* by name, of which none is hidden_states"),
+        ("llama", "in.lm_head.x", r"'lm_head\.x' is not in this llama model"),
+        ("gpt2", "in.transformer.wte", r"this module reads \[2, 10\], not one vector for each of 2 x 10 tokens"),
         ("gpt2", "resid_post.3", r"resid_post\.3: this gpt2 model has layers 0 to 2"),
         ("phi", "resid_mid.1", r"resid_mid\.1: phi blocks add attention and MLP in parallel and have no resid_mid"),
         ("gpt_neox", "resid_mid.0", "gpt_neox blocks add attention and MLP in parallel"),
@@ -368,15 +418,41 @@ def test_a_plain_module_without_a_config_is_named_by_its_class() -> None:
         locate(nn.Linear(2, 2), at("resid_post", 0))
 
 
-@pytest.mark.parametrize("kind", SITE_KINDS)
+@pytest.mark.parametrize("kind", STREAM_KINDS)
 def test_names(kind: str) -> None:
     assert Site.parse(f"{kind}.3") == Site.parse(f"blocks.3.hook_{kind}") == Site(kind, 3)
     assert str(Site(kind, 3)) == f"{kind}.3" and Site.parse(f"{kind}.03") == Site(kind, 3)
 
 
+@pytest.mark.parametrize("part", ["attn", "mlp"])
+def test_names_of_what_attention_and_the_mlp_read(part: str) -> None:
+    site = Site(f"{part}_in", 3)
+    assert Site.parse(f"{part}_in.3") == Site.parse(f"blocks.3.{part}.hook_in") == site
+    assert str(site) == f"{part}_in.3"
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        ("blocks.3.ln2.hook_normalized", r"before the norm's weight and bias are applied, .*: use mlp_in\.3, which is"),
+        (
+            "blocks.3.ln1.hook_normalized",
+            r"before the norm's weight and bias are applied, .*: use attn_in\.3, which is",
+        ),
+        ("blocks.3.hook_mlp_in", r"stream before the norm: use resid_mid\.3 for that .*, or mlp_in\.3 for what"),
+        ("blocks.3.hook_attn_in", r"stream before the norm: use resid_pre\.3 for that .*, or attn_in\.3 for what"),
+    ],
+)
+def test_names_that_only_sound_like_it_are_refused_with_the_right_one(name: str, sentence: str) -> None:
+    with pytest.raises(UserError, match=sentence):
+        Site.parse(name)
+
+
 def test_a_path_keeps_its_name() -> None:
     assert Site.parse("model.layers.3.mlp") == Site("module", path="model.layers.3.mlp")
     assert str(Site.parse("model.layers.3.mlp")) == "model.layers.3.mlp"
+    assert Site.parse("in.model.layers.3.mlp") == Site("module_in", path="model.layers.3.mlp")
+    assert str(Site.parse("in.model.layers.3.mlp")) == "in.model.layers.3.mlp"
 
 
 @pytest.mark.parametrize(
@@ -392,6 +468,12 @@ def test_a_path_keeps_its_name() -> None:
         "a/b",
         "a b",
         "3",
+        "in",
+        "in.",
+        "in.in.model",
+        "in.mlp_out.3",
+        "mlp_in",
+        "blocks.3.mlp.hook_pre",
     ],
 )
 def test_a_name_that_is_none_is_refused(name: str) -> None:

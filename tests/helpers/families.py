@@ -24,6 +24,8 @@ class Tiny:
     multiplier: what attn_out and mlp_out are multiplied by before they are added. norms: of a stream that is normed.
     stream_scale: what the sum is multiplied by after the MLP; `build` sets it, as it is 1 in a new model.
     image_text: the model is one that AutoModelForCausalLM does not know.
+    attn_in, mlp_in: where attention and the MLP read, as `mid`; "" for the input of `attn` and `mlp`, "refused" where
+    it is not one tensor.
     """
 
     kind: str
@@ -37,6 +39,8 @@ class Tiny:
     norms: tuple[str, str] | None = None
     stream_scale: float = 1.0
     image_text: bool = False
+    attn_in: str = ""
+    mlp_in: str = ""
 
     def build(self, dtype: torch.dtype = torch.float32) -> Any:
         """The model in eval mode, its weights, biases and norms moved far enough from 0 and 1 for each to matter."""
@@ -116,7 +120,8 @@ QWEN_VISION = {"depth": 1, "embed_dim": 16, "hidden_size": WIDTH, "num_heads": 2
 QWEN_ROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}
 MARKS = {"image_token_id": 40, "video_token_id": 41, "vision_start_token_id": 42, "vision_end_token_id": 43}
 
-POST_NORM = {"attn": "post_attention_layernorm", "mlp": "post_feedforward_layernorm"}
+MODULES = {"attn_in": "self_attn:in", "mlp_in": "mlp:in"}
+POST_NORM = {"attn": "post_attention_layernorm", "mlp": "post_feedforward_layernorm", **MODULES}
 GEMMA_BLOCK = POST_NORM | {"mid": "pre_feedforward_layernorm:in"}
 GPT_BLOCK = {"blocks": "transformer.h", "attn": "attn", "mid": "ln_2:in"}
 GPTJ_BLOCK = {"blocks": "transformer.h", "attn": "attn", "mid": "", "form": PARALLEL}
@@ -124,7 +129,7 @@ FALCON = PLAIN | {"num_kv_heads": 2}
 FALCON_BLOCK = {"blocks": "transformer.h", "attn": "self_attention"}
 OPT = {"vocab_size": VOCABULARY, "hidden_size": WIDTH, "num_hidden_layers": LAYERS, "num_attention_heads": 4}
 OPT |= {"max_position_embeddings": 64, "ffn_dim": 48, **ENDS}
-OPT_BLOCK = {"blocks": "model.decoder.layers", "mlp": "fc2"}
+OPT_BLOCK = {"blocks": "model.decoder.layers", "mlp": "fc2", "mlp_in": "fc1:in"}
 STREAM_NORMS = ("self_attn_layer_norm", "final_layer_norm")
 LFM = HEADS | {"layer_types": ["conv", "full_attention"]}
 
@@ -188,13 +193,14 @@ TINY: dict[str, Tiny] = {
     "olmo3": Tiny("olmo3", ROPE | {"sliding_window": 4}, **POST_NORM, mid="mlp:in"),
     "exaone4": Tiny("exaone4", HEADS | {"sliding_window": 4}, **POST_NORM, mid="mlp:in"),
     "flex_olmo": Tiny("flex_olmo", ROPE | {"num_experts": 4, "num_experts_per_tok": 2}, **POST_NORM, mid="mlp:in"),
-    "glm4": Tiny("glm4", HEADS, attn="post_self_attn_layernorm", mlp="post_mlp_layernorm"),
+    "glm4": Tiny("glm4", HEADS, attn="post_self_attn_layernorm", mlp="post_mlp_layernorm", **MODULES),
     "afmoe": Tiny(
         "afmoe",
         HEADS | EXPERTS | {"num_experts": 4, "num_shared_experts": 1, "num_dense_layers": 1, "sliding_window": 4},
         attn="post_attention_layernorm",
         mlp="post_mlp_layernorm",
         mid="pre_mlp_layernorm:in",
+        **MODULES,
     ),
     "modernbert-decoder": Tiny(
         "modernbert-decoder", PLAIN | {"cls_token_id": 1, "sep_token_id": 2}, attn="attn", mid="mlp_norm:in"
@@ -253,6 +259,7 @@ TINY: dict[str, Tiny] = {
         attn="post_norm1",
         mlp="post_norm2",
         multiplier=0.5,
+        **MODULES,
     ),
     # The stream is multiplied by a number after the MLP is added.
     "gemma4_text": Tiny(
@@ -266,7 +273,8 @@ TINY: dict[str, Tiny] = {
         GEMMA4
         | {"hidden_size_per_layer_input": 0, "enable_moe_block": True}
         | {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 16},
-        **GEMMA_BLOCK,
+        # Its experts read the stream through a norm of their own, and what both give is normed together.
+        **(GEMMA_BLOCK | {"mlp_in": "refused"}),
         stream_scale=0.75,
     ),
     # The older ones.
@@ -305,6 +313,8 @@ TINY: dict[str, Tiny] = {
         blocks="transformer.h",
         attn="self_attention.dense",
         mlp="mlp.dense_4h_to_h",
+        attn_in="input_layernorm:out",
+        mlp_in="post_attention_layernorm:out",
     ),
     "mpt": Tiny(
         "mpt",
@@ -312,6 +322,7 @@ TINY: dict[str, Tiny] = {
         blocks="transformer.blocks",
         attn="attn",
         mlp="ffn.down_proj",
+        mlp_in="ffn.up_proj:in",
         mid="norm_2:in",
     ),
     "dbrx": Tiny(
@@ -331,13 +342,15 @@ TINY: dict[str, Tiny] = {
         attn="multi_head_attention",
         mlp="ffn",
         mid="layernorm2:in",
+        attn_in="layernorm1:out",
     ),
     "opt": Tiny("opt", OPT | {"word_embed_proj_dim": WIDTH}, **OPT_BLOCK, mid="final_layer_norm:in"),
-    "biogpt": Tiny("biogpt", PLAIN, blocks="biogpt.layers", mlp="fc2", mid="final_layer_norm:in"),
+    "biogpt": Tiny("biogpt", PLAIN, blocks="biogpt.layers", mlp="fc2", mlp_in="fc1:in", mid="final_layer_norm:in"),
     "xglm": Tiny(
         "xglm",
         {"vocab_size": VOCABULARY, "d_model": WIDTH, "ffn_dim": 48, "num_layers": LAYERS, "attention_heads": 4, **ENDS},
         mlp="fc2",
+        mlp_in="fc1:in",
         mid="final_layer_norm:in",
     ),
     # The stream itself is normalised after each sum.

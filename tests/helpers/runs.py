@@ -82,13 +82,20 @@ def make_store(
     return store
 
 
-def add_target(store: Store, site: str = TARGET, splits: Sequence[str] = (TRAIN, HELDOUT)) -> None:
-    """Give a store a second site of width E: each row a fixed function of the first site's row at its place."""
+def add_target(
+    store: Store, site: str = TARGET, splits: Sequence[str] = (TRAIN, HELDOUT), sink_every: int | None = None
+) -> None:
+    """Give a store a second site of width E: each row a fixed function of the first site's row at its place.
+
+    With `sink_every` one row in so many is massive.
+    """
     weights = np.random.default_rng(7).normal(size=(D, E)).astype(np.float32)
     for split, seed in zip((TRAIN, HELDOUT), (1, 2), strict=True):
         if split not in splits:
             continue
         y = np.maximum(activations(ROWS[split], seed) - 3, 0) @ weights + 5
+        if sink_every is not None:
+            y[::sink_every, 0] = 40_000.0
         store.require(split, site, E, len(y), FeatureScale.of(y))
         for unit in range(len(y) // store.layout.unit_rows):
             part = y[unit * store.layout.unit_rows : (unit + 1) * store.layout.unit_rows]

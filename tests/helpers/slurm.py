@@ -15,7 +15,7 @@ from pathlib import Path
 
 NEEDS = ("slurmctld", "slurmd", "munged", "sbatch", "srun", "squeue", "scancel", "scontrol", "sinfo")
 NODES = ("n1", "n2")
-WAIT = 60.0  # seconds for what takes one or two on a quiet machine
+WAIT = 240.0  # seconds for what takes one or two on a quiet machine
 
 
 def why_not() -> str | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,19 +58,43 @@ def rough_sae() -> Callable[[int], ReLU]:
     return make
 
 
-@pytest.fixture(scope="session")
-def tiny_lm() -> Iterator[Any]:
+def tiny_gpt2(**settings: Any) -> Any:
     """A GPT-2 of two layers with random weights, large enough that a splice shows."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(0)
-    config = GPT2Config(vocab_size=96, n_positions=32, n_embd=WIDTH, n_layer=LAYERS, n_head=2)
+    config = GPT2Config(vocab_size=96, n_positions=32, n_embd=WIDTH, n_layer=LAYERS, n_head=2, **settings)
     config.bos_token_id = config.eos_token_id = 0
     model = GPT2LMHeadModel(config)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.2)
-    yield model.eval().requires_grad_(False)
+    return model.eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="session")
+def tiny_lm() -> Iterator[Any]:
+    """A GPT-2 of two layers."""
+    yield tiny_gpt2()
+
+
+@pytest.fixture(scope="session")
+def relu_lm() -> Iterator[Any]:
+    """The same with MLPs of relu, each of which a ReLU transcoder can be."""
+    yield tiny_gpt2(activation_function="relu")
+
+
+def mlp_transcoder(model: Any, layer: int) -> ReLU:
+    """The transcoder that is the MLP of a layer of `relu_lm`: y = relu(x W_1 + b_1) W_2 + b_2."""
+    mlp = model.transformer.h[layer].mlp
+    sae = ReLU(WIDTH, 4 * WIDTH, WIDTH, sparsity=0.0, input_norm="none")
+    with torch.no_grad():
+        sae.W_enc.copy_(mlp.c_fc.weight)
+        sae.b_enc.copy_(mlp.c_fc.bias)
+        sae.W_dec.copy_(mlp.c_proj.weight)
+        sae.b_dec.copy_(mlp.c_proj.bias)
+    sae.site, sae.target = f"mlp_in.{layer}", f"mlp_out.{layer}"
+    return sae
 
 
 def write_tokenizer(folder: Path, texts: list[str]) -> None:
@@ -85,7 +109,7 @@ def write_tokenizer(folder: Path, texts: list[str]) -> None:
     ).save_pretrained(folder)
 
 
-def harvest_of(model: Any, root: Path, **packing: Any) -> dict[str, Any]:
+def harvest_of(model: Any, root: Path, sites: Sequence[str] = (SITE, "mlp_out.1"), **packing: Any) -> dict[str, Any]:
     """The configuration of a harvest of the model that has run in `root`, and its store."""
     from harvest.run import harvest
 
@@ -116,7 +140,7 @@ def harvest_of(model: Any, root: Path, **packing: Any) -> dict[str, Any]:
             "heldout": 0.3,
             **packing,
         },
-        "sites": [SITE, "mlp_out.1"],
+        "sites": [*sites],
         "tokens": 1200,
         "heldout_tokens": 300,
         "lm_batch": 4,

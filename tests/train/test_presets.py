@@ -42,7 +42,8 @@ def commands(preset: str, stage: str) -> list[list[str]]:
 
 
 def test_there_is_one_for_each_source() -> None:
-    assert PRESETS == ["batchtopk-gemma", "batchtopk-gpt2", "gao", "gated", "gated-baseline", "jumprelu"]
+    of_papers = ["batchtopk-gemma", "batchtopk-gpt2", "gao", "gated", "gated-baseline", "jumprelu"]
+    assert [*of_papers, "saebench-pythia"] == PRESETS
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -62,7 +63,7 @@ def test_its_commands_compose_into_saes_that_can_be_built(preset: str) -> None:
         values = [value.split(",") for _, value in asked]
         for i in range(max(map(len, values), default=1)):
             given = [f"{name}={value[i % len(value)]}" for (name, _), value in zip(asked, values, strict=True)]
-            settings = composed("train", preset, *given, "out=x", "sae.width=256")
+            settings = composed("train", preset, *given, "out=x", "sae.width=1024")
             assert build(settings["sae"], 16).name == settings["sae"]["variant"]
             for name, value in (item.split("=") for item in given):
                 if name not in ("sae", "sae.width"):
@@ -115,6 +116,19 @@ def test_the_post_s_setting_is_its_authors_code_s() -> None:
     (widths, ks) = (dict(item.split("=") for item in one[1:]) for one in commands("batchtopk-gpt2", "train"))
     assert [int(width) // 768 for width in widths["sae.width"].split(",")] == [4, 8, 16, 32]
     assert (ks["sae.k"], ks["sae"]) == ("16,32,64", "topk,batchtopk")
+
+
+def test_the_suite_s_setting_is_its_authors_code_s() -> None:
+    """adamkarvonen/dictionary_learning_demo, demo_config.py at 41a8ae2: steps of a run of 500M tokens."""
+    settings = composed("train", "saebench-pythia", "out=x")
+    steps = settings["tokens"] // settings["batch"]
+    assert steps == int(500_000_000 / 2048)
+    assert round(settings["lr_warmup"] * steps) == pytest.approx(1000, abs=2)
+    assert (settings["model"]["name"], settings["site"]) == ("EleutherAI/pythia-160m-deduped", "resid_post.8")
+    assert (settings["packing"]["context"], settings["packing"]["bos"]) == (1024, "none")
+    assert (settings["optimizer"]["lr"], settings["sae"]["width"]) == (3e-4, 2**14)
+    (asked,) = commands("saebench-pythia", "train")
+    assert asked[-2:] == ["sae=topk,batchtopk", "sae.k=20,40,80,160,320,640"]
 
 
 @pytest.mark.parametrize(

@@ -31,6 +31,7 @@ from tests.helpers.runs import (
     short_run,
 )
 from train.datamodule import ActivationData
+from train.messages import opening
 from train.plan import group_by_stream
 from train.run import TrainRequest, prepare, train, train_all
 from train.sae import load, load_config
@@ -153,6 +154,16 @@ def test_rows_are_left_out_by_the_norm_of_the_input(tmp_path: Path) -> None:
     moments = plan.target_moments()
     assert moments["mean_sq_norm"] == pytest.approx(float(y.square().sum(1).mean()), rel=1e-6)
     assert moments["variance"] == pytest.approx(float((y - y.mean(0)).square().sum(1).mean()), rel=1e-6)
+
+
+@pytest.mark.parametrize("sink_every", [None, 64])
+def test_massive_rows_of_the_target_are_named(tmp_path: Path, sink_every: int | None) -> None:
+    """They stay, as the norm of the input is ordinary there, and may be most of the target's variance."""
+    cache = tmp_path / "cache"
+    add_target(make_store(cache, composed("out=x")), sink_every=sink_every)
+    run = prepare(TrainRequest(short_run(cache, tmp_path / "run", f"target={TARGET}")))
+    assert run is not None and run.plan.outliers is None
+    assert (f"{TARGET} has massive rows" in opening([run])) == (sink_every is not None)
 
 
 def test_int8_rows_of_both_sites_are_decoded_by_their_own_scales(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from data.base.errors import UserError
 from data.base.records import Json
 from train.interop.foreign import Origin
 from train.sae.base import SAE
+from train.sae.io import load_config
 
 _NAMES = {
     "l0": "L0",
@@ -47,10 +48,18 @@ def card(sae: SAE, origin: Origin, config: Mapping[str, Any], loading: str, foun
     """Write the model card in Markdown. `sae`: as exported; `config`: of the folder it came from;
     `found`: what `reported` gave."""
     training = config.get("training", {})
+    what = f"A sparse autoencoder of width {sae.width:,} over the {sae.d_in} entries of `{origin.hook}`"
+    site = str(origin.site)
+    if origin.target is not None:
+        site = f"{origin.site} to {origin.target}"
+        what = (
+            f"A transcoder{' with a skip' if sae.W_skip is not None else ''} of width {sae.width:,}: from the "
+            f"{sae.d_in} entries of `{origin.hook}` it predicts the {sae.d_out} of `{origin.hook_out}`"
+        )
     lines = [
-        f"# {origin.variant}, {sae.width:,} latents, {origin.site} of {origin.model}",
+        f"# {origin.variant}, {sae.width:,} latents, {site} of {origin.model}",
         "",
-        f"A sparse autoencoder of width {sae.width:,} over the {sae.d_in} entries of `{origin.hook}`"
+        what
         + (f", trained on {training['tokens']:,} tokens" if "tokens" in training else "")
         + f". Its contexts had {origin.packing['context']} tokens, BOS: {origin.packing['bos']}.",
         "",
@@ -65,6 +74,34 @@ def card(sae: SAE, origin: Origin, config: Mapping[str, Any], loading: str, foun
         f"Activations: store `{origin.store}`, fingerprint `{origin.fingerprint}`. Settings: "
         f"`{json.dumps(origin.settings)}`.",
     ]
+    return "\n".join(lines) + "\n"
+
+
+def set_card(folders: Sequence[Path], origin: Origin, loading: str) -> str:
+    """Write the model card of a set of transcoders; `folders`: in the order of the layers. `origin`: of the first."""
+    target = origin.target
+    assert target is not None
+    lines = [
+        f"# {len(folders)} transcoders, {origin.site.kind} to {target.kind} of {origin.model}",
+        "",
+        f"One for each layer from 0 on, in the model's own units, read from the model without weight processing. Their "
+        f"contexts had {origin.packing['context']} tokens, BOS: {origin.packing['bos']}.",
+        "",
+        "```python",
+        loading,
+        "```",
+        "",
+        "| layer | L0 | NMSE |",
+        "| --: | --: | --: |",
+    ]
+    for layer, folder in enumerate(folders):
+        held_out = load_config(folder).get("training", {}).get("heldout") or {}
+        cells = [
+            format(held_out[name], digits) if name in held_out else "-"
+            for name, digits in (("l0", ".1f"), ("nmse", ".4f"))
+        ]
+        lines.append(f"| {layer} | {' | '.join(cells)} |")
+    lines += ["", f"Activations: store `{origin.store}`, fingerprint `{origin.fingerprint}`."]
     return "\n".join(lines) + "\n"
 
 

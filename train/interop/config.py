@@ -43,8 +43,8 @@ class FolderSettings(Settings):
 class ExportSettings(FolderSettings):
     """conf/export.yaml: trained SAEs to the folders of other tools."""
 
-    to: Literal["saelens", "dictionary_learning", "sparsify"] = "saelens"
-    """The tool whose format is written; sparsify takes TopK alone."""
+    to: Literal["saelens", "dictionary_learning", "sparsify", "circuit_tracer"] = "saelens"
+    """The tool whose format is written; sparsify takes TopK alone, circuit_tracer all of a set of transcoders."""
     report: Text | None = None
     """The report.json of an evaluation, for the card; null: the held-out figures of the training."""
 
@@ -55,7 +55,9 @@ class ImportSettings(FolderSettings):
     store: Text | None = None
     """The store of the activations that the SAE is of."""
     site: Text | None = None
-    """The site in the store; null: as the folder says."""
+    """The site in the store; null: as the folder says. Of a circuit-tracer set its kind alone: mlp_in."""
+    target: Text | None = None
+    """Of a transcoder, the site that it predicts; null: as the folder says. Of a circuit-tracer set its kind alone."""
 
 
 def refuse_full(out: Path) -> None:

@@ -23,6 +23,7 @@ from train.interop.foreign import (
     fill,
     json_bytes,
     own_record,
+    refuse_transcoder,
     settings_in,
     tensors_in,
     torch_bytes,
@@ -72,6 +73,7 @@ _VARIANT_OF = {name: variant for variant, name in _OF_VARIANT.items()} | {
 
 def files(sae: SAE, origin: Origin) -> dict[str, bytes]:
     """Make the files of an SAE: every variant fits; `token` does not."""
+    refuse_transcoder(sae, "dictionary_learning", "use to=saelens, circuit_tracer or sparsify")
     if sae.input_norm == "token":
         raise UserError(
             "dictionary_learning has no class that normalises each token, as input_norm=token does: export it with "

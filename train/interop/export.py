@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from omegaconf import DictConfig
@@ -23,7 +24,7 @@ def export(folder: Path, to: str, out: Path, report: Path | None = None) -> None
     from train.sae import load, load_config
 
     if to not in FORMATS:
-        raise UserError(f"to={to} is unknown: choose one of {', '.join(FORMATS)}")
+        raise UserError(f"to={to} is unknown: choose one of {', '.join(FORMATS)}, circuit_tracer")
     refuse_full(out)
     config = load_config(folder)
     origin = Origin.of(config, folder)
@@ -37,9 +38,30 @@ def export(folder: Path, to: str, out: Path, report: Path | None = None) -> None
         write_atomic(out / name, data)
 
 
+def export_set(folders: Sequence[Path], out: Path) -> None:
+    """Write transcoders, one a layer, into `out` as circuit-tracer's set, with a card; UserError for others."""
+    from train.interop import circuit_tracer
+    from train.interop.card import set_card
+
+    refuse_full(out)
+    layers = circuit_tracer.layers_of(folders)
+    files = circuit_tracer.files(layers)
+    loading = circuit_tracer.LOADING.format(folder=out.name, layers=len(layers))
+    files[CARD] = set_card([layer.folder for layer in layers], layers[0].origin, loading).encode()
+    out.mkdir(parents=True, exist_ok=True)
+    for name, data in files.items():
+        write_atomic(out / name, data)
+
+
 def main(config: DictConfig) -> None:
     """Run the command from Hydra's configuration."""
     settings = ExportSettings.of(cli.stage_settings(config, "export"))
+    if settings.to == "circuit_tracer":
+        folders = list(settings.folders())
+        out = Path(settings.out or "")
+        export_set(folders, out)
+        print(f"{len(folders)} transcoders -> {out}")
+        return
     report = Path(settings.report) if settings.report else None
     for folder, out in settings.folders().items():
         export(folder, settings.to, out, report)

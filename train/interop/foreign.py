@@ -16,7 +16,7 @@ from torch import Tensor
 
 from data.base.errors import UserError
 from data.base.records import Json
-from data.base.sites import Site
+from data.base.sites import INPUT_KINDS, Site
 from train.sae.base import SAE
 from train.sae.io import VARIANTS, inference_settings
 
@@ -27,11 +27,12 @@ _LAYER = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
 @dataclass(frozen=True)
 class Foreign:
     """sae: as the folder holds it. site: what the folder calls it, None where it does not say. ours: what we wrote
-    beside the weights of an SAE of ours, {} in a folder of another's making."""
+    beside the weights of an SAE of ours, {} in a folder of another's making. target: of a transcoder, likewise."""
 
     sae: SAE
     site: str | None
     ours: Json
+    target: str | None = None
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ class Origin:
     store: str
     model: str  # the hub's name, or a local folder's last one
     packing: Json
+    target: Site | None = None  # of a transcoder
 
     @classmethod
     def of(cls, config: Mapping[str, Any], folder: Path) -> Origin:
@@ -56,12 +58,19 @@ class Origin:
                 f"{folder} does not record its {missing[0]}, which other tools ask for: train it with this version"
             )
         rest = (config["fingerprint"], config["store"], config["model_name"], config["packing"])
-        return cls(config["variant"], config["settings"], Site.parse(config["site"]), *rest)
+        target = None if config.get("target") is None else Site.parse(config["target"])
+        return cls(config["variant"], config["settings"], Site.parse(config["site"]), *rest, target)
 
     @property
     def hook(self) -> str:
         """Return the site as TransformerLens names it; a module's path is its own name."""
-        return self.site.path or f"blocks.{self.site.layer}.hook_{self.site.kind}"
+        return hook_name(self.site)
+
+    @property
+    def hook_out(self) -> str:
+        """Return the target of a transcoder as TransformerLens names it."""
+        assert self.target is not None
+        return hook_name(self.target)
 
     @property
     def layer(self) -> int | None:
@@ -76,8 +85,24 @@ class Origin:
 
     def json(self) -> Json:
         """Return what our readers want back."""
-        names = {"site": str(self.site), "fingerprint": self.fingerprint, "store": self.store}
+        target = {} if self.target is None else {"target": str(self.target)}
+        names = {"site": str(self.site), **target, "fingerprint": self.fingerprint, "store": self.store}
         return {"variant": self.variant, "settings": self.settings, **names}
+
+
+def hook_name(site: Site) -> str:
+    """Name a site as TransformerLens does; what a module reads by its TransformerBridge, a module by its own path."""
+    if site.path is not None:
+        return str(site)
+    if site.kind in INPUT_KINDS:
+        return f"blocks.{site.layer}.{site.kind.removesuffix('_in')}.hook_in"
+    return f"blocks.{site.layer}.hook_{site.kind}"
+
+
+def refuse_transcoder(sae: SAE, format_name: str, instead: str) -> None:
+    """Raise UserError where a format that holds autoencoders alone is asked to hold a transcoder."""
+    if sae.transcodes:
+        raise UserError(f"{format_name} has no class for a transcoder of {sae.name}: {instead}")
 
 
 def construct(variant: str, ours: Json, **needed: Any) -> SAE:

@@ -74,3 +74,12 @@ def test_near_its_time_limit_the_work_saves_before_the_job_is_queued_again(outco
     with pytest.raises(SystemExit):
         Job(work, outcome)()
     assert order == ["saved", f"requeued by {int(signal.SIGUSR2)}"] and not outcome.exists()
+
+
+def test_of_several_processes_the_first_one_speaks(outcome: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_PROCID", "1")
+    Job(print, outcome)()
+    assert not outcome.exists()
+    with pytest.raises(SystemExit) as ended:
+        Job(lambda: os.kill(os.getpid(), signal.SIGTERM), outcome)()
+    assert ended.value.code == 0  # an error would end the first before it has had the job queued again

@@ -46,7 +46,7 @@ def test_jobs_run_together_and_without_gpus_where_nothing_else_is_asked() -> Non
         ({"sbatch": {"x=1\nrm": "y"}}, "is no parameter: write it as sbatch does"),
         ({"sbatch": {"array": "0-9"}}, r"sbatch\.array is set by this program: leave it out"),
         ({"cpus": 0}, r"hydra\.launcher\.cpus=0 is not allowed"),
-        ({"partion": "p"}, r"hydra\.launcher\.partion .*did you mean .*partition"),
+        ({"partitions": "p"}, r"hydra\.launcher\.partitions .*did you mean .*partition"),
     ],
 )
 def test_what_sbatch_must_not_be_given_is_refused(given: dict[str, Any], sentence: str) -> None:

@@ -344,7 +344,7 @@ def test_what_is_not_ours_is_refused(tmp_path: Path, store: Store, changes: dict
         ("dictionary_learning", "ae.pt", b"not a zip", r"ae\.pt cannot be read"),
         ("dictionary_learning", "config.json", b"[]", r"config\.json is no JSON object"),
         ("sparsify", "cfg.json", b"{", r"cfg\.json is no JSON object"),
-        ("sparsify", "cfg.json", b'{"transcode": true}', r"transcode makes it no autoencoder"),
+        ("sparsify", "cfg.json", b'{"skip_connection": true}', r"skip_connection makes it no autoencoder"),
     ],
 )
 def test_damage_is_named(tmp_path: Path, store: Store, to: str, file: str, data: bytes, says: str) -> None:
