@@ -9,7 +9,7 @@ TEXT ?=
 PY := $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup peers demo demo-real harvest train sweep rates evaluate publish claims gpu-proof docs test lint types \
+.PHONY: help setup peers demo demo-real harvest train sweep rates evaluate publish claims gpu-proof wheels docs test lint types \
 	test-slow clean
 
 help: ## list these targets
@@ -78,6 +78,9 @@ gpu-proof: setup ## prove the GPU path on a card, in pieces that resume (ARGS="-
 
 docs: setup ## the documentation's site; leaves outputs/docs/site/index.html
 	$(PY) docs/build.py
+
+wheels: setup ## fetch into wheels/ what an offline machine lacks (docs/offline.md)
+	$(PY) .ci/wheels.py wheels $(ARGS)
 
 test: lint types ## lint, types and the fast tests
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto --dist loadfile

@@ -25,6 +25,8 @@ from torch.utils._pytree import tree_leaves
 from train.config import OptimizerSettings
 from train.optimizers import optimizer_from
 from train.sae import VARIANTS
+from train.sae.parts.groups import ALONE, RankGroup
+from train.sae.parts.split import WHOLE, LatentSplit
 from train.sae.sparse.backend import use_backend
 from train.sae.sparse.cpu import CPUBackend
 from train.sae.sparse.product import Product
@@ -302,10 +304,12 @@ def sae_settings(shape: Shape) -> dict[str, Any]:
     return {"sparsity": 1.0, "target_l0": 3 * shape.k}
 
 
-def trainer_of(shape: Shape, log_every: int = 1 << 40) -> SAETrainer:
-    """Make the trainer of an SAE, with fused Adam; by default it logs no step."""
+def trainer_of(
+    shape: Shape, log_every: int = 1 << 40, split: LatentSplit = WHOLE, data: RankGroup = ALONE
+) -> SAETrainer:
+    """Make the trainer of an SAE, with fused Adam, of one process or as one of several; by default it logs no step."""
     return SAETrainer(
-        VARIANTS[shape.variant](shape.d_model, shape.width, **sae_settings(shape)),
+        VARIANTS[shape.variant](shape.d_model, shape.width, split=split, **sae_settings(shape)),
         optimizer_from(OptimizerSettings.of({"lr": 1e-3, "fused": True})),
         Schedule(1 << 40, 0, 0, 0),
         folder=Path("unused"),
@@ -314,6 +318,7 @@ def trainer_of(shape: Shape, log_every: int = 1 << 40) -> SAETrainer:
         dead_after=1000 * shape.batch,
         ema=0.999 if shape.ema else None,
         log_every=log_every,
+        data=data,
     )
 
 

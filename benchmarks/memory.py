@@ -37,9 +37,12 @@ def parameters(shape: Shape) -> int:
     return shape.width * (2 * shape.d_model + BIASES.get(shape.variant, 1)) + shape.d_model
 
 
-def state_bytes(shape: Shape, optimizer: str = "adam") -> float:
-    """Compute the bytes that live between two steps: weights, moments, mean of the weights, counters; no gradient."""
-    per_entry = 4 + MOMENTS[optimizer] + (4 if shape.ema else 0)
+def state_bytes(shape: Shape, optimizer: str = "adam", weight: int = 4) -> float:
+    """Compute the bytes that live between two steps: weights, moments, mean of the weights, counters; no gradient.
+
+    `weight` is the bytes of one; here it is 4, and 2 says what bfloat16 would save.
+    """
+    per_entry = weight + MOMENTS[optimizer] + (4 if shape.ema else 0)
     return parameters(shape) * per_entry + 8 * shape.width
 
 
@@ -59,12 +62,12 @@ def choice_bytes(entries: int, lines: int, count: int) -> int:
     return max(LARGEST * entries // group, NEAR * chosen * group) + 8 * chosen
 
 
-def moments(shape: Shape, matmul: str = "float32") -> dict[str, int]:
+def moments(shape: Shape, matmul: str = "float32", weight: int = 4) -> dict[str, int]:
     """Compute the bytes beside the state, by the moments of a step at which they may be most.
 
     The batch, the normalised batch and the encoder's input are in each of them.
     """
-    matrix, batch, rows = 4 * shape.width * shape.d_model, shape.batch, 4 * shape.batch * shape.d_model
+    matrix, batch, rows = weight * shape.width * shape.d_model, shape.batch, 4 * shape.batch * shape.d_model
     if shape.variant not in CHOOSING:
         of_z, of_matrix = DENSE[shape.variant]
         z = 4 * batch * shape.width
@@ -81,29 +84,31 @@ def moments(shape: Shape, matmul: str = "float32") -> dict[str, int]:
     if shape.variant == "matryoshka":
         found["prefixes"] = (5 * PREFIXES + 2) * rows + 24 * n
         found["gradients"] += (PREFIXES - 1) * rows
-    return with_auxk(shape, found) if shape.dead else found
+    return with_auxk(shape, found, matrix) if shape.dead else found
 
 
-def with_auxk(shape: Shape, found: dict[str, int]) -> dict[str, int]:
-    """Add AuxK's part to the moments of a step without it; d is filled up to a multiple of 64."""
+def with_auxk(shape: Shape, found: dict[str, int], matrix: int) -> dict[str, int]:
+    """Add AuxK's part to the moments of a step without it; d is filled up to a multiple of 64.
+
+    `matrix` is the bytes of one of the two weight matrices.
+    """
     batch, rows, k_aux = shape.batch, 4 * shape.batch * shape.d_model, auxk_size(shape.d_model)
     dead = min(shape.width, math.ceil(shape.dead / 64) * 64)
     z, entries = 4 * batch * dead, 24 * shape.k * batch
     few = dead <= TritonBackend().dense_dead * k_aux
     held = z if few else 24 * k_aux * batch
     # The rows of W_dec are picked, so their gradient is spread over a second matrix and added to the first.
-    matrix = 4 * shape.width * shape.d_model
     later = {name: found[name] + matrix + held for name in ("gradients", "prefixes") if name in found}
     if few:
         prefixes = PREFIXES if shape.variant == "matryoshka" else 1
-        auxk = 17 * batch * dead + 4 * dead * shape.d_model + (2 * prefixes + 4) * rows + entries
+        auxk = 15 * batch * dead + 4 * dead * shape.d_model + (2 * prefixes + 4) * rows + entries
         return found | later | {"AuxK": auxk}
     return found | later | {"AuxK's choice": z + choice_bytes(batch * dead, batch, k_aux) + 3 * rows + entries}
 
 
-def peak_bytes(shape: Shape, optimizer: str = "adam", matmul: str = "float32") -> float:
+def peak_bytes(shape: Shape, optimizer: str = "adam", matmul: str = "float32", weight: int = 4) -> float:
     """Compute the most bytes that a training step holds."""
-    return state_bytes(shape, optimizer) + max(moments(shape, matmul).values())
+    return state_bytes(shape, optimizer, weight) + max(moments(shape, matmul, weight).values())
 
 
 def row(shape: Shape) -> str:

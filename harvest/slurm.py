@@ -14,7 +14,7 @@ from data.base.records import canonical
 from data.slurm.queue import check_slurm
 from data.slurm.records import JobFolder
 from data.slurm.settings import LAUNCHER, SlurmSettings
-from data.slurm.watch import Keeper, raise_failed
+from data.slurm.watch import Keeper, Standing, raise_failed
 from data.store.store import Store
 from harvest import lm
 from harvest.request import HarvestRequest
@@ -89,22 +89,22 @@ class HarvestWork:
         return self.work
 
 
-def harvest_by_jobs(settings: Mapping[str, Any], asked: SlurmSettings, folder: Path, harvest: Harvest) -> None:
+def harvest_by_jobs(settings: Mapping[str, Any], slurm: SlurmSettings, folder: Path, harvest: Harvest) -> None:
     """Let workers on Slurm do what `harvest` would here, and wait until the store is complete.
 
     folder: the records and logs of all such harvests. UserError where the workers failed before it was.
     """
-    if asked.saes_per_job is not None:
+    if slurm.saes_per_job is not None:
         raise UserError(f"{LAUNCHER}.saes_per_job is for sweeps of train: give a harvest {LAUNCHER}.workers")
     check_slurm()
     request = HarvestRequest.from_config(settings)
     digest = hashlib.sha256(canonical(settings).encode()).hexdigest()[:12]
-    work = HarvestWork(request, asked.workers or 1, Worker(harvest, settings))
-    found = {}
+    work = HarvestWork(request, slurm.workers or 1, Worker(harvest, settings))
+    by_item: dict[str, Standing] = {}
     if not work.complete():
-        found = Keeper(work, JobFolder(folder / digest), asked).run()
+        by_item = Keeper(work, JobFolder(folder / digest), slurm).run()
     if not work.complete():
-        raise_failed(work.noun, found)
+        raise_failed(work.noun, by_item)
     store = work.store
     assert store is not None
     finish(store)

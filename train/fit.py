@@ -97,7 +97,7 @@ def _fit(runs: Sequence[TrainRun], signals: Signals, *watching: Callback) -> dic
     if trainer.is_global_zero:
         print(opening(runs))
     matmul = _matmul(settings.matmul, trainer.strategy.root_device)
-    members, failed, order = _members(runs, data, mesh)
+    members, failed, order = _members(runs, data, mesh, trainer.strategy.root_device)
     for member in members:
         member.sae.matmul = matmul
     if not members:
@@ -138,7 +138,7 @@ def _bytes_read(plan: DataPlan) -> int:
 
 
 def _members(
-    runs: Sequence[TrainRun], data: ActivationData, mesh: Mesh
+    runs: Sequence[TrainRun], data: ActivationData, mesh: Mesh, device: torch.device
 ) -> tuple[list[SAETrainer], dict[str, str], State | None]:
     """Make the SAEs at their first step or at their checkpoint;
     return also why others could not begin and the loader's state."""
@@ -152,23 +152,46 @@ def _members(
     for run in runs:
         try:
             member = make_member(run, mesh)
+            if mesh.latents.size > 1:
+                # Now and not as the fit begins: what its processes tell each other must lie where their messages do.
+                member.to(device)
             if run.step:
-                split = member.sae.split.size > 1
-                state = read_checkpoint(run.folder, run.settings, plan, mapped=split)
-                place = (run.folder / LAST).parent
-                state = own_state(member.sae, state, place, read_tensors, average=member.average is not None)
-                member.load(state)
-                order = state["loader"]
+                order = _go_on(run, member, mesh)["loader"]
             elif not run.settings.start:
                 assert sample is not None
                 target = None if sample.target_BE is None else StartRows(sample.target_BE, **plan.target_moments())
-                member.initialise(sample.x_BD, **plan.moments(), target=target)
+                with float32_products():
+                    member.initialise(sample.x_BD, **plan.moments(), target=target)
             member.loggers = _loggers(run)
         except UserError as error:
             failed[run.name] = str(error)
         else:
             members.append(member)
     return members, failed, order
+
+
+def _go_on(run: TrainRun, member: SAETrainer, mesh: Mesh) -> State:
+    """Let a member go on from its run's checkpoint, which is returned.
+
+    Of a split dictionary all processes do, or none: one that had no member would leave the others waiting for it.
+    """
+    split = mesh.latents.size > 1
+    refused: UserError | None = None
+    state: State = {}
+    try:
+        state = read_checkpoint(run.folder, run.settings, run.plan, mapped=split)
+        place = (run.folder / LAST).parent
+        state = own_state(member.sae, state, place, read_tensors, average=member.average is not None)
+        member.load(state)
+    except UserError as error:
+        refused = error
+    if split:
+        anywhere = mesh.max_(torch.tensor(int(refused is not None), device=member.bad_step.device))
+        if bool(anywhere) and refused is None:
+            refused = UserError(f"another process cannot read its part of the checkpoint in {run.folder}, and says why")
+    if refused is not None:
+        raise refused
+    return state
 
 
 def make_member(run: TrainRun, mesh: Mesh = ONE) -> SAETrainer:

@@ -61,21 +61,21 @@ class SlurmLauncher(SinglePassLauncher):
         from data.slurm.watch import Keeper, raise_failed
         from train.slurm import JOBS, NOUN, SweepWork, results
 
-        asked = SlurmSettings.of_launcher(self.launcher)
-        if asked.workers is not None:
+        settings = SlurmSettings.of_launcher(self.launcher)
+        if settings.workers is not None:
             raise UserError(f"{LAUNCHER}.workers is for a harvest: give a sweep {LAUNCHER}.saes_per_job")
         check_slurm()
         requests = _by_item(jobs)
         sweep = _sweep_of(requests)
-        if sweep.groups and asked.gpus not in (0, sweep.processes):
+        if sweep.groups and settings.gpus not in (0, sweep.processes):
             raise UserError(
-                f"{LAUNCHER}.gpus={asked.gpus} and trainer.devices={sweep.processes} are one GPU a process: make them "
-                f"the same, or set {LAUNCHER}.gpus=0 for CPUs"
+                f"{LAUNCHER}.gpus={settings.gpus} and trainer.devices={sweep.processes} are one GPU a process: make "
+                f"them the same, or set {LAUNCHER}.gpus=0 for CPUs"
             )
-        work = SweepWork(sweep, asked.saes_per_job, lambda items: TrainShare([requests[item] for item in items]))
-        found = Keeper(work, JobFolder(sweep.folder / JOBS), asked).run()
+        work = SweepWork(sweep, settings.saes_per_job, lambda items: TrainShare([requests[item] for item in items]))
+        by_item = Keeper(work, JobFolder(sweep.folder / JOBS), settings).run()
         print(results(sweep.folder, list(sweep.sizes)))
-        raise_failed(NOUN, found)
+        raise_failed(NOUN, by_item)
 
 
 @dataclass(frozen=True)

@@ -97,6 +97,8 @@ class SAETrainer(nn.Module):
         torch.manual_seed(seed)
         self.rng = random_state(torch.device("cpu"))
         self._moments: State | None = None
+        self._asked_of: Tensor | None = None  # the list for which `_anyone` holds
+        self._anyone = False
 
     # The step
 
@@ -118,7 +120,9 @@ class SAETrainer(nn.Module):
             tokens = len(x_BD) * self.data.size
             # The list may be made anew after half the window at the latest, so that it never holds many that live.
             may_die_d = self.dead.may_die(self.dead_after, tokens, self.dead_after // (2 * tokens))
-            context = replace(context, dead_F=self.dead.mask(self.dead_after), may_die_d=may_die_d)
+            dead_F = self.dead.mask(self.dead_after)
+            if self._anyone_dead(dead_F, may_die_d):
+                context = replace(context, dead_F=dead_F, may_die_d=may_die_d)
         step = self.sae.loss(self.sae.norm.normalise(x_BD), context)
         step.loss.backward()  # type: ignore[no-untyped-call]
         # After backward and before the projection and the clip, which then work on the gradient of the whole batch, as
@@ -138,6 +142,20 @@ class SAETrainer(nn.Module):
             self.figures_logged = self._figures(step)
             self.log("train", self.figures_logged)
         self.rng = random_state(x_BD.device)
+
+    def _anyone_dead(self, dead_F: Tensor, may_die_d: Tensor | None) -> bool:
+        """Tell whether AuxK has anything to do: of a split dictionary, on any of its processes.
+
+        All then take part in AuxK's messages, or none. On a GPU they ask each other only as the list is made anew.
+        """
+        split = self.sae.split
+        if split.size == 1:
+            return True
+        if may_die_d is None or may_die_d is not self._asked_of:
+            count = int(dead_F.sum()) if may_die_d is None else len(may_die_d)
+            self._asked_of = may_die_d
+            self._anyone = int(split.sum_(torch.tensor(count, device=dead_F.device))) > 0
+        return self._anyone
 
     @torch.no_grad()
     def _count(self, step: StepOutput) -> None:

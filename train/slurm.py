@@ -123,10 +123,10 @@ def look(sweep: Path) -> str:
     sizes = {item: steps for ticket in folder.tickets() for item, steps in ticket.items.items()}
     if not sizes:
         raise UserError(f"{sweep} is not the folder of a sweep on Slurm (it has no {JOBS}/): give one that has")
-    found = standings(folder, list(sizes), lambda item: is_trained(sweep / item), jobs_named(folder.name))
+    by_item = standings(folder, list(sizes), lambda item: is_trained(sweep / item), jobs_named(folder.name))
     done = sum(steps_done(sweep / item, steps) for item, steps in sizes.items())
-    lines = [f"{status_line(NOUN, found)}  {done:,}/{sum(sizes.values()):,} {UNIT}"]
-    lines += [_line(sweep, item, steps, found[item]) for item, steps in sizes.items()]
+    lines = [f"{status_line(NOUN, by_item)}  {done:,}/{sum(sizes.values()):,} {UNIT}"]
+    lines += [_line(sweep, item, steps, by_item[item]) for item, steps in sizes.items()]
     return "\n".join(lines)
 
 

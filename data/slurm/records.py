@@ -118,7 +118,7 @@ def submit(
     folder: JobFolder,
     items: Sequence[Mapping[str, int]],
     works: Sequence[Callable[[], None]],
-    asked: SlurmSettings,
+    settings: SlurmSettings,
     processes: int = 1,
     nodes: int = 1,
 ) -> int:
@@ -138,7 +138,7 @@ def submit(
     # First the record: jobs that are in the queue and have none could not be told from another's.
     write_atomic(place / _JOBS, json.dumps({"items": [dict(each) for each in items]}) + "\n")
     executor = submitit.SlurmExecutor(place, max_num_timeout=_TIME_LIMITS)
-    parameters = asked.parameters(folder.name, str(number), len(works), processes, nodes)
+    parameters = settings.parameters(folder.name, str(number), len(works), processes, nodes)
     executor.update_parameters(**parameters, setup=_setup())
     try:
         # submitit prints sbatch's words; here they are part of the sentence.

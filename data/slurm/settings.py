@@ -83,7 +83,7 @@ class SlurmSettings(Settings):
 
         Each is of so many `processes` on each of so many `nodes`.
         """
-        asked = {
+        chosen = {
             "partition": self.partition,
             "account": self.account,
             "qos": self.qos,
@@ -92,7 +92,7 @@ class SlurmSettings(Settings):
             "mem": None if self.memory_gb is None else f"{round(self.memory_gb * 1024)}MB",
         }
         return {
-            **{key: value for key, value in asked.items() if value is not None},
+            **{key: value for key, value in chosen.items() if value is not None},
             "job_name": name,
             "comment": comment,
             "time": max(1, round(60 * self.hours)),

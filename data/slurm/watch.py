@@ -74,16 +74,16 @@ def standings(
     """Tell how each item stands; `queue` was read before this is called."""
     latest = {item: ticket for ticket in folder.tickets() for item in ticket.items}
     jobs = {(job.submission, job.index): job for job in queue}
-    found = {}
+    by_item = {}
     for item in items:
         ticket = latest.get(item)
         if is_done(item):
-            found[item] = Standing("done", ticket)
+            by_item[item] = Standing("done", ticket)
         elif ticket is None:
-            found[item] = Standing("missing")
+            by_item[item] = Standing("missing")
         else:
-            found[item] = _of_ticket(folder, ticket, jobs.get((ticket.submission, ticket.index)))
-    return found
+            by_item[item] = _of_ticket(folder, ticket, jobs.get((ticket.submission, ticket.index)))
+    return by_item
 
 
 def _of_ticket(folder: JobFolder, ticket: Ticket, job: QueuedJob | None) -> Standing:
@@ -101,11 +101,15 @@ def _of_ticket(folder: JobFolder, ticket: Ticket, job: QueuedJob | None) -> Stan
     return Standing("died", ticket, f"its job {ended}, see {log}")
 
 
-def status_line(noun: str, found: Mapping[str, Standing]) -> str:
+def status_line(noun: str, by_item: Mapping[str, Standing]) -> str:
     """Count the items by state."""
-    counts = Counter("failed" if one.state in ("died", "cancelled") else one.state for one in found.values())
-    parts = [f"{counts['done']}/{len(found)} {noun} done", f"{counts['running']} running", f"{counts['queued']} queued"]
-    reasons = sorted({one.why for one in found.values() if one.state == "queued"} - {"", "None"})
+    counts = Counter("failed" if one.state in ("died", "cancelled") else one.state for one in by_item.values())
+    parts = [
+        f"{counts['done']}/{len(by_item)} {noun} done",
+        f"{counts['running']} running",
+        f"{counts['queued']} queued",
+    ]
+    reasons = sorted({one.why for one in by_item.values() if one.state == "queued"} - {"", "None"})
     if reasons and not counts["running"]:
         parts[-1] += f" ({', '.join(reasons)})"
     parts.append(f"{counts['failed']} failed")
@@ -147,10 +151,10 @@ class Keeper:
         self,
         work: SharedWork,
         folder: JobFolder,
-        asked: SlurmSettings,
+        settings: SlurmSettings,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
-        self.work, self.folder, self.asked, self.sleep = work, folder, asked, sleep
+        self.work, self.folder, self.settings, self.sleep = work, folder, settings, sleep
         self.line = ProgressLine()
         self.restarts: Counter[str] = Counter()  # by item
         self.dead_looks: Counter[tuple[int, int]] = Counter()  # by submission and index
@@ -165,13 +169,13 @@ class Keeper:
         with self.folder.only_keeper(self.work.look):
             try:
                 self._begin()
-                found = self._watch()
+                by_item = self._watch()
             except KeyboardInterrupt:
                 self.line.end()
                 print(f"the jobs go on; {self.how_to()}")
                 raise SystemExit(130) from None
             self.line.end()
-            return found
+            return by_item
 
     def how_to(self) -> str:
         """Say how to look again and how to cancel."""
@@ -182,9 +186,9 @@ class Keeper:
         """Submit what no job has that waits or runs; where Slurm does not answer, nothing is submitted."""
         queue = jobs_named(self.folder.name)
         alive = [job for job in queue if job.alive]
-        found = standings(self.folder, list(self.work.sizes), self.work.is_done, queue)
+        by_item = standings(self.folder, list(self.work.sizes), self.work.is_done, queue)
         # Not by what jobs said earlier: results may have been removed since, and what failed is tried again.
-        attached = [item for item, one in found.items() if one.waits]
+        attached = [item for item, one in by_item.items() if one.waits]
         left = [item for item in self.work.sizes if item not in attached and not self.work.is_done(item)]
         if attached:
             print(f"{len(alive)} jobs of this command are there already, with {len(attached)} {self.work.noun}")
@@ -196,7 +200,7 @@ class Keeper:
         sizes = self.work.sizes
         items = [{item: sizes[item] for item in share} for share in shares]
         works = [self.work.job(share) for share in shares]
-        number = submit(self.folder, items, works, self.asked, self.work.processes, self.work.nodes)
+        number = submit(self.folder, items, works, self.settings, self.work.processes, self.work.nodes)
         count = f"{len(shares)} jobs" if len(shares) > 1 else "1 job"
         print(f"submitted {count} as {self.folder.name}, logs in {self.folder.path / str(number)}", flush=True)
 
@@ -207,21 +211,21 @@ class Keeper:
                 queue = jobs_named(self.folder.name)
             except SlurmSilent as error:  # a controller that is started anew: the jobs run on without it
                 self.line.show(str(error), "")
-                self.sleep(self.asked.poll_seconds)
+                self.sleep(self.settings.poll_seconds)
                 continue
-            found = self._start_again(standings(self.folder, items, self.work.is_done, queue))
-            self.line.show(status_line(self.work.noun, found), self._rest())
+            by_item = self._start_again(standings(self.folder, items, self.work.is_done, queue))
+            self.line.show(status_line(self.work.noun, by_item), self._rest())
             if self.work.complete():
                 with contextlib.suppress(SlurmSilent):  # they would find nothing to do
                     cancel([job for job in queue if job.queued])
-                return found
-            if not any(one.waits or one.state == "died" for one in found.values()):
-                return found
-            self.sleep(self.asked.poll_seconds)
+                return by_item
+            if not any(one.waits or one.state == "died" for one in by_item.values()):
+                return by_item
+            self.sleep(self.settings.poll_seconds)
 
-    def _start_again(self, found: dict[str, Standing]) -> dict[str, Standing]:
+    def _start_again(self, by_item: dict[str, Standing]) -> dict[str, Standing]:
         """Submit again what died, as often as is allowed; what may not be has failed."""
-        dead = list(_dead(found))
+        dead = list(_dead(by_item))
         # In succession: a job that Slurm queues again is for a moment in no state of one that will run.
         still = {(ticket.submission, ticket.index) for ticket, _ in dead}
         self.dead_looks = Counter({key: looks for key, looks in self.dead_looks.items() if key in still})
@@ -230,17 +234,17 @@ class Keeper:
             self.dead_looks[key] += 1
             if self.dead_looks[key] < _LOOKS_BEFORE_DEAD or share[0] in self.given_up:
                 continue
-            why = found[share[0]].why
-            if max(self.restarts[item] for item in share) >= self.asked.restarts:
-                often = f", after {self.asked.restarts} restarts" if self.asked.restarts else ""
+            why = by_item[share[0]].why
+            if max(self.restarts[item] for item in share) >= self.settings.restarts:
+                often = f", after {self.settings.restarts} restarts" if self.settings.restarts else ""
                 self.given_up |= {item: Standing("failed", ticket, f"{why}{often}") for item in share}
                 continue
             self.restarts.update(share)
             self.line.end()
             print(f"{', '.join(share)}: {why}; it is started again", file=sys.stderr)
             self._submit([share])
-            found |= {item: Standing("queued") for item in share}
-        return found | {item: one for item, one in self.given_up.items() if found[item].state == "died"}
+            by_item |= {item: Standing("queued") for item in share}
+        return by_item | {item: one for item, one in self.given_up.items() if by_item[item].state == "died"}
 
     def _rest(self) -> str:
         """Say how much is done, and when the rest will be at the pace since this command began."""
@@ -250,23 +254,23 @@ class Keeper:
         return f"  {done:,}/{total:,} {self.work.unit}{left}"
 
 
-def _dead(found: Mapping[str, Standing]) -> Iterator[tuple[Ticket, list[str]]]:
+def _dead(by_item: Mapping[str, Standing]) -> Iterator[tuple[Ticket, list[str]]]:
     """Yield each job that died with those of its items that are not done."""
     jobs: dict[tuple[int, int], tuple[Ticket, list[str]]] = {}
-    for item, one in found.items():
+    for item, one in by_item.items():
         if one.state == "died" and one.ticket is not None:
             key = (one.ticket.submission, one.ticket.index)
             jobs.setdefault(key, (one.ticket, []))[1].append(item)
     yield from jobs.values()
 
 
-def raise_failed(noun: str, found: Mapping[str, Standing]) -> None:
+def raise_failed(noun: str, by_item: Mapping[str, Standing]) -> None:
     """Raise UserError in one sentence for what failed."""
-    failed = {item: one.why for item, one in found.items() if one.state in ("failed", "cancelled", "died", "missing")}
+    failed = {item: one.why for item, one in by_item.items() if one.state in ("failed", "cancelled", "died", "missing")}
     if not failed:
         return
     if len(set(failed.values())) == 1:
         reason = next(iter(failed.values()))
-        raise UserError(f"{len(failed)} of {len(found)} {noun} failed: {reason}")
+        raise UserError(f"{len(failed)} of {len(by_item)} {noun} failed: {reason}")
     each = "; ".join(f"{item} ({why})" for item, why in failed.items())
-    raise UserError(f"{len(failed)} of {len(found)} {noun} failed: {each}")
+    raise UserError(f"{len(failed)} of {len(by_item)} {noun} failed: {each}")

@@ -206,6 +206,14 @@ def test_a_lost_rank_ends_the_others_and_any_number_goes_on(cache: Path, tmp_pat
         assert "another process of this training has ended; step " in out
         assert f"torchrun --nproc-per-node 2 -m train resume={folder}" in out
         assert not (folder / "config.json").exists()
+        if ranks == 2:  # one process cannot read its part: none goes on, and none waits for ever
+            (part,) = (folder / "checkpoints").glob("last.*.1-of-2.ckpt")
+            content = part.read_bytes()
+            part.write_bytes(content[:-1])
+            process = started(2, f"resume={folder}")
+            out, _ = process.communicate()
+            assert process.returncode == 1 and "is damaged or of another checkpoint: put it back" in out
+            part.write_bytes(content)
         done(ranks, f"resume={folder}", *resumed_with)
         if ranks == 2:
             assert_same_sae(folder, tmp_path / "whole")

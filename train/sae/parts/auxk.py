@@ -103,15 +103,32 @@ def auxk_error(
     """
     assert not residual_BD.requires_grad, "AuxK explains the residual and must not change it"
     a = codes.values
-    if split.size > 1:
-        z = a.detach() if alive_d is None else a.detach().masked_fill(codes.at(alive_d), -torch.inf)
-        a = torch.where(split.top_of_tokens(Codes(z, codes.support, codes.shape), k, latents_d), a, 0.0)
-    elif codes.support is None and k < a.shape[1]:
-        # The choice itself passes no gradient; only the values that were chosen do.
-        z_Bd = a.detach() if alive_d is None else a.detach().masked_fill(alive_d, -torch.inf)
-        a = torch.where(backend_for(z_Bd).mark_largest(z_Bd, k), a, 0.0)
-    if alive_d is not None:  # taken where fewer are dead than k_aux
-        a = torch.where(codes.at(alive_d), 0.0, a)
+    kept = _chosen(codes, k, alive_d, split, latents_d)
+    if kept is not None:
+        a = torch.where(kept, a, 0.0)
     if relu:
         a = a.relu()
     return (split.total(codes.decode(a, W_dead_dD)[0]) - residual_BD).square().sum() / len(residual_BD)
+
+
+@torch.no_grad()
+def _chosen(
+    codes: Codes, k: int, alive_d: Tensor | None, split: LatentSplit, latents_d: Tensor | None
+) -> Bool[Tensor, ...] | None:
+    """Mark which values AuxK takes, of those of dead latents; None for all. The choice passes no gradient.
+
+    All that it needs is of the size of z and is freed with it, before the reconstruction is made.
+    """
+    z = codes.values.detach()
+    living = None if alive_d is None else codes.at(alive_d)
+    kept: Tensor | None = None
+    if split.size > 1:
+        z = z if living is None else z.masked_fill(living, -torch.inf)
+        kept = split.top_of_tokens(Codes(z, codes.support, codes.shape), k, latents_d)
+    elif codes.support is None and k < z.shape[1]:
+        z = z if living is None else z.masked_fill(living, -torch.inf)
+        kept = backend_for(z).mark_largest(z, k)
+    if living is None:
+        return kept
+    # Living ones are among the largest where fewer are dead than k_aux.
+    return ~living if kept is None else kept & ~living

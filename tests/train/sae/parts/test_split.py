@@ -11,7 +11,8 @@ import torch.distributed as dist
 import torch.multiprocessing
 from safetensors.torch import save as to_bytes
 
-from tests.helpers.ranks import CASES, Case, connect, join, mesh_of, outcome
+from tests.helpers.ranks import CASES, Case, connect, join, make, mesh_of, outcome, part_of_batch
+from train.sae import TrainContext
 from train.sae.parts.groups import RankGroup
 from train.sae.parts.init import directions
 from train.sae.parts.ranks import ONE, Mesh, kth_largest, largest_over_ranks
@@ -66,6 +67,7 @@ def _worker(rank: int, ranks: int, folder: str) -> None:
         mesh = mesh_of(*shape)
         for case in _cases(shape):
             out[f"{shape} {case}"] = outcome(case, mesh)
+        out[f"{shape} by rank"] = _selected_by_rank(mesh)
     torch.save(out, Path(folder) / f"rank{rank}.pt")
     dist.destroy_process_group()
 
@@ -95,6 +97,12 @@ def test_a_mesh_trains_what_one_process_does(ranks: int, tmp_path: Path) -> None
     of_rank = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=False) for rank in range(ranks)]
     for number in range(42):
         _compare_choice([out[f"values {number}"] for out in of_rank], *_values(number, ranks))
+    for data, latents in MESHES[ranks]:
+        for row in range(data):
+            alone = _selected_by_rank(ONE, RankGroup(data, row))
+            parts = [out[f"{(data, latents)} by rank"] for out in of_rank[row * latents :][:latents]]
+            assert torch.equal(join([part.t() for part in parts]).t(), alone)
+            assert alone.sum() == BY_RANK.settings["k"] * len(alone)
     for case in CASES:
         one = outcome(case, ONE)
         assert one["selected"].any()
@@ -106,6 +114,17 @@ def test_a_mesh_trains_what_one_process_does(ranks: int, tmp_path: Path) -> None
                 _compare(all_of, one, data, latents, case.steps)
             except AssertionError as error:
                 raise AssertionError(f"{data} x {latents}, {case}: {error}") from error
+
+
+BY_RANK = Case("batchtopk", {"k": 3, "largest_of": "rank"})
+
+
+def _selected_by_rank(mesh: Mesh, rows: RankGroup | None = None) -> torch.Tensor:
+    """What is selected of the rows of a rank where each selects of its own."""
+    sae = make(BY_RANK, mesh.latents)
+    x_BD = part_of_batch(0, BY_RANK, rows or mesh.data).x_BD
+    step = sae.loss(sae.norm.normalise(x_BD), TrainContext(data=mesh.data))
+    return step.codes.dense(step.codes.values) > 0
 
 
 def _compare_choice(found: list[Any], values: list[torch.Tensor], count: int) -> None:
