@@ -12,7 +12,7 @@ from data.base.errors import UserError, to_sentence
 from data.base.files import format_bytes
 from data.base.location import Location, parse_location
 from data.storage.open import open_storage
-from data.store.files import stores_below
+from data.store.files import is_token_store, stores_below, token_stores_below
 from data.store.find import CACHE
 
 OUTPUTS = "outputs"
@@ -24,16 +24,19 @@ _EXAMPLES = """examples:
 
 
 def _verify_store(path: Location) -> int:
-    """Print what is wrong with a store; how many files are damaged."""
+    """Print what is wrong with a store, of activations or of tokens; how many files are damaged."""
     from data.tools.inventory import Entry
+    from data.tools.tokens import verify_tokens
     from data.tools.verify import verify
 
-    findings = verify(path)
+    of_tokens = is_token_store(path)
+    findings = verify_tokens(path) if of_tokens else verify(path)
     for finding in findings:
         print(finding)
     damaged = sum(not finding.leftover for finding in findings)
     sizes = open_storage(path).sizes()
-    state = f"{damaged} damaged" if damaged else f"sound, {Entry.of(path).state}"
+    sound = "sound, tokens" if of_tokens else f"sound, {Entry.of(path).state}"
+    state = f"{damaged} damaged" if damaged else sound
     on_disk = f"{len(sizes)} files, {format_bytes(sum(sizes.values()))}"
     print(f"{path}: {state}; {on_disk}, {len(findings) - damaged} left over", flush=True)
     return damaged
@@ -41,7 +44,8 @@ def _verify_store(path: Location) -> int:
 
 def _verify(args: argparse.Namespace) -> int:
     """Return 1 where anything is damaged."""
-    stores = [path for folder in args.folders or [str(CACHE)] for path in stores_below(parse_location(folder))]
+    folders = [parse_location(folder) for folder in args.folders or [str(CACHE)]]
+    stores = [path for folder in folders for below in (stores_below, token_stores_below) for path in below(folder)]
     if not stores:
         raise UserError(f"no store in {', '.join(args.folders or [str(CACHE)])}: name the folder of one")
     damages = 0
@@ -68,8 +72,11 @@ def _info(args: argparse.Namespace) -> int:
 
 def _list(args: argparse.Namespace) -> int:
     from data.tools.inventory import listing
+    from data.tools.tokens import describe_tokens, token_entries
 
-    print("\n".join(listing(parse_location(args.folder))))
+    folder = parse_location(args.folder)
+    of_tokens = [line for entry in token_entries(folder) for line in describe_tokens(entry)]
+    print("\n".join([*of_tokens, *listing(folder)]))
     return 0
 
 
@@ -111,7 +118,7 @@ def _parser() -> argparse.ArgumentParser:
     verb = verbs.add_parser("verify", help="check every checksum, count and statistic; exit code 1 on damage")
     verb.add_argument("folders", nargs="*", help=f"stores, or folders that hold some (default {CACHE})")
     verb.set_defaults(run=_verify)
-    verb = verbs.add_parser("info", help="identity, settings, sizes, statistics, norms by position, outlier tokens")
+    verb = verbs.add_parser("info", help="identity, settings, sizes, statistics, norms by position, outliers")
     verb.add_argument("store")
     verb.add_argument("--outlier", type=float, default=10.0, metavar="C", help="norm above C times the median (10)")
     verb.add_argument("--rows", type=int, default=1_000_000, help="rows of a site whose norms are looked at (1000000)")

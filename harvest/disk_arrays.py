@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import mmap
+import os
 import tempfile
 import weakref
 from pathlib import Path
@@ -11,6 +13,8 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from data.base.files import naming
+
+_FREE = bytes(16)  # no digest of a text is known to be all zeros
 
 
 class DiskArray:
@@ -37,18 +41,67 @@ class DiskArray:
         return np.memmap(self._file, dtype, "c", shape=shape)
 
 
-class DiskStrings:
-    """DiskStrings one after another, each found by its number; the first to be read ends the writing."""
+class DigestSet:
+    """Which digests were seen, by their first 16 bytes: a hash table in a file, which need not fit in memory."""
+
+    _SLOT = 16
 
     def __init__(self) -> None:
-        self._spool, self._sizes, self._count = DiskArray(), DiskArray(), 0
+        self._count = 0
+        self._table = self._empty(1 << 12)
+
+    def _empty(self, slots: int) -> mmap.mmap:
+        """Make a table; the first, which is small, without a file."""
+        size = slots * self._SLOT
+        if not self._count:
+            return mmap.mmap(-1, size)
+        with naming(Path(tempfile.gettempdir())), tempfile.TemporaryFile() as file:
+            os.posix_fallocate(file.fileno(), 0, size)  # a sparse file on a full disk would end the process
+            return mmap.mmap(file.fileno(), size)
+
+    def add(self, digest: bytes) -> bool:
+        """Return whether a digest is new, and remember it."""
+        # Half of the slots are free, so that the next free one is near.
+        if 2 * self._count * self._SLOT >= len(self._table):
+            self._grow()
+        at = self._slot(self._table, digest[: self._SLOT])
+        if self._table[at : at + self._SLOT] != _FREE:
+            return False
+        self._table[at : at + self._SLOT] = digest[: self._SLOT]
+        self._count += 1
+        return True
+
+    def _slot(self, table: mmap.mmap, digest: bytes) -> int:
+        """Find where a digest is, or the free slot where it belongs."""
+        at = int.from_bytes(digest[:8], "little") * self._SLOT % len(table)
+        while table[at : at + self._SLOT] not in (digest, _FREE):
+            at = (at + self._SLOT) % len(table)
+        return at
+
+    def _grow(self) -> None:
+        old, self._table = self._table, self._empty(4 * len(self._table) // self._SLOT)
+        for at in range(0, len(old), self._SLOT):
+            digest = old[at : at + self._SLOT]
+            if digest != _FREE:
+                new = self._slot(self._table, digest)
+                self._table[new : new + self._SLOT] = digest
+        old.close()
+
+
+class DiskStrings:
+    """Strings one after another, each found by its number; the first to be read ends the writing."""
+
+    def __init__(self) -> None:
+        self._spool, self._ends = DiskArray(), DiskArray()
+        self._count, self._bytes = 0, 0
         self._read: tuple[NDArray[np.uint8], NDArray[np.int64]] | None = None
 
     def append(self, text: str) -> None:
         assert self._read is None
         encoded = text.encode("utf-8", "surrogatepass")
         self._spool.write(encoded)
-        self._sizes.write(np.array([len(encoded)], np.int64))
+        self._bytes += len(encoded)
+        self._ends.write(np.array([self._bytes], np.int64))
         self._count += 1
 
     def __len__(self) -> int:
@@ -56,8 +109,7 @@ class DiskStrings:
 
     def __getitem__(self, index: int) -> str:
         if self._read is None:
-            ends = np.cumsum(self._sizes.array(np.int64, self._count))
-            self._read = self._spool.array(np.uint8, int(ends[-1])), ends
+            self._read = self._spool.array(np.uint8, self._bytes), self._ends.array(np.int64, self._count)
         texts, ends = self._read
         begin = int(ends[index - 1]) if index else 0
         return texts[begin : int(ends[index])].tobytes().decode("utf-8", "surrogatepass")

@@ -29,14 +29,14 @@ from data.store.store import ORIGIN, TOKENS, Store
 from harvest.buffer import ActivationBuffer, Rows, Writer, native, send
 from harvest.hooks import capture, run_to
 from harvest.int8_scales import measure_scales
-from harvest.packing import PackedTokens
+from harvest.packing import PackedText
 from harvest.units import INDEX_WIDTHS, Unit, refuse_mixed
 
 POLL_S = 0.2  # between looks at units that other processes have
 FLOAT16_LIMIT = 6e4  # float16 ends at 65,504; so near to it, other tokens are likely beyond
 
 
-def widths_of(model: nn.Module, sites: Sequence[Site], packed: PackedTokens) -> dict[str, int]:
+def widths_of(model: nn.Module, sites: Sequence[Site], packed: PackedText) -> dict[str, int]:
     """Measure the width of each site, by a forward of one context; UserError where the model has no such site."""
     # By a forward, as configs name widths in many ways and a module's path says nothing of its own.
     seen = run_to(model, sites, _ids(packed.contexts[:1], model))
@@ -72,7 +72,7 @@ class Harvester:
         self,
         store: Store,
         model: nn.Module,
-        packed: Mapping[str, PackedTokens],
+        packed: Mapping[str, PackedText],
         widths: Mapping[str, int],
         lm_batch: int,
         decode: Callable[[int], str] = str,
@@ -221,7 +221,7 @@ class Harvester:
         row = int((~(largest_N <= limit)).nonzero()[0])
         sequence, position = map(int, self._index_arrays(unit)[ORIGIN][row])
         text = self.packed[unit.split]
-        token = int(text.contexts[sequence, position])
+        token = int(text.contexts[sequence : sequence + 1][0, position])
         remedy = "too large for float16: set store.dtype=bfloat16 or float32"
         if self.dtype is not torch.float16:
             remedy = "which is not finite: set model.dtype=float32, or leave this text out"

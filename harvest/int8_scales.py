@@ -19,13 +19,13 @@ from data.store.int8 import PILOT_ROWS, FeatureScale
 from data.store.layout import Layout
 from data.store.massive import TIMES_MEDIAN
 from harvest.hooks import run_to
-from harvest.packing import PackedTokens
+from harvest.packing import PackedText
 
 _Rows = NDArray[np.float32]
 
 
 def measure_scales(
-    model: nn.Module, text: PackedTokens, layout: Layout, lm_batch: int, sites: Sequence[str]
+    model: nn.Module, text: PackedText, layout: Layout, lm_batch: int, sites: Sequence[str]
 ) -> dict[str, FeatureScale]:
     """Measure the scale of each site on the ordinary rows of the pilot.
 

@@ -6,11 +6,10 @@ nothing is padded. Where a token lies depends on text, tokenizer and packing, ne
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,12 +19,12 @@ from data.base.config import Flag, Settings, Whole
 from data.base.errors import UserError
 from data.base.records import Json
 from data.store.manifest import HELDOUT
-from harvest.chat import Chat, rendered
 from harvest.disk_arrays import DiskArray, DiskStrings
+from harvest.document_order import DocumentOrder
+from harvest.encoding import encoded
 from harvest.text_dataset import StreamLost
-from harvest.text_source import Document, TextSource, split_of, token_ids, unique
+from harvest.text_source import TextSource, unique
 
-ENCODE_AT_ONCE = 64  # documents handed to the tokenizer together
 _FEW_DOCUMENTS = 50  # below which a split is likely to be empty by chance
 
 
@@ -60,6 +59,26 @@ class Packing(Settings):
         return {name: value for name, value in self.model_dump().items() if name != "bos_token" or value is not None}
 
 
+class Sliced(Protocol):
+    """Rows that are read by slices, from memory or from wherever they lie."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, at: slice, /) -> NDArray[Any]: ...
+
+
+class PackedText(Protocol):
+    """What a harvest asks of the contexts of a split; `PackedTokens` and `harvest.stored_text.StoredText` are such."""
+
+    @property
+    def contexts(self) -> Sliced: ...
+    @property
+    def keep(self) -> Sliced: ...
+    @property
+    def lost(self) -> StreamLost | None: ...
+    def rows(self, contexts: slice) -> int: ...
+    def document(self, sequence: int, position: int) -> str: ...
+
+
 @dataclass(frozen=True)
 class PackedTokens:
     """Contexts of one split: `contexts` [n, T] token ids, `keep` [n, T] whether the token's row is harvested.
@@ -75,6 +94,10 @@ class PackedTokens:
     names: Sequence[str] | DiskStrings = ()
     stride: int = 1
     lost: StreamLost | None = None
+
+    def rows(self, contexts: slice) -> int:
+        """Count the kept rows of some contexts."""
+        return int(self.keep[contexts].sum())
 
     def document(self, sequence: int, position: int) -> str:
         """Return the name of the document that token `position` of context `sequence` belongs to."""
@@ -141,40 +164,19 @@ def check_tokenizer(tokenizer: Any, packing: Packing) -> None:
         raise UserError("packing.separator=true, but this tokenizer has no EOS token: set packing.separator=false")
 
 
-def texts_in_order(source: TextSource, packing: Packing, split: str) -> Iterator[tuple[str, str]]:
-    """Put in order (name, text) of each unique document of a split, as they are packed;
-    a shuffle keeps them in temporary files."""
-    mine = (doc for doc in unique(source.documents()) if split_of(doc.key, packing.heldout) == split)
-    if packing.shuffle is None:
-        return ((doc.name, doc.text) for doc in mine)
-    return _shuffled(mine, packing.shuffle)
-
-
-def _shuffled(documents: Iterable[Document], seed: int) -> Iterator[tuple[str, str]]:
-    """Yield the texts by sha256(seed, key), compared as bytes."""
-    names, texts, ranks = DiskStrings(), DiskStrings(), DiskArray()
-    for doc in documents:
-        names.append(doc.name)
-        texts.append(doc.text)
-        ranks.write(hashlib.sha256(f"{seed}:{doc.key}".encode("utf-8", "surrogatepass")).digest())
-    words = ranks.array(">u8", len(names), 4)
-    for index in np.lexsort(words.T[::-1]):  # of lexsort's keys the last one counts first
-        yield names[index], texts[index]
-
-
 @dataclass(frozen=True)
-class _Encoded:
-    """A document's tokens [n], and which of their rows may be harvested [n]: of a chat not all, of a text all."""
+class _Stretch:
+    """A document's part of the stream: its tokens with the BOS and EOS at its ends, which of them may be harvested."""
 
     name: str
     tokens: NDArray[np.int32]
     wanted: NDArray[np.bool_]
 
 
-def _encoded(
+def _stretches(
     documents: Iterable[tuple[str, str]], tokenizer: Any, packing: Packing, vocabulary: int | None = None
-) -> Iterator[_Encoded]:
-    """Yield the tokens of each document, with the BOS and EOS tokens that stand at its ends.
+) -> Iterator[_Stretch]:
+    """Yield what each document is in the stream, with the BOS and EOS tokens that stand at its ends.
 
     A document that came as token ids, or as a chat whose template begins with a BOS, gets no second one. vocabulary:
     rows of the model's embedding, beyond which a token is refused (UserError).
@@ -182,39 +184,17 @@ def _encoded(
     bos = bos_id(tokenizer, packing)
     head = [bos] if packing.bos == "document" and bos is not None else []
     tail = [tokenizer.eos_token_id] if packing.separator else []
-    documents = iter(documents)
-    while batch := list(islice(documents, ENCODE_AT_ONCE)):
-        for name, ids, wanted, has_bos in _by_tokenizer(batch, tokenizer, head):
-            lead = [] if has_bos else head
-            tokens = np.array([*lead, *ids, *tail], np.int32)
-            if vocabulary is not None and len(tokens) and tokens.max() >= vocabulary:
-                raise UserError(_beyond(name, int(tokens.max()), tokenizer, vocabulary))
-            # The ends are special tokens, stored only where those are.
-            yield _Encoded(name, tokens, np.pad(wanted, (len(lead), len(tail)), constant_values=True))
+    for doc in encoded(documents, tokenizer):
+        lead = [] if doc.own and doc.ids[:1].tolist() == head else head
+        tokens = np.array([*lead, *doc.ids, *tail], np.int32)
+        if vocabulary is not None and len(tokens) and tokens.max() >= vocabulary:
+            raise UserError(beyond_vocabulary(doc.name, int(tokens.max()), tokenizer, vocabulary))
+        # The ends are special tokens, stored only where those are.
+        yield _Stretch(doc.name, tokens, np.pad(doc.wanted, (len(lead), len(tail)), constant_values=True))
 
 
-def _by_tokenizer(
-    batch: list[tuple[str, str]], tokenizer: Any, head: list[int]
-) -> Iterator[tuple[str, list[int], NDArray[np.bool_], bool]]:
-    """Yield (name, ids, which rows may be harvested, whether a BOS stands there already) of each document."""
-    texts = [text for _, text in batch if token_ids(text) is None and Chat.from_text(text) is None]
-    of_texts: Iterator[list[int]] = iter(())
-    if texts:
-        # verbose=False: a document longer than the model's context is no mistake here, it is cut.
-        said = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
-        of_texts = iter(said["input_ids"])
-    for name, text in batch:
-        given, chat = token_ids(text), Chat.from_text(text)
-        if chat is not None:
-            ids, wanted = rendered(chat, tokenizer, name)
-        else:
-            ids = next(of_texts) if given is None else given
-            wanted = np.ones(len(ids), np.bool_)
-        has_bos = (given is not None or chat is not None) and ids[:1] == head
-        yield name, ids, wanted, has_bos
-
-
-def _beyond(document: str, token: int, tokenizer: Any, vocabulary: int) -> str:
+def beyond_vocabulary(document: str, token: int, tokenizer: Any, vocabulary: int) -> str:
+    """Say that a document has a token which the model's embedding has no row for."""
     return (
         f"document {document} holds token {token} ({tokenizer.decode([token])!r}), and the model's embedding has only "
         f"{vocabulary:,} rows: leave such text out, or take the tokenizer that the model was trained with"
@@ -231,7 +211,7 @@ class _Cutter:
         self.length = 0
         self.starts, self.names = DiskArray(), DiskStrings()
 
-    def blocks(self, documents: Iterable[_Encoded]) -> Iterator[tuple[NDArray[np.int32], NDArray[np.bool_]]]:
+    def blocks(self, documents: Iterable[_Stretch]) -> Iterator[tuple[NDArray[np.int32], NDArray[np.bool_]]]:
         """Whole contexts [n, T], n of 1 or more, and which of their rows may be harvested [n, T]."""
         tokens: list[NDArray[np.int32]] = []
         wanted: list[NDArray[np.bool_]] = []
@@ -277,7 +257,8 @@ def pack(
     contexts, keeps = DiskArray(), DiskArray()
     count, n_kept, goal, lost = 0, 0, None, None
     try:
-        documents = _encoded(texts_in_order(source, packing, split), tokenizer, packing, vocabulary)
+        texts = DocumentOrder(source, packing.shuffle, packing.heldout).texts(split)
+        documents = _stretches(texts, tokenizer, packing, vocabulary)
         for block, may_keep in cutter.blocks(documents):
             keep = may_keep if packing.keep_special else may_keep & ~np.isin(block, special)
             running = n_kept + np.cumsum(keep.sum(1))
@@ -296,14 +277,15 @@ def pack(
         if not goal:
             raise
     if goal is None:
-        raise UserError(_too_short(source, packing, split, rows, n_kept))
+        raise UserError(too_short(source, packing, split, rows, n_kept))
     shape = min(goal, count), packing.context
     starts = cutter.starts.array(np.int64, len(cutter.names))
     arrays = contexts.array(np.int32, *shape), keeps.array(np.bool_, *shape)
     return PackedTokens(*arrays, starts, cutter.names, cutter.stride, lost)
 
 
-def _too_short(source: TextSource, packing: Packing, split: str, rows: int, n_kept: int) -> str:
+def too_short(source: TextSource, packing: Packing, split: str, rows: int, n_kept: int) -> str:
+    """Say that a split has fewer rows than were asked for, and how many it has."""
     setting = "heldout_tokens" if split == HELDOUT else "tokens"
     has = f"{n_kept:,} rows in whole contexts of {packing.context} tokens" if n_kept else "no whole context"
     count = sum(1 for _ in islice(unique(source.documents()), _FEW_DOCUMENTS))

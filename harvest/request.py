@@ -16,13 +16,11 @@ from data.store.find import find
 from data.store.layout import choose_layout
 from data.store.manifest import HELDOUT, STORE_FORMAT, TRAIN, Manifest, store_settings
 from data.store.store import Store
+from data.store.token_store import TokenStore, made_for, text_content, tokens_identity
 from harvest import lm
 from harvest.chat import template_hash
 from harvest.config import HarvestSettings
 from harvest.packing import added_special_ids
-
-# Of a text whose bytes are hashed in the identity: how it was reached, and which of its columns.
-_WAYS_TO_A_TEXT = ("paths", "field", "root")
 
 
 @dataclass(frozen=True)
@@ -88,6 +86,12 @@ class HarvestRequest:
             identity["special_tokens"] = special
         return identity
 
+    def token_store(self, identity: Json) -> TokenStore:
+        """Open the store of this text's tokens in the cache, or make it; all stores of the text have the same."""
+        of_tokens = tokens_identity(identity)
+        assert of_tokens is not None
+        return TokenStore.create_or_open(self.cache, of_tokens, made_for(self.settings, self.asked.model.short_name))
+
     def existing_store(self, identity: Json) -> Store | None:
         """Find the store of this content, with its own layout unless another is asked for.
 
@@ -131,12 +135,10 @@ class HarvestRequest:
 
 def content(identity: Json) -> Json:
     """Take from an identity the names by which the same bytes were reached: paths of a text, a model's folder."""
-    model, text = dict(identity["model"]), dict(identity["text"])
+    model = dict(identity["model"])
     if model.get("files"):
         model.pop("name", None)
-    if "sha256" in text:
-        text = {name: value for name, value in text.items() if name not in _WAYS_TO_A_TEXT}
-    return {**identity, "model": model, "text": text}
+    return {**identity, "model": model, "text": text_content(identity["text"])}
 
 
 def _stores_in(cache: Location) -> Iterator[Store]:

@@ -11,22 +11,25 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from omegaconf import DictConfig
 
 from data.base import cli
 from data.base.calls import settings_of_call
 from data.base.errors import UserError
 from data.base.files import format_bytes
+from data.base.records import Json
 from data.slurm.settings import output_folder, slurm_launcher
 from data.store.layout import Layout
-from data.store.manifest import TRAIN
 from data.store.store import Store
 from harvest import lm
-from harvest.packing import PackedTokens, check_tokenizer, pack
+from harvest.packing import PackedTokens, check_tokenizer
 from harvest.request import HarvestRequest
 from harvest.slurm import harvest_by_jobs
+from harvest.stored_text import StoredText
 from harvest.summary import advice, summary
 from harvest.text_source import token_ids
+from harvest.tokenise import Tokeniser
 from harvest.tokenizer import TokenIds
 from harvest.units import Unit, covered, finish, plan
 
@@ -50,14 +53,35 @@ def check_disk(request: HarvestRequest, units: Sequence[Unit], widths: Mapping[s
     asked = f"{format_bytes(needed)} to write{_spared(units, widths, layout)}"
     if not isinstance(request.cache, Path):
         return say(f"{asked} in {request.cache}")
-    folder = request.cache.absolute()
+    say(f"on disk: {asked}, {format_bytes(free_on_disk(request.cache))} free in {request.cache}")
+    refuse_full_disk(request.cache, needed)
+
+
+def check_disk_early(request: HarvestRequest, store: Store | None, widths: Mapping[str, int], layout: Layout) -> None:
+    """Raise UserError where a disk cannot even have the rows asked for, which is known before text is tokenised."""
+    if isinstance(request.cache, Path):
+        needed = 0
+        for split, rows in request.rows.items():
+            for site, width in widths.items():
+                there = store.rows(split, site) if store is not None and site in store.sites(split) else 0
+                needed += max(0, rows - there) * layout.row_bytes(width)
+        refuse_full_disk(request.cache, needed)
+
+
+def free_on_disk(folder: Path) -> int:
+    """Return what is free on the disk of a folder, which need not be there yet."""
+    folder = folder.absolute()
     while not folder.exists():
         folder = folder.parent
-    free = shutil.disk_usage(folder).free
-    say(f"on disk: {asked}, {format_bytes(free)} free in {request.cache}")
+    return shutil.disk_usage(folder).free
+
+
+def refuse_full_disk(cache: Path, needed: int) -> None:
+    """Raise UserError where a disk has not as much as a harvest needs."""
+    free = free_on_disk(cache)
     if needed + DISK_MARGIN > free:
         raise UserError(
-            f"the harvest needs {format_bytes(needed)} in {request.cache} and {format_bytes(free)} is free there: free "
+            f"the harvest needs {format_bytes(needed)} in {cache} and {format_bytes(free)} is free there: free "
             "some space, ask for fewer tokens or sites, or choose another folder with cache=<folder>"
         )
 
@@ -80,18 +104,21 @@ def check_text(request: HarvestRequest, tokenizer: Any) -> None:
             tokenizer([first.text])
 
 
-def pack_splits(request: HarvestRequest, tokenizer: Any, model: Any, layout: Layout) -> dict[str, PackedTokens]:
-    """Pack the contexts of each split, each token one that the model's embedding has."""
+def packed_splits(
+    request: HarvestRequest, identity: Json, tokenizer: Any, model: Any, layout: Layout
+) -> dict[str, StoredText]:
+    """Return the contexts of each split, each token one that the model's embedding has; tokenises what is not yet."""
+    tokeniser = Tokeniser(
+        request.token_store(identity),
+        request.asked.text,
+        tokenizer,
+        request.asked.packing,
+        documents=identity["text"].get("documents"),
+        quiet=rank() > 0,
+    )
+    vocabulary = len(model.get_input_embeddings().weight)
     return {
-        split: pack(
-            request.asked.text,
-            tokenizer,
-            request.asked.packing,
-            split,
-            rows,
-            multiple=layout.contexts_per_unit,
-            vocabulary=len(model.get_input_embeddings().weight),
-        )
+        split: tokeniser.text(split, rows, multiple=layout.contexts_per_unit, vocabulary=vocabulary)
         for split, rows in request.rows.items()
     }
 
@@ -131,8 +158,11 @@ def harvest(config: Mapping[str, Any] | None = None, **settings: Any) -> Store:
         locate(model, site)
     d_model = model.config.get_text_config().hidden_size
     manifest = store.manifest if store else request.new_manifest(identity, d_model)
-    packed = pack_splits(request, tokenizer, model, manifest.layout)
-    widths = harvester.widths_of(model, asked.sites, packed[TRAIN])
+    # Widths are the same whatever is read.
+    blank = np.zeros((1, asked.packing.context), np.int32)
+    widths = harvester.widths_of(model, asked.sites, PackedTokens(blank, blank == 0))
+    check_disk_early(request, store, widths, manifest.layout)
+    packed = packed_splits(request, identity, tokenizer, model, manifest.layout)
     check_disk(request, plan(store, manifest.layout, packed, asked.sites), widths, manifest.layout)
     store = store or Store.create_or_open(request.cache, manifest)
     units = plan(store, manifest.layout, packed, asked.sites)

@@ -20,6 +20,7 @@ from data.base.errors import UserError
 from data.base.records import Json
 from data.store.manifest import HELDOUT, TRAIN
 from harvest.chat import Chat, Keep, is_chat
+from harvest.disk_arrays import DigestSet
 
 BYTE_ORDER_MARK = "\ufeff"
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -64,11 +65,9 @@ def split_of(key: str, heldout: float) -> str:
 
 def unique(documents: Iterable[Document]) -> Iterator[Document]:
     """Drop blank documents and those whose exact text came before, so that no text can stand in both splits."""
-    seen: set[bytes] = set()
+    seen = DigestSet()
     for doc in documents:
-        text_hash = hash_text(doc.text)
-        if doc.text.strip() and text_hash not in seen:
-            seen.add(text_hash)
+        if doc.text.strip() and seen.add(hash_text(doc.text)):
             yield doc
 
 

@@ -19,7 +19,7 @@ from data.store.files import extent
 from data.store.layout import Layout
 from data.store.manifest import HELDOUT, TRAIN
 from data.store.store import ORIGIN, TOKENS, Store
-from harvest.packing import PackedTokens
+from harvest.packing import PackedText
 
 INDEX_WIDTHS = {TOKENS: 1, ORIGIN: 2}  # what each row is, in int32 values
 
@@ -55,7 +55,7 @@ class Unit:
         return stored * (values + sum(INDEX_WIDTHS[name] for name in self.index_arrays) * np.dtype(np.int32).itemsize)
 
 
-def plan(store: Store | None, layout: Layout, packed: Mapping[str, PackedTokens], sites: Sequence[Site]) -> list[Unit]:
+def plan(store: Store | None, layout: Layout, packed: Mapping[str, PackedText], sites: Sequence[Site]) -> list[Unit]:
     """Plan the units of `packed` with anything not yet committed in `store` (None: a store yet to be made), in order.
 
     The splits take turns in proportion to their sizes, so that a harvest that is broken off has rows of each.
@@ -70,7 +70,7 @@ def plan(store: Store | None, layout: Layout, packed: Mapping[str, PackedTokens]
             left = [name for name in names if index not in done[name]]
             if left:
                 index_arrays = tuple(name for name in left if name in INDEX_WIDTHS)
-                rows = int(text.keep[contexts].sum())
+                rows = text.rows(contexts)
                 unit = Unit(split, index, contexts, rows, tuple(n for n in left if n not in index_arrays), index_arrays)
                 # By its share of the split: both splits are then begun early and end together.
                 ranked.append((index / n_units, unit))

@@ -17,6 +17,7 @@ from data.base.errors import UserError
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 STAGES = ("harvest", "train")  # that a preset speaks to
+LAUNCHER_GROUP = "hydra/launcher"  # the group of conf/ with what runs a sweep's jobs
 FLAGS = ("--help", "-h")
 _DEFAULT = re.compile(r"  - (?:(?P<group>[\w/]+): )?(?P<option>[\w${}.-]+)\s*(?:#.*)?")
 _ENDING = """\
@@ -129,9 +130,21 @@ def _lines(config: ConfigFile, stage: str, arguments: Sequence[str]) -> Iterator
         lead = "" if any(line.startswith(f"{group}:") for line in file.body) else f"{group}."
         yield from (f"  {lead if _names_a_setting(line) else ''}{line}".rstrip() for line in file.settings())
     if stage in STAGES:
+        yield from _launchers(arguments)
         yield from ["", "Presets, each for harvest and train: +experiment=<name>"]
         yield from (f"  {name:<16} {line}" for name, line in preset_lines().items())
     yield from ["", *_ENDING.splitlines()]
+
+
+def _launchers(arguments: Sequence[str]) -> Iterator[str]:
+    """Write what may run the jobs, and the settings of the one that the command line names."""
+    yield from ["", "hydra/launcher=<name>   how jobs are run"]
+    for name in group_options(LAUNCHER_GROUP):
+        file = ConfigFile.read(CONF / LAUNCHER_GROUP / f"{name}.yaml")
+        yield f"  {name:<16} {file.prose[0]}"
+        if f"{LAUNCHER_GROUP}={name}" in arguments:
+            own = [line for line in file.body if _names_a_setting(line) and not line.startswith("_")]
+            yield from (f"    hydra.launcher.{line}" for line in own)
 
 
 def _names_a_setting(line: str) -> bool:

@@ -15,6 +15,8 @@ from typing import Any, Protocol
 from data.base.location import Location
 from data.base.records import Json
 
+MANIFEST = "manifest.json"  # the first file of a store of activations; in a folder its lock, too
+RECORD_FOLDERS = ("commits", "records")  # of stores of activations and of tokens: what says that units are there
 LEASES_FOLDER = "claims"  # its name on disk, where stores of every age have it
 
 

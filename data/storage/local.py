@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 
 from data.base.files import fsync, naming, open_plain, whole_file, write_atomic, write_atomic_shared
 from data.base.lock import alone
-from data.storage.base import LEASES_FOLDER
+from data.storage.base import LEASES_FOLDER, MANIFEST, RECORD_FOLDERS
 from data.storage.leases import UnitLeases
 
 TRIES = 100  # to make something in a folder that others may remove when it is empty
@@ -39,13 +39,13 @@ class LocalStorage:
 
     stages_are_private = True  # a stage is brought to its place by a rename, which only its writer does
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, first: str = MANIFEST) -> None:
+        self.path, self._first = path, first
         self.leases = UnitLeases(self)
 
     def _alone(self) -> AbstractContextManager[None]:
         """Be the only one to change what the store holds, for a moment; not to be entered twice."""
-        return alone(self.path / "manifest.json")
+        return alone(self.path / self._first)
 
     def _open(self, key: str) -> io.FileIO:
         """Open a file to read; an OSError where something else is in its place, which reading would wait for."""
@@ -246,7 +246,8 @@ class LocalStorage:
         # First what says that the store is whole, then what says that units are: killed at any point this leaves a
         # store with fewer rows, never one with records of files that are gone.
         (self.path / "complete.json").unlink(missing_ok=True)
-        shutil.rmtree(self.path / "commits", ignore_errors=True)
+        for folder in RECORD_FOLDERS:
+            shutil.rmtree(self.path / folder, ignore_errors=True)
         shutil.rmtree(self.path)
 
     def zarr(self, key: str) -> dict[str, Any]:

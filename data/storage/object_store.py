@@ -29,7 +29,7 @@ from typing import Any
 
 from data.base.errors import UserError
 from data.base.location import Url
-from data.storage.base import LEASES_FOLDER
+from data.storage.base import LEASES_FOLDER, MANIFEST, RECORD_FOLDERS
 from data.storage.leases import UnitLeases
 
 AT_ONCE = 8  # requests
@@ -114,8 +114,8 @@ class ObjectStorage:
 
     stages_are_private = False  # whoever finds them settled on copies them
 
-    def __init__(self, path: Url) -> None:
-        self.path = path
+    def __init__(self, path: Url, first: str = MANIFEST) -> None:
+        self.path, self._first = path, first
         self._store = open_bucket(path.scheme, path.bucket)
         self.leases = UnitLeases(self)
         self._offered: set[Url] = set()
@@ -361,10 +361,10 @@ class ObjectStorage:
 
     def remove_all(self) -> None:
         keys = self.below("")
-        records = [key for key in keys if key.startswith("commits/")]
+        records = [key for key in keys if key.partition("/")[0] in RECORD_FOLDERS]
         # As for a folder: first the claims to be whole, the manifest last, so that what is left is still known for a
         # store.
-        for some in (["complete.json"], records, keys.keys() - {"manifest.json"}, ["manifest.json"]):
+        for some in (["complete.json"], records, keys.keys() - {self._first}, [self._first]):
             self.remove(some)
 
     def zarr(self, key: str) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from data.storage.open import open_storage
 from data.store.commit import RECORD
 from data.store.manifest import HELDOUT, TRAIN
 from data.store.store import Store
+from data.store.token_store import DESCRIPTION
 
 SPLITS = (TRAIN, HELDOUT)
 
@@ -36,6 +37,24 @@ def stores_below(path: Location) -> list[Location]:
     below = (path / name for name in open_storage(path).folders())
     # Links are not followed: they may lead in a circle, or to a store that is listed where it really lies.
     return [store for at in below if not (isinstance(at, Path) and at.is_symlink()) for store in stores_below(at)]
+
+
+def is_token_store(path: Location) -> bool:
+    """Return whether a folder is a store of tokens (data/store/token_store.py); not one that cannot be looked into."""
+    try:
+        return open_storage(path).size(DESCRIPTION) is not None
+    except OSError:
+        return False
+
+
+def token_stores_below(path: Location) -> list[Location]:
+    """Return the folder itself, if it is a store of tokens, else all such stores below it, by path."""
+    if is_token_store(path):
+        return [path]
+    if is_store(path):
+        return []
+    below = (path / name for name in open_storage(path).folders())
+    return [store for at in below if not (isinstance(at, Path) and at.is_symlink()) for store in token_stores_below(at)]
 
 
 def leftovers(names: Collection[str], keys: Collection[str]) -> list[str]:

@@ -59,12 +59,13 @@ def find_fingerprint(cache: Location, fingerprint: str) -> Store:
     return stores[0]
 
 
-def open_store(name: str | Location, cache: Location = CACHE) -> Store:
+def open_store(name: str | Location, cache: str | Location = CACHE) -> Store:
     """Open the store in a folder or at a URL, or the one in `cache` whose folder's name is, or begins with, `name`.
 
     A UserError lists several of that beginning, or says what is there where none is of it.
     """
     location = parse_location(name)
+    cache = parse_location(cache)
     # A bare word is a name in the cache, unless a store lies at just that path.
     if not isinstance(location, Path) or len(location.parts) != 1 or (location / "manifest.json").is_file():
         return Store.open(location)

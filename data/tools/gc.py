@@ -12,26 +12,33 @@ from typing import Any
 from data.base.errors import UserError
 from data.base.files import format_bytes
 from data.base.location import Location
+from data.storage.base import MANIFEST
 from data.storage.open import open_storage
 from data.store.files import chunk_keys, is_store, leftovers
+from data.store.token_store import DESCRIPTION
 from data.tools.inventory import DAMAGED, UNFINISHED, Entry, entries
+from data.tools.tokens import stores_of, token_entries, token_leftovers
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A store (no `files`), or what is left over in one, that may be removed."""
+    """A store (no `files`), or what is left over in one, that may be removed.
+
+    first: the file that is written first and removed last.
+    """
 
     path: Location
     why: str
     bytes: int
     files: tuple[str, ...] = ()
+    first: str = MANIFEST
 
     def __str__(self) -> str:
         what = f"{len(self.files)} files in {self.path}" if self.files else str(self.path)
         return f"{what}  {self.why}, {format_bytes(self.bytes)}"
 
     def remove(self) -> None:
-        place = open_storage(self.path)
+        place = open_storage(self.path, self.first)
         if self.files:
             place.remove(self.files)
         else:
@@ -90,7 +97,32 @@ def candidates(folder: Location, outputs: Path, idle_minutes: float) -> tuple[li
             why = f"unfinished and no SAE in {outputs} is of it"
             why = why if entry.state == UNFINISHED else f"no SAE in {outputs} is of it"
             found.append(Candidate(entry.path, why, entry.bytes))
+    _token_candidates(folder, idle_minutes, found, spared)
     return found, spared
+
+
+def _token_candidates(folder: Location, idle_minutes: float, found: list[Candidate], spared: list[str]) -> None:
+    """Add the stores of tokens that no store of activations beside them is cut from, and what is left over in others.
+
+    A store of activations may be extended as long as it is there, so its tokens stay.
+    """
+    for entry in token_entries(folder):
+        try:
+            stores = stores_of(entry)
+        except UserError as error:
+            spared.append(f"{entry.line}: whether it is needed cannot be read ({error})")
+            continue
+        if entry.store is None:
+            spared.append(f"{entry.line}: whether it is needed cannot be read ({entry.wrong})")
+        elif open_storage(entry.path).seconds_since_write() < 60 * idle_minutes:
+            spared.append(f"{entry.line}: written to in the last {idle_minutes:g} minutes")
+        elif not stores:
+            why = f"no store in {entry.cache} is of its text"
+            found.append(Candidate(entry.path, why, entry.bytes, first=DESCRIPTION))
+        elif names := token_leftovers(entry.store):
+            sizes = entry.store.storage.sizes()
+            size = sum(sizes.get(name, 0) for name in names)
+            found.append(Candidate(entry.path, "left over", size, tuple(names), DESCRIPTION))
 
 
 def collect_garbage(

@@ -12,11 +12,12 @@ from data.base.files import format_bytes
 from data.base.location import Location
 from data.base.records import canonical, flatten
 from data.loading.norm_filter import read_norms, sampled_chunks
-from data.store.files import SPLITS, arrays
+from data.store.files import SPLITS, arrays, is_token_store
 from data.store.manifest import TRAIN
 from data.store.massive import massive_line
 from data.store.store import ORIGIN, Store
 from data.tools.inventory import Entry, makers_of
+from data.tools.tokens import token_report, tokens_of
 
 Floats = NDArray[np.float64]
 
@@ -125,7 +126,13 @@ def _norms(store: Store, split: str, site: str, times: float, most: int) -> Iter
 
 
 def report(path: Location, times: float, most: int) -> Iterator[str]:
-    """Yield the lines of `info`. times: what makes an outlier. most: rows of a site whose norms are looked at."""
+    """Yield the lines of `info`, of a store of tokens too.
+
+    times: what makes an outlier. most: rows of a site whose norms are looked at.
+    """
+    if is_token_store(path):
+        yield from token_report(path)
+        return
     store = Store.open(path)
     entry, layout = Entry.of(path), store.layout
     yield entry.line
@@ -133,6 +140,7 @@ def report(path: Location, times: float, most: int) -> Iterator[str]:
     yield from _fields("settings as asked", flatten(store.manifest.settings))
     yield from _fields("identity", flatten(store.manifest.identity))
     yield f"a unit: {layout.unit_rows:,} rows in {layout.chunks_per_unit} chunks of {layout.chunk_rows:,}"
+    yield f"tokens: {tokens_of(store) or 'none stored (harvest tokenises the text again for more rows or sites)'}"
     makers = makers_of(store)
     yield f"devices and libraries: {'mixed' if len(makers) > 1 else 'the same throughout'}"
     yield from (f"  {count} records by {maker or 'an unnamed device'}" for maker, count in makers.most_common())

@@ -63,6 +63,17 @@ def unreadable(error: OSError) -> str:
     return reasons.get(error.errno or 0, f"cannot be read ({error.strerror})")
 
 
+def wrong_bytes(chunk: Chunk, content: bytes) -> str | None:
+    """Say how a file's content differs from what its record says; None where it does not."""
+    import google_crc32c
+
+    if len(content) != chunk.bytes:
+        return f"has {len(content)} bytes where {chunk.bytes} were committed"
+    if (crc := f"{google_crc32c.value(content):08x}") != chunk.crc32c:
+        return f"is damaged (its crc32c is {crc} where {chunk.crc32c} was committed)"
+    return None
+
+
 def read_sealed(data: bytes, path: Location, indent: int | None = None) -> Json:
     """Read a record, which must be byte for byte what was written; a UserError otherwise."""
     obj = unseal(data, path, "")
@@ -275,15 +286,8 @@ class Verifier:
 
     def _is_as_committed(self, commit: Commit, chunk: Chunk, content: bytes | OSError) -> bool:
         """Return whether a chunk file has the length and the crc32c of its record."""
-        import google_crc32c
-
-        if isinstance(content, OSError):
-            what = unreadable(content)
-        elif len(content) != chunk.bytes:
-            what = f"has {len(content)} bytes where {chunk.bytes} were committed"
-        elif (crc := f"{google_crc32c.value(content):08x}") != chunk.crc32c:
-            what = f"is damaged (its crc32c is {crc} where {chunk.crc32c} was committed)"
-        else:
+        what = unreadable(content) if isinstance(content, OSError) else wrong_bytes(chunk, content)
+        if what is None:
             return True
         self.unit_damaged(self.path / chunk.key, what, commit.split, commit.unit, commit.site)
         return False

@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def test_a_store_is_opened_and_loaded_by_public_names(tmp_path: Path) -> None:
     made = harvested(tmp_path)
-    store = data.open_store(made.path.name, tmp_path)
+    store = data.open_store(made.path.name, str(tmp_path))
     assert isinstance(store, data.Store) and str(data.Site.parse("blocks.1.hook_resid_post")) == "resid_post.1"
     (rows,) = data.ActivationLoader(data.open_reader(store, "train", "resid_post.1"), batch=41)
     assert rows.shape == (41, 3)

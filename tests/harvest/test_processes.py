@@ -282,7 +282,7 @@ def test_a_nan_in_the_model_ends_the_harvest_by_name(text: Path, tmp_path: Path)
     whose = r"site resid_post.1 has \|x\| = nan at token 1 \('s'\) of train sequence 0, document .*set model.dtype"
     with pytest.raises(UserError, match=whose):
         harvest(config(tmp_path / "tiny", text, tmp_path / "cache", SITES))
-    store = next((tmp_path / "cache").glob("*"))
+    store = next((tmp_path / "cache").glob("tiny-*"))
     assert not list(store.glob("commits")) and not (store / "claims").exists()
     assert harvest(config(tmp_path / "tiny", text, tmp_path / "cache", "sites=[resid_post.0]")).path == store
 

@@ -220,7 +220,7 @@ def test_a_token_beyond_the_embedding_is_named_before_the_model_runs(model: Path
     small = ("tokens=4", "heldout_tokens=0", "packing.context=2", "packing.heldout=0", "text.field=ids")
     with pytest.raises(UserError, match=r"document .*ids\.jsonl:2 holds token 42 .*embedding has only 42 rows"):
         harvest(config(model, tmp_path / "ids.jsonl", tmp_path / "cache", *small))
-    assert not (tmp_path / "cache").exists()
+    assert not list((tmp_path / "cache").glob("tiny-*"))
     (tmp_path / "huge.jsonl").write_text(json.dumps({"ids": [2**40]}))
     with pytest.raises(UserError, match="a list of numbers that are no token ids"):
         harvest(config(model, tmp_path / "huge.jsonl", tmp_path / "cache", *small))
@@ -312,7 +312,8 @@ def test_the_spelling_of_a_path_makes_no_other_store(
         said = capsys.readouterr().out
         assert said.startswith("nothing to do: ")
         assert f"python -m train store={cfg['cache']}/{store.path.name} site=resid_post.1 " in said
-    assert len(list((tmp_path / "cache").iterdir())) == 1
+    assert sorted(path.name for path in (tmp_path / "cache").iterdir()) == [store.path.name, "tokens"]
+    assert len(list((tmp_path / "cache" / "tokens").iterdir())) == 1
     write_stories(copy, range(41))
     assert harvest(config(model, copy, tmp_path / "cache")).path != store.path
 

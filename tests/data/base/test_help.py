@@ -59,6 +59,14 @@ def test_groups_show_the_chosen_option_and_name_the_others() -> None:
         help_text("train", ["sae=gatd"])
 
 
+def test_launchers_are_named_and_the_chosen_one_shows_its_settings() -> None:
+    plain, chosen = help_text("train"), help_text("train", ["hydra/launcher=slurm"])
+    for name in group_options("hydra/launcher"):
+        assert re.search(rf"^  {name} +\w", plain, re.M), name
+    assert "hydra.launcher.partition: null" in chosen
+    assert "hydra.launcher." not in plain
+
+
 @pytest.mark.parametrize("stage", ["harvest", "train"])
 def test_every_preset_is_named_and_described(stage: str) -> None:
     lines = help_text(stage).splitlines()
