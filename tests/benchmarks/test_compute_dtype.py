@@ -10,6 +10,7 @@ import torch
 from benchmarks import compute_dtype
 
 
+@pytest.mark.slow
 def test_bfloat16_costs_more_than_storing_in_it_and_less_than_a_percent(capsys: pytest.CaptureFixture[str]) -> None:
     compute_dtype.main(["--sites", "resid_post.1", "--contexts", "2", "--rounds", "1"])
     told = capsys.readouterr().out

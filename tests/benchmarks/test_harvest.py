@@ -15,6 +15,7 @@ from tests.helpers.corpus import build
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the peak of memory is read from /proc")
 
 
+@pytest.mark.slow
 @linux
 def test_every_line_is_printed_and_a_missing_peer_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     trial = Trial("tiny", build(), ("resid_post.1", "mlp_out.0"), 16, 2, 16, 2, 3)

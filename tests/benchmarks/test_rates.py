@@ -36,6 +36,7 @@ def test_the_best_is_read_at_the_target_and_set_beside_the_rule() -> None:
     assert topk == "| topk | 0.017 | 0.1000 | 8.0 | 4 | 0.01 | 0.1050 | 8.0 | 0 | 5.0% |"
 
 
+@pytest.mark.slow
 def test_a_search_trains_the_rule_s_rate_among_others(
     store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -266,6 +266,7 @@ def test_changed_text_is_refused(
         extra.unlink()
 
 
+@pytest.mark.slow
 def test_the_command_ends_with_the_report(
     saved: Callable[..., Path], config: dict[str, Any], rough_sae: Callable[[int], ReLU]
 ) -> None:

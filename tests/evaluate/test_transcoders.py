@@ -157,6 +157,7 @@ def test_what_the_skip_gives_is_no_shrinkage_of_the_latents(
     assert row["metrics"]["gamma_c"]["value"] is None
 
 
+@pytest.mark.slow
 def test_all_transcoders_together_are_the_replacement_model(
     saved: Callable[..., Path], report: Callable[..., tuple[dict[str, Any], str]], relu_lm: Any, made: dict[str, Any]
 ) -> None:
@@ -198,6 +199,7 @@ def test_together_takes_one_of_a_target_and_what_is_read_before_it(
         report(together=True)
 
 
+@pytest.mark.slow
 def test_the_rule_for_massive_rows_is_that_of_the_input(
     saved: Callable[..., Path], report: Callable[..., tuple[dict[str, Any], str]], relu_lm: Any, made: dict[str, Any]
 ) -> None:

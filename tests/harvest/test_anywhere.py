@@ -87,6 +87,7 @@ def bit_flipped(place: Storage, key: str) -> bytes:
     return was
 
 
+@pytest.mark.parametrize("anywhere", SLOW_IN_A_BUCKET, indirect=True)
 def test_harvest_to_gc(
     model: Path, text: Path, anywhere: str, tmp_path: Path, whole: dict[str, bytes], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -183,6 +184,7 @@ def test_every_form_of_rows_is_the_same_bytes(
     assert look_after(["verify", anywhere]) == 0
 
 
+@pytest.mark.parametrize("anywhere", SLOW_IN_A_BUCKET, indirect=True)
 @pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_harvests_into_one_place_share_the_work(
     model: Path, text: Path, anywhere: str, whole: dict[str, bytes], count: int

@@ -190,6 +190,7 @@ def test_the_form_of_a_store_is_adopted_and_another_refused(model: Path, text: P
             harvest(config(model, text, tmp_path / "plain", form))
 
 
+@pytest.mark.slow
 def test_int8_of_any_number_of_harvests_is_the_same_store(
     model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

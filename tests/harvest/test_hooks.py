@@ -140,7 +140,7 @@ def test_attention_and_mlp_are_not_confused(name: str) -> None:
     assert seen["attn_out.1"].abs().min() > 0 and seen["mlp_out.0"].any()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)], ids=str)
 @pytest.mark.parametrize(("name", "kind"), EVERY)
 def test_identity_gives_the_clean_logits_bit_for_bit(name: str, kind: str, dtype: torch.dtype) -> None:
     model, ids = build(name, dtype), tokens()

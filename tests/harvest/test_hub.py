@@ -202,6 +202,7 @@ def test_without_a_network_a_hub_name_is_refused_before_torch_is_imported(tmp_pa
     assert told.endswith("name a local folder, or `embedded`\n[]\n") and seconds < 10
 
 
+@pytest.mark.slow
 def test_a_hub_that_never_answers_is_given_up(silent_port: int, tmp_path: Path) -> None:
     told, seconds = in_a_fresh_process("org/tiny", f"http://127.0.0.1:{silent_port}", tmp_path, timeout=0.5)
     assert "the hub cannot be reached" in told and seconds < 10

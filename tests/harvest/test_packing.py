@@ -144,6 +144,7 @@ def test_seeds_give_other_orders_of_the_same_documents() -> None:
     assert first(0) == first(0) != first(1) != first(None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shuffle", [None, 0])
 def test_memory_does_not_grow_with_the_text(shuffle: int | None) -> None:
     class Bytes:

@@ -183,6 +183,7 @@ def test_the_real_library_is_read_on_by_skipping(tmp_path: Path, monkeypatch: py
     assert broke == [20]
 
 
+@pytest.mark.slow
 def test_what_was_packed_of_a_lost_stream_is_harvested(
     serve: Callable[[Callable[[], Rows]], None], tmp_path: Path
 ) -> None:

@@ -35,6 +35,7 @@ def test_its_moments_take_two_bytes_an_entry() -> None:
     assert held == weight.numel() * MOMENTS["adam8bit"]
 
 
+@pytest.mark.slow
 def test_a_run_ends_near_that_of_adam_and_says_what_trained_it(short: Any, tmp_path: Path) -> None:
     nmse = {}
     for name in ("adam8bit", "adam"):

@@ -22,6 +22,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=CONF.parent, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_a_sweep_is_one_pass_over_the_cache_and_repeats_nothing(cache: Path, tmp_path: Path) -> None:
     sweep = ["-m", f"cache={cache}", f"hydra.sweep.dir={tmp_path}", "sae=topk,batchtopk", *SMALL]
     sweep.remove("sae.k=4")

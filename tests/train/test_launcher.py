@@ -191,6 +191,7 @@ def test_a_pass_broken_off_goes_on_and_ends_alike(
     assert_same_runs(folder, tmp_path / "whole", kinds)
 
 
+@pytest.mark.slow
 def test_a_kill_between_two_checkpoint_files_still_makes_one_pass(
     jobs: Any,
     tmp_path: Path,

@@ -53,6 +53,7 @@ def publish(hub: Hub, home: Path, *arguments: str, token: str = TOKEN) -> subpro
     return subprocess.run(command, cwd=CONF.parent, capture_output=True, text=True, env=environment)
 
 
+@pytest.mark.slow
 def test_nothing_goes_unasked_and_then_all_of_it(saes: Path, hub: Hub, tmp_path: Path) -> None:
     dry = publish(hub, tmp_path / "home", f"saes={saes}", "repo=me/topk")
     assert dry.returncode == 0, dry.stderr
@@ -80,6 +81,7 @@ def test_nothing_goes_unasked_and_then_all_of_it(saes: Path, hub: Hub, tmp_path:
     assert card.startswith("---\nlicense: mit\n")
 
 
+@pytest.mark.slow
 def test_a_refusal_is_one_sentence_without_the_token(saes: Path, hub: Hub, tmp_path: Path) -> None:
     wrong = "hf_wrong_token_987654321"
     done = publish(hub, tmp_path / "home", f"saes={saes}", "repo=me/topk", "go=true", token=wrong)

@@ -93,6 +93,7 @@ def test_a_flipped_bit_stops_reading(tmp_path: Path, layout: dict[str, Any], sto
     flip_and_refuse(harvested(place_of(storage, tmp_path), **layout), 4, seed=1)
 
 
+@pytest.mark.slow
 def test_a_flipped_bit_stops_reading_from_s3(bucket: str) -> None:
     flip_and_refuse(harvested(parse_location(bucket)), 2, seed=2)
 

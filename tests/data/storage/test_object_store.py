@@ -327,6 +327,7 @@ def patient(server: Server) -> Iterator[Server]:
     server.before = server.after = lambda method, path: None
 
 
+@pytest.mark.slow
 def test_answers_that_are_lost_change_nothing(bucket: str, patient: Server) -> None:
     """Every write is done, its answer lost once; the request is repeated, and finds its own work in its way."""
     seen = set[tuple[str, str]]()

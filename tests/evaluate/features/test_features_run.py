@@ -74,6 +74,7 @@ def test_a_site_that_is_no_part_of_the_stream_has_no_logits(
     assert '"r":' not in (path.parent / "part-000.js").read_text()
 
 
+@pytest.mark.slow
 def test_an_evaluation_puts_them_beside_its_report(config: dict[str, Any], tmp_path: Path) -> None:
     own = stage_config("evaluate", saes=config["folder"], tokens=250, bootstrap=10, features="rough")
     report = evaluate(own | {name: config[name] for name in ("cache", "device", "out")}).path

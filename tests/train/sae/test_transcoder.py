@@ -141,6 +141,7 @@ def test_it_starts_at_the_targets_centre_with_latents_of_its_scale(form: str, sk
     assert float(cosines.detach().abs().mean()) < 0.3
 
 
+@pytest.mark.slow
 def test_a_known_sparse_map_is_recovered() -> None:
     """Each feature's direction in the second site is a decoder row, of a latent that fires with the feature."""
     sae = started(VARIANTS["batchtopk"](D, F, E, k=2, apply_b_dec_to_input=False))

@@ -55,6 +55,7 @@ def test_the_penalty_of_an_l0(target: str, ratio: float, penalty: float) -> None
     assert float(aimed.loss(aimed.norm.normalise(xn)).metrics["sparsity"]) == pytest.approx(penalty, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_it_ends_near_the_target() -> None:
     """In 300 steps at a constant rate; the paper's form, from a dense start, is not there by then."""
     sae, paper = targeted(), targeted(target_form="square", initial_threshold=0.001)
