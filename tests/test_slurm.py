@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -46,7 +47,11 @@ def command(slurm: Slurm, *arguments: str) -> Iterator[subprocess.Popen[str]]:
     environment = {**slurm.environment, "OMP_NUM_THREADS": "1"}
     words = [sys.executable, "-m", *arguments]
     pipe = subprocess.PIPE
-    with subprocess.Popen(words, cwd=ROOT, env=environment, text=True, stdout=pipe, stderr=pipe) as process:
+    # A shell has its background jobs ignore SIGINT, and processes inherit that: here it must be heard.
+    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    with subprocess.Popen(
+        words, cwd=ROOT, env=environment, text=True, stdout=pipe, stderr=pipe, preexec_fn=heard
+    ) as process:
         try:
             yield process
         finally:
