@@ -113,7 +113,10 @@ ALLOWED: dict[str, Callable[[Any], bool]] = {
     "bootstrap": counts(2),
     "lm_batch": lambda value: value is None or is_whole(value, 1),
     **dict.fromkeys(("cache", "out", "device"), is_text),
-    **dict.fromkeys(("baseline", "features", "folder"), lambda value: value is None or is_text(value)),
+    **dict.fromkeys(
+        ("baseline", "features", "folder", "compare", "own_text"), lambda value: value is None or is_text(value)
+    ),
+    "together": lambda value: isinstance(value, bool),
     "saes": is_texts,
     "form": lambda value: value == "shipped",
     **dict.fromkeys(("feature_metrics", "gao"), lambda value: value in (None, [], "all", "probe", ["probe"])),
