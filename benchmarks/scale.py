@@ -161,12 +161,15 @@ def over_latents(run: Run) -> Iterator[Message]:
     if variant != "jumprelu":
         yield Message("L0", "all_reduce", "latents", 8)
     yield Message("the gradients' norm", "all_reduce", "latents", 4)
-    if variant in CHOOSING:  # also without a dead latent here: another process may have some
-        k_aux = auxk_size(own.d_model)
-        yield Message("each one's k_aux largest dead of a token", "all_gather", "latents", 4 * own.batch * k_aux)
-        yield Message("their latents", "all_gather", "latents", 4 * own.batch * k_aux)
-        yield Message("parts of AuxK's reconstruction", "all_reduce", "latents", rows)
-        yield Message("how many are dead", "all_reduce", "latents", 8)
+    if variant in CHOOSING:
+        # Also where none is dead here: another process may have some. The rest follows where any has.
+        yield Message("how many may be dead", "all_reduce", "latents", 8)
+        if run.shape.dead:
+            k_aux = auxk_size(own.d_model)
+            yield Message("each one's k_aux largest dead of a token", "all_gather", "latents", 4 * own.batch * k_aux)
+            yield Message("their latents", "all_gather", "latents", 4 * own.batch * k_aux)
+            yield Message("parts of AuxK's reconstruction", "all_reduce", "latents", rows)
+            yield Message("how many are dead", "all_reduce", "latents", 8)
 
 
 def of_the_whole_choice(run: Run) -> Iterator[Message]:
