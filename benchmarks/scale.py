@@ -188,7 +188,7 @@ def of_the_whole_choice(run: Run) -> Iterator[Message]:
 def over_data(run: Run) -> Iterator[Message]:
     """List what the processes that have other rows tell each other of their latents, of variants that aim at an L0."""
     own, variant = run.own, run.shape.variant
-    if variant in CHOOSING and (run.latent_ranks > 1 or run.shape.dead):
+    if variant in CHOOSING and run.shape.dead:
         yield Message("the residual's mean", "all_reduce", "data", 4 * own.d_model)
         yield Message("its spread", "all_reduce", "data", 4)
         yield Message("its mean square", "all_reduce", "data", 4)

@@ -48,20 +48,21 @@ def test_messages_of_topk_by_hand() -> None:
     run = Run(SMALL, 1e6, latent_ranks=2)
     # values and numbers of 4 latents of 128 tokens; x_hat 128 x 64; b_dec's gradient; L0; the norm
     assert payloads(run, "latents")[:6] == [4 * 128 * 4, 4 * 128 * 4, 4 * 128 * 64, 4 * 64, 8, 4]
-    # AuxK, k_aux 32: values, numbers, its part of x_hat, how many are dead; also without a dead latent
-    assert payloads(run, "latents")[6:] == [4 * 128 * 32, 4 * 128 * 32, 4 * 128 * 64, 8]
+    # AuxK: how many may be dead; where any may be, with k_aux 32, values, numbers, its part of x_hat, how many are dead
+    assert payloads(run, "latents")[6:] == [8]
+    dead = replace(run, shape=replace(SMALL, dead=100))
+    assert payloads(dead, "latents")[6:] == [8, 4 * 128 * 32, 4 * 128 * 32, 4 * 128 * 64, 8]
 
 
 def test_messages_of_batchtopk_by_hand() -> None:
     """Three rounds of 2,048 counts for the 32 bits of a value, two for the 17 of a place among 128 x 1,024."""
     run = Run(replace(SMALL, variant="batchtopk"), 1e6, latent_ranks=2)
-    auxk = [4 * 128 * 32, 4 * 128 * 32, 4 * 128 * 64, 8]
-    assert payloads(run, "latents") == [4 * 128 * 64, 4 * 64, 8, 4, *auxk, 8, *5 * [16_384]]
-    # Over data too: the same rounds, AuxK's norm, then all gradients and who fired, of half the latents, and the six
+    assert payloads(run, "latents") == [4 * 128 * 64, 4 * 64, 8, 4, 8, 8, *5 * [16_384]]
+    # Over data too: the same rounds, then all gradients and who fired, of half the latents, and the six
     # numbers of a BatchTopK SAE.
     both = replace(run, data_ranks=2)
     gradients = [4 * 512 * 64, 4 * 512 * 64, 4 * 512, 4 * 64]
-    assert payloads(both, "data") == [8, *5 * [16_384], 4 * 64, 4, 4, *gradients, 4 * 512, 4, 4, 4, 4, 4, 8]
+    assert payloads(both, "data") == [8, *5 * [16_384], *gradients, 4 * 512, 4, 4, 4, 4, 4, 8]
     assert payloads(both, "latents")[0] == 4 * 64 * 64  # each has half of the rows
 
 
@@ -71,9 +72,9 @@ def test_times_by_hand() -> None:
     assert product_seconds(run, ROUND, ALL) == pytest.approx(8_388_608 / 1e9)
     assert product_seconds(replace(run, matmul="tf32"), ROUND, ALL) == pytest.approx(8_388_608 / 5e8)
     # A ring of two sends what it is handed; all_gather too. Over the network it is 1,000 times slower.
-    sent = 2 * 2048 + 32_768 + 256 + 8 + 4 + 2 * 16_384 + 32_768 + 8
+    sent = 2 * 2048 + 32_768 + 256 + 8 + 4 + 8
     assert message_seconds(run, ROUND, ALL) == pytest.approx(sent / 1e6)
-    assert message_seconds(run, ROUND, replace(ALL, latency=1.0)) == pytest.approx(sent / 1e6 + 10)
+    assert message_seconds(run, ROUND, replace(ALL, latency=1.0)) == pytest.approx(sent / 1e6 + 7)
     beyond = replace(run, latent_ranks=16)
     assert message_seconds(beyond, ROUND, ALL) > 1000 * message_seconds(run, ROUND, ALL)
 
