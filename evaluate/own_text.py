@@ -7,13 +7,11 @@ are what they were in training. Letters: T tokens of a context, N tokens of the 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
@@ -24,7 +22,7 @@ from data.base.sites import Site
 from evaluate.features.pages import Words
 from harvest.hooks import replace, run_to
 from harvest.lm import load_model, load_tokenizer
-from harvest.packing import Packing, bos_id, special_ids
+from harvest.packing import Packing, contexts_of_text
 from train.sae.base import SAE
 from train.sae.io import load
 
@@ -55,7 +53,7 @@ def encode_text(sae: SAE | str | Path, text: str, *, device: str = "auto") -> En
     without tokens.
     """
     opened = _opened(sae, device)
-    contexts = list(_contexts(text, opened.tokenizer, opened.packing))
+    contexts = opened.contexts(text)
     if not any(bool(keep_T.any()) for _, keep_T in contexts):
         raise UserError("the text has no tokens: give at least a word")
     ids, rows = [], []
@@ -82,7 +80,7 @@ def steer_text(
         raise UserError("steer_text takes an SAE, and this is a transcoder, which reads one site and writes another")
     if not 0 <= latent < opened.sae.width:
         raise UserError(f"latent={latent} is none of the SAE's: choose one from 0 to {opened.sae.width - 1}")
-    contexts = list(_contexts(prompt, opened.tokenizer, opened.packing))
+    contexts = opened.contexts(prompt)
     given = sum(len(ids_T) for ids_T, _ in contexts)
     if len(contexts) != 1 or given + tokens > opened.packing.context:
         raise UserError(
@@ -126,6 +124,11 @@ class _Opened:
         parameter: Tensor = next(self.model.parameters())
         return parameter.device
 
+    def contexts(self, text: str) -> list[tuple[Int64[Tensor, " T"], Bool[Tensor, " T"]]]:
+        """Cut a text into contexts: token ids [T], and which of them are rows of the SAE [T]."""
+        cut = contexts_of_text(text, self.tokenizer, self.packing)
+        return [(torch.from_numpy(ids_T), torch.from_numpy(keep_T)) for ids_T, keep_T in cut]
+
 
 def _opened(sae: SAE | str | Path, device: str) -> _Opened:
     """Open the model that the SAE's record names."""
@@ -142,20 +145,3 @@ def _model(settings: str) -> tuple[Any, Any]:
     """Load the model and tokenizer of the settings, as JSON; the last one stays, as a notebook tries many texts."""
     given: Json = json.loads(settings)
     return load_model(given), load_tokenizer(given)
-
-
-def _contexts(text: str, tokenizer: Any, packing: Packing) -> Iterator[tuple[Int64[Tensor, " T"], Bool[Tensor, " T"]]]:
-    """Cut a text into contexts as a document that begins one is, the last as short as the text leaves it.
-
-    Yields token ids [T] and which of them are rows of the SAE [T]. No EOS is put behind it, as the text may go on.
-    """
-    bos = bos_id(tokenizer, packing)
-    head = [] if bos is None else [bos]
-    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    stream = head + ids if packing.bos == "document" else ids
-    lead = head if packing.bos == "context" else []
-    stride = packing.context - len(lead)
-    special = np.array([] if packing.keep_special else special_ids(tokenizer), np.int64)
-    for first in range(0, len(stream), stride):
-        ids_T = np.array(lead + stream[first : first + stride], np.int64)
-        yield torch.from_numpy(ids_T), torch.from_numpy(~np.isin(ids_T, special))

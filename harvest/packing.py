@@ -284,6 +284,25 @@ def pack(
     return PackedTokens(*arrays, starts, cutter.names, cutter.stride, lost)
 
 
+def contexts_of_text(
+    text: str, tokenizer: Any, packing: Packing
+) -> Iterator[tuple[NDArray[np.int64], NDArray[np.bool_]]]:
+    """Cut one text into contexts as a document that begins one is, the last as short as the text leaves it.
+
+    Yields token ids [T] and which of them are rows of the SAE [T]. No EOS is put behind it, as the text may go on.
+    """
+    bos = bos_id(tokenizer, packing)
+    head = [] if bos is None else [bos]
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    stream = head + ids if packing.bos == "document" else ids
+    lead = head if packing.bos == "context" else []
+    stride = packing.context - len(lead)
+    special = np.array([] if packing.keep_special else special_ids(tokenizer), np.int64)
+    for first in range(0, len(stream), stride):
+        ids_T = np.array(lead + stream[first : first + stride], np.int64)
+        yield ids_T, ~np.isin(ids_T, special)
+
+
 def too_short(source: TextSource, packing: Packing, split: str, rows: int, n_kept: int) -> str:
     """Say that a split has fewer rows than were asked for, and how many it has."""
     setting = "heldout_tokens" if split == HELDOUT else "tokens"

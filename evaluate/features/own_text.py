@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from data.base.errors import UserError
 from data.base.files import write_atomic
@@ -26,7 +27,7 @@ from evaluate.inputs import SavedSAE, group_by_store, pinned
 from evaluate.report.render import asset, render, script_hash
 from harvest import lm
 from harvest.hooks import run_to
-from harvest.packing import Packing, bos_id, special_ids
+from harvest.packing import Packing, contexts_of_text
 from train.sae.io import load
 
 OWN_TEXT_HTML = "text.html"
@@ -46,14 +47,14 @@ def make_own_text(settings: FeaturesSettings, trained: SavedSAE) -> Path:
         **{"device": settings.device, "device_map": settings.device_map},
     }
     tokenizer = lm.load_tokenizer(model_settings)
-    ids, read = encode_as_stored(text, tokenizer, store)
-    doing(f"loading {store.manifest.name} to read {len(ids)} tokens")
+    ids_T, read_T = encode_as_stored(text, tokenizer, store)
+    doing(f"loading {store.manifest.name} to read {len(ids_T)} tokens")
     model = lm.load_model(model_settings)
     sae = load(trained.folder).eval()
     device = next(model.parameters()).device
-    x_TD = run_to(model, [site], torch.tensor([ids], device=device))[str(site)][0].float()
+    x_TD = run_to(model, [site], torch.from_numpy(ids_T)[None].to(device))[str(site)][0].float()
     with torch.inference_mode():
-        f_NF = sae.to(x_TD.device).encode(x_TD[torch.from_numpy(read).to(x_TD.device)]).cpu()
+        f_NF = sae.to(x_TD.device).encode(x_TD[torch.from_numpy(read_T).to(x_TD.device)]).cpu()
     fired_K = (f_NF > 0).any(0).nonzero()[:, 0]
     lens = weights.find_lens(model, sae.d_out) if target.kind in STREAM_KINDS else None
     raised = None
@@ -62,11 +63,16 @@ def make_own_text(settings: FeaturesSettings, trained: SavedSAE) -> Path:
         rows = sae.W_dec.detach()[fired_K.to(sae.W_dec.device)]
         raised = weights.ends(lens, rows, vocabulary, LABELS, lambda count: None)[0][0].numpy()
     tokens = Strings(Words(tokenizer).text)
-    positions = np.flatnonzero(read)
+    positions = np.flatnonzero(read_T)
     latents = [_latent(int(latent), f_NF[:, latent].numpy(), positions) for latent in fired_K]
     for place, record in enumerate(latents):
         record["r"] = [] if raised is None else tokens.numbers(raised[place].tolist())
-    page = {"ids": tokens.numbers(ids), "read": positions.tolist(), "latents": latents, "tokens": tokens.texts}
+    page = {
+        "ids": tokens.numbers(ids_T.tolist()),
+        "read": positions.tolist(),
+        "latents": latents,
+        "tokens": tokens.texts,
+    }
     about = {
         **{"variant": trained.config["variant"], "width": sae.width, "folder": str(trained.folder)},
         **{"site": str(site), "model": store.manifest.name, "l0": float((f_NF > 0).sum(1).float().mean())},
@@ -74,24 +80,24 @@ def make_own_text(settings: FeaturesSettings, trained: SavedSAE) -> Path:
     return write_own_text(page, about, Path(settings.out))
 
 
-def encode_as_stored(text: str, tokenizer: Any, store: Store) -> tuple[list[int], np.ndarray[Any, np.dtype[np.bool_]]]:
-    """Return the token ids of a text behind the BOS of the store's packing, and which of them the SAE reads."""
+def encode_as_stored(text: str, tokenizer: Any, store: Store) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    """Return the token ids [T] of a text as the store's packing has them, and which of them the SAE reads [T].
+
+    Raises UserError where there is none, or more than one context of them.
+    """
     packing = Packing.of(store.manifest.settings["packing"])
-    bos = bos_id(tokenizer, packing)
-    ids = [int(token) for token in tokenizer(text, add_special_tokens=False)["input_ids"]]
-    if bos is not None:
-        ids = [bos, *ids]
-    read = np.ones(len(ids), np.bool_) if packing.keep_special else ~np.isin(ids, special_ids(tokenizer))
-    if not read.any():
+    contexts = list(contexts_of_text(text, tokenizer, packing))
+    if not any(read_T.any() for _, read_T in contexts):
         raise UserError("text holds no token that the SAE would read: give some words")
-    if len(ids) > packing.context:
+    if len(contexts) > 1:
         raise UserError(
-            f"text is {len(ids):,} tokens and a context of the store {packing.context:,}: give a shorter one"
+            f"text fills {len(contexts):,} contexts of {packing.context:,} tokens and the page shows one: give a "
+            "shorter text"
         )
-    return ids, read
+    return contexts[0]
 
 
-def _latent(latent: int, f_N: np.ndarray[Any, np.dtype[np.float32]], positions: Any) -> Json:
+def _latent(latent: int, f_N: NDArray[np.float32], positions: NDArray[np.int64]) -> Json:
     """Return where a latent fires: its number `i`, and positions and activations `a`."""
     active = np.flatnonzero(f_N > 0)
     return {"i": latent, "a": [pair for at in active.tolist() for pair in (int(positions[at]), short(float(f_N[at])))]}

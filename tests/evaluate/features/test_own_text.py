@@ -63,7 +63,7 @@ def test_a_text_is_markup_nowhere(config: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    "text, sentence", [("", "no token that the SAE would read"), ("w1 " * 16, "text is 17 tokens and a context")]
+    "text, sentence", [("", "no token that the SAE would read"), ("w1 " * 16, "text fills 2 contexts of 16 tokens")]
 )
 def test_what_cannot_be_shaded(config: dict[str, Any], text: str, sentence: str) -> None:
     with pytest.raises(UserError, match=sentence):
