@@ -64,20 +64,23 @@ class SavedSAE:
         return self.target != self.site
 
 
-def find_saes(patterns: str | Sequence[str]) -> list[SavedSAE]:
-    """List every SAE in or below the folders that match, by path; UserError for a pattern without any."""
+def find_saes(patterns: str | Sequence[str], setting: str = "saes") -> list[SavedSAE]:
+    """List every SAE in or below the folders that match, by path.
+
+    Raises UserError for a pattern without any, naming the setting that gave it.
+    """
     names = [patterns] if isinstance(patterns, str) else [str(pattern) for pattern in patterns]
     if not names:
-        raise UserError("saes is empty: name at least one folder, as in saes=outputs/train")
+        raise UserError(f"{setting} is empty: name at least one folder, as in {setting}=outputs/train")
     folders: set[Path] = set()
     for name in names:
         try:
             below = {weights.parent for match in expand_globs(name) for weights in Path(match).rglob(WEIGHTS)}
         except (OSError, ValueError) as error:  # a name too long, or with a null character
-            raise UserError(f"saes={name[:80]} cannot be read ({error.args[-1]}): fix the path") from None
+            raise UserError(f"{setting}={name[:80]} cannot be read ({error.args[-1]}): fix the path") from None
         if not below:
             raise UserError(
-                f"saes={name} holds no trained SAE (no {WEIGHTS} in or below it): train one, or fix the path"
+                f"{setting}={name} holds no trained SAE (no {WEIGHTS} in or below it): train one, or fix the path"
             )
         folders |= below
     return [SavedSAE(folder, load_config(folder)) for folder in sorted(folders)]

@@ -110,7 +110,7 @@ class GuardedLoader(ConfigLoaderImpl):
         try:
             config = super().load_configuration(config_name, overrides, *args, **kwargs)
         except (HydraException, OmegaConfBaseException) as error:
-            raise UserError(self._sentence(error, config_name)) from None
+            raise UserError(self._sentence(error, config_name, overrides)) from None
         refuse_calls(_plain(config.hydra))
         refuse_launcher(config.hydra, config_name)
         return config
@@ -124,7 +124,7 @@ class GuardedLoader(ConfigLoaderImpl):
             sweep_overrides = [*sweep_overrides, f"hydra.sweep.subdir='{name}'"]
         return super().load_sweep_config(master_config, sweep_overrides)
 
-    def _sentence(self, error: Exception, config_name: str | None) -> str:
+    def _sentence(self, error: Exception, config_name: str | None, overrides: Sequence[str]) -> str:
         """Return one sentence for settings that do not compose."""
         lines = [line.strip() for line in f"{error}\n{error.__cause__ or ''}".splitlines() if line.strip()]
         missing = re.search(r"Could not find '(?:(\S+)/)?([^'/]+)'", lines[0])
@@ -137,7 +137,22 @@ class GuardedLoader(ConfigLoaderImpl):
             cause = lines[0].removeprefix("LexerNoViableAltException: ").rstrip(".")
             quoted = "a value with special characters needs quotes of its own, as in 'name=\"<value>\"'"
             return f"the settings cannot be read ({cause}): {quoted}"
+        group = strange[1].split(".")[0]
+        if any(self._has(strange[1], choice, config_name) for choice in _swept_choices(group, overrides)):
+            # Hydra composes a sweep once with the default of each group before it composes any job.
+            return (
+                f"{strange[1]} is no setting of the {group} that is the default, with which a sweep over {group} is "
+                f"composed first: write ++{strange[1]}=<value>"
+            )
         return f"{strange[1]} is no setting: {self._hint(strange[1], config_name)}"
+
+    def _has(self, name: str, choice: str, config_name: str | None) -> bool:
+        """Return whether there is a setting of this name with `choice`, a group's override such as sae=relu."""
+        try:
+            composed = super().load_configuration(config_name, [choice], RunMode.MULTIRUN)
+        except (HydraException, OmegaConfBaseException):
+            return False
+        return name in {path for path, _ in _leaves(OmegaConf.to_container(composed, resolve=False))}
 
     def _hint(self, name: str, config_name: str | None) -> str:
         """Name the nearest setting there is."""
@@ -165,6 +180,13 @@ def swept(own: Mapping[str, Any]) -> frozenset[str]:
     several = {parsed.key_or_group for parsed in parser.parse_overrides(given) if parsed.is_sweep_override()}
     values = {str(name): parser.parse_override(f"{name}={value}") for name, value in params.items()}
     return frozenset(several | {name for name, parsed in values.items() if parsed.is_sweep_override()})
+
+
+def _swept_choices(group: str, overrides: Sequence[str]) -> list[str]:
+    """List the overrides group=choice of the sweep over a group; none where the command line does not sweep it."""
+    parsed = OverridesParser.create().parse_overrides(list(overrides))
+    over = [one for one in parsed if one.is_sweep_override() and one.key_or_group == group]
+    return [f"{group}={choice}" for one in over for choice in one.sweep_string_iterator()]
 
 
 def guard(name_job: NameJob | None = None) -> None:

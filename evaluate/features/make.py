@@ -29,13 +29,15 @@ OTHER_FOLDER = "other"  # the folder of the pages of the SAE compared with
 SHARED = tuple(name for name in HeldoutSettings.model_fields if name not in ("out", "seed"))
 
 
-def one_sae(folder: str | None) -> SavedSAE:
-    """Find the SAE that is named; UserError where there is none, or several."""
+def one_sae(folder: str | None, setting: str = "folder") -> SavedSAE:
+    """Find the SAE that `setting` names; UserError where there is none, or several."""
     if not folder:
-        raise UserError("folder is empty: name that of one trained SAE, as in folder=outputs/demo/saes/sae-batchtopk")
-    saes = find_saes(folder)
+        raise UserError(
+            f"{setting} is empty: name that of one trained SAE, as in {setting}=outputs/demo/saes/sae-batchtopk"
+        )
+    saes = find_saes(folder, setting)
     if len(saes) > 1:
-        raise UserError(f"folder={folder} holds {len(saes)} SAEs: name the folder of one, such as {saes[0].folder}")
+        raise UserError(f"{setting}={folder} holds {len(saes)} SAEs: name the folder of one, such as {saes[0].folder}")
     return saes[0]
 
 
@@ -135,7 +137,7 @@ def make_pages(settings: FeaturesSettings, report: str | None = None) -> Path:
     report: where the report is that they stand beside, as their links have it.
     """
     trained = one_sae(settings.folder)
-    compared = None if settings.compare is None else one_sae(settings.compare)
+    compared = None if settings.compare is None else one_sae(settings.compare, "compare")
     saes = [trained] if compared is None else [trained, compared]
     stores = group_by_store(saes, parse_location(settings.cache))
     if len(stores) > 1 or len(stores[0][1]) > 1:

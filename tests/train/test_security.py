@@ -210,3 +210,22 @@ def test_a_name_that_is_no_setting_gets_the_nearest_that_is(override: str, says:
     with pytest.raises(UserError) as caught:
         composed(override)
     assert str(caught.value).startswith(says) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (
+            ["sae=relu,gated", "sae.target_l0=8"],
+            r"sae\.target_l0 is no setting of the sae .* write \+\+sae\.target_l0=<value>$",
+        ),
+        (["sae=relu,gated", "sae.target=8"], "sae.target is no setting: did you mean"),
+    ],
+)
+def test_a_setting_that_only_the_swept_choices_have_is_told_from_a_misspelt_one(
+    overrides: list[str], says: str
+) -> None:
+    loader = GuardedLoader(create_config_search_path(str(CONF)))
+    with pytest.raises(UserError, match=f"^{says}"):
+        loader.load_configuration("train", overrides, RunMode.MULTIRUN)
+    loader.load_configuration("train", [overrides[0], "++sae.target_l0=8"], RunMode.MULTIRUN)

@@ -92,7 +92,8 @@ def test_an_evaluation_puts_them_beside_its_report(config: dict[str, Any], tmp_p
     "wrong, sentence",
     [
         ({"folder": None}, "folder is empty"),
-        ({"folder": "nowhere"}, "nowhere holds no trained SAE"),
+        ({"folder": "nowhere"}, "^folder=nowhere holds no trained SAE"),
+        ({"compare": "nowhere"}, "^compare=nowhere holds no trained SAE"),
         ({"tokens": 10**9}, "tokens=1,000,000,000 cannot be scored"),
         ({"top": 0}, "top=0 is not allowed: it should be greater than or equal to 1"),
         ({"quantiles": [0.5, 0.9]}, "must be falling numbers"),
