@@ -135,7 +135,9 @@ def run(main: Callable[[DictConfig], None], config_name: str, name_job: NameJob 
     def job(config: DictConfig) -> None:
         raising = os.environ.pop(_FULL_ERROR, None)  # not for processes that the stage starts
         own = HydraConfig.get()
-        with logged([Path(own.runtime.output_dir) / f"{own.job.name}.log"]):
+        # A stage without a folder of its own runs where it was started, and leaves nothing there.
+        log = [] if own.output_subdir is None else [Path(own.runtime.output_dir) / f"{own.job.name}.log"]
+        with logged(log):
             guarded(lambda: main(config))
         if raising is not None:
             os.environ[_FULL_ERROR] = raising

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -387,12 +388,14 @@ def test_a_threshold_that_was_never_learnt_lets_all_through(tmp_path: Path, stor
         assert torch.equal(sae.encode(x), sae.pre_activation(x).relu())
 
 
-def test_a_mistake_ends_in_one_sentence(tmp_path: Path) -> None:
+def test_a_mistake_ends_in_one_sentence_and_leaves_no_file(tmp_path: Path) -> None:
     root = Path(__file__).resolve().parents[3]
     done = subprocess.run(
         [sys.executable, "-m", "train.interop.export", "to=saelens", f"out={tmp_path / 'x'}"],
-        cwd=root,
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(root)},
         capture_output=True,
         text=True,
     )
     assert done.returncode == 1 and done.stderr.startswith("error: saes is not set") and done.stderr.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
