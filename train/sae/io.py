@@ -113,9 +113,19 @@ def load(folder: str | Path) -> SAE:
         raise UserError(
             f"{path} has values in {unfit[0]} that are not finite: train this SAE again or restore the file"
         )
-    sae.site, sae.target = config.get("site"), config.get("target")
+    sae.site, sae.target = site_of(config), config.get("target")
     sae.record = config
     return sae
+
+
+def site_of(config: dict[str, Any]) -> str | None:
+    """Name the site that a record's SAE reads; a crosscoder's sites one after another, with their stores where these
+    are several."""
+    sites = config.get("sites")
+    if sites is None:
+        return config.get("site")
+    several = len({site.get("fingerprint") for site in sites}) > 1
+    return " + ".join(f"{site['site']} of {site['store']}" if several else str(site["site"]) for site in sites)
 
 
 def inference_settings(settings: dict[str, Any]) -> dict[str, Any]:
