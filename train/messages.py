@@ -55,8 +55,7 @@ def opening(runs: Sequence[TrainRun]) -> str:
             f"{plan.target} has massive rows, which are left out only where the norm of {plan.site} is massive too: "
             "those that stay may be most of what the NMSE counts"
         )
-    moments = plan.moments()
-    share = 1 - moments["variance"] / moments["mean_sq_norm"]
+    share = plan.mean_share()
     uncentred = [run.name for run in runs if run.sae.encoder_centre is None]
     if share > LARGE_MEAN and uncentred:
         lines.append(

@@ -18,13 +18,13 @@ from data.base.records import canonical, diff_fields
 from data.base.sites import SITE_KINDS, Site
 from data.loading.norm_filter import DecodeRows, NormFilteredReader, median_norm, moments
 from data.loading.order import batches_per_epoch, split_calibration
-from data.loading.pair import PairReader
-from data.loading.reader import Reader, open_reader
+from data.loading.reader import Reader
 from data.store import store as stores
 from data.store.find import find, open_store, pick
 from data.store.manifest import HELDOUT, TRAIN, store_settings
 from data.store.massive import TIMES_MEDIAN, has_massive_rows
 from train.config import AUTO, Group, TrainSettings, of_scope
+from train.sites import StoredSite, joined_name, joined_reader, require_joinable
 
 if TYPE_CHECKING:
     from train.sae import SAE
@@ -57,22 +57,37 @@ class DataPlan:
     heldout: NDArray[np.int64]  # of heldout/: validation's
     stored_chunks: int  # of train/, as the run began: what is harvested later is not this run's
     reserved_rows: int
-    readers: dict[str, Reader]  # of train/ and, if there is validation, heldout/; of a transcoder's two sites as one
+    readers: dict[str, Reader]  # of train/ and, if there is validation, heldout/; of several sites as one
     outliers: Outliers | None = None
     target: str | None = None  # of a transcoder, and its width
     d_out: int | None = None
+    joined: tuple[StoredSite, ...] = ()  # of a crosscoder, whose `site` names them all and whose `store` is the first's
+
+    @property
+    def site_widths(self) -> list[int] | None:
+        """Return the widths of a crosscoder's sites, None for one site."""
+        return [site.width for site in self.joined] or None
 
     @property
     def tokens(self) -> int:
         """Return the tokens the optimizer sees, repeated passes counted."""
         return self.steps * self.batch * self.world
 
-    def moments(self) -> dict[str, float]:
-        """Return E ||x||^2 and the variance of the training rows, less the outliers that are left out."""
+    def moments(self) -> dict[str, float | list[float]]:
+        """Return E ||x||^2 and the variance of the training rows, less the outliers that are left out; of a crosscoder
+        those of each site."""
+        if self.joined:
+            every = [site.store.stats(TRAIN, site.name) for site in self.joined]
+            return {"mean_sq_norm": [s.mean_sq_norm for s in every], "variance": [s.variance for s in every]}
         stats, reader = self.store.stats(TRAIN, self.site), self.readers[TRAIN]
         if isinstance(reader, NormFilteredReader):
-            return moments(stats, reader.left_out)
+            return {**moments(stats, reader.left_out)}
         return {"mean_sq_norm": stats.mean_sq_norm, "variance": stats.variance}
+
+    def mean_share(self) -> float:
+        """Compute the share of E ||x||^2 that the mean holds, of a crosscoder the largest over its sites."""
+        squares, variances = np.atleast_1d(*self.moments().values())
+        return float((1 - variances / squares).max())
 
     def target_moments(self) -> dict[str, float]:
         """Return those of a transcoder's target."""
@@ -87,6 +102,7 @@ def target_of(settings: TrainSettings) -> str | None:
     """Name the site that `target` stands for, None for an SAE; UserError where it stands for none, or for `site`."""
     if settings.target is None:
         return None
+    assert isinstance(settings.site, str), "a crosscoder has no target"
     site, name = Site.parse(settings.site), settings.target
     if name in SITE_KINDS:
         if site.layer is None:
@@ -118,28 +134,34 @@ def harvest_line(settings: TrainSettings, overrides: Sequence[str], tokens: int)
     # The overrides a harvest has as well, as the user wrote them; the rest of the line is worked out here.
     own = [item for item in overrides if item.lstrip("+~").split("=")[0].split(".")[0].split("@")[0] in groups]
     target = target_of(settings)
-    sites = settings.site if target is None else f"{settings.site},{target}"
+    named = settings.site if isinstance(settings.site, list) else [settings.site]
+    sites = ",".join(named if target is None else [*named, target])
     parts = [*own, f"sites=[{sites}]", f"tokens={tokens}", f"heldout_tokens={settings.heldout_tokens}"]
     return f'make harvest ARGS="{" ".join(parts)}"'
 
 
-def find_store(settings: TrainSettings, overrides: Sequence[str]) -> stores.Store:
-    """Find the store named by `store`, else the one in `cache` whose model,
-    text and packing are the configured ones."""
+def find_stores(settings: TrainSettings, overrides: Sequence[str]) -> list[stores.Store]:
+    """Find the stores named by `store`, else the one in `cache` whose model, text and packing are the configured ones;
+    UserError where rows of several do not stand for the same tokens."""
     if settings.store:
-        return open_store(settings.store, parse_location(settings.cache))
+        names = settings.store if isinstance(settings.store, list) else [settings.store]
+        opened = [open_store(name, parse_location(settings.cache)) for name in names]
+        require_joinable(opened)
+        return opened
     matches = find(parse_location(settings.cache), store_settings(settings.model_dump()))
     if not matches:
         line = harvest_line(settings, overrides, needed_rows(settings, margin=1.05))
         raise UserError(f"no store in {settings.cache} holds this model, text and packing; make it with: {line}")
-    return pick(matches)
+    return [pick(matches)]
 
 
-def origin(store: stores.Store, site: str, target: str | None = None) -> Group:
-    """Return what an SAE's config.json keeps of the activations it is of, a transcoder's with its target;
-    `model_name` has no folder of this machine in it."""
-    manifest = store.manifest
-    sites = {"site": site} if target is None else {"site": site, "target": target}
+def origin(plan: DataPlan) -> Group:
+    """Return what an SAE's config.json keeps of the activations it is of, a transcoder's with its target, a crosscoder's
+    with all its sites; `model_name` has no folder of this machine in it."""
+    manifest = plan.store.manifest
+    sites: Group = {"site": plan.site} if plan.target is None else {"site": plan.site, "target": plan.target}
+    if plan.joined:
+        sites = {"sites": [site.record() for site in plan.joined]}
     names = {**sites, "fingerprint": manifest.fingerprint, "store": manifest.folder}
     made_with = {"model": manifest.settings["model"], "packing": manifest.settings["packing"]}
     return {**names, **made_with, "model_name": manifest.identity["model"]["name"]}
@@ -222,14 +244,19 @@ def make_plan(
     """
     if multirun:
         refuse_ranks_in_sweep(settings)
-    site, target = str(Site.parse(settings.site)), target_of(settings)
-    store = find_store(settings, overrides)
-    readers = _readers(settings, overrides, store, site, target)
+    found, target = find_stores(settings, overrides), target_of(settings)
+    names = settings.site if isinstance(settings.site, list) else [settings.site]
+    sites = [StoredSite(store, str(Site.parse(name))) for store in found for name in names]
+    store, site = found[0], joined_name(sites)
+    joined = tuple(sites) if settings.crosses else ()
+    readers = _readers(settings, overrides, sites if target is None else [*sites, StoredSite(store, target)])
     # A store may have grown since the run began. With more chunks the order of all rows would be another, so a run that
     # goes on keeps to those it began with.
     stored_chunks = len(readers[TRAIN].sizes[:stored_chunks])
     outliers = None
-    times = _outlier_times(settings, store, site)
+    times = None if joined else _outlier_times(settings, store, site)
+    if joined:
+        _refuse_outliers(settings, joined)
     if times is not None:
         decode, decode_target = _decoders(store, site, target)
         readers, outliers = _filtered_readers(readers, settings, times, stored_chunks, decode, decode_target)
@@ -252,7 +279,7 @@ def make_plan(
     return DataPlan(
         store=store,
         site=site,
-        d_in=store.decoder(TRAIN, site).width,
+        d_in=sum(each.width for each in sites),
         batch=settings.batch,
         world=settings.world,
         steps=steps,
@@ -265,40 +292,49 @@ def make_plan(
         outliers=outliers,
         target=target,
         d_out=None if target is None else store.decoder(TRAIN, target).width,
+        joined=joined,
     )
 
 
-def _readers(
-    settings: TrainSettings, overrides: Sequence[str], store: stores.Store, site: str, target: str | None
-) -> dict[str, Reader]:
-    """Open a reader of train/ and, if there is validation, of heldout/, for a transcoder of both its sites;
-    UserError where the store lacks a site or rows."""
-    sites = store.sites(TRAIN)
-    for name in (site, target or site):
-        if name not in sites:
+def _readers(settings: TrainSettings, overrides: Sequence[str], sites: Sequence[StoredSite]) -> dict[str, Reader]:
+    """Open a reader of train/ and, if there is validation, of heldout/, of all the sites as one;
+    UserError where a store lacks a site or rows."""
+    for store, name in ((site.store, site.name) for site in sites):
+        present = store.sites(TRAIN)
+        if name not in present:
             # A name of the right form is a site that is still to be harvested; any other may be a slip.
-            near = did_you_mean(name, sites) if Site.parse(name).path is not None else ""
+            near = did_you_mean(name, present) if Site.parse(name).path is not None else ""
             if near:
-                raise UserError(f"site {name} is not in {store.path}: {near} It has {', '.join(sites)}")
-            why = f"site {name} is not among the sites ({', '.join(sites) or 'none'})"
+                raise UserError(f"site {name} is not in {store.path}: {near} It has {', '.join(present)}")
+            why = f"site {name} is not among the sites ({', '.join(present) or 'none'})"
             raise _too_few(settings, overrides, store, why)
-    readers = {TRAIN: _reader(store, TRAIN, site, target)}
+    readers = {TRAIN: joined_reader(sites, TRAIN)}
     if settings.heldout_tokens:
         # Before a reader is opened, as the held-out part of a site may not be there at all.
-        rows = min(store.rows(HELDOUT, name) for name in (site, target or site))
+        rows = min(site.store.rows(HELDOUT, site.name) for site in sites)
         if rows >= settings.heldout_tokens:
-            readers[HELDOUT] = _reader(store, HELDOUT, site, target)
+            readers[HELDOUT] = joined_reader(sites, HELDOUT)
             rows = int(readers[HELDOUT].sizes.sum())
         if rows < settings.heldout_tokens:
-            of = site if target is None else f"{site} with {target}"
+            of = " with ".join(site.name for site in sites)
             why = f"heldout_tokens={settings.heldout_tokens} asks for more than the {rows} held-out tokens of {of}"
-            raise _too_few(settings, overrides, store, why)
+            raise _too_few(settings, overrides, sites[0].store, why)
     return readers
 
 
-def _reader(store: stores.Store, split: str, site: str, target: str | None) -> Reader:
-    reader = open_reader(store, split, site)
-    return reader if target is None else PairReader(reader, open_reader(store, split, target))
+def _refuse_outliers(settings: TrainSettings, sites: Sequence[StoredSite]) -> None:
+    """Raise UserError where rows of a crosscoder's sites were to be left out, which it reads all."""
+    massive = [site.name for site in sites if has_massive_rows(site.store.stats(TRAIN, site.name))]
+    if settings.outliers == AUTO and massive:
+        raise UserError(
+            f"{', '.join(massive)} has massive rows, which a crosscoder does not leave out: give outliers=null to train "
+            "on every row"
+        )
+    if settings.outliers not in (AUTO, None):
+        raise UserError(
+            f"outliers={settings.outliers:g} is for one site, and a crosscoder reads every row of its sites: give "
+            "outliers=null"
+        )
 
 
 def _decoders(store: stores.Store, site: str, target: str | None) -> tuple[DecodeRows, DecodeRows | None]:
@@ -349,9 +385,9 @@ class TrainRun:
 
     def stream(self) -> dict[str, Any]:
         """Return what runs of one pass have in common: what is read, in which order, on what, at what pace."""
-        store = self.plan.store.path
+        every = [site.store.path for site in self.plan.joined] or [self.plan.store.path]
         read = {
-            "store": str(store.resolve() if isinstance(store, Path) else store),
+            "store": [str(path.resolve() if isinstance(path, Path) else path) for path in every],
             "site": self.plan.site,
             "target": self.plan.target,
             "tokens": self.plan.tokens,
