@@ -25,9 +25,7 @@ SECOND, THIRD = "mlp_out.1", "resid_post.7"
 UNITS = [16, 9, 3, 16]  # rows; chunks of 4
 
 
-def sites_of(
-    build: Build, second: Sequence[int] = range(len(UNITS)), odd_token: int = 21, **others: Any
-) -> Store:
+def sites_of(build: Build, second: Sequence[int] = range(len(UNITS)), odd_token: int = 21, **others: Any) -> Store:
     """Rows of all sites say which row they are; a unit's are permuted alike. The second has only some of the units."""
     store = build([], **others)
     begins = np.cumsum(UNITS) - UNITS
