@@ -67,8 +67,8 @@ class ActivationData(LightningDataModule):
         self.settings: dict[str, Any] = {"seed": seed, "pool_chunks": pool_chunks, "threads": threads}
 
     def model_units(self, rows: Tensor) -> Batch:
-        """Convert stored rows to float32 activations [B, D], a transcoder's with its target [B, E], a crosscoder's sites
-        side by side, on the rows' device: the one place where they become so."""
+        """Convert stored rows to float32 activations [B, D], a transcoder's with its target [B, E], a crosscoder's
+        sites side by side, on the rows' device: the one place where they become so."""
         # On the training device: int8 rows travel as half the bytes, and a GPU decodes them in passing.
         parts = []
         for decoder, stored in zip(self._decoders, rows.split(self._stored_widths, 1), strict=True):

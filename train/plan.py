@@ -156,8 +156,8 @@ def find_stores(settings: TrainSettings, overrides: Sequence[str]) -> list[store
 
 
 def origin(plan: DataPlan) -> Group:
-    """Return what an SAE's config.json keeps of the activations it is of, a transcoder's with its target, a crosscoder's
-    with all its sites; `model_name` has no folder of this machine in it."""
+    """Return what an SAE's config.json keeps of the activations it is of, a transcoder's with its target, a
+    crosscoder's with all its sites; `model_name` has no folder of this machine in it."""
     manifest = plan.store.manifest
     sites: Group = {"site": plan.site} if plan.target is None else {"site": plan.site, "target": plan.target}
     if plan.joined:
@@ -327,8 +327,8 @@ def _refuse_outliers(settings: TrainSettings, sites: Sequence[StoredSite]) -> No
     massive = [site.name for site in sites if has_massive_rows(site.store.stats(TRAIN, site.name))]
     if settings.outliers == AUTO and massive:
         raise UserError(
-            f"{', '.join(massive)} has massive rows, which a crosscoder does not leave out: give outliers=null to train "
-            "on every row"
+            f"{', '.join(massive)} has massive rows, which a crosscoder does not leave out: give outliers=null to "
+            "train on every row"
         )
     if settings.outliers not in (AUTO, None):
         raise UserError(

@@ -16,9 +16,9 @@ class JoinedReader:
     """The chunks that all sites have, as rows [first | second | ...], each with the numbers that its site stores.
 
     A unit's rows are permuted alike for all its sites, so row i of a chunk is the same token in each; in two stores of
-    one layout too, where their tokens are the same (`data.loading.same_tokens`). Of chunks, the first ones are taken up to
-    where the sites differ: one that was added to a store later, or by a harvest that is still running, may have fewer.
-    Each site's bytes are read once, whatever reads them joined.
+    one layout too, where their tokens are the same (`data.loading.same_tokens`). Of chunks, the first ones are taken up
+    to where the sites differ: one that was added to a store later, or by a harvest that is still running, may have
+    fewer. Each site's bytes are read once, whatever reads them joined.
     """
 
     def __init__(self, *readers: CommittedReader) -> None:

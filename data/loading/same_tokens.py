@@ -22,7 +22,7 @@ def require_same_tokens(first: Store, other: Store, split: str) -> None:
         for reader in readers:
             tokens.append(np.empty(int(reader.sizes[chunk]), reader.dtype))
             reader.read(chunk, tokens[-1])
-        if readers[0].numbers[chunk] != readers[1].numbers[chunk] or not np.array_equal(*tokens):
+        if readers[0].numbers[chunk] != readers[1].numbers[chunk] or not np.array_equal(tokens[0], tokens[1]):
             raise UserError(
                 f"{first.path} and {other.path} hold different tokens in chunk {readers[0].numbers[chunk]} of {split}: "
                 "sites of several stores need the same text, tokenizer and packing"

@@ -33,8 +33,8 @@ def crosscoder_sentences(entry: Json) -> list[str]:
         " decoder row is at least half of an even part of the sum over sites;"
         f" {sum(site['only'] for site in entry['sites']):,} have more than 0.9 of the sum at one site,"
         f" {entry['between']:,} are between. {entry['silent']:,} of {entry['latents']:,} never fire.",
-        "NMSE and CE at a site: all sites are read untouched, and the reconstruction of this one alone takes the place of"
-        " its rows.",
+        "NMSE and CE at a site: all sites are read untouched, and the reconstruction of this one alone takes the place"
+        " of its rows.",
     ]
 
 
@@ -52,11 +52,8 @@ def share_histogram(entry: Json) -> tuple[str, list[float], list[int]] | None:
         return None
     first, second = (site["site"] for site in entry["sites"])
     counts = entry["sites"][1]["histogram"]
-    return (
-        f"share of {second} in a latent's decoder norm (0: {first} alone)",
-        np.linspace(0, 1, len(counts) + 1).tolist(),
-        counts,
-    )
+    title = f"share of {second} in a latent's decoder norm (0: {first} alone)"
+    return title, np.linspace(0, 1, len(counts) + 1).tolist(), counts
 
 
 def draw_shares(entry: Json, path: Path) -> bool:

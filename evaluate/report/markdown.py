@@ -224,8 +224,12 @@ def _together_section(together: Json) -> str:
 def _crosscoder_section(entry: Json) -> str:
     """Write a crosscoder's errors by site and the division of its latents."""
     rows = [
-        [site, *(statistic(value, column.digits) for value, column in zip(values, METRICS, strict=True)), f"{only:,}"]
-        + [format_number(share)]
+        [
+            site,
+            *(statistic(value, column.digits) for value, column in zip(values, METRICS, strict=True)),
+            f"{only:,}",
+            format_number(share),
+        ]
         for site, values, only, share in crosscoder_cells(entry)
     ]
     return "\n\n".join(

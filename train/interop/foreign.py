@@ -53,8 +53,8 @@ class Origin:
         """Read the origin from an SAE's record; UserError where it lacks something."""
         if "sites" in config:
             raise UserError(
-                f"{folder} is a crosscoder of {site_of(dict(config))}, and no format of other tools that is written here "
-                "holds one: use it with train.sae.load"
+                f"{folder} is a crosscoder of {site_of(dict(config))}, and no format of other tools that is written "
+                "here (SAELens, dictionary_learning, sparsify, circuit-tracer) holds one: use it with train.sae.load"
             )
         if missing := [
             name for name in ("site", "fingerprint", "store", "model_name", "packing") if name not in config

@@ -1,8 +1,8 @@
 """What every SAE variant is: parameters, the inference form, a pure loss, and what the training step does around it.
 
 Letters: B tokens in a batch, D model width, E width of what is predicted (D but for a transcoder), F latents, N tokens
-of a set, S sites of a crosscoder, d chosen latents; `...` any leading shape. x is in model units, x' ("xn") normalised, z pre-activations, f the
-latents' activations, y and y' what a transcoder predicts.
+of a set, S sites, d chosen latents; `...` any leading shape. x is in model units, x' ("xn") normalised, z
+pre-activations, f the latents' activations, y and y' what a transcoder predicts.
 """
 
 from __future__ import annotations
@@ -451,9 +451,10 @@ class SAE(nn.Module, ABC):
         """Start from data, `sample_ND` in model units; a transcoder's `target` of the same tokens.
 
         `mean_sq_norm` E||x||^2 and `variance` E||x - E x||^2 of the training tokens in model units, a crosscoder's of
-        each site; measured on the sample where None. W_dec random unit rows; W_enc = c W_dec^T with c such that x_hat' - b_dec has the norm of
-        x' - b_dec; b_dec the geometric median of up to 32,768 samples (Gao et al. 2024). Where b_dec is not
-        subtracted at the encoder, the biases start at -b_dec W_enc, so that the SAE starts as the same function.
+        each site; measured on the sample where None. W_dec random unit rows; W_enc = c W_dec^T with c such that
+        x_hat' - b_dec has the norm of x' - b_dec; b_dec the geometric median of up to 32,768 samples (Gao et al. 2024).
+        Where b_dec is not subtracted at the encoder, the biases start at -b_dec W_enc, so that the SAE starts as the
+        same function.
 
         A transcoder's W_enc has random directions of its own, as the tie to W_dec means nothing between two sites;
         b_dec is the median of y', `centre` that of x', and W_skip zero.

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from data.base.errors import UserError
 from data.loading.epoch import bits
-from data.loading.loader import ActivationLoader
 from data.loading.joined import JoinedReader
+from data.loading.loader import ActivationLoader
 from data.loading.reader import open_reader
 from data.loading.same_tokens import require_same_tokens
 from data.store.manifest import TRAIN

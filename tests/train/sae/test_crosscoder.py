@@ -151,7 +151,7 @@ def test_the_projected_gradient_moves_no_row_off_the_surface() -> None:
     assert float((norms_by_site(moved, (2, 1)).sum(0) - 1).abs().max()) < 1e-15
 
 
-def planted(count: int, seed: int, size: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
+def planted(count: int, seed: int, size: float = 1.0) -> tuple[Tensor, Tensor]:
     """Rows of two sites of 24 entries: 10 features that both have, 10 of the first alone and 10 of the second."""
     generator = torch.Generator().manual_seed(5)
     directions = torch.nn.functional.normalize(torch.randn(2, 30, 24, generator=generator), dim=2)
@@ -161,7 +161,7 @@ def planted(count: int, seed: int, size: float = 1.0) -> tuple[Tensor, Tensor, T
     directions = directions * has[:, :, None]
     draw = torch.Generator().manual_seed(seed)
     codes = (torch.rand(count, 30, generator=draw) + 0.5) * (torch.rand(count, 30, generator=draw) < 0.07)
-    return torch.cat([codes @ directions[0], size * codes @ directions[1]], 1), directions, has
+    return torch.cat([codes @ directions[0], size * codes @ directions[1]], 1), directions
 
 
 @pytest.mark.parametrize("form", ["batchtopk", "relu"])
@@ -171,7 +171,7 @@ def test_a_planted_dictionary_is_found_with_its_latents_sites(form: str) -> None
     size = 20.0  # of the second site's activations, which the normalisation takes out
     sae.initialise(planted(4096, 0, size)[0])
     train(sae, [planted(256, 1 + i, size)[0] for i in range(700)], lr=4e-3)
-    _, directions, has = planted(1, 0)
+    _, directions = planted(1, 0)
     rows_FD = torch.nn.functional.normalize(sae.W_dec.detach(), dim=1)
     truth = torch.nn.functional.normalize(torch.cat([directions[0], directions[1]], 1), dim=1)
     cosine, latent = (truth @ rows_FD.T).max(1)
