@@ -81,7 +81,7 @@ class SavedSAE:
     @property
     def transcodes(self) -> bool:
         """Return whether it predicts another site than it reads."""
-        return self.target != self.site
+        return not self.joined and self.target != self.site
 
 
 def find_saes(patterns: str | Sequence[str], setting: str = "saes") -> list[SavedSAE]:

@@ -207,14 +207,13 @@ def evaluate(config: Mapping[str, Any] | None = None, **given: Any) -> Report:
     if settings.together:
         require_no_crosscoder(saes, "together")
         require_one_a_target(saes)
+    for setting, given in (("feature_metrics", metrics), ("features", settings.features)):
+        if given is not None:
+            require_no_crosscoder(saes, setting)
     if metrics is not None and (transcoders := [sae.folder for sae in saes if sae.transcodes]):
         raise UserError(
             f"feature_metrics are of SAEs, and {transcoders[0]} is a transcoder: leave them out, or its folder"
         )
-    if metrics is not None:
-        require_no_crosscoder(saes, "feature_metrics")
-    if settings.features is not None:
-        require_no_crosscoder(saes, "features")
     stores = group_by_store(at_each_site(saes), parse_location(settings.cache))
     others = OtherModels({store.manifest.fingerprint: store for store, _ in stores}, settings)
     for _, by_site in stores:

@@ -71,7 +71,7 @@ class ActivationData(LightningDataModule):
         sites side by side, on the rows' device: the one place where they become so."""
         # On the training device: int8 rows travel as half the bytes, and a GPU decodes them in passing.
         parts = []
-        for decoder, stored in zip(self._decoders, rows.split(self._stored_widths, 1), strict=True):
+        for decoder, stored in zip(self._decoders, torch.split(rows, self._stored_widths, 1), strict=True):
             parts.append(decoder.to(rows.device)(stored.contiguous()).to(torch.float32))
         if self.plan.joined:
             return Batch(torch.cat(parts, 1))

@@ -155,13 +155,13 @@ def find_stores(settings: TrainSettings, overrides: Sequence[str]) -> list[store
     return [pick(matches)]
 
 
-def origin(plan: DataPlan) -> Group:
+def origin(store: stores.Store, site: str, target: str | None = None, joined: Sequence[StoredSite] = ()) -> Group:
     """Return what an SAE's config.json keeps of the activations it is of, a transcoder's with its target, a
     crosscoder's with all its sites; `model_name` has no folder of this machine in it."""
-    manifest = plan.store.manifest
-    sites: Group = {"site": plan.site} if plan.target is None else {"site": plan.site, "target": plan.target}
-    if plan.joined:
-        sites = {"sites": [site.record() for site in plan.joined]}
+    manifest = store.manifest
+    sites: Group = {"site": site} if target is None else {"site": site, "target": target}
+    if joined:
+        sites = {"sites": [each.record() for each in joined]}
     names = {**sites, "fingerprint": manifest.fingerprint, "store": manifest.folder}
     made_with = {"model": manifest.settings["model"], "packing": manifest.settings["packing"]}
     return {**names, **made_with, "model_name": manifest.identity["model"]["name"]}

@@ -83,7 +83,7 @@ def fit_norm(norm: InputNorm, sample: StartRows) -> list[float]:
     """Set a norm's s, and return the E||x||^2 (model units) that it was set by, of each site."""
     mean_sq_norms = _by_site(sample.mean_sq_norm)
     if mean_sq_norms is None:
-        parts = torch.split(sample.rows_ND.double(), norm.widths, 1)
+        parts = torch.split(sample.rows_ND.double(), list(norm.widths), 1)
         mean_sq_norms = [float(part.square().sum(1).mean()) for part in parts]
     for mean_sq_norm in mean_sq_norms:
         if not 0 < mean_sq_norm < float("inf"):

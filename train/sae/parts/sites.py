@@ -37,20 +37,20 @@ class SiteNorms(InputNorm):
         x_BD = x_BD.to(self.scale.dtype)
         if self.kind == "dataset":
             return x_BD * self._scale_D()
-        return torch.cat([InputNorm.normalise(self, part) for part in torch.split(x_BD, self.widths, 1)], 1)
+        return torch.cat([InputNorm.normalise(self, part) for part in torch.split(x_BD, list(self.widths), 1)], 1)
 
     def denormalise(self, xn_BD: Float[Tensor, "B D"], x_BD: Float[Tensor, "B _"]) -> Float[Tensor, "B D"]:
         """Convert x' units to model units; `x_BD` is the input (model units) whose mean and spread `token` gives back,
         to each site its own."""
         if self.kind == "dataset":
             return xn_BD / self._scale_D()
-        pairs = zip(torch.split(xn_BD, self.widths, 1), torch.split(x_BD, self.widths, 1), strict=True)
+        pairs = zip(torch.split(xn_BD, list(self.widths), 1), torch.split(x_BD, list(self.widths), 1), strict=True)
         return torch.cat([InputNorm.denormalise(self, xn, x) for xn, x in pairs], 1)
 
 
 def norms_by_site(W_dec_FD: Float[Tensor, "F D"], widths: Sequence[int]) -> Float[Tensor, "S F"]:
     """Compute the length of each latent's decoder row at each site; differentiable."""
-    return torch.stack([torch.linalg.vector_norm(part, dim=1) for part in torch.split(W_dec_FD, tuple(widths), 1)])
+    return torch.stack([torch.linalg.vector_norm(part, dim=1) for part in torch.split(W_dec_FD, list(widths), 1)])
 
 
 def checked_widths(widths: Sequence[int], d_in: int, d_out: int | None) -> tuple[int, ...]:

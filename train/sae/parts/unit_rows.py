@@ -32,7 +32,7 @@ def project_gradient_(W_dec_FD: nn.Parameter, widths: Sequence[int] | None = Non
         return
     # The rows with sum_s ||w_s|| = 1 are a surface whose normal is w_s / ||w_s|| at each site: one site's is w itself.
     normal_FD = torch.cat(
-        [torch.nn.functional.normalize(part, dim=1) for part in torch.split(W_dec_FD, tuple(widths), 1)], 1
+        [torch.nn.functional.normalize(part, dim=1) for part in torch.split(W_dec_FD, list(widths), 1)], 1
     )
     along_F1 = (grad_FD * normal_FD).sum(1, keepdim=True) / normal_FD.square().sum(1, keepdim=True).clamp_min(_LEAST)
     grad_FD.sub_(along_F1 * normal_FD)

@@ -48,7 +48,7 @@ class ReLU(L1SAE):
         f_BF = self.pre_activation(xn_BD).relu()
         xn_hat_BD = f_BF @ self.W_dec + self.beside_latents(xn_BD)
         # sum_s ||W_dec_j,s|| over the sites of a crosscoder; else there is one.
-        parts = [part.norm(dim=1) for part in self.W_dec.split(self.norm_out.widths, 1)]
+        parts = [part.norm(dim=1) for part in torch.split(self.W_dec, list(self.norm_out.widths), 1)]
         norm_F = torch.stack(parts).sum(0) if self.config.form == "april" else torch.ones_like(self.bias_F)
         l1 = (f_BF * norm_F).sum(1).mean() / self.variance.sqrt()
         coefficient = context.sparsity_scale * self.config.sparsity * self.sparsity_factor
