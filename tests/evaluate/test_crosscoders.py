@@ -200,6 +200,6 @@ def test_what_is_of_one_site_is_refused(
 def test_pages_of_latents_are_refused(saved: Save, made: dict[str, Any], tmp_path: Path) -> None:
     folder = saved("joined", rough(), *((made["store"], site) for site in SITES))
     with pytest.raises(
-        UserError, match="is a crosscoder of resid_post.0 \\+ resid_post.1, and only evaluate takes one"
+        UserError, match=r"is a crosscoder of resid_post.0 \+ resid_post.1, and only evaluate takes one"
     ):
         make(stage_config("features", folder=str(folder), cache=made["config"]["cache"], out=str(tmp_path / "pages")))
