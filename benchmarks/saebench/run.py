@@ -11,7 +11,7 @@ import os
 import re
 import subprocess
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -44,6 +44,7 @@ from train.sae import SAE, load
 
 ROOT = Path(__file__).resolve().parents[2]
 Eval = Literal["core", "core_openwebtext", "sparse_probing", "absorption", "scr", "tpp"]
+CORE: Eval = "core"
 
 # What a table's rows are called, our name of each figure and SAEBench's, and its decimals.
 ROWS = (
@@ -75,7 +76,7 @@ class SAEBenchSettings(HeldoutTextSettings):
     saes: Names
     """Folders or globs; every SAE in or below them is evaluated."""
     evals: Annotated[list[Eval], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)] = Field(
-        default_factory=lambda: ["core"], min_length=1
+        default_factory=lambda: [CORE], min_length=1
     )
     """SAEBench's evaluations; all but core take data and model from the hub."""
     environment: Text = ".venv-saebench"
@@ -115,7 +116,9 @@ def python_of(environment: str) -> Path:
     return python
 
 
-def ask_the_hub(groups: Sequence[Group], evals: Sequence[str]) -> None:
+def ask_the_hub(
+    groups: Sequence[Group], evals: Sequence[str], ask: Callable[[str, str | None], object] = hub.ask
+) -> None:
     """Raise UserError where evaluations other than core cannot have what they take from the hub."""
     others = [name for name in evals if name != "core"]
     for group in groups if others else []:
@@ -123,7 +126,7 @@ def ask_the_hub(groups: Sequence[Group], evals: Sequence[str]) -> None:
         if group.model.path is not None:
             raise UserError(f"{group.model.name} is a local model: {advice}")
         try:
-            hub.ask(group.model.name, None)
+            ask(group.model.name, None)
         except UserError as error:
             raise UserError(f"{advice} ({error})") from None
 
@@ -166,7 +169,9 @@ def variance_by_their_formula(text: HeldoutText, site: str, saes: Sequence[SAE],
     squares: list[Tensor] = []
     moments: list[Tensor] = []
     errors: list[list[Tensor]] = [[] for _ in saes]
-    batches = zip(contexts.ids_BT.split(contexts.batch), contexts.keep_BT.split(contexts.batch), strict=True)
+    batches = zip(
+        torch.split(contexts.ids_BT, contexts.batch), torch.split(contexts.keep_BT, contexts.batch), strict=True
+    )
     for ids_BT, keep_BT in batches:
         x_BTD = run_to(text.model, [Site.parse(site)], ids_BT.to(text.device))[site]
         x_ND = x_BTD[keep_BT.to(x_BTD.device)].float()

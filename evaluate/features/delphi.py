@@ -26,12 +26,11 @@ from omegaconf import DictConfig
 
 from data.base.cli import run, stage_settings
 from data.base.errors import UserError
-from data.base.files import write_atomic
+from data.base.files import refuse_full, write_atomic
 from data.base.location import parse_location
 from data.base.records import Json
 from data.base.sites import Site
 from evaluate.config import DelphiSettings
-from train.interop.config import refuse_full
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -42,7 +41,7 @@ SMALL = 1 << 16  # what uint16 holds
 
 
 @dataclass
-class Firings:
+class LatentFirings:
     """All firings so far: where each is, as (context, position, latent) [n, 3], and its activation [n]."""
 
     locations: list[NDArray[np.int64]] = field(default_factory=list)
@@ -88,7 +87,7 @@ def write_cache(config: Mapping[str, Any]) -> Path:
         raise UserError(f"splits={settings.splits} is more than the {sae.width} latents: give fewer")
     ((store, _),) = group_by_store([trained], parse_location(settings.cache))
     text = ScoredText.of(open_text(store, settings.model_dump()), [trained]).text
-    firings = Firings()
+    firings = LatentFirings()
     with tqdm(total=int(text.packed.keep.sum()), unit="tok", unit_scale=True, desc=f"latents at {trained.site}") as bar:
         for first, keep_BT, f_NF in encoded_contexts(sae, text, Site.parse(trained.site)):
             firings.update(first, keep_BT, f_NF)

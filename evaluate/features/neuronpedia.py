@@ -19,11 +19,10 @@ from omegaconf import DictConfig
 
 from data.base.cli import run, stage_settings
 from data.base.errors import UserError
-from data.base.files import write_atomic
+from data.base.files import refuse_full, write_atomic
 from data.base.records import Json
 from evaluate.config import NeuronpediaSettings
 from evaluate.features.page_data import Context, PageData
-from train.interop.config import refuse_full
 
 LATENTS_A_BATCH = 128
 INTERVALS = 5  # of the range of activations, which examples are sorted into; SAEDashboard's number

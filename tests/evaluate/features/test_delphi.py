@@ -17,7 +17,7 @@ from safetensors.numpy import load_file
 from benchmarks.agreement import ROOT
 from data.base.errors import UserError
 from evaluate.config import DelphiSettings
-from evaluate.features.delphi import Firings, write_cache
+from evaluate.features.delphi import LatentFirings, write_cache
 from evaluate.inputs import open_text
 from harvest.hooks import Site, run_to
 from tests.helpers.settings import stage_config
@@ -84,7 +84,7 @@ def test_the_files_hold_each_latent_on_each_token(config: dict[str, Any], harves
 
 
 def test_a_range_without_a_firing_and_one_beyond_uint16() -> None:
-    firings = Firings()
+    firings = LatentFirings()
     f_NF = torch.zeros(2, 4)
     f_NF[1, 0] = 2.5
     firings.update(70_000, torch.tensor([[False, True, True]]), f_NF)
