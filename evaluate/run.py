@@ -207,9 +207,9 @@ def evaluate(config: Mapping[str, Any] | None = None, **given: Any) -> Report:
     if settings.together:
         require_no_crosscoder(saes, "together")
         require_one_a_target(saes)
-    for setting, given in (("feature_metrics", metrics), ("features", settings.features)):
-        if given is not None:
-            require_no_crosscoder(saes, setting)
+    of_one_site = {"feature_metrics": metrics, "features": settings.features}
+    for setting in (name for name, asked in of_one_site.items() if asked is not None):
+        require_no_crosscoder(saes, setting)
     if metrics is not None and (transcoders := [sae.folder for sae in saes if sae.transcodes]):
         raise UserError(
             f"feature_metrics are of SAEs, and {transcoders[0]} is a transcoder: leave them out, or its folder"
