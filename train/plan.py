@@ -146,7 +146,7 @@ def find_stores(settings: TrainSettings, overrides: Sequence[str]) -> list[store
     if settings.store:
         names = settings.store if isinstance(settings.store, list) else [settings.store]
         opened = [open_store(name, parse_location(settings.cache)) for name in names]
-        require_joinable(opened)
+        require_joinable(opened, [TRAIN, HELDOUT] if settings.heldout_tokens else [TRAIN])
         return opened
     matches = find(parse_location(settings.cache), store_settings(settings.model_dump()))
     if not matches:
@@ -244,10 +244,9 @@ def make_plan(
     """
     if multirun:
         refuse_ranks_in_sweep(settings)
-    found, target = find_stores(settings, overrides), target_of(settings)
-    names = settings.site if isinstance(settings.site, list) else [settings.site]
-    sites = [StoredSite(store, str(Site.parse(name))) for store in found for name in names]
-    store, site = found[0], joined_name(sites)
+    target = target_of(settings)
+    sites = _sites(settings, find_stores(settings, overrides))
+    store, site = sites[0].store, joined_name(sites)
     joined = tuple(sites) if settings.crosses else ()
     readers = _readers(settings, overrides, sites if target is None else [*sites, StoredSite(store, target)])
     # A store may have grown since the run began. With more chunks the order of all rows would be another, so a run that
@@ -294,6 +293,15 @@ def make_plan(
         d_out=None if target is None else store.decoder(TRAIN, target).width,
         joined=joined,
     )
+
+
+def _sites(settings: TrainSettings, opened: Sequence[stores.Store]) -> list[StoredSite]:
+    """List every site of `site` in every store; UserError where two names are of one site."""
+    given = settings.site if isinstance(settings.site, list) else [settings.site]
+    names = [str(Site.parse(name)) for name in given]
+    if len(set(names)) < len(names):
+        raise UserError(f"site=[{','.join(given)}] names one site twice: give each once")
+    return [StoredSite(store, name) for store in opened for name in names]
 
 
 def _readers(settings: TrainSettings, overrides: Sequence[str], sites: Sequence[StoredSite]) -> dict[str, Reader]:

@@ -9,7 +9,7 @@ from data.base.errors import UserError
 from data.loading.joined import JoinedReader
 from data.loading.reader import Reader, open_reader
 from data.loading.same_tokens import require_same_tokens
-from data.store.manifest import HELDOUT, TRAIN
+from data.store.manifest import TRAIN
 from data.store.store import Store
 from train.config import Group
 
@@ -39,8 +39,8 @@ def joined_name(sites: Sequence[StoredSite]) -> str:
     return " + ".join(f"{site.name} of {site.store.path.name}" if several else site.name for site in sites)
 
 
-def require_joinable(stores: Sequence[Store], splits: Sequence[str] = (TRAIN, HELDOUT)) -> None:
-    """Raise UserError unless the rows of all stores stand for the same tokens, and are encoded alike."""
+def require_joinable(stores: Sequence[Store], splits: Sequence[str]) -> None:
+    """Raise UserError unless the rows of all stores stand for the same tokens in these splits, encoded alike."""
     fingerprints = [store.manifest.fingerprint for store in stores]
     if len(set(fingerprints)) < len(fingerprints):
         paths = ", ".join(str(store.path) for store in stores)

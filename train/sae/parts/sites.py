@@ -32,6 +32,10 @@ class SiteNorms(InputNorm):
     def _scale_D(self) -> Float[Tensor, " D"]:
         return torch.cat([s.expand(width) for s, width in zip(self.scale, self.widths, strict=True)])
 
+    def weighed(self, x_BD: Float[Tensor, "B D"]) -> Float[Tensor, "B D"]:
+        """Multiply each site by its s and change nothing else: a squared error then weighs the sites as the loss does."""
+        return x_BD * self._scale_D()
+
     def normalise(self, x_BD: Float[Tensor, "B D"]) -> Float[Tensor, "B D"]:
         """Convert model units to x'."""
         x_BD = x_BD.to(self.scale.dtype)
