@@ -33,7 +33,7 @@ class SiteNorms(InputNorm):
         return torch.cat([s.expand(width) for s, width in zip(self.scale, self.widths, strict=True)])
 
     def weighed(self, x_BD: Float[Tensor, "B D"]) -> Float[Tensor, "B D"]:
-        """Multiply each site by its s and change nothing else: a squared error then weighs the sites as the loss does."""
+        """Multiply each site by its s, nothing else: a squared error then weighs the sites as the loss does."""
         return x_BD * self._scale_D()
 
     def normalise(self, x_BD: Float[Tensor, "B D"]) -> Float[Tensor, "B D"]:
