@@ -24,9 +24,9 @@ from harvest import lm
 from train.sae.io import load
 from train.sae.parts.sites import norms_by_site
 
-ONLY = 0.9  # share of a latent's decoder norm from which on it counts as one site's alone
-SHARED = 0.5  # of an even part: a latent whose share is at least that at every site counts as shared
-BINS = 20  # of the histogram of shares
+ALONE_FROM = 0.9  # share of a latent's decoder norm from which on it counts as one site's alone
+EVEN_PART = 0.5  # of an even part: a latent whose share is at least that at every site counts as shared
+SHARE_BINS = 20  # of the histogram of shares
 
 
 def form_at_site(sae: SavedSAE, form: str) -> AtSite:
@@ -107,8 +107,8 @@ def crosscoder_entry(sae: SavedSAE, rows: Sequence[Json], totals: Sequence[tuple
     share_SF = (norms_SF / norms_SF.sum(0).clamp_min(torch.finfo(norms_SF.dtype).tiny)).numpy()
     fires_F = np.array(rows[0]["l0"]["fired"]) > 0
     share_SF = share_SF[:, fires_F]
-    only_S = (share_SF > ONLY).sum(1)
-    shared = int((share_SF >= SHARED / len(share_SF)).all(0).sum())
+    only_S = (share_SF > ALONE_FROM).sum(1)
+    shared = int((share_SF >= EVEN_PART / len(share_SF)).all(0).sum())
     sites = [
         {
             "site": row["at"],
@@ -117,7 +117,7 @@ def crosscoder_entry(sae: SavedSAE, rows: Sequence[Json], totals: Sequence[tuple
             "recovered_zero": row["metrics"]["recovered_zero"],
             "only": int(only),
             "share": float(share.mean()) if len(share) else None,
-            "histogram": np.histogram(share, bins=BINS, range=(0, 1))[0].tolist(),
+            "histogram": np.histogram(share, bins=SHARE_BINS, range=(0, 1))[0].tolist(),
         }
         for row, only, share in zip(rows, only_S, share_SF, strict=True)
     ]
