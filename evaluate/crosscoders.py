@@ -25,7 +25,7 @@ from train.sae.io import load
 from train.sae.parts.sites import norms_by_site
 
 ALONE_FROM = 0.9  # share of a latent's decoder norm from which on it counts as one site's alone
-EVEN_PART = 0.5  # of an even part: a latent whose share is at least that at every site counts as shared
+SHARED_FROM = 0.5  # of an even part: a latent whose share is at least that at every site counts as shared
 SHARE_BINS = 20  # of the histogram of shares
 
 
@@ -108,7 +108,7 @@ def crosscoder_entry(sae: SavedSAE, rows: Sequence[Json], totals: Sequence[tuple
     fires_F = np.array(rows[0]["l0"]["fired"]) > 0
     share_SF = share_SF[:, fires_F]
     only_S = (share_SF > ALONE_FROM).sum(1)
-    shared = int((share_SF >= EVEN_PART / len(share_SF)).all(0).sum())
+    shared = int((share_SF >= SHARED_FROM / len(share_SF)).all(0).sum())
     sites = [
         {
             "site": row["at"],
