@@ -28,6 +28,7 @@ from benchmarks.parity import (
     ours,
     parameters,
     scale,
+    target_rows,
 )
 from tests.helpers import reference
 from tests.helpers.reference import Parameters, Pass, Result
