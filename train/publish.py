@@ -89,11 +89,12 @@ def prepare_upload(settings: PublishSettings) -> Upload:
 
 def _folders(patterns: list[str]) -> dict[str, Path]:
     """Find the SAEs by the names that they are to have."""
-    from train.sae.io import CONFIG, WEIGHTS
+    from train.sae.io import CONFIG
+    from train.sae.weights_folder import WEIGHTS, folders_below
 
     folders: dict[str, Path] = {}
     for pattern in patterns:
-        below = sorted({path.parent for match in expand_globs(pattern) for path in Path(match).rglob(WEIGHTS)})
+        below = sorted({folder for match in expand_globs(pattern) for folder in folders_below(Path(match))})
         below = [folder for folder in below if (folder / CONFIG).is_file()]
         if not below:
             raise UserError(f"saes={pattern} holds no trained SAE (no {WEIGHTS} in or below it): fix the path")
