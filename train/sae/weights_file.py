@@ -14,7 +14,8 @@ from torch import Tensor
 
 from train.sae.base import SAE
 
-_PIECE = 1 << 24  # entries of a tensor at a time
+PIECE = 1 << 24
+"""Entries of a tensor at a time: 64 MB in float32."""
 _TYPES = {  # the format's names, in the order in which it stores tensors: then by name
     torch.int64: "I64",
     torch.float64: "F64",
@@ -72,7 +73,7 @@ def shapes_in_file(sae: SAE, latents: range) -> dict[str, list[int]]:
     return shapes
 
 
-def weight_pieces(sae: SAE, latents: range | None = None, *, entries: int = _PIECE) -> Iterator[bytes | memoryview]:
+def weight_pieces(sae: SAE, latents: range | None = None, *, entries: int = PIECE) -> Iterator[bytes | memoryview]:
     """Yield a file in pieces of about so many entries of a tensor: of the whole SAE, or the shard of some `latents`.
 
     Of a split dictionary every process must take all pieces, as each is a message to the others.

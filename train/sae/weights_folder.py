@@ -20,14 +20,13 @@ from torch import Tensor
 
 from data.base.errors import UserError
 from train.sae.base import SAE
-from train.sae.weights_file import ENCODER_THERE, has_latents, name_in_file, shapes_in_file
+from train.sae.weights_file import ENCODER_THERE, PIECE, has_latents, name_in_file, shapes_in_file
 
 WEIGHTS, INDEX = "sae.safetensors", "sae.safetensors.index.json"
 SHARD_BYTES = 5_000_000_000
 """The most bytes of a file of weights: where the Hugging Face hub's own libraries cut theirs."""
 SHA256 = "weights_sha256"  # in config.json, of sae.safetensors or the index; folders of earlier versions have none
 _REMEDY = "train this SAE again or restore the file"
-_PIECE = 1 << 24  # entries of a tensor that are looked at together
 
 
 @dataclass(frozen=True)
@@ -185,4 +184,4 @@ def pieces(tensor: Tensor) -> Iterator[Tensor]:
     if not tensor.dim():
         yield tensor
         return
-    yield from torch.split(tensor, max(1, _PIECE // max(1, tensor[:1].numel())))
+    yield from torch.split(tensor, max(1, PIECE // max(1, tensor[:1].numel())))

@@ -106,9 +106,7 @@ def test_rows_are_read_without_the_rest(folder: Path) -> None:
     assert torch.equal(torch.cat(list(read_rows(folder, "W_dec", range(3, 5)))), sae.W_dec[3:5])
     with pytest.raises(UserError, match=r"sae-00003-of-00003\.safetensors is damaged"):
         list(read_rows(folder, "W_dec", range(40, 50)))
-    with pytest.raises(
-        UserError, match="b_dec is nothing that batchtopk has for each latent: name one of W_dec,"
-    ):
+    with pytest.raises(UserError, match="b_dec is nothing that batchtopk has for each latent: name one of W_dec,"):
         list(read_rows(folder, "b_dec"))
     with pytest.raises(UserError, match=r"range\(60, 65\) is no part of the 64 latents"):
         list(read_rows(folder, "W_dec", range(60, 65)))
