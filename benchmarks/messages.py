@@ -32,7 +32,7 @@ from train.sae.weights_file import shard_latents, weight_pieces
 
 Counted = tuple[str, str, int]
 """The kind of a message, over which dimension it goes, and its bytes."""
-PIECE, SHARD = 4096, 100_000  # entries and bytes: small ones, so that a small SAE has several pieces and shards
+PIECE, SHARD = 2048, 100_000  # entries and bytes: small ones, so that a small SAE has several pieces and shards
 
 
 @dataclass(frozen=True)

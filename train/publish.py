@@ -117,13 +117,16 @@ def _exported(folder: Path, name: str, settings: PublishSettings, report: Path |
     from train.interop.fold import folded
     from train.interop.foreign import Origin
     from train.sae import load, load_config
+    from train.sae.weights_file import TensorFile
 
     config = load_config(folder)
     origin = Origin.of(config, folder)
     found = None if report is None else reported(report / "report.json", folder, origin.fingerprint)
     sae = folded(load(folder))
     text = card(sae, origin, config, loading(settings.repo or "", name), found)
-    return {**FORMATS["saelens"].files(sae, origin), CARD: text.encode()}
+    made = FORMATS["saelens"].files(sae, origin)
+    files = {name: b"".join(held.pieces()) if isinstance(held, TensorFile) else held for name, held in made.items()}
+    return {**files, CARD: text.encode()}
 
 
 def loading(repo: str, name: str) -> str:

@@ -24,10 +24,7 @@ def test_the_formula_is_what_is_sent(latent_ranks: int, data_ranks: int) -> None
         assert sorted(found.step) == sorted(formula(collectives(run))), run.shape
         assert sorted(found.gathering) == sorted(formula(gathering(run, SHARD, PIECE))), run.shape
         if latent_ranks > 1:
-            by_formula = gathering_bytes(run, SHARD, PIECE)
-            assert 0.8 * by_formula < found.memory < 1.05 * by_formula, run.shape
-            # What no process may hold: a matrix of the whole dictionary.
-            assert found.memory < 4 * run.shape.width * run.shape.d_model / 3
+            takes_a_few_pieces(run, found.memory)
 
 
 def test_the_final_sae_of_two_processes_takes_as_much_as_the_formula_says() -> None:
@@ -35,8 +32,15 @@ def test_the_final_sae_of_two_processes_takes_as_much_as_the_formula_says() -> N
     run = Run(Shape("jumprelu", width=1001, d_model=64, batch=64, k=8), 1e6, latent_ranks=2)
     (found,) = count([run])
     assert found.gathering == formula(gathering(run, SHARD, PIECE)) and len(found.gathering) > 30
-    assert 0.8 * gathering_bytes(run, SHARD, PIECE) < found.memory < 1.05 * gathering_bytes(run, SHARD, PIECE)
-    assert found.memory < 4 * 1001 * 64 / 3
+    takes_a_few_pieces(run, found.memory)
+
+
+def takes_a_few_pieces(run: Run, memory: int) -> None:
+    """The memory of the final SAE is by the formula, far from a matrix of the whole dictionary."""
+    by_formula = gathering_bytes(run, SHARD, PIECE)
+    # A thread of gloo's may let go of what came in and went out a moment later.
+    assert 0.8 * by_formula < memory < by_formula + 4 * PIECE * (1 + 1 / run.latent_ranks), run.shape
+    assert memory < 4 * run.shape.width * run.shape.d_model / 4
 
 
 def test_what_is_watched_goes_on_as_before() -> None:

@@ -29,6 +29,7 @@ from train.sae.weights_file import (
     ENCODER,
     ENCODER_THERE,
     has_latents,
+    pieces_of,
     shapes_in_file,
     shard_latents,
     weight_bytes,
@@ -44,7 +45,6 @@ from train.sae.weights_folder import (
     index_bytes,
     mapped_tensors,
     misfit,
-    pieces,
     read_weights,
     remove_others,
     shard_name,
@@ -156,7 +156,7 @@ def read_rows(folder: str | Path, name: str, latents: range | None = None) -> It
         first, last = max(latents.start, file.latents.start), min(latents.stop, file.latents.stop)
         if first < last:
             rows = by_latents(name, mapped_tensors(sae, file)[name])
-            yield from pieces(rows[first - file.latents.start : last - file.latents.start])
+            yield from pieces_of(rows[first - file.latents.start : last - file.latents.start])
 
 
 def _described(folder: Path, split: LatentSplit) -> tuple[dict[str, Any], SAE, list[WeightsFile]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -85,6 +86,29 @@ def weight_pieces(sae: SAE, latents: range | None = None, *, entries: int = PIEC
     for name, tensor in tensors.items():
         for piece in _tensor_pieces(sae, name, tensor.detach(), latents, entries):
             yield tensor_bytes(piece)
+
+
+@dataclass(frozen=True)
+class TensorFile:
+    """A safetensors file of some tensors, whose bytes are made as they are written: no copy of them all is needed."""
+
+    tensors: Mapping[str, Tensor]
+
+    def pieces(self) -> Iterator[bytes | memoryview]:
+        """Yield the file in pieces, the same bytes as safetensors' own `save` makes."""
+        ordered = in_file_order(self.tensors)
+        yield file_header({name: (tensor.dtype, [*tensor.shape]) for name, tensor in ordered.items()})
+        for tensor in ordered.values():
+            for piece in pieces_of(tensor.detach()):
+                yield tensor_bytes(piece)
+
+
+def pieces_of(tensor: Tensor) -> Iterator[Tensor]:
+    """Cut a tensor along its first dimension into pieces of about `PIECE` entries."""
+    if not tensor.dim():
+        yield tensor
+        return
+    yield from torch.split(tensor, max(1, PIECE // max(1, tensor[:1].numel())))
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from data.base.errors import UserError
 from train.sae.base import SAE
-from train.sae.weights_file import ENCODER_THERE, PIECE, has_latents, name_in_file, shapes_in_file
+from train.sae.weights_file import ENCODER_THERE, has_latents, name_in_file, pieces_of, shapes_in_file
 
 WEIGHTS, INDEX = "sae.safetensors", "sae.safetensors.index.json"
 SHARD_BYTES = 5_000_000_000
@@ -160,7 +160,7 @@ def _refuse_others(sae: SAE, tensors: Mapping[str, Tensor], latents: range) -> N
 
 def _take(sae: SAE, name: str, own: Tensor, tensor: Tensor, file: WeightsFile) -> None:
     """Copy what is the SAE's own of a tensor of a file."""
-    for piece in pieces(tensor):
+    for piece in pieces_of(tensor):
         if not bool(piece.to(own.dtype).isfinite().all()):
             raise UserError(
                 f"{file.path} has values in {name} that are not finite: train this SAE again or restore the file"
@@ -177,11 +177,3 @@ def _take(sae: SAE, name: str, own: Tensor, tensor: Tensor, file: WeightsFile) -
 def by_latents(name: str, tensor: Tensor) -> Tensor:
     """Give a tensor of a file with its latents as rows."""
     return tensor.t() if name == ENCODER_THERE else tensor
-
-
-def pieces(tensor: Tensor) -> Iterator[Tensor]:
-    """Cut a tensor along its first dimension into pieces of some 16 million entries."""
-    if not tensor.dim():
-        yield tensor
-        return
-    yield from torch.split(tensor, max(1, PIECE // max(1, tensor[:1].numel())))
