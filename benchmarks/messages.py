@@ -119,8 +119,8 @@ def count(runs: list[Run]) -> list[Counts]:
     found = []
     for text in written:
         made = json.loads(text)
-        lists = [[(kind, over, size) for kind, over, size in made[name]] for name in ("step", "gathering")]
-        found.append(Counts(*lists, memory=made["memory"]))
+        step, gathering = ([(kind, over, size) for kind, over, size in made[name]] for name in ("step", "gathering"))
+        found.append(Counts(step, gathering, made["memory"]))
     return found
 
 
