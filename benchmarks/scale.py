@@ -253,6 +253,16 @@ def gathering_bytes(run: Run, shard_bytes: int = SHARD_BYTES, entries: int = PIE
     return round(4 * most * (4 + 1 / run.latent_ranks))
 
 
+def ending(run: Run) -> str:
+    """Say what the final SAE of a run takes: its files, and what each process sends and holds for them."""
+    files = len(shards(run, SHARD_BYTES))
+    sent = sum(message.sent(run.latent_ranks) for message in gathering(run))
+    return (
+        f"  the final SAE: {files} files, of which each of {run.latent_ranks} processes sends {sent / 1e9:.1f} GB in "
+        f"{len(gathering(run)):,} messages and holds {gathering_bytes(run) / 1e6:,.0f} MB at a time"
+    )
+
+
 # What follows
 
 
@@ -428,7 +438,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--entry-bytes", type=float, default=2.0, help="of an activation in the store; int8: 1")
     parser.add_argument("--dead", type=float, default=0.0, help="share of latents that may be dead")
     parser.add_argument("--ema", action="store_true")
-    parser.add_argument("--messages", action="store_true", help="list the collectives of a step")
+    parser.add_argument("--messages", action="store_true", help="list the collectives of a step, and of the final SAE")
     return parser.parse_args()
 
 
@@ -443,6 +453,8 @@ def main() -> None:
         print(row(run, args.card), flush=True)
         for message in collectives(run) if args.messages else []:
             print(f"  {message.payload:>14,} bytes  {message.kind} over {message.over}: {message.what}")
+        if args.messages:
+            print(ending(run))
 
 
 if __name__ == "__main__":

@@ -46,13 +46,12 @@ from train.sae.weights_folder import (
     mapped_tensors,
     misfit,
     read_weights,
-    remove_others,
-    shard_name,
+    remove_other_weights,
     weights_files,
+    weights_name,
 )
 
-SAE_FORMAT, SHARDED_FORMAT = 1, 2  # of config.json: the weights in one file, or in shards
-CONFIG = "config.json"
+CONFIG, SAE_FORMAT, SHARDED_FORMAT = "config.json", 1, 2  # the format: the weights in one file, or in shards
 
 VARIANTS: dict[str, type[SAE]] = {
     variant.name: variant for variant in (ReLU, TopK, BatchTopK, Matryoshka, Gated, JumpReLU)
@@ -80,8 +79,8 @@ def save(sae: SAE, folder: str | Path, record: dict[str, Any], *, shard_bytes: i
     folder.mkdir(parents=True, exist_ok=True)
     # An older SAE's config beside new weights would be a wrong SAE; without a config the folder holds none.
     (folder / CONFIG).unlink(missing_ok=True)
-    names = [shard_name(number, len(shards)) for number in range(len(shards))] if sharded else [WEIGHTS]
-    remove_others(folder, names)
+    names = [weights_name(number, len(shards)) for number in range(len(shards))] if sharded else [WEIGHTS]
+    remove_other_weights(folder, names)
     files = []
     for name, latents in zip(names, shards, strict=True):
         digest = hashlib.sha256()

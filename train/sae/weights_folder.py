@@ -38,7 +38,7 @@ class WeightsFile:
     sha256: str | None
 
 
-def shard_name(number: int, count: int) -> str:
+def weights_name(number: int, count: int) -> str:
     """Name a shard, by its number from 0 on."""
     return f"sae-{number + 1:05}-of-{count:05}.safetensors"
 
@@ -48,7 +48,7 @@ def folders_below(place: Path) -> set[Path]:
     return {path.parent for name in (WEIGHTS, INDEX) for path in place.rglob(name)}
 
 
-def remove_others(folder: Path, names: Sequence[str]) -> None:
+def remove_other_weights(folder: Path, names: Sequence[str]) -> None:
     """Remove files of weights that are none of `names`, also what a killed process left of a shard."""
     patterns = (WEIGHTS, INDEX, "sae-*-of-*.safetensors", ".sae-*-of-*.safetensors.tmp")
     for path in (path for pattern in patterns for path in folder.glob(pattern)):
@@ -100,7 +100,7 @@ def _indexed(path: Path, sha256: str | None, width: int) -> list[WeightsFile]:
         raise UserError(f"{path} is no index of an SAE's weights: {_REMEDY}") from None
     ends = [0, *(file.latents.stop for file in files)]
     whole = [file.latents.start for file in files] == ends[:-1] and ends[-1] == width
-    if not whole or any(shard["file"] != shard_name(number, len(files)) for number, shard in enumerate(shards)):
+    if not whole or any(shard["file"] != weights_name(number, len(files)) for number, shard in enumerate(shards)):
         raise UserError(f"{path} does not list the {width} latents of this SAE: {_REMEDY}")
     return files
 
