@@ -10,8 +10,8 @@ from omegaconf import DictConfig
 
 from data.base import cli
 from data.base.errors import UserError
-from data.base.files import atomic_file
-from train.interop.config import ExportSettings, refuse_full
+from data.base.files import atomic_file, refuse_full
+from train.interop.config import ExportSettings
 
 if TYPE_CHECKING:
     from train.interop.foreign import Files
