@@ -56,6 +56,9 @@ def numbers(settings: TrainSettings, plan: DataPlan) -> Group:
     stores = list(dict.fromkeys(site.store.manifest.fingerprint for site in plan.joined))
     if len(stores) > 1:
         own["stores"] = stores
+    if plan.outliers and plan.outliers.by_target:
+        # A run of an earlier version left these rows in: it is another one.
+        own["left_out_by_target"] = plan.outliers.by_target
     return {**own, "store": plan.store.manifest.fingerprint, "world": plan.world}
 
 

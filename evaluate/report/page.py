@@ -14,7 +14,8 @@ from data.base.records import Json
 from evaluate.report.columns import DEFINITIONS, OF_SITE, STAR, best_at_their_l0, few_documents, massive_rows, sae_name
 from evaluate.report.crosscoders import HEADS, crosscoder_cells, crosscoder_sentences, crosscoder_title, share_figure
 from evaluate.report.render import asset, render, script_hash
-from evaluate.report.tables import Table, cell, head, heading, is_plain, sae_tables, site_tables
+from evaluate.report.tables import Table, cell, head, heading, is_plain, sae_tables, site_tables, together_table
+from evaluate.report.together import together_sentences, together_title
 from evaluate.report.verdict import verdict_sentences
 
 # Of a site: what the page says in its own words.
@@ -48,6 +49,7 @@ def write_page(
     page = render(
         "report.html",
         sites=[site_section(site, config, identities[site["fingerprint"]], features) for site in report["sites"]],
+        together=[together_section(report, one) for one in report.get("together", [])],
         crosscoders=[_crosscoder_section(entry) for entry in report.get("crosscoders", [])],
         made=report.get("made", "")[:16].replace("T", " "),
         star=STAR,
@@ -117,4 +119,13 @@ def site_section(site: Json, config: Mapping[str, Any], identity: Json, features
             for row in rows
             if row["folder"] in features
         ],
+    }
+
+
+def together_section(report: Json, together: Json) -> Json:
+    """Gather what the page shows of a replacement model."""
+    return {
+        "title": together_title(together),
+        "sentences": together_sentences(report, together),
+        "table": together_table(report, together),
     }
