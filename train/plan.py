@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ from data.base.errors import UserError, did_you_mean
 from data.base.location import parse_location
 from data.base.records import canonical, diff_fields
 from data.base.sites import SITE_KINDS, Site
-from data.loading.norm_filter import DecodeRows, NormFilteredReader, median_norm, moments
+from data.loading.norm_filter import DecodeRows, NormFilteredReader, NormLimit, median_norm, moments
 from data.loading.order import batches_per_epoch, split_calibration
 from data.loading.reader import Reader
 from data.store import store as stores
@@ -35,7 +36,8 @@ class Outliers:
     """Rows with a norm above `times` the `median` of the training rows, which are left out everywhere.
 
     The median is that of the site which is read. Of a transcoder a row is left out as well whose norm at the target is
-    above `times` the `target_median`: it would be most of the squared error, whatever the input is there.
+    above `times` the `target_median`: it would be most of the squared error, whatever the input is there. Of a
+    crosscoder a row is left out whose norm is above `times` the median at one of its sites.
     """
 
     times: float
@@ -43,12 +45,15 @@ class Outliers:
     left_out: dict[str, int]  # rows, by split
     target_median: float | None = None
     by_target: int = 0  # training rows that only the norm at the target leaves out
+    medians: tuple[float, ...] = ()  # of a crosscoder's sites, in order
 
     def record(self) -> dict[str, Any]:
-        """Return what config.json says of them; of an SAE nothing about a target."""
-        every = asdict(self)
+        """Return what config.json says of them; of an SAE nothing about a target or other sites."""
+        every = asdict(self) | {"medians": [*self.medians]}
         if self.target_median is None:
             del every["target_median"], every["by_target"]
+        if not self.medians:
+            del every["medians"]
         return every
 
 
@@ -87,12 +92,9 @@ class DataPlan:
         """Return E ||x||^2 and the variance of the training rows, less the outliers that are left out; of a crosscoder
         those of each site."""
         if self.joined:
-            every = [site.store.stats(TRAIN, site.name) for site in self.joined]
-            return {"mean_sq_norm": [s.mean_sq_norm for s in every], "variance": [s.variance for s in every]}
-        stats, reader = self.store.stats(TRAIN, self.site), self.readers[TRAIN]
-        if isinstance(reader, NormFilteredReader):
-            return {**moments(stats, reader.left_out)}
-        return {"mean_sq_norm": stats.mean_sq_norm, "variance": stats.variance}
+            every = [self._moments(site, place) for place, site in enumerate(self.joined)]
+            return {name: [each[name] for each in every] for name in every[0]}
+        return {**self._moments(StoredSite(self.store, self.site), 0)}
 
     def mean_share(self) -> float:
         """Compute the share of E ||x||^2 that the mean holds, of a crosscoder the largest over its sites."""
@@ -102,9 +104,12 @@ class DataPlan:
     def target_moments(self) -> dict[str, float]:
         """Return those of a transcoder's target."""
         assert self.target is not None
-        stats, reader = self.store.stats(TRAIN, self.target), self.readers[TRAIN]
+        return self._moments(StoredSite(self.store, self.target), 1)
+
+    def _moments(self, site: StoredSite, place: int) -> dict[str, float]:
+        stats, reader = site.store.stats(TRAIN, site.name), self.readers[TRAIN]
         if isinstance(reader, NormFilteredReader):
-            return moments(stats, reader.left_out_second)
+            return moments(stats, reader.left_out[place])
         return {"mean_sq_norm": stats.mean_sq_norm, "variance": stats.variance}
 
 
@@ -218,42 +223,37 @@ def _filtered_readers(
     settings: TrainSettings,
     times: float,
     chunks: int,
-    decode: DecodeRows,
-    decode_target: DecodeRows | None,
+    sites: Sequence[StoredSite],
+    joined: bool,
 ) -> tuple[dict[str, Reader], Outliers]:
-    """Wrap the readers, without the rows above `times` the median norm of the site or of the target; reads every row
-    once."""
-    median = median_norm(readers[TRAIN], chunks, decode)
-    target_median = None if decode_target is None else median_norm(readers[TRAIN], chunks, decode_target)
+    """Wrap the readers, without the rows above `times` the median norm of one of the sites; reads every row once.
+
+    sites: those of a crosscoder where `joined`, else the one that is read, before a transcoder's target.
+    """
+    decoders = _decoders(sites)
+    medians = [median_norm(readers[TRAIN], chunks, decode) for decode in decoders]
     # Of train/ alone, for held-out rows too: one limit, or the two splits would be cut differently.
-    limit = times * median
-    limit_target = math.inf if target_median is None else times * target_median
+    limits = [NormLimit(decode, times * median) for decode, median in zip(decoders, medians, strict=True)]
     filtered: dict[str, NormFilteredReader] = {}
     left_out: dict[str, int] = {}
     for split, reader in readers.items():
         count = chunks if split == TRAIN else len(reader.sizes)
-        filtered[split] = NormFilteredReader(
-            reader,
-            count,
-            limit,
-            decode,
-            decode_second=decode_target,
-            limit_second=limit_target,
-            threads=settings.loader.threads,
-        )
-        left_out[split] = filtered[split].left_out.rows
-    by_target = filtered[TRAIN].by_second
-    return dict(filtered), Outliers(times, median, left_out, target_median, by_target)
+        filtered[split] = NormFilteredReader(reader, count, *limits, threads=settings.loader.threads)
+        left_out[split] = filtered[split].left_out[0].rows
+    if joined:
+        return dict(filtered), Outliers(times, medians[0], left_out, medians=tuple(medians))
+    target_median = medians[1] if len(medians) > 1 else None
+    return dict(filtered), Outliers(times, medians[0], left_out, target_median, filtered[TRAIN].by_others)
 
 
-def _outlier_times(settings: TrainSettings, store: stores.Store, site: str, target: str | None) -> float | None:
-    """Settle the limit of `outliers`: with auto 10 where the commit records show massive rows at the site or the
-    target, so that these few rows are not what the variance, the normalisation and the latents are spent on; None where
-    every row is read."""
+def _outlier_times(settings: TrainSettings, sites: Sequence[StoredSite]) -> float | None:
+    """Settle the limit of `outliers`: with auto 10 where the commit records show massive rows at one of the sites, so
+    that these few rows are not what the variance, the normalisation and the latents are spent on; None where every row
+    is read."""
     if settings.outliers != AUTO:
         return settings.outliers
-    sites = [site] if target is None else [site, target]
-    return TIMES_MEDIAN if any(has_massive_rows(store.stats(TRAIN, name)) for name in sites) else None
+    massive = [has_massive_rows(site.store.stats(TRAIN, site.name)) for site in sites]
+    return TIMES_MEDIAN if any(massive) else None
 
 
 def make_plan(
@@ -269,17 +269,15 @@ def make_plan(
     sites = _sites(settings, find_stores(settings, overrides))
     store, site = sites[0].store, joined_name(sites)
     joined = tuple(sites) if settings.crosses else ()
-    readers = _readers(settings, overrides, sites if target is None else [*sites, StoredSite(store, target)])
+    every = sites if target is None else [*sites, StoredSite(store, target)]
+    readers = _readers(settings, overrides, every)
     # A store may have grown since the run began. With more chunks the order of all rows would be another, so a run that
     # goes on keeps to those it began with.
     stored_chunks = len(readers[TRAIN].sizes[:stored_chunks])
     outliers = None
-    times = None if joined else _outlier_times(settings, store, site, target)
-    if joined:
-        _refuse_outliers(settings, joined)
+    times = _outlier_times(settings, every)
     if times is not None:
-        decode, decode_target = _decoders(store, site, target)
-        readers, outliers = _filtered_readers(readers, settings, times, stored_chunks, decode, decode_target)
+        readers, outliers = _filtered_readers(readers, settings, times, stored_chunks, every, settings.crosses)
     sizes = readers[TRAIN].sizes[:stored_chunks]
     steps = settings.tokens // (settings.batch * settings.world)
     if steps < 1:
@@ -351,32 +349,24 @@ def _readers(settings: TrainSettings, overrides: Sequence[str], sites: Sequence[
     return readers
 
 
-def _refuse_outliers(settings: TrainSettings, sites: Sequence[StoredSite]) -> None:
-    """Raise UserError where rows of a crosscoder's sites were to be left out, which it reads all."""
-    massive = [site.name for site in sites if has_massive_rows(site.store.stats(TRAIN, site.name))]
-    if settings.outliers == AUTO and massive:
-        raise UserError(
-            f"{', '.join(massive)} has massive rows, which a crosscoder does not leave out: give outliers=null to "
-            "train on every row"
-        )
-    if settings.outliers not in (AUTO, None):
-        raise UserError(
-            f"outliers={settings.outliers:g} is for one site, and a crosscoder reads every row of its sites: give "
-            "outliers=null"
-        )
+def _decoders(sites: Sequence[StoredSite]) -> list[DecodeRows]:
+    """Give what makes floats of stored rows, of each of the sites from rows of all of them side by side."""
+    if len(sites) == 1:
+        return [sites[0].store.rows_of(sites[0].name).values]
+    decoders: list[DecodeRows] = []
+    column = 0
+    for site in sites:
+        stored = site.store.row_shape(TRAIN, site.name)[0]
+        columns = slice(column, column + stored)
+        values = site.store.rows_of(site.name).values
+        # Contiguous, as int8 rows are decoded by views that need it.
+        decoders.append(partial(_decoded, values, columns))
+        column += stored
+    return decoders
 
 
-def _decoders(store: stores.Store, site: str, target: str | None) -> tuple[DecodeRows, DecodeRows | None]:
-    """Give what makes floats of stored rows, of the site and of the target, from rows of both where there are two."""
-    if target is None:
-        return store.rows_of(site).values, None
-    stored = store.row_shape(TRAIN, site)[0]
-    own, other = store.rows_of(site), store.rows_of(target)
-    # Contiguous, as int8 rows are decoded by views that need it.
-    return (
-        lambda rows: own.values(np.ascontiguousarray(rows[:, :stored])),
-        lambda rows: other.values(np.ascontiguousarray(rows[:, stored:])),
-    )
+def _decoded(values: DecodeRows, columns: slice, rows: NDArray[Any]) -> NDArray[Any]:
+    return values(np.ascontiguousarray(rows[:, columns]))
 
 
 def _split(

@@ -13,13 +13,14 @@ from torch import Tensor
 
 from data.base.errors import UserError
 from evaluate.features.make import make
-from evaluate.inputs import HeldoutText, open_text
+from evaluate.inputs import HeldoutText, SavedSAE, open_text
+from evaluate.massive import MassiveRule, rules_of
 from evaluate.run import evaluate
 from harvest.hooks import Site, replace, run_to
 from tests.helpers.settings import stage_config
 from tests.helpers.tiny_lm import WIDTH, harvest_of, tiny_gpt2
 from train.sae.base import SAE
-from train.sae.io import save
+from train.sae.io import load_config, save
 from train.sae.variants.relu import ReLU
 
 SITES = ("resid_post.0", "resid_post.1")
@@ -195,6 +196,21 @@ def test_what_is_of_one_site_is_refused(
     (name,) = settings
     with pytest.raises(UserError, match=rf"{name} is of SAEs of one site, and .* is a crosscoder of resid_post\.0 \+"):
         report(**settings)
+
+
+def test_rows_left_out_in_training_are_those_massive_at_any_site_of_the_store(
+    saved: Save, made: dict[str, Any]
+) -> None:
+    folder = saved("joined", rough(), (made["store"], SITES[0]), (made["other"], SITES[0]), (made["store"], SITES[1]))
+    config = load_config(folder) | {"training": {"outliers": {"times": 10, "median": 2.0, "medians": [2.0, 3.0, 5.0]}}}
+    for part in (0, 2):
+        assert rules_of(SavedSAE(folder, config, part)) == {
+            SITES[0]: MassiveRule(10.0, 2.0),
+            SITES[1]: MassiveRule(10.0, 5.0),
+        }
+    assert rules_of(SavedSAE(folder, config, 1)) == {SITES[0]: MassiveRule(10.0, 3.0)}
+    without = config | {"training": {}}
+    assert rules_of(SavedSAE(folder, without, 1)) == {SITES[0]: None}
 
 
 def test_pages_of_latents_are_refused(saved: Save, made: dict[str, Any], tmp_path: Path) -> None:

@@ -157,7 +157,6 @@ def test_stores_of_other_tokens_are_refused(short: Any, stores: dict[str, Store]
         ((BOTH, "target=mlp_out.3"), "a crosscoder reconstructs all of its own: leave target out"),
         ((f"site=[{SITE},{SITE}]",), "names one of its entries twice"),
         ((f"site=[{SITE},blocks.3.hook_resid_post]",), "names one site twice"),
-        ((BOTH, "outliers=10"), "a crosscoder reads every row of its sites: give outliers=null"),
         (
             (f"site=[{SITE},resid_post.9]",),
             r"site resid_post.9 is not among the sites .*sites=\[resid_post.3,resid_post.9",
@@ -168,6 +167,34 @@ def test_stores_of_other_tokens_are_refused(short: Any, stores: dict[str, Store]
 def test_what_cannot_be_is_refused_in_a_sentence(short: Any, overrides: tuple[str, ...], sentence: str) -> None:
     with pytest.raises(UserError, match=sentence):
         train(short(*overrides))
+
+
+@pytest.fixture
+def sunk(tmp_path: Path) -> tuple[Path, np.ndarray]:
+    """A cache whose store has massive rows, every 64th at one site and every 48th at the other; which they are."""
+    store = make_store(tmp_path / "cache", composed("out=x"), sink_every=64)
+    add_target(store, sink_every=48)
+    rows = np.arange(ROWS[TRAIN])
+    return tmp_path / "cache", (rows % 64 == 0) | (rows % 48 == 0)
+
+
+def test_rows_that_are_massive_at_any_site_are_left_out(sunk: tuple[Path, np.ndarray], tmp_path: Path) -> None:
+    cache, massive = sunk
+    settings = short_run(cache, tmp_path / "run", BOTH, "sae=topk", "outliers=auto")
+    plan = plan_of(settings)
+    assert plan.outliers is not None and plan.outliers.left_out[TRAIN] == massive.sum()
+    x = ActivationData(plan, seed=0).sample(10**6).x_BD
+    assert float(x[:, :D].norm(dim=1).max()) < 1000 and float(x[:, D:].norm(dim=1).max()) < 10_000
+    every = plan.readers[TRAIN].sizes.sum()
+    assert every == (~massive).sum()
+    # The moments are those of the rows that stay, at each site, which a mean of x_s over all of them shows.
+    means = plan.moments()["mean_sq_norm"]
+    assert isinstance(means, list) and max(means) < 1000**2
+    train(settings)
+    outliers = load_config(tmp_path / "run")["training"]["outliers"]
+    assert outliers["times"] == 10 and len(outliers["medians"]) == 2 and outliers["median"] == outliers["medians"][0]
+    scale = load(tmp_path / "run").norm.scale.double().square()
+    np.testing.assert_allclose(np.array(means) * scale.numpy(), [D, E], rtol=1e-5)
 
 
 def test_an_export_names_what_no_format_holds(short: Any, tmp_path: Path) -> None:
