@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,9 @@ from train.sae.io import load
 
 BEST = "best"  # of `features`: the SAE that is best at equal L0
 
+Totals = dict[tuple[str, str, Path], tuple[float, float]]
+"""Squared error and squared deviation of crosscoders, by the store's fingerprint, the site and the folder."""
+
 
 @dataclass(frozen=True)
 class SiteRun:
@@ -51,7 +54,7 @@ class SiteRun:
     scored: ScoredText
     settings: EvaluateSettings
     others: OtherModels
-    totals: dict[Path, tuple[float, float]] = field(default_factory=dict)  # of crosscoders: error, deviation
+    totals: Totals
 
     @property
     def text(self) -> HeldoutText:
@@ -102,7 +105,8 @@ class SiteRun:
         sums = [score.sums(each) for each in score.scores]
         for sae, each in zip(self.saes, sums, strict=True):
             if sae.joined:
-                self.totals[sae.folder] = (each.contexts["error"].sum(), each.contexts["deviation"].sum())
+                key = (self.store.manifest.fingerprint, self.name, sae.folder)
+                self.totals[key] = (float(each.contexts["error"].sum()), float(each.contexts["deviation"].sum()))
         compare(rows, sums, baseline, **draws)
         add_excess(rows, sums, **draws)
         groups = verdict(rows, sums, **draws)
@@ -219,15 +223,13 @@ def evaluate(config: Mapping[str, Any] | None = None, **given: Any) -> Report:
     for _, by_site in stores:
         for of_site in by_site.values():
             baseline_of([sae.folder for sae in of_site], settings.baseline)
-    sites: list[Json] = []
-    together: list[Json] = []
-    runs: list[SiteRun] = []
+    sites, together = [], []
+    totals: Totals = {}
     for store, by_site in stores:
         text = open_text(store, settings.model_dump())
         for name, of_site in by_site.items():
             scored = ScoredText.of(text, of_site)
-            runs.append(SiteRun(store, name, of_site, scored, settings, others))
-            sites.append(runs[-1].report(metrics))
+            sites.append(SiteRun(store, name, of_site, scored, settings, others, totals).report(metrics))
         if settings.together:
             of_store = [sae for of_site in by_site.values() for sae in of_site]
             together.append(measure_together(store, of_store, ScoredText.of(text, of_store), settings))
@@ -237,7 +239,7 @@ def evaluate(config: Mapping[str, Any] | None = None, **given: Any) -> Report:
     if together:
         report["together"] = together
     if crossing := [sae for sae in saes if sae.joined]:
-        report["crosscoders"] = [_crosscoder(sae, runs, sites) for sae in crossing]
+        report["crosscoders"] = [_crosscoder(sae, sites, totals) for sae in crossing]
     path = markdown.write_markdown(report, Path(settings.out))
     latents: dict[str, Path] = {}
     if settings.features is not None:
@@ -250,16 +252,18 @@ def evaluate(config: Mapping[str, Any] | None = None, **given: Any) -> Report:
     return Report(path)
 
 
-def _crosscoder(sae: SavedSAE, runs: Sequence[SiteRun], sites: Sequence[Json]) -> Json:
-    """Write what the report says of a crosscoder, by what its sites were scored."""
-    rows, totals = [], []
+def _crosscoder(sae: SavedSAE, sites: Sequence[Json], totals: Totals) -> Json:
+    """Write what the report says of a crosscoder, by what it scored at each of its sites."""
+    rows: list[Json] = []
+    own: list[tuple[float, float]] = []
+    several = len({joined["fingerprint"] for joined in sae.joined}) > 1
     for joined in sae.joined:
-        at = [(run.store.manifest.fingerprint, run.name) for run in runs].index((joined["fingerprint"], joined["site"]))
-        row = next(row for row in sites[at]["saes"] if row["folder"] == str(sae.folder))
-        several = len({each["fingerprint"] for each in sae.joined}) > 1
+        place = (joined["fingerprint"], joined["site"])
+        site = next(site for site in sites if (site["fingerprint"], site["site"]) == place)
+        row = next(row for row in site["saes"] if row["folder"] == str(sae.folder))
         rows.append({**row, "at": f"{joined['site']} of {joined['store']}" if several else joined["site"]})
-        totals.append(runs[at].totals[sae.folder])
-    return crosscoder_entry(sae, rows, totals)
+        own.append(totals[*place, sae.folder])
+    return crosscoder_entry(sae, rows, own)
 
 
 def main(config: DictConfig) -> None:
