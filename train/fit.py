@@ -351,6 +351,6 @@ def _training(run: TrainRun, member: SAETrainer) -> dict[str, Any]:
         "dead_after": member.dead_after,
         "dead": member.dead_count(),
         "last_step": member.figures_logged,
-        "outliers": asdict(plan.outliers) if plan.outliers else None,  # left out of all that stands here
+        "outliers": plan.outliers.record() if plan.outliers else None,  # left out of all that stands here
         "heldout": member.validation,
     }
