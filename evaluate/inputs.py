@@ -134,8 +134,7 @@ class HeldoutText:
     @property
     def device(self) -> torch.device:
         """Return the device that the model takes its input on."""
-        parameter: Tensor = next(self.model.parameters())
-        return parameter.device
+        return lm.input_device(self.model)
 
     @property
     def documents(self) -> Documents:

@@ -13,6 +13,8 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
+from harvest.lm import input_device
+
 ENTRIES_AT_ONCE = 1 << 25  # of a [R, V] or [R, F] product: 128 MB in float32
 
 
@@ -63,7 +65,7 @@ def find_lens(model: Any, d_in: int) -> Lens | None:
                 stack.callback(module.register_forward_pre_hook(lambda _, args: read.append(args[0])).remove)
             elif not any(True for _ in module.children()):
                 stack.callback(module.register_forward_hook(note).remove)
-        model(input_ids=torch.arange(4, device=next(model.parameters()).device)[None], use_cache=False)
+        model(input_ids=torch.arange(4, device=input_device(model))[None], use_cache=False)
     # The last module to put out what the unembedding reads; an inner one may have done so earlier.
     for module, given, made in reversed(outputs):
         if read and made.numel() == read[-1].numel() and torch.equal(made.reshape(read[-1].shape), read[-1]):
