@@ -18,10 +18,10 @@ import torch
 import transformers
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from data.base.errors import UserError
 from data.base.files import format_bytes
+from data.base.progress import progress
 from data.base.records import Json
 from data.base.sites import Site
 from data.store.int8 import FeatureScale
@@ -124,8 +124,7 @@ class Harvester:
         left = list(units)
         again: list[Unit] = []  # that another process has, or was faster with
         rows = sum(unit.rows for unit in units)
-        options = {"unit": " tokens", "unit_scale": True, "mininterval": 1.0, "desc": "harvest", "disable": self.quiet}
-        with tqdm(total=rows, **options) as bar:
+        with progress("harvest", rows, "tokens", quiet=self.quiet) as bar:
 
             def ended(unit: Unit, by_us: bool) -> None:
                 nonlocal n_ours

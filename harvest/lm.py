@@ -266,7 +266,7 @@ class LanguageModel:
         if not plan:
             raise UserError(
                 f"model.tp_plan=auto: transformers has no plan by which to split {config.model_type} models: "
-                "set model.device_map=auto instead, in one process"
+                "use device_map=auto instead, in one process"
             )
         size = int(os.environ.get("WORLD_SIZE", "1"))
         heads = getattr(config, "num_key_value_heads", None) or getattr(config, "num_attention_heads", size)
@@ -336,13 +336,6 @@ def torch_device(asked: str) -> str:
     if (index and not index.isdigit()) or int(index or 0) >= count:
         raise _no_device(asked)
     return device
-
-
-def has_amx() -> bool:
-    """Return whether this CPU multiplies bfloat16 matrices in hardware (Intel's AMX)."""
-    import torch
-
-    return bool(torch.cpu._is_amx_tile_supported())
 
 
 def _no_device(asked: str) -> UserError:

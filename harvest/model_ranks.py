@@ -15,7 +15,6 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from data.base.errors import UserError
-from harvest.lm import LanguageModel
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -87,7 +86,7 @@ class ModelRanks:
             dist.all_reduce(n_parted)
             if n_parted.item():
                 raise UserError(
-                    f"site {site}: with model.tp_plan each process has a part of this tensor only: choose a site of "
+                    f"site {site}: with tp_plan each process has a part of this tensor only: choose a site of "
                     "the residual stream, or what attention or the MLP reads or adds to it"
                 )
 
@@ -104,12 +103,12 @@ def _broadcast(box: list[Any]) -> None:
 
 
 @contextmanager
-def joined(model: LanguageModel) -> Iterator[ModelRanks]:
-    """Join the processes that run this model: this one alone without `model.tp_plan`.
+def joined(tp_plan: str | None) -> Iterator[ModelRanks]:
+    """Join the processes that run one model, which is this one alone without a plan.
 
     UserError where torchrun has started no others, or more of them than this host has GPUs.
     """
-    if model.settings.tp_plan is None:
+    if tp_plan is None:
         yield ALONE
         return
     import torch
@@ -118,14 +117,14 @@ def joined(model: LanguageModel) -> Iterator[ModelRanks]:
     size, local_rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("LOCAL_RANK", "0"))
     if size == 1:
         raise UserError(
-            "model.tp_plan splits the model over the processes of torchrun, and this one is alone: "
-            "start it with torchrun --nproc-per-node N, or set model.device_map=auto instead"
+            "tp_plan splits the model over the processes of torchrun, and this one is alone: "
+            "start it with torchrun --nproc-per-node N, or use device_map=auto instead"
         )
     backend = "gloo"
     if torch.cuda.is_available():
         if local_rank >= torch.cuda.device_count():
             raise UserError(
-                f"model.tp_plan needs a GPU for each process, and this host has {torch.cuda.device_count()}: "
+                f"tp_plan needs a GPU for each process, and this host has {torch.cuda.device_count()}: "
                 "start as many processes with torchrun --nproc-per-node"
             )
         torch.cuda.set_device(local_rank)

@@ -18,6 +18,7 @@ from pytorch_lightning import Callback, Trainer
 from pytorch_lightning.loggers.logger import Logger
 
 from data.base.errors import UserError
+from data.base.processor import has_bf16_units
 from train.callbacks import LastCheckpoint, Progress
 from train.closing import ranked_lines
 from train.config import TrainSettings
@@ -33,7 +34,7 @@ from train.sae import SAE, StartRows, default_window, save
 from train.sae.config import PenaltyConfig
 from train.sae.parts.init import SAMPLES
 from train.sae.parts.ranks import ONE, Mesh
-from train.sae.sparse.product import float32_products, has_bf16_units
+from train.sae.sparse.product import float32_products
 from train.sae.variants.batchtopk import BatchTopKBase
 from train.sae_trainer import SAETrainer, State
 from train.schedules import Schedule

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from data.base.errors import UserError
 from data.base.location import parse_location
+from data.base.progress import progress
 from data.base.records import Json
 from data.base.sites import STREAM_KINDS, Site
 from data.store.store import Store
@@ -44,7 +45,6 @@ def one_sae(folder: str | None, setting: str = "folder") -> SavedSAE:
 def collect(sae: SAE, text: HeldoutText, site: Site, settings: FeaturesSettings) -> Collector:
     """Read the held-out contexts once, as far as the site, and gather what each latent fires on."""
     import torch
-    from tqdm import tqdm
 
     from evaluate.features.collect import Collector
     from evaluate.score import ACTIVATIONS_AT_ONCE
@@ -61,7 +61,7 @@ def collect(sae: SAE, text: HeldoutText, site: Site, settings: FeaturesSettings)
     # Contexts whose [rows, F] activations are in memory at a time.
     at_once = max(1, ACTIVATIONS_AT_ONCE // (sae.width * text.packed.contexts.shape[1]))
     total = int(text.packed.keep.sum())
-    with tqdm(total=total, unit="tok", unit_scale=True, desc=f"features at {site}", mininterval=1.0) as bar:
+    with progress(f"features at {site}", total, "tokens", lines=5) as bar:
         for batch in text.batches():
             x_BTD = run_to(text.model, [site], batch.ids_BT)[str(site)]
             for first in range(0, len(batch.numbers), at_once):
@@ -83,8 +83,6 @@ def describe_latents(
     other: OtherPages | None = None,
 ) -> Latents:
     """Put what was collected together with what the weights say; `target` is the site that the decoder writes to."""
-    from tqdm import tqdm
-
     from evaluate.features import weights
     from evaluate.features.pages import Latents, OtherSAE, Words
 
@@ -95,7 +93,7 @@ def describe_latents(
     lens = weights.find_lens(text.model, sae.d_out) if target.kind in STREAM_KINDS else None
     raised, lowered, beside = None, None, None
     total = sae.width * (1 + (lens is not None) + (other is not None))
-    with tqdm(total=total, unit="row", desc="decoder rows", mininterval=1.0) as bar:
+    with progress("decoder rows", total, "rows", lines=5) as bar:
         near = as_arrays(weights.neighbours(W_dec_FD, settings.neighbours, bar.update))
         if lens:
             raised, lowered = map(as_arrays, weights.ends(lens, W_dec_FD, vocabulary, settings.logits, bar.update))
@@ -172,12 +170,10 @@ class OtherPages:
 
 def write(latents: Latents, about: Json, out: Path) -> list[list[int]]:
     """Write pages; return the tokens that each latent fires on most."""
-    from tqdm import tqdm
-
     from evaluate.features import pages
 
     width = latents.collector.width
-    with tqdm(total=width, unit="page", desc="pages", mininterval=1.0) as bar:
+    with progress("pages", width, "pages", lines=5) as bar:
         pages.write_pages(latents, about, out, bar.update)
     every = pages.Pieces(latents)
     return [every.peak_tokens(latent) for latent in range(width)]

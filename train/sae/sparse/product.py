@@ -8,11 +8,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+
+from data.base.processor import has_bf16_units
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,12 +75,6 @@ def _into(out: Tensor, xc_BD: Tensor, W_cD: Tensor, bias_c: Tensor | None) -> Te
     if bias_c is None:
         return torch.mm(xc_BD, W_cD.t(), out=out)
     return torch.addmm(bias_c, xc_BD, W_cD.t(), out=out)
-
-
-@cache
-def has_bf16_units() -> bool:
-    """Say whether this CPU multiplies bfloat16 by itself, with AMX or AVX512-BF16."""
-    return bool(torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
 
 
 @contextmanager
