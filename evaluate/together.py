@@ -58,7 +58,9 @@ class ReplacementModel:
                     "leave out what reads it"
                 )
             form = self.forms[target]
-            f_NF, x_hat_ND = form.run(read_BTD[keep_BT.to(read_BTD.device)].float())
+            # To the device of the forms, for the layers of the LM may lie on several.
+            rows_ND = read_BTD[keep_BT.to(read_BTD.device)].to(keep_BT.device, torch.float32)
+            f_NF, x_hat_ND = form.run(rows_ND)
             active.append((f_NF > 0).sum(1))
             return with_rows(x_BTD, keep_BT, x_hat_ND)
 

@@ -67,8 +67,8 @@ def made_by(model: nn.Module, processes: int = 1) -> Json:
 
 
 def _devices(device_map: Mapping[str, Any]) -> set[torch.device]:
-    """Return the devices of a map by module; what lies on disk is computed beside the rest."""
-    named = {device for device in device_map.values() if device != "disk"}
+    """Return the devices that compute: accelerate brings there what a map leaves in memory or on disk."""
+    named = {device for device in device_map.values() if device not in ("cpu", "disk")}
     kinds = {torch.device("cuda", name) if isinstance(name, int) else torch.device(name) for name in named}
     return kinds or {torch.device("cpu")}
 

@@ -289,7 +289,8 @@ def input_device(model: nn.Module) -> torch.device:
     if device.type != "meta":
         return device
     hook = getattr(model.get_input_embeddings(), "_hf_hook", None)  # type: ignore[operator]
-    return torch.device(getattr(hook, "execution_device", None) or "cpu")
+    used_on = getattr(hook, "execution_device", None)
+    return torch.device("cpu" if used_on is None else used_on)
 
 
 def _local(name: str) -> Path | None:
