@@ -121,8 +121,7 @@ class _Opened:
 
     @property
     def device(self) -> torch.device:
-        parameter: Tensor = next(self.model.parameters())
-        return parameter.device
+        return lm.input_device(self.model)
 
     def contexts(self, text: str) -> list[tuple[Int64[Tensor, " T"], Bool[Tensor, " T"]]]:
         """Cut a text into contexts: token ids [T], and which of them are rows of the SAE [T]."""

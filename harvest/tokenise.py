@@ -167,7 +167,7 @@ class _Progress:
     """
 
     def __init__(self, documents: int | None, quiet: bool) -> None:
-        self._options = {"quiet": quiet, "lines": 5, "delay": 1.0, "leave": False}
+        self._options: dict[str, Any] = {"quiet": quiet, "lines": 5, "delay": 1.0, "leave": False}
         self._documents = documents
         self._reading: Any = None
         self._bar: Any = None

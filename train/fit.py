@@ -17,8 +17,8 @@ import torch
 from pytorch_lightning import Callback, Trainer
 from pytorch_lightning.loggers.logger import Logger
 
+from data.base.cpu import has_bf16_units
 from data.base.errors import UserError
-from data.base.processor import has_bf16_units
 from train.callbacks import LastCheckpoint, Progress
 from train.closing import ranked_lines
 from train.config import TrainSettings
@@ -351,6 +351,6 @@ def _training(run: TrainRun, member: SAETrainer) -> dict[str, Any]:
         "dead_after": member.dead_after,
         "dead": member.dead_count(),
         "last_step": member.figures_logged,
-        "outliers": asdict(plan.outliers) if plan.outliers else None,  # left out of all that stands here
+        "outliers": plan.outliers.record() if plan.outliers else None,  # left out of all that stands here
         "heldout": member.validation,
     }

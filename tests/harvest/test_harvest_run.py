@@ -91,9 +91,9 @@ def test_a_cpu_that_is_faster_in_bfloat16_is_named(
     dtype: str,
     said: int,
 ) -> None:
-    monkeypatch.setattr("harvest.run.has_bf16_units", lambda: amx)
+    monkeypatch.setattr("torch.cpu._is_amx_tile_supported", lambda: amx)
     harvest(config(model, text, tmp_path, f"model.dtype={dtype}"))
-    assert capsys.readouterr().out.count("this CPU multiplies bfloat16 by itself: with model.dtype=bfloat16") == said
+    assert capsys.readouterr().out.count("this CPU has AMX: with model.dtype=bfloat16") == said
 
 
 def test_a_second_run_does_nothing_and_says_so(
