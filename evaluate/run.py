@@ -35,7 +35,7 @@ from evaluate.result import Report
 from evaluate.score import SiteScore
 from evaluate.splice import Splice
 from evaluate.together import measure_together, require_one_a_target
-from harvest.model_ranks import ModelRanks, joined
+from harvest.model_ranks import ModelRanks, join_ranks
 from harvest.packing import Packing, bos_id
 from train.sae.io import load
 
@@ -183,7 +183,7 @@ def evaluate(config: Mapping[str, Any] | None = None, **given: Any) -> Report:
     configuration, as Hydra composes one. Raises UserError in one sentence for what cannot be.
     """
     settings = EvaluateSettings.of(settings_of_call("evaluate", config, given))
-    with joined(settings.tp_plan) as ranks:
+    with join_ranks(settings.tp_plan) as ranks:
         return _evaluate(settings, ranks)
 
 

@@ -31,7 +31,7 @@ from harvest.buffer import ActivationBuffer, Rows, Writer, native, send
 from harvest.hooks import capture, run_to
 from harvest.int8_scales import measure_scales
 from harvest.lm import input_device
-from harvest.model_ranks import ALONE, ModelRanks
+from harvest.model_ranks import ONE_PROCESS, ModelRanks
 from harvest.packing import PackedText
 from harvest.units import INDEX_WIDTHS, Unit, refuse_mixed
 
@@ -39,7 +39,9 @@ POLL_S = 0.2  # between looks at units that other processes have
 FLOAT16_LIMIT = 6e4  # float16 ends at 65,504; so near to it, other tokens are likely beyond
 
 
-def widths_of(model: nn.Module, sites: Sequence[Site], packed: PackedText, ranks: ModelRanks = ALONE) -> dict[str, int]:
+def widths_of(
+    model: nn.Module, sites: Sequence[Site], packed: PackedText, ranks: ModelRanks = ONE_PROCESS
+) -> dict[str, int]:
     """Measure the width of each site, by a forward of one context.
 
     UserError where the model has no such site, and where its processes have a part of its tensor each.
@@ -100,7 +102,7 @@ class Harvester:
         *,
         allow_mixed_devices: bool = False,
         quiet: bool = False,
-        ranks: ModelRanks = ALONE,
+        ranks: ModelRanks = ONE_PROCESS,
     ) -> None:
         self.ranks = ranks
         self.store, self.model, self.packed, self.widths = store, model, packed, widths

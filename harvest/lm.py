@@ -269,9 +269,8 @@ class LanguageModel:
                 "use device_map=auto instead, in one process"
             )
         size = int(os.environ.get("WORLD_SIZE", "1"))
-        heads: int = (
-            getattr(config, "num_key_value_heads", None) or getattr(config, "num_attention_heads", None) or size
-        )
+        counts = [getattr(config, name, None) for name in ("num_key_value_heads", "num_attention_heads")]
+        heads = next((count for count in counts if isinstance(count, int)), size)
         if any(name.endswith(".k_proj") for name in plan) and heads % size:
             raise UserError(
                 f"model.tp_plan=auto: {size} processes cannot share the {heads} key and value heads of a layer "

@@ -91,7 +91,7 @@ class ModelRanks:
                 )
 
 
-ALONE = ModelRanks()
+ONE_PROCESS = ModelRanks()
 
 
 def _broadcast(box: list[Any]) -> None:
@@ -103,13 +103,13 @@ def _broadcast(box: list[Any]) -> None:
 
 
 @contextmanager
-def joined(tp_plan: str | None) -> Iterator[ModelRanks]:
+def join_ranks(tp_plan: str | None) -> Iterator[ModelRanks]:
     """Join the processes that run one model, which is this one alone without a plan.
 
     UserError where torchrun has started no others, or more of them than this host has GPUs.
     """
     if tp_plan is None:
-        yield ALONE
+        yield ONE_PROCESS
         return
     import torch
     import torch.distributed as dist

@@ -25,7 +25,7 @@ from data.slurm.settings import output_folder, slurm_launcher
 from data.store.layout import Layout
 from data.store.store import Store
 from harvest import lm
-from harvest.model_ranks import ModelRanks, joined
+from harvest.model_ranks import ModelRanks, join_ranks
 from harvest.packing import PackedTokens, check_tokenizer
 from harvest.request import HarvestRequest
 from harvest.slurm import harvest_by_jobs
@@ -145,7 +145,7 @@ def harvest(config: Mapping[str, Any] | None = None, **settings: Any) -> Store:
     sentence for what cannot be.
     """
     request = HarvestRequest.from_config(settings_of_call("harvest", config, settings))
-    with joined(request.asked.model.settings.tp_plan) as ranks:
+    with join_ranks(request.asked.model.settings.tp_plan) as ranks:
         return _harvest(request, ranks)
 
 
