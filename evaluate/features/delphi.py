@@ -28,6 +28,7 @@ from data.base.cli import run, stage_settings
 from data.base.errors import UserError
 from data.base.files import refuse_full, write_atomic
 from data.base.location import parse_location
+from data.base.progress import progress
 from data.base.records import Json
 from data.base.sites import Site
 from evaluate.config import DelphiSettings
@@ -71,7 +72,6 @@ class LatentFirings:
 def write_cache(config: Mapping[str, Any]) -> Path:
     """Write the cache of the SAE that a resolved configuration names (evaluate/config.py); the hook point's folder."""
     from safetensors.numpy import save
-    from tqdm import tqdm
 
     from evaluate.features.make import encoded_contexts, one_sae
     from evaluate.inputs import group_by_store, open_text
@@ -88,7 +88,7 @@ def write_cache(config: Mapping[str, Any]) -> Path:
     ((store, _),) = group_by_store([trained], parse_location(settings.cache))
     text = ScoredText.of(open_text(store, settings.model_dump()), [trained]).text
     firings = LatentFirings()
-    with tqdm(total=int(text.packed.keep.sum()), unit="tok", unit_scale=True, desc=f"latents at {trained.site}") as bar:
+    with progress(f"latents at {trained.site}", int(text.packed.keep.sum()), "tokens") as bar:
         for first, keep_BT, f_NF in encoded_contexts(sae, text, Site.parse(trained.site)):
             firings.update(first, keep_BT, f_NF)
             bar.update(len(f_NF))
