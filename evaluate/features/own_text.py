@@ -51,8 +51,7 @@ def make_own_text(settings: FeaturesSettings, trained: SavedSAE) -> Path:
     doing(f"loading {store.manifest.name} to read {len(ids_T)} tokens")
     model = lm.load_model(model_settings)
     sae = load(trained.folder).eval()
-    device = next(model.parameters()).device
-    x_TD = run_to(model, [site], torch.from_numpy(ids_T)[None].to(device))[str(site)][0].float()
+    x_TD = run_to(model, [site], torch.from_numpy(ids_T)[None].to(lm.input_device(model)))[str(site)][0].float()
     with torch.inference_mode():
         f_NF = sae.to(x_TD.device).encode(x_TD[torch.from_numpy(read_T).to(x_TD.device)]).cpu()
     fired_K = (f_NF > 0).any(0).nonzero()[:, 0]
