@@ -105,7 +105,7 @@ class BatchTopKBase(TopKBase):
         f = codes.values
         target_BE = context.target_of(xn_BD)
         reconstruction, nmse, xn_hat_BD = self.reconstruct(codes, f, xn_BD, target_BE)
-        auxk = self.auxk(candidates, (target_BE - xn_hat_BD).detach(), context.data)
+        auxk = self.auxk(candidates, target_BE, xn_hat_BD.detach(), context.data)
         metrics = {"nmse": nmse.detach(), "l0": self.l0(codes, f), "auxk": auxk.detach()}
         return StepOutput(reconstruction + auxk, metrics, codes.of(f), xn_hat_BD.detach(), min_kept=min_kept)
 
@@ -183,6 +183,5 @@ class BatchTopK(BatchTopKBase):
     def reconstruct(
         self, codes: Codes, f: Tensor, xn_BD: Float[Tensor, "B D"], target_BE: Float[Tensor, "B E"]
     ) -> tuple[Float[Tensor, ""], Float[Tensor, ""], Float[Tensor, "B E"]]:
-        xn_hat_BD = self.decode_sparse(codes, f, xn_BD)
-        nmse = self.nmse(xn_hat_BD, target_BE)
+        nmse, xn_hat_BD = self.reconstruction(codes, f, xn_BD, target_BE)
         return nmse, nmse, xn_hat_BD

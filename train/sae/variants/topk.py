@@ -78,13 +78,12 @@ class TopK(TopKBase):
             wide = self._of_whole(wide, 4 * k)
         codes = self._of_whole(wide.top_of_rows(k) if multi_topk else wide, k)
         target_BE = context.target_of(xn_BD)
-        xn_hat_BD = self.decode_sparse(codes, codes.values, xn_BD)
-        nmse = self.nmse(xn_hat_BD, target_BE)
-        auxk = self.auxk(candidates, (target_BE - xn_hat_BD).detach(), context.data)
+        nmse, xn_hat_BD = self.reconstruction(codes, codes.values, xn_BD, target_BE)
+        auxk = self.auxk(candidates, target_BE, xn_hat_BD.detach(), context.data)
         metrics = {"nmse": nmse.detach(), "l0": self.l0(codes, codes.values), "auxk": auxk.detach()}
         loss = nmse + auxk
         if multi_topk:
-            multi = self.nmse(self.decode_sparse(wide, wide.values, xn_BD), target_BE) / 8
+            multi = self.reconstruction(wide, wide.values, xn_BD, target_BE)[0] / 8
             metrics["multi"] = multi.detach()
             loss = loss + multi
         return StepOutput(loss, metrics, codes.of(codes.values), xn_hat_BD.detach())

@@ -15,6 +15,7 @@ from train.sae.parts.dense import largest_of_each_token
 from train.sae.parts.groups import ALONE, RankGroup
 from train.sae.sparse.backend import backend_for
 from train.sae.sparse.codes import Codes
+from train.sae.sparse.error import squared_error
 from train.sae.sparse.rules import Rule, Selection
 
 _LEAST_OF_SQUARE = 0.1  # of the residual's mean square: what AuxK's norm is at least
@@ -76,12 +77,31 @@ class TopKBase(SAE):
         none_Bd = xn_BD.new_zeros(len(xn_BD), 0)
         return Candidates(Codes(none_Bd, None, (len(xn_BD), 0)), latents_d, None)
 
+    def reconstruction(
+        self, codes: Codes, f: Tensor, xn_BD: Float[Tensor, "B D"], target_BE: Float[Tensor, "B E"]
+    ) -> tuple[Float[Tensor, ""], Float[Tensor, "B E"]]:
+        """Compute the NMSE of codes, differentiable, and x_hat' = f W_dec + b_dec; f at least 0, of chosen entries.
+
+        In one pass over the rows of W_dec where the backend has a kernel for it; x_hat' is then detached.
+        """
+        support = codes.support
+        if support is None or support.backend.fused is None or self.split.size > 1:
+            xn_hat_BE = self.decode_sparse(codes, f, xn_BD)
+            return self.nmse(xn_hat_BE, target_BE), xn_hat_BE
+        total, error_BE = squared_error(f, self.W_dec, self.beside_latents(xn_BD), target_BE, support)
+        return self.nmse_of(total, len(xn_BD)), error_BE + target_BE
+
     def auxk(
-        self, candidates: Candidates | None, residual_BD: Float[Tensor, "B D"], data: RankGroup = ALONE
+        self,
+        candidates: Candidates | None,
+        target_BE: Float[Tensor, "B E"],
+        xn_hat_BE: Float[Tensor, "B E"],
+        data: RankGroup = ALONE,
     ) -> Float[Tensor, ""]:
-        """Compute AuxK's term of the loss; `residual_BD` x' - x_hat' detached, of each process of `data`."""
+        """Compute AuxK's term of the loss, of x_hat' detached and what it should be, of each process of `data`."""
         if candidates is None:
-            return residual_BD.new_zeros(())
+            return target_BE.new_zeros(())
+        residual_BD = target_BE - xn_hat_BE
         alive_d, latents_d = candidates.alive_d, candidates.latents_d
         error = auxk_error(
             candidates.codes,
