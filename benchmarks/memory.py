@@ -97,8 +97,10 @@ def with_auxk(shape: Shape, found: dict[str, int], matrix: int) -> dict[str, int
     z, entries = 4 * batch * dead, 24 * shape.k * batch
     few = dead <= TritonBackend().dense_dead * k_aux
     held = z if few else 24 * k_aux * batch
-    # The rows of W_dec are picked, so their gradient is spread over a second matrix and added to the first.
-    later = {name: found[name] + matrix + held for name in ("gradients", "prefixes") if name in found}
+    # The rows of W_dec are picked. Where a reconstruction has several prefixes, their gradient is spread over a second
+    # matrix and added to the first; else it is added where it belongs.
+    second = matrix if shape.variant == "matryoshka" else 4 * dead * shape.d_model
+    later = {name: found[name] + second + held for name in ("gradients", "prefixes") if name in found}
     if few:
         prefixes = PREFIXES if shape.variant == "matryoshka" else 1
         auxk = 15 * batch * dead + 4 * dead * shape.d_model + (2 * prefixes + 4) * rows + entries

@@ -27,7 +27,7 @@ _GROUP = 32  # neighbours of which only the largest takes part in the first choi
 class TritonBackend:
     """Computes with Triton's kernels, on a GPU or in Triton's interpreter (TRITON_INTERPRET=1 before its import)."""
 
-    block_entries: int = 1 << 27
+    block_entries: int = 1 << 28
     """Entries of z in memory at a time."""
     dense_dead: int = 128
     """Multiples of k_aux up to which AuxK takes all of the dead latents' z; set for memory, not yet measured."""

@@ -114,7 +114,7 @@ def test_an_error_with_its_gradients_is_that_of_the_dense_formula(width: int, ro
     values[::5] = 0
     W, target, base = draw(60, width, seed=3), draw(9, width, seed=4), draw(rows, width, seed=5)
     parts = [part.requires_grad_() for part in (values, W, base[0] if rows == 1 else base)]
-    total, error = squared_error(*parts, target, support)  # type: ignore[arg-type]
+    total, error, _ = squared_error(*parts, target, support)  # type: ignore[arg-type]
     wanted_error = support.dense(parts[0]) @ parts[1] + parts[2] - target
     torch.testing.assert_close(error, wanted_error.detach(), rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(total, wanted_error.square().sum(), rtol=1e-12, atol=1e-12)
@@ -132,7 +132,7 @@ def test_the_row_of_an_entry_of_value_0_is_not_read() -> None:
     W[1] = torch.nan
     support = Support(rows_n.contiguous(), latents_n.contiguous(), (1, 2))
     values = torch.tensor([2.0, 0.0], dtype=torch.float64, device=DEVICE)
-    total, error = squared_error(values, W, torch.zeros_like(W[0]), target, support)
+    total, error, _ = squared_error(values, W, torch.zeros_like(W[0]), target, support)
     torch.testing.assert_close(error, 2 * W[:1] - target)
     torch.testing.assert_close(total, error.square().sum())
 
