@@ -25,7 +25,7 @@ from train.interop.export import CARD
 REPORT = "report"  # the folder of an evaluation in the repository
 _REPO = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
 _CLIENTS = ("httpx", "httpx2", "requests")  # of HTTP, by the version of huggingface_hub
-_PAGES = ("report.json", "report.md", "report.html", "plots/*", "features/*")
+_PAGES = ("report.json", "report.md", "report.html", "plots/*", "features/**/*")
 
 
 class PublishSettings(Settings):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,14 +41,31 @@ def one_sae(folder: str | None, setting: str = "folder") -> SavedSAE:
     return saes[0]
 
 
+def encoded_contexts(sae: SAE, text: HeldoutText, site: Site) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Read the held-out contexts as far as the site, in order and some at a time: the number of the first, which of
+    their tokens are read [B, T], and the latents on those [N, F]."""
+    import torch
+
+    from evaluate.score import ACTIVATIONS_AT_ONCE
+    from harvest.hooks import run_to
+
+    # Contexts whose [N, F] latents are in memory at a time.
+    at_once = max(1, ACTIVATIONS_AT_ONCE // (sae.width * text.packed.contexts.shape[1]))
+    for batch in text.batches():
+        x_BTD = run_to(text.model, [site], batch.ids_BT)[str(site)]
+        for first in range(0, len(batch.numbers), at_once):
+            keep_BT = batch.keep_BT[first : first + at_once]
+            x_ND = x_BTD[first : first + at_once][keep_BT.to(x_BTD.device)].float()
+            with torch.inference_mode():
+                f_NF = sae.to(x_ND.device).encode(x_ND)
+            yield batch.numbers.start + first, keep_BT.cpu(), f_NF
+
+
 def collect(sae: SAE, text: HeldoutText, site: Site, settings: FeaturesSettings) -> Collector:
     """Read the held-out contexts once, as far as the site, and gather what each latent fires on."""
-    import torch
     from tqdm import tqdm
 
     from evaluate.features.collect import Collector
-    from evaluate.score import ACTIVATIONS_AT_ONCE
-    from harvest.hooks import run_to
 
     collector = Collector(
         sae.width,
@@ -58,19 +75,11 @@ def collect(sae: SAE, text: HeldoutText, site: Site, settings: FeaturesSettings)
         after=settings.after,
         seed=settings.seed,
     )
-    # Contexts whose [rows, F] activations are in memory at a time.
-    at_once = max(1, ACTIVATIONS_AT_ONCE // (sae.width * text.packed.contexts.shape[1]))
     total = int(text.packed.keep.sum())
     with tqdm(total=total, unit="tok", unit_scale=True, desc=f"features at {site}", mininterval=1.0) as bar:
-        for batch in text.batches():
-            x_BTD = run_to(text.model, [site], batch.ids_BT)[str(site)]
-            for first in range(0, len(batch.numbers), at_once):
-                keep_BT = batch.keep_BT[first : first + at_once]
-                x_ND = x_BTD[first : first + at_once][keep_BT.to(x_BTD.device)].float()
-                with torch.inference_mode():
-                    f_NF = sae.to(x_ND.device).encode(x_ND)
-                collector.update(f_NF, keep_BT.cpu(), batch.numbers.start + first)
-                bar.update(len(x_ND))
+        for first, keep_BT, f_NF in encoded_contexts(sae, text, site):
+            collector.update(f_NF, keep_BT, first)
+            bar.update(len(f_NF))
     return collector
 
 

@@ -9,8 +9,8 @@ from omegaconf import DictConfig
 
 from data.base import cli
 from data.base.errors import UserError
-from data.base.files import write_atomic
-from train.interop.config import ExportSettings, refuse_full
+from data.base.files import refuse_full, write_atomic
+from train.interop.config import ExportSettings
 
 CARD = "README.md"
 
