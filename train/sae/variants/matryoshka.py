@@ -15,7 +15,7 @@ from train.sae.base import PLAIN, TrainContext
 from train.sae.parts.dense import largest_of_the_batch
 from train.sae.sparse.codes import Codes
 from train.sae.variants.batchtopk import BatchTopKBase, BatchTopKConfig
-from train.sae.variants.topk_base import Candidates, Reconstruction
+from train.sae.variants.topk_base import Candidates, Reconstructed
 
 
 class MatryoshkaConfig(BatchTopKConfig):
@@ -67,8 +67,8 @@ class Matryoshka(BatchTopKBase):
         xn_BD: Float[Tensor, "B D"],
         target_BE: Float[Tensor, "B E"],
         candidates: Candidates | None = None,
-    ) -> Reconstruction:
+    ) -> Reconstructed:
         own = [self.split.own(m) for m in self.config.sizes]
         xn_hat_PBD = self.split.total(codes.decode(codes.values, self.W_dec, own)) + self.beside_latents(xn_BD)
         nmse_P = (xn_hat_PBD - target_BE).square().sum((1, 2)) / (len(xn_BD) * self.variance)
-        return Reconstruction(nmse_P.sum(), nmse_P[-1], xn_hat_PBD[-1])
+        return Reconstructed(nmse_P.sum(), nmse_P[-1], xn_hat_PBD[-1])

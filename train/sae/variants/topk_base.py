@@ -35,8 +35,8 @@ class Candidates:
     """Those of them that are not dead; None where all are."""
 
 
-class Reconstruction(NamedTuple):
-    """What the variant's own term of the loss is made of."""
+class Reconstructed(NamedTuple):
+    """What comes of a reconstruction: the variant's own term of the loss, and x_hat'."""
 
     term: Float[Tensor, ""]
     """The term, differentiable."""
@@ -97,7 +97,7 @@ class TopKBase(SAE):
         xn_BD: Float[Tensor, "B D"],
         target_BE: Float[Tensor, "B E"],
         candidates: Candidates | None = None,
-    ) -> Reconstruction:
+    ) -> Reconstructed:
         """Reconstruct by codes, whose values are f; their NMSE is the term.
 
         In one pass over the rows of W_dec that they name, where the backend has a kernel for it.
@@ -107,18 +107,18 @@ class TopKBase(SAE):
         if support is None or support.backend.fused is None or self.split.size > 1:
             xn_hat_BE = self.decode_sparse(codes, f, xn_BD)
             nmse = self.nmse(xn_hat_BE, target_BE)
-            return Reconstruction(nmse, nmse, xn_hat_BE)
+            return Reconstructed(nmse, nmse, xn_hat_BE)
         latents_d = None if candidates is None else candidates.latents_d
         base = self.beside_latents(xn_BD)
         total, error_BE, W_aside_dE = squared_error(f, self.W_dec, base, target_BE, support, latents_d)
         nmse = self.nmse_of(total, len(xn_BD))
-        return Reconstruction(nmse, nmse, error_BE + target_BE, W_aside_dE)
+        return Reconstructed(nmse, nmse, error_BE + target_BE, W_aside_dE)
 
     def auxk(
         self,
         candidates: Candidates | None,
         target_BE: Float[Tensor, "B E"],
-        found: Reconstruction,
+        found: Reconstructed,
         data: RankGroup = ALONE,
     ) -> Float[Tensor, ""]:
         """Compute AuxK's term of the loss, of what a reconstruction leaves of its target, of each process of `data`."""
