@@ -102,12 +102,21 @@ def describe_latents(
     # A module's own output need not be added to the residual stream, and what a module reads is not, so only the named
     # points of the stream have a direct path.
     lens = weights.find_lens(text.model, sae.d_out) if target.kind in STREAM_KINDS else None
-    raised, lowered, beside = None, None, None
-    total = sae.width * (1 + (lens is not None) + (other is not None))
+    reader = None
+    if sae.transcodes:
+        assert sae.site is not None, "a transcoder from a folder has its site"
+        reader = weights.find_input_lens(text.model, Site.parse(sae.site), sae.d_in)
+    raised, lowered, reads, beside = None, None, None, None
+    total = sae.width * (1 + (lens is not None) + (reader is not None) + (other is not None))
     with tqdm(total=total, unit="row", desc="decoder rows", mininterval=1.0) as bar:
         near = as_arrays(weights.neighbours(W_dec_FD, settings.neighbours, bar.update))
         if lens:
             raised, lowered = map(as_arrays, weights.ends(lens, W_dec_FD, vocabulary, settings.logits, bar.update))
+        if reader:
+            # In model units, so that the numbers are in those of the activations.
+            encoder_FD = sae.W_enc_FD.detach() * sae.norm.scale
+            most, least = map(as_arrays, weights.ends(reader, encoder_FD, vocabulary, settings.logits, bar.update))
+            reads = (most, least)
         if other is not None:
             rows = weights.neighbours(W_dec_FD, settings.neighbours, bar.update, other.sae.W_dec.detach())
             beside = OtherSAE(other.name, OTHER_FOLDER, as_arrays(rows), other.peaks)
@@ -122,6 +131,7 @@ def describe_latents(
         settings.at_a_quantile,
         collector.together.neighbours(settings.neighbours),
         beside,
+        reads,
     )
 
 
@@ -197,6 +207,8 @@ def describe_pages(
 ) -> Json:
     """Return what stands at the top of the pages."""
     collector = latents.collector
+    # Of a transcoder alone, whose input and output are two places of the model.
+    reads = {"reads": latents.reads is not None} if trained.transcodes else {}
     return {
         "variant": trained.config["variant"],
         "width": collector.width,
@@ -213,6 +225,7 @@ def describe_pages(
         "sample": settings.sample,
         "seed": settings.seed,
         "logits": latents.raised is not None,
+        **reads,
         "together": collector.together.share,
         "report": None,
         "settings": {"settings": trained.config["settings"], "training": trained.config.get("training", {})},

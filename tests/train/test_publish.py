@@ -53,6 +53,15 @@ def publish(hub: Hub, home: Path, *arguments: str, token: str = TOKEN) -> subpro
     return subprocess.run(command, cwd=CONF.parent, capture_output=True, text=True, env=environment)
 
 
+def test_an_sae_in_shards_goes_as_one_file(saes: Path, tmp_path: Path) -> None:
+    settings = {"saes": str(saes), "repo": "me/topk"}
+    before = prepare_upload(PublishSettings.of(settings)).files
+    for folder in saes.iterdir():
+        save(load(folder), folder, RECORD, shard_bytes=500)
+        assert len(list(folder.glob("sae-*.safetensors"))) > 2
+    assert prepare_upload(PublishSettings.of(settings)).files == before
+
+
 @pytest.mark.slow
 def test_nothing_goes_unasked_and_then_all_of_it(saes: Path, hub: Hub, tmp_path: Path) -> None:
     dry = publish(hub, tmp_path / "home", f"saes={saes}", "repo=me/topk")
