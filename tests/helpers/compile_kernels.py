@@ -20,7 +20,7 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
-from train.sae.sparse.groups import PIECE
+from train.sae.sparse.groups import PIECE_ENTRIES
 from train.sae.sparse.kernels import adam, dots, error, norms, project, sums
 from train.sae.sparse.kernels.launch import ENTRIES, columns_of_rows, warps_for_row
 
@@ -64,7 +64,7 @@ def launches(width: int) -> Iterator[tuple[Any, dict[str, Any], int]]:
     yield dots.entry_dots_kernel, {"TILE": ENTRIES, "COLUMNS": piece}, 4
     yield project.project_rows_kernel, {"COLUMNS": whole}, warps_for_row(whole)
     summed = {"TILE": ENTRIES, "COLUMNS": piece}
-    yield sums.piece_sums_kernel, {"ORDERED": True, "PIECE": PIECE, **summed}, 4
+    yield sums.piece_sums_kernel, {"ORDERED": True, "PIECE": PIECE_ENTRIES, **summed}, 4
     for ordered, cut in ((False, False), (True, True)):
         yield sums.group_sums_kernel, {"ORDERED": ordered, "CUT": cut, **summed}, 4
     for tile in (16, 64, 128):

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-PIECE = 64  # entries of a piece, at most; a group of more entries is cut
+PIECE_ENTRIES = 64  # entries of a piece, at most; a group of more entries is cut
 
 
 class GroupPieces(NamedTuple):
@@ -35,14 +35,14 @@ class Groups(NamedTuple):
     """Those of long groups, where the backend cuts them and any can be long."""
 
 
-def pieces_of(ends: Tensor, entries: int) -> GroupPieces | None:
+def cut_groups(ends: Tensor, entries: int) -> GroupPieces | None:
     """Cut the groups that end at `ends`; None where none of so many entries can be long. Asks the device nothing."""
-    if entries <= PIECE:
+    if entries <= PIECE_ENTRIES:
         return None
     counts_G = ends.diff()
-    pieces_G = torch.where(counts_G > PIECE, (counts_G + (PIECE - 1)).div(PIECE, rounding_mode="floor"), 0)
+    pieces_G = torch.where(counts_G > PIECE_ENTRIES, (counts_G + (PIECE_ENTRIES - 1)).div(PIECE_ENTRIES, rounding_mode="floor"), 0)
     piece_ends = torch.zeros_like(ends)
     torch.cumsum(pieces_G, 0, out=piece_ends[1:])
-    most = 2 * entries // PIECE  # a group of more than PIECE entries has less than twice as many pieces as it fills
+    most = 2 * entries // PIECE_ENTRIES  # a group of more than PIECE_ENTRIES entries has less than twice as many pieces as it fills
     piece_P = torch.arange(most, dtype=ends.dtype, device=ends.device)
     return GroupPieces(piece_ends, torch.searchsorted(piece_ends, piece_P, right=True) - 1)

@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from train.sae.sparse.adam import AdamStep
-from train.sae.sparse.groups import Groups, pieces_of
+from train.sae.sparse.groups import Groups, cut_groups
 from train.sae.sparse.product import Product
 from train.sae.sparse.rules import Above, Entries, Everything, Selection, TopOfBatch, TopPerToken, joined, mark_largest
 
@@ -73,7 +73,7 @@ class TritonBackend:
     def order(self, index_n: Tensor, groups: int) -> Groups:
         ascending = torch.sort(index_n.to(torch.int32), stable=True)
         ends = self.ends(ascending.values, groups)
-        return Groups(index_n, ascending.indices, ends, pieces_of(ends, len(index_n)))
+        return Groups(index_n, ascending.indices, ends, cut_groups(ends, len(index_n)))
 
     def gather_sums(self, weight_n: Tensor, index_n: Tensor, ends: Tensor, table_XD: Tensor) -> Tensor:
         from train.sae.sparse.kernels.sums import group_sums

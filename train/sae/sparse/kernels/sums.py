@@ -1,7 +1,7 @@
 """Sums of weighted rows over groups of entries: f W_dec by token, and the gradients of both matrices by latent.
 
 A latent that is active on half of all tokens would be one long program that the others wait for. So a group of more
-than PIECE entries is cut: a first kernel sums its pieces, and the second adds those in order, which it does for a short
+than PIECE_ENTRIES is cut: a first kernel sums its pieces, and the second adds those in order, which it does for a short
 group with the entries themselves. How many pieces there are is known to the device alone; their greatest number
 follows from the number of entries.
 Letters: n entries, G groups of them, P pieces, X rows of a table, D its width.
@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from train.sae.sparse.groups import PIECE, GroupPieces
+from train.sae.sparse.groups import PIECE_ENTRIES, GroupPieces
 from train.sae.sparse.kernels.launch import ENTRIES, columns_of_rows
 
 
@@ -120,7 +120,7 @@ def group_sums(
         if pieces is not None:
             piece_sums_kernel[(count, triton.cdiv(width, columns))](
                 *entries, pieces.groups_P, table_XD, parts_PD, weights_P, groups, width,
-                ORDERED=ordered, PIECE=PIECE, TILE=ENTRIES, COLUMNS=columns,
+                ORDERED=ordered, PIECE=PIECE_ENTRIES, TILE=ENTRIES, COLUMNS=columns,
             )  # fmt: skip
         group_sums_kernel[(groups, triton.cdiv(width, columns))](
             *entries, table_XD, parts_PD, weights_P, out_GD, weights_G, width,
