@@ -40,9 +40,13 @@ def cut_groups(ends: Tensor, entries: int) -> GroupPieces | None:
     if entries <= PIECE_ENTRIES:
         return None
     counts_G = ends.diff()
-    pieces_G = torch.where(counts_G > PIECE_ENTRIES, (counts_G + (PIECE_ENTRIES - 1)).div(PIECE_ENTRIES, rounding_mode="floor"), 0)
+    pieces_G = torch.where(
+        counts_G > PIECE_ENTRIES, (counts_G + (PIECE_ENTRIES - 1)).div(PIECE_ENTRIES, rounding_mode="floor"), 0
+    )
     piece_ends = torch.zeros_like(ends)
     torch.cumsum(pieces_G, 0, out=piece_ends[1:])
-    most = 2 * entries // PIECE_ENTRIES  # a group of more than PIECE_ENTRIES entries has less than twice as many pieces as it fills
+    most = (
+        2 * entries // PIECE_ENTRIES
+    )  # a group of more than PIECE_ENTRIES entries has less than twice as many pieces as it fills
     piece_P = torch.arange(most, dtype=ends.dtype, device=ends.device)
     return GroupPieces(piece_ends, torch.searchsorted(piece_ends, piece_P, right=True) - 1)
