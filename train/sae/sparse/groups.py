@@ -14,7 +14,7 @@ PIECE_ENTRIES = 64  # entries of a piece, at most; a group of more entries is cu
 
 
 class GroupPieces(NamedTuple):
-    """The pieces of long groups, none of which has its size asked for: there is room for as many as there can be."""
+    """The pieces of long groups, room for as many as there can be: their number is the device's alone."""
 
     ends: Tensor
     """Where each group's pieces begin, and where the last one's end: [G + 1]."""
@@ -40,13 +40,11 @@ def cut_groups(ends: Tensor, entries: int) -> GroupPieces | None:
     if entries <= PIECE_ENTRIES:
         return None
     counts_G = ends.diff()
-    pieces_G = torch.where(
-        counts_G > PIECE_ENTRIES, (counts_G + (PIECE_ENTRIES - 1)).div(PIECE_ENTRIES, rounding_mode="floor"), 0
-    )
+    filled_G = (counts_G + (PIECE_ENTRIES - 1)).div(PIECE_ENTRIES, rounding_mode="floor")
+    pieces_G = torch.where(counts_G > PIECE_ENTRIES, filled_G, 0)
     piece_ends = torch.zeros_like(ends)
     torch.cumsum(pieces_G, 0, out=piece_ends[1:])
-    most = (
-        2 * entries // PIECE_ENTRIES
-    )  # a group of more than PIECE_ENTRIES entries has less than twice as many pieces as it fills
+    # A group of more entries than a piece has fewer pieces than twice its entries would fill.
+    most = 2 * entries // PIECE_ENTRIES
     piece_P = torch.arange(most, dtype=ends.dtype, device=ends.device)
     return GroupPieces(piece_ends, torch.searchsorted(piece_ends, piece_P, right=True) - 1)
