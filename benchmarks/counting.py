@@ -27,8 +27,10 @@ from train.optimizers import optimizer_from
 from train.sae import VARIANTS
 from train.sae.parts.groups import ALONE, RankGroup
 from train.sae.parts.split import WHOLE, LatentSplit
+from train.sae.sparse.adam import WHOLE_ROW, AdamStep
 from train.sae.sparse.backend import use_backend
 from train.sae.sparse.cpu import CPUBackend
+from train.sae.sparse.groups import Groups
 from train.sae.sparse.product import Product
 from train.sae.sparse.rules import Entries, Selection
 from train.sae.sparse.triton import TritonBackend
@@ -213,7 +215,7 @@ class StandIn(TritonBackend):
         with self.counter.within("selection"):
             return super().select(product, selections)
 
-    def order(self, index_n: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    def order(self, index_n: Tensor, groups: int) -> Groups:
         with self.counter.within("sparse products"):
             return super().order(index_n, groups)
 
@@ -222,16 +224,31 @@ class StandIn(TritonBackend):
             return super().ends(index_n, groups)
 
     def gather_sums(self, weight_n: Tensor, index_n: Tensor, ends: Tensor, table_XD: Tensor) -> Tensor:
-        rows = len(weight_n) * table_XD.shape[1] * table_XD.element_size()
-        written = (len(ends) - 1) * table_XD.shape[1] * table_XD.element_size()
-        read = rows + extent(weight_n) + extent(index_n) + extent(ends)
-        with self.counter.kernel("sparse products", read, written):
+        groups = Groups(index_n, torch.empty(0, dtype=torch.int64), ends)
+        with self.counter.kernel("sparse products", *_sums_traffic(weight_n, index_n, groups, table_XD)):
             if isinstance(table_XD, FakeTensor):
                 sums = table_XD.new_empty(len(ends) - 1, table_XD.shape[1])
             else:
                 sums = CPUBackend().gather_sums(weight_n, index_n, ends, table_XD)
         self.counter.watch(sums)
         return sums
+
+    def group_sums_and_totals(
+        self, weight_n: Tensor, index_n: Tensor, groups: Groups, table_XD: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        if groups.pieces is not None:  # at most; a piece of a long group is written and read
+            parts = 2 * len(groups.pieces.groups_P) * table_XD.shape[1] * table_XD.element_size()
+            with self.counter.kernel("sparse products", parts // 2, parts // 2):
+                pass
+        with self.counter.kernel("sparse products", *_sums_traffic(weight_n, index_n, groups, table_XD)):
+            if isinstance(table_XD, FakeTensor):
+                count = len(groups.ends) - 1
+                sums, totals = table_XD.new_empty(count, table_XD.shape[1]), table_XD.new_empty(count)
+            else:
+                sums, totals = CPUBackend().group_sums_and_totals(weight_n, index_n, groups, table_XD)
+        self.counter.watch(sums)
+        self.counter.watch(totals)
+        return sums, totals
 
     def dots(self, rows_n: Tensor, latents_n: Tensor, left_XD: Tensor, right_FD: Tensor) -> Tensor:
         rows = 2 * len(rows_n) * left_XD.shape[1] * left_XD.element_size()
@@ -248,6 +265,68 @@ class StandIn(TritonBackend):
         with self.counter.kernel("parameters", extent(grad_FD) + extent(rows_FD), extent(grad_FD)):
             if not isinstance(grad_FD, FakeTensor):
                 CPUBackend().project_rows_(grad_FD, rows_FD)
+
+    def decode_error(
+        self,
+        values_n: Tensor,
+        latents_n: Tensor,
+        row_ends: Tensor,
+        W_dec_FD: Tensor,
+        base: Tensor,
+        target_BD: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        # Of a token with more entries than a tile some rows are read again, which is not counted.
+        rows = len(values_n) * W_dec_FD.shape[1] * W_dec_FD.element_size()
+        read = rows + sum(map(extent, (values_n, latents_n, row_ends, base, target_BD)))
+        with self.counter.kernel("sparse products", read, extent(target_BD) + extent(values_n)):
+            error_BD = torch.empty_like(target_BD)
+            squares_B, dots_n = target_BD.new_empty(len(target_BD)), torch.empty_like(values_n)
+            if not isinstance(W_dec_FD, FakeTensor):
+                cpu = CPUBackend()
+                error_BD = cpu.gather_sums(values_n, latents_n, row_ends, W_dec_FD) + base - target_BD
+                squares_B = error_BD.square().sum(1)
+                rows_n = torch.repeat_interleave(row_ends.diff())
+                dots_n = cpu.dots(rows_n, latents_n, error_BD, W_dec_FD)
+        for tensor in (error_BD, squares_B, dots_n):
+            self.counter.watch(tensor)
+        return error_BD, squares_B, dots_n
+
+    def row_norms(self, grad_FD: Tensor, rows_FD: Tensor | None) -> tuple[Tensor, Tensor]:
+        read = extent(grad_FD) + (0 if rows_FD is None else extent(rows_FD))
+        with self.counter.kernel("parameters", read, 2 * len(grad_FD) * grad_FD.element_size()):
+            rest_FD, dots_F = grad_FD, grad_FD.new_empty(len(grad_FD))
+            if rows_FD is not None:
+                dots_F = (grad_FD * rows_FD).sum(1)
+                rest_FD = grad_FD - dots_F[:, None] * rows_FD
+            squares_F = rest_FD.square().sum(1)
+        self.counter.watch(dots_F)
+        self.counter.watch(squares_F)
+        return dots_F, squares_F
+
+    def adam_rows_(
+        self,
+        grad_FD: Tensor,
+        weight_FD: Tensor,
+        mean_FD: Tensor,
+        square_FD: Tensor,
+        *,
+        step: Tensor,
+        settings: AdamStep,
+        dots_F: Tensor | None,
+        total: Tensor | None,
+    ) -> None:
+        again = 0  # a row that a program takes in pieces is read and written once more to be brought to unit length
+        if dots_F is not None and weight_FD.shape[1] > WHOLE_ROW:
+            again = extent(weight_FD)
+        with self.counter.kernel("parameters", 4 * extent(weight_FD) + again, 3 * extent(weight_FD) + again):
+            pass  # the numbers of a step are not looked at
+
+
+def _sums_traffic(weight_n: Tensor, index_n: Tensor, groups: Groups, table_XD: Tensor) -> tuple[int, int]:
+    """Count the bytes that sums over groups read and write: a row of the table for each entry."""
+    row = table_XD.shape[1] * table_XD.element_size()
+    read = len(weight_n) * row + sum(map(extent, (weight_n, index_n, groups.order_n, groups.ends)))
+    return read, (len(groups.ends) - 1) * (row + table_XD.element_size())
 
 
 # A step

@@ -28,6 +28,7 @@ GROUP = 32  # latents of which the first choice looks at the largest
 LOOKED_AT = 7  # bytes an entry that a choice looks at: a running count in int32 and three marks
 LARGEST = 4 + LOOKED_AT  # a group: the largest of it too
 NEAR = 8 + 4 + LOOKED_AT  # an entry of a chosen group: its place and value too
+BY_LATENT = 20  # bytes a latent: where its entries and its pieces end, the sum of its gradients
 # What lives beside the state where the loss of a variant with a bound has most: z and its kin, a mask of it, [F, D].
 DENSE = {"relu": (3.0, 3), "jumprelu": (5.25, 1), "gated": (7.25, 1)}
 
@@ -77,7 +78,7 @@ def moments(shape: Shape, matmul: str = "float32", weight: int = 4) -> dict[str,
     lines, count = (batch, shape.k) if shape.variant == "topk" else (1, n)
     found = {
         "choice": 3 * rows + z + choice_bytes(batch * block, lines, count),
-        "gradients": 2 * matrix + 3 * rows + 56 * n,
+        "gradients": 2 * matrix + 3 * rows + 56 * n + BY_LATENT * shape.width,
     }
     if matmul == "bf16":  # both factors of the block's product once more, at two bytes
         found["product"] = 3 * rows + z + rows // 2 + 2 * block * shape.d_model
@@ -97,8 +98,10 @@ def with_auxk(shape: Shape, found: dict[str, int], matrix: int) -> dict[str, int
     z, entries = 4 * batch * dead, 24 * shape.k * batch
     few = dead <= TritonBackend().dense_dead * k_aux
     held = z if few else 24 * k_aux * batch
-    # The rows of W_dec are picked, so their gradient is spread over a second matrix and added to the first.
-    later = {name: found[name] + matrix + held for name in ("gradients", "prefixes") if name in found}
+    # The rows of W_dec are picked. Where a reconstruction has several prefixes, their gradient is spread over a second
+    # matrix and added to the first; else it is added where it belongs.
+    second = matrix if shape.variant == "matryoshka" else 4 * dead * shape.d_model
+    later = {name: found[name] + second + held for name in ("gradients", "prefixes") if name in found}
     if few:
         prefixes = PREFIXES if shape.variant == "matryoshka" else 1
         auxk = 15 * batch * dead + 4 * dead * shape.d_model + (2 * prefixes + 4) * rows + entries

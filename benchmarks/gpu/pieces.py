@@ -83,7 +83,7 @@ def timed(act: Callable[[], object], device: str, repeats: int = 10) -> float:
         if device == "cuda":
             torch.cuda.synchronize()
 
-    for _ in range(2):
+    for _ in range(min(2, repeats - 1)):
         act()
     seconds = []
     for _ in range(repeats):
@@ -156,6 +156,16 @@ def ceilings(sizes: Sizes, folder: Path) -> Readings:
         name = f"product {batch}x{d_model}x{width} bf16, TFLOP/s"
         found.append({"name": name, "reading": flops / ms / 1e9, "expected": 790})
     torch.set_float32_matmul_precision("highest")
+    return found
+
+
+def kernel_rates(sizes: Sizes, folder: Path) -> Readings:
+    """Time the update, the matrices' gradients and the error's kernel beside the bytes that they must move."""
+    found: Readings = []
+    for width in sizes.widths:
+        shape = ("--width", str(width), "--d-model", str(sizes.d_model), "--batch", str(sizes.batches[0]))
+        said = run(sizes, "-m", "benchmarks.gpu.kernel_rates", "--device", sizes.device, *shape, "--k", str(sizes.k))
+        found += [json.loads(line) for line in said.splitlines() if line.startswith("{")]
     return found
 
 
@@ -253,6 +263,7 @@ PIECES: dict[str, Callable[[Sizes, Path], Readings]] = {
     "kernels": kernels,
     "variants": variants,
     "ceilings": ceilings,
+    "kernel_rates": kernel_rates,
     "steps": steps,
     "million": million,
     "end_to_end": end_to_end,

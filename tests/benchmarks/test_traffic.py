@@ -88,13 +88,13 @@ def test_the_rooflines_bytes_by_hand() -> None:
 
 
 @pytest.mark.parametrize("variant", ["topk", "batchtopk"])
-def test_a_wide_step_moves_at_most_three_times_the_rooflines_bytes(variant: str) -> None:
+def test_a_wide_step_moves_at_most_so_many_times_the_rooflines_bytes(variant: str) -> None:
     """The aim is 1.3; this is what it is, so that no change makes it worse unseen."""
     shape = Shape(variant, width=262_144)
     count = count_step(shape)
-    assert 1 < ratio(shape, count) < 3.0
+    assert 1 < ratio(shape, count) < 2.4
     assert count.waits == []
     assert row(shape, count).endswith(f"{ratio(shape, count):.2f} |")
-    assert "parameters: _fused_adam_" in listed(count)
+    assert "parameters: kernel" in listed(count)
     small, more = count_step(Shape(variant, width=262_144, dead=2000)), count.moved
     assert small.moved["parameters"] > more["parameters"]  # AuxK's second gradient of W_dec

@@ -11,6 +11,7 @@ import json
 import re
 import subprocess
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,27 +20,29 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
-from train.sae.sparse import kernels
+from train.sae.sparse.groups import PIECE_ENTRIES
+from train.sae.sparse.kernels import adam, dots, error, norms, project, sums
+from train.sae.sparse.kernels.launch import ENTRIES, columns_of_rows, warps_for_row
 
 WIDTHS = (768, 2304, 4096, 12_288)
 ARCHITECTURES = (80, 90)  # A100, H100
-FLOAT, INDEX = "*fp32", "*i64"
-POINTERS = {"weight_n": FLOAT, "index_n": INDEX, "ends": INDEX, "table_XD": FLOAT, "out_GD": FLOAT, "rows_n": INDEX}
-POINTERS |= {
-    "latents_n": INDEX,
-    "left_BD": FLOAT,
-    "right_FD": FLOAT,
-    "out_n": FLOAT,
-    "grad_FD": FLOAT,
-    "rows_FD": FLOAT,
-}
-TYPES = POINTERS | {"n": "i64", "D": "i32"}
+INTEGERS = {"index_n", "order_n", "ends", "rows_n", "latents_n", "row_ends", "piece_ends", "groups_P"}
+SCALARS = {"n": "i64", "groups": "i64", "D": "i32", "base_stride": "i32"}
+SETTINGS = ("rate", "gain_1", "gain_2", "eps", "decay", "clip")
 
 
-def compiled(name: str, constants: dict[str, int], warps: int, arch: int, folder: Path) -> dict[str, Any]:
+def type_of(argument: str, constants: dict[str, Any]) -> str:
+    """Triton's name for the type of a kernel's argument."""
+    if argument in constants:
+        return "constexpr"
+    if argument in SETTINGS:
+        return "fp32"
+    return SCALARS.get(argument, "*i64" if argument in INTEGERS else "*fp32")
+
+
+def compiled(function: Any, constants: dict[str, Any], warps: int, arch: int, folder: Path) -> dict[str, Any]:
     """Registers of a thread, and bytes that it stores beside them, of a kernel for sm_`arch`."""
-    function = getattr(kernels, name)
-    signature = {argument: TYPES.get(argument, "constexpr") for argument in function.arg_names}
+    signature = {argument: type_of(argument, constants) for argument in function.arg_names}
     source: Any = ASTSource(function, signature, constexprs=constants)
     made = triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": warps})
     ptx, cubin = folder / "kernel.ptx", folder / "kernel.cubin"
@@ -52,23 +55,36 @@ def compiled(name: str, constants: dict[str, int], warps: int, arch: int, folder
     said = done.stderr
     registers, spilled = re.search(r"Used (\d+) registers", said), re.search(r"(\d+) bytes spill stores", said)
     assert registers is not None and spilled is not None, said
-    return {"name": name, "arch": arch, "registers": int(registers[1]), "spilled": int(spilled[1])}
+    return {"name": function.__name__, "arch": arch, "registers": int(registers[1]), "spilled": int(spilled[1])}
+
+
+def launches(width: int) -> Iterator[tuple[Any, dict[str, Any], int]]:
+    """Every kernel with the sizes and warps that its launch chooses for rows of `width`."""
+    whole, piece = int(triton.next_power_of_2(width)), columns_of_rows(width)
+    yield dots.entry_dots_kernel, {"TILE": ENTRIES, "COLUMNS": piece}, 4
+    yield project.project_rows_kernel, {"COLUMNS": whole}, warps_for_row(whole)
+    summed = {"TILE": ENTRIES, "COLUMNS": piece}
+    yield sums.piece_sums_kernel, {"ORDERED": True, "PIECE": PIECE_ENTRIES, **summed}, 4
+    for ordered, cut in ((False, False), (True, True)):
+        yield sums.group_sums_kernel, {"ORDERED": ordered, "CUT": cut, **summed}, 4
+    for tile in (16, 64, 128):
+        yield error.decode_error_kernel, {"TILE": tile, "COLUMNS": error.TILE_ENTRIES // tile}, error.WARPS
+    columns = adam.columns_of(width)
+    for unit in (False, True):
+        yield norms.row_norms_kernel, {"UNIT": unit, "COLUMNS": whole}, warps_for_row(whole)
+        forms = {"UNIT": unit, "CLIP": True, "DECOUPLED": False, "WHOLE": columns >= width, "COLUMNS": columns}
+        yield adam.adam_rows_kernel, forms, adam.warps_of(columns)
 
 
 def every(folder: Path) -> dict[str, Any]:
     """What is compiled with the launches' own sizes, and one launch with too few warps, which must spill."""
-    names = [name for name, value in vars(kernels).items() if isinstance(value, triton.runtime.JITFunction)]
-    found = []
-    for name in names:
-        for width in WIDTHS:
-            columns = int(triton.next_power_of_2(width))
-            whole_row = "TILE" not in getattr(kernels, name).arg_names
-            constants = (
-                {"COLUMNS": columns} if whole_row else {"TILE": kernels._TILE, "COLUMNS": kernels._columns(width)}
-            )
-            warps = kernels.warps_for_row(columns) if whole_row else 4
-            found += [{"width": width, **compiled(name, constants, warps, arch, folder)} for arch in ARCHITECTURES]
-    too_few = compiled("_project_rows", {"COLUMNS": 16_384}, 4, 90, folder)
+    found = [
+        {"width": width, **compiled(function, constants, warps, arch, folder)}
+        for width in WIDTHS
+        for function, constants, warps in launches(width)
+        for arch in ARCHITECTURES
+    ]
+    too_few = compiled(project.project_rows_kernel, {"COLUMNS": 16_384}, 4, 90, folder)
     return {"kernels": found, "too_few_warps": too_few}
 
 

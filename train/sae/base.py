@@ -425,10 +425,14 @@ class SAE(nn.Module, ABC):
 
     def nmse(self, xn_hat_BD: Float[Tensor, "B E"], xn_BD: Float[Tensor, "B E"]) -> Float[Tensor, ""]:
         """Compute E over tokens of ||x' - x_hat'||^2 / Vx; a transcoder's of y' in place of x'."""
+        return self.nmse_of((xn_hat_BD - xn_BD).square().sum(), xn_BD.shape[0])
+
+    def nmse_of(self, squares: Float[Tensor, ""], tokens: int) -> Float[Tensor, ""]:
+        """Compute the NMSE of so many tokens from the sum of their squared errors."""
         # In bfloat16 a step of Adam is often smaller than the spacing of the weights, which then never move.
         if self.W_dec.dtype not in (torch.float32, torch.float64):
             raise UserError(f"parameters in {self.W_dec.dtype} cannot follow small gradients: train the SAE in float32")
-        return (xn_hat_BD - xn_BD).square().sum() / (xn_BD.shape[0] * self.variance)
+        return squares / (tokens * self.variance)
 
     def l1(self, f: Tensor, tokens: int) -> Float[Tensor, ""]:
         """Compute E over tokens of sum_j f_j / sqrt(Vx), for f at least 0, of the latents active on so many tokens."""

@@ -10,11 +10,21 @@ from torch import nn
 from torch.optim import Optimizer
 
 from train.sae.base import SAE
+from train.sae.parts.fused_update import fused_update, is_fused_adam
 from train.sae.parts.unit_rows import project_gradient_, renormalise_
+from train.sae.sparse.backend import backend_for
 
 
 def update(sae: SAE, optimizer: Optimizer, clip: float | None) -> None:
-    """Move the parameters by their gradients, clipped to the norm `clip` over all of them where it is given."""
+    """Move the parameters by their gradients, clipped to the norm `clip` over all of them where it is given.
+
+    Of the gradients nothing can be said afterwards.
+    """
+    kernels = backend_for(sae.W_dec).fused
+    # A crosscoder's rows have another length than the kernels restore.
+    if kernels is not None and is_fused_adam(optimizer) and sae.site_widths is None:
+        fused_update(sae, optimizer, clip, kernels)
+        return
     if sae.unit_rows:
         project_gradient_(sae.W_dec, sae.site_widths)
     # The order matters: the part that the projection removes would else count in the clipped norm and shrink all other

@@ -15,7 +15,9 @@ from typing import Protocol, runtime_checkable
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from train.sae.sparse.adam import AdamStep
 from train.sae.sparse.cpu import CPUBackend
+from train.sae.sparse.groups import Groups
 from train.sae.sparse.product import Product
 from train.sae.sparse.rules import Entries, Selection
 from train.sae.sparse.triton import TritonBackend
@@ -46,8 +48,8 @@ class Backend(Protocol):
     def ends(self, index_n: Int[Tensor, " n"], groups: int) -> Int[Tensor, " ends"]:
         """Find where each group of an ascending index begins, and where the last one ends: [G + 1]."""
 
-    def order(self, index_n: Int[Tensor, " n"], groups: int) -> tuple[Int[Tensor, " n"], Int[Tensor, " ends"]]:
-        """Sort an index stably: the entries' numbers in that order, and `ends` of it."""
+    def order(self, index_n: Int[Tensor, " n"], groups: int) -> Groups:
+        """Sort an index stably into groups."""
 
     def gather_sums(
         self,
@@ -57,6 +59,16 @@ class Backend(Protocol):
         table_XD: Float[Tensor, "X D"],
     ) -> Float[Tensor, "G D"]:
         """Sum weight * table[index] over each group of entries."""
+
+    def group_sums(
+        self, weight_n: Float[Tensor, " n"], index_n: Int[Tensor, " n"], groups: Groups, table_XD: Float[Tensor, "X D"]
+    ) -> Float[Tensor, "G D"]:
+        """Sum weight * table[index] over each of the groups."""
+
+    def group_sums_and_totals(
+        self, weight_n: Float[Tensor, " n"], index_n: Int[Tensor, " n"], groups: Groups, table_XD: Float[Tensor, "X D"]
+    ) -> tuple[Float[Tensor, "G D"], Float[Tensor, " G"]]:
+        """Sum weight * table[index], and weight, over each of the groups."""
 
     def dots(
         self,
@@ -72,6 +84,45 @@ class Backend(Protocol):
 
     def fired(self, values_n: Tensor, latents_n: Tensor, width: int) -> Bool[Tensor, " F"]:
         """Find the latents with a value above zero."""
+
+    @property
+    def fused(self) -> FusedKernels | None:
+        """Return what does several operations of a step in one pass, where there is any."""
+
+
+@runtime_checkable
+class FusedKernels(Protocol):
+    """Several operations of a step in one pass over what they read."""
+
+    def decode_error(
+        self,
+        values_n: Float[Tensor, " n"],
+        latents_n: Int[Tensor, " n"],
+        row_ends: Int[Tensor, " ends"],
+        W_dec_FD: Float[Tensor, "F D"],
+        base: Tensor,
+        target_BD: Float[Tensor, "B D"],
+    ) -> tuple[Float[Tensor, "B D"], Float[Tensor, " B"], Float[Tensor, " n"]]:
+        """Compute e = f W_dec + base - target, the tokens' ||e||^2, and e_b . W_dec_j of the entries above 0."""
+
+    def row_norms(
+        self, grad_FD: Float[Tensor, "F D"], rows_FD: Float[Tensor, "F D"] | None
+    ) -> tuple[Float[Tensor, " F"], Float[Tensor, " F"]]:
+        """Compute the dot of each row of grad with its unit row, and the squared norm of what is left without it."""
+
+    def adam_rows_(
+        self,
+        grad_FD: Float[Tensor, "F D"],
+        weight_FD: Float[Tensor, "F D"],
+        mean_FD: Float[Tensor, "F D"],
+        square_FD: Float[Tensor, "F D"],
+        *,
+        step: Tensor,
+        settings: AdamStep,
+        dots_F: Float[Tensor, " F"] | None,
+        total: Float[Tensor, ""] | None,
+    ) -> None:
+        """Move a matrix by one step of Adam; with `dots_F` its rows are unit before and after."""
 
 
 _CPU = CPUBackend()

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from train.sae.sparse.backend import Backend, backend_for
+from train.sae.sparse.groups import Groups
 from train.sae.sparse.rules import Entries
 
 
@@ -44,8 +45,8 @@ class Support:
         return self.backend.ends(self.rows_n, self.shape[0])
 
     @cached_property
-    def by_latent(self) -> tuple[Int[Tensor, " n"], Int[Tensor, " ends"]]:
-        """Order the entries latent by latent: their numbers in the order by token, and where each latent's begin."""
+    def by_latent(self) -> Groups:
+        """Order the entries latent by latent."""
         return self.backend.order(self.latents_n, self.shape[1])
 
     def row_sums(self, values_n: Float[Tensor, " n"], of_FD: Float[Tensor, "F D"]) -> Float[Tensor, "B D"]:
@@ -60,13 +61,13 @@ class Support:
         self, values_n: Float[Tensor, " n"], index_n: Int[Tensor, " n"], of_XD: Float[Tensor, "X D"]
     ) -> Float[Tensor, "F D"]:
         """Sum each latent's values times the rows of a table that `index_n` names for its entries."""
-        order_n, ends = self.by_latent
-        values_n, index_n = values_n.index_select(0, order_n), index_n.index_select(0, order_n)
-        return self.backend.gather_sums(values_n, index_n, ends, of_XD)
+        return self.backend.group_sums(values_n, index_n, self.by_latent, of_XD)
 
-    def latent_totals(self, values_n: Float[Tensor, " n"]) -> Float[Tensor, " F"]:
-        """Sum each latent's values."""
-        return values_n.new_zeros(self.shape[1]).index_add_(0, self.latents_n, values_n)
+    def latent_sums_and_totals(
+        self, values_n: Float[Tensor, " n"], of_BD: Float[Tensor, "B D"]
+    ) -> tuple[Float[Tensor, "F D"], Float[Tensor, " F"]]:
+        """Compute f^T @ of, and the sum of each latent's values."""
+        return self.backend.group_sums_and_totals(values_n, self.rows_n, self.by_latent, of_BD)
 
     def products(self, left_BD: Float[Tensor, "B D"], right_FD: Float[Tensor, "F D"]) -> Float[Tensor, " n"]:
         """Compute left @ right^T at these places only."""

@@ -15,6 +15,7 @@ import torch.nn.functional as functional
 from jaxtyping import Float
 from torch import Tensor
 
+from train.sae.sparse.groups import Groups
 from train.sae.sparse.product import Product
 from train.sae.sparse.rules import (
     Above,
@@ -51,6 +52,10 @@ class CPUBackend:
     @property
     def fixed_sizes(self) -> bool:
         return False
+
+    @property
+    def fused(self) -> None:
+        return None
 
     def select(self, product: Product, selections: Sequence[Selection]) -> list[Entries | Tensor]:
         chosen: list[Entries | Tensor] = []
@@ -97,9 +102,9 @@ class CPUBackend:
         torch.cumsum(torch.bincount(index_n, minlength=groups), 0, out=ends[1:])
         return ends
 
-    def order(self, index_n: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    def order(self, index_n: Tensor, groups: int) -> Groups:
         narrow = torch.int16 if groups <= 1 << 15 else torch.int32  # sorts in half the time
-        return torch.sort(index_n.to(narrow), stable=True).indices, self.ends(index_n, groups)
+        return Groups(index_n, torch.sort(index_n.to(narrow), stable=True).indices, self.ends(index_n, groups))
 
     def gather_sums(self, weight_n: Tensor, index_n: Tensor, ends: Tensor, table_XD: Tensor) -> Tensor:
         if not len(index_n):
@@ -108,6 +113,16 @@ class CPUBackend:
         return functional.embedding_bag(
             index_n, table_XD, ends, mode="sum", per_sample_weights=weight_n, include_last_offset=True
         )
+
+    def group_sums(self, weight_n: Tensor, index_n: Tensor, groups: Groups, table_XD: Tensor) -> Tensor:
+        weight_n, index_n = weight_n.index_select(0, groups.order_n), index_n.index_select(0, groups.order_n)
+        return self.gather_sums(weight_n, index_n, groups.ends, table_XD)
+
+    def group_sums_and_totals(
+        self, weight_n: Tensor, index_n: Tensor, groups: Groups, table_XD: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        totals_G = weight_n.new_zeros(len(groups.ends) - 1).index_add_(0, groups.index_n, weight_n)
+        return self.group_sums(weight_n, index_n, groups, table_XD), totals_G
 
     def dots(self, rows_n: Tensor, latents_n: Tensor, left_XD: Tensor, right_FD: Tensor) -> Tensor:
         if not len(rows_n):

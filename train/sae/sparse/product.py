@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 from jaxtyping import Float, Int
@@ -78,7 +77,6 @@ def _into(out: Tensor, xc_BD: Tensor, W_cD: Tensor, bias_c: Tensor | None) -> Te
     return torch.addmm(bias_c, xc_BD, W_cD.t(), out=out)
 
 
-@cache
 @contextmanager
 def bf16_products() -> Iterator[None]:
     """Let oneDNN round the factors of float32 products on a CPU to bfloat16 for a while; it sums in float32.

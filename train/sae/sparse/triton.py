@@ -2,7 +2,7 @@
 
 A choice of the largest holds exactly as many entries as were asked for; what is not positive among them is given the
 value 0 by the encoder, takes no gradient and does not count as fired. Exact, ties to the lowest index. The products are
-Triton's (kernels.py), which is imported where it is first needed.
+Triton's (kernels/), which is imported where it is first needed.
 Letters: B tokens in a batch, D model width, F latents, n entries, R lines of M values.
 """
 
@@ -15,6 +15,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from train.sae.sparse.adam import AdamStep
+from train.sae.sparse.groups import Groups, cut_groups
 from train.sae.sparse.product import Product
 from train.sae.sparse.rules import Above, Entries, Everything, Selection, TopOfBatch, TopPerToken, joined, mark_largest
 
@@ -25,7 +27,7 @@ _GROUP = 32  # neighbours of which only the largest takes part in the first choi
 class TritonBackend:
     """Computes with Triton's kernels, on a GPU or in Triton's interpreter (TRITON_INTERPRET=1 before its import)."""
 
-    block_entries: int = 1 << 27
+    block_entries: int = 1 << 28
     """Entries of z in memory at a time."""
     dense_dead: int = 128
     """Multiples of k_aux up to which AuxK takes all of the dead latents' z; set for memory, not yet measured."""
@@ -68,24 +70,74 @@ class TritonBackend:
     def ends(self, index_n: Tensor, groups: int) -> Tensor:
         return torch.searchsorted(index_n, torch.arange(groups + 1, dtype=index_n.dtype, device=index_n.device))
 
-    def order(self, index_n: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    def order(self, index_n: Tensor, groups: int) -> Groups:
         ascending = torch.sort(index_n.to(torch.int32), stable=True)
-        return ascending.indices, self.ends(ascending.values, groups)
+        ends = self.ends(ascending.values, groups)
+        return Groups(index_n, ascending.indices, ends, cut_groups(ends, len(index_n)))
 
     def gather_sums(self, weight_n: Tensor, index_n: Tensor, ends: Tensor, table_XD: Tensor) -> Tensor:
-        from train.sae.sparse import kernels
+        from train.sae.sparse.kernels.sums import group_sums
 
-        return kernels.gather_sums(weight_n, index_n, ends, table_XD)
+        return group_sums(weight_n, index_n, ends, table_XD)[0]
+
+    def group_sums(self, weight_n: Tensor, index_n: Tensor, groups: Groups, table_XD: Tensor) -> Tensor:
+        return self.group_sums_and_totals(weight_n, index_n, groups, table_XD)[0]
+
+    def group_sums_and_totals(
+        self, weight_n: Tensor, index_n: Tensor, groups: Groups, table_XD: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        from train.sae.sparse.kernels.sums import group_sums
+
+        return group_sums(weight_n, index_n, groups.ends, table_XD, groups.order_n, groups.pieces)
 
     def dots(self, rows_n: Tensor, latents_n: Tensor, left_XD: Tensor, right_FD: Tensor) -> Tensor:
-        from train.sae.sparse import kernels
+        from train.sae.sparse.kernels.dots import entry_dots
 
-        return kernels.entry_dots(rows_n, latents_n, left_XD, right_FD)
+        return entry_dots(rows_n, latents_n, left_XD, right_FD)
 
     def project_rows_(self, grad_FD: Tensor, rows_FD: Tensor) -> None:
-        from train.sae.sparse import kernels
+        from train.sae.sparse.kernels.project import project_rows_
 
-        kernels.project_rows_(grad_FD, rows_FD)
+        project_rows_(grad_FD, rows_FD)
+
+    @property
+    def fused(self) -> TritonBackend:
+        return self
+
+    def decode_error(
+        self,
+        values_n: Tensor,
+        latents_n: Tensor,
+        row_ends: Tensor,
+        W_dec_FD: Tensor,
+        base: Tensor,
+        target_BD: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        from train.sae.sparse.kernels.error import decode_error
+
+        return decode_error(values_n, latents_n, row_ends, W_dec_FD, base, target_BD)
+
+    def row_norms(self, grad_FD: Tensor, rows_FD: Tensor | None) -> tuple[Tensor, Tensor]:
+        from train.sae.sparse.kernels.norms import row_norms
+
+        return row_norms(grad_FD, rows_FD)
+
+    def adam_rows_(
+        self,
+        grad_FD: Tensor,
+        weight_FD: Tensor,
+        mean_FD: Tensor,
+        square_FD: Tensor,
+        *,
+        step: Tensor,
+        settings: AdamStep,
+        dots_F: Tensor | None,
+        total: Tensor | None,
+    ) -> None:
+        from train.sae.sparse.kernels.adam import adam_rows_
+
+        moments = (mean_FD, square_FD)
+        adam_rows_(grad_FD, weight_FD, *moments, step=step, settings=settings, dots_F=dots_F, total=total)
 
     def fired(self, values_n: Tensor, latents_n: Tensor, width: int) -> Tensor:
         # Counted rather than indexed by a mask, whose size the host would have to wait for.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Literal
 
@@ -67,12 +66,6 @@ class BatchTopKBase(TopKBase):
         self.register_buffer("threshold_weight", torch.zeros(()))
         self.register_buffer("skipped_batches", torch.zeros((), dtype=torch.int64))
 
-    @abstractmethod
-    def reconstruct(
-        self, codes: Codes, f: Tensor, xn_BD: Float[Tensor, "B D"], target_BE: Float[Tensor, "B E"]
-    ) -> tuple[Float[Tensor, ""], Float[Tensor, ""], Float[Tensor, "B E"]]:
-        """Compute the reconstruction's term of the loss, the full width's NMSE, and the full width's x_hat'."""
-
     def dense_encode(self, xn_BD: Float[Tensor, "B D"]) -> Float[Tensor, "B F"]:
         z_BF = self.pre_activation(xn_BD)
         return torch.where(z_BF > self.threshold, z_BF, 0.0)
@@ -102,12 +95,12 @@ class BatchTopKBase(TopKBase):
         rule = TopOfBatch(min(count, len(xn_BD) * self.own_width), guess=self.guess if alone else None)
         codes, candidates = self.encode_with_candidates(xn_BD, rule, context)
         codes, min_kept = self._of_whole(codes, count, rows)
-        f = codes.values
         target_BE = context.target_of(xn_BD)
-        reconstruction, nmse, xn_hat_BD = self.reconstruct(codes, f, xn_BD, target_BE)
-        auxk = self.auxk(candidates, (target_BE - xn_hat_BD).detach(), context.data)
-        metrics = {"nmse": nmse.detach(), "l0": self.l0(codes, f), "auxk": auxk.detach()}
-        return StepOutput(reconstruction + auxk, metrics, codes.of(f), xn_hat_BD.detach(), min_kept=min_kept)
+        found = self.reconstruct(codes, xn_BD, target_BE, candidates)
+        auxk = self.auxk(candidates, target_BE, found, context.data)
+        metrics = {"nmse": found.nmse.detach(), "l0": self.l0(codes, codes.values), "auxk": auxk.detach()}
+        f, xn_hat_BE = codes.of(codes.values), found.xn_hat_BE.detach()
+        return StepOutput(found.term + auxk, metrics, f, xn_hat_BE, min_kept=min_kept)
 
     def _of_whole(self, codes: Codes, count: int, data: RankGroup) -> tuple[Codes, Float[Tensor, ""]]:
         """Choose the `count` largest over all processes, of those here, and find the smallest of them.
@@ -179,10 +172,3 @@ class BatchTopK(BatchTopKBase):
         residual_BE = context.target_of(xn_BD) - xn_hat_BD
         nmse = residual_BE.square().sum(1).mean() / self.variance
         return nmse + self.dense_auxk(z_BF, residual_BE.detach(), context)
-
-    def reconstruct(
-        self, codes: Codes, f: Tensor, xn_BD: Float[Tensor, "B D"], target_BE: Float[Tensor, "B E"]
-    ) -> tuple[Float[Tensor, ""], Float[Tensor, ""], Float[Tensor, "B E"]]:
-        xn_hat_BD = self.decode_sparse(codes, f, xn_BD)
-        nmse = self.nmse(xn_hat_BD, target_BE)
-        return nmse, nmse, xn_hat_BD

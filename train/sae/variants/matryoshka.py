@@ -15,6 +15,7 @@ from train.sae.base import PLAIN, TrainContext
 from train.sae.parts.dense import largest_of_the_batch
 from train.sae.sparse.codes import Codes
 from train.sae.variants.batchtopk import BatchTopKBase, BatchTopKConfig
+from train.sae.variants.topk_base import Candidates, Reconstructed
 
 
 class MatryoshkaConfig(BatchTopKConfig):
@@ -61,9 +62,13 @@ class Matryoshka(BatchTopKBase):
         return loss + self.dense_auxk(z_BF, (target_BE - xn_hat_BD).detach(), context)
 
     def reconstruct(
-        self, codes: Codes, f: Tensor, xn_BD: Float[Tensor, "B D"], target_BE: Float[Tensor, "B E"]
-    ) -> tuple[Float[Tensor, ""], Float[Tensor, ""], Float[Tensor, "B E"]]:
+        self,
+        codes: Codes,
+        xn_BD: Float[Tensor, "B D"],
+        target_BE: Float[Tensor, "B E"],
+        candidates: Candidates | None = None,
+    ) -> Reconstructed:
         own = [self.split.own(m) for m in self.config.sizes]
-        xn_hat_PBD = self.split.total(codes.decode(f, self.W_dec, own)) + self.beside_latents(xn_BD)
+        xn_hat_PBD = self.split.total(codes.decode(codes.values, self.W_dec, own)) + self.beside_latents(xn_BD)
         nmse_P = (xn_hat_PBD - target_BE).square().sum((1, 2)) / (len(xn_BD) * self.variance)
-        return nmse_P.sum(), nmse_P[-1], xn_hat_PBD[-1]
+        return Reconstructed(nmse_P.sum(), nmse_P[-1], xn_hat_PBD[-1])

@@ -78,16 +78,15 @@ class TopK(TopKBase):
             wide = self._of_whole(wide, 4 * k)
         codes = self._of_whole(wide.top_of_rows(k) if multi_topk else wide, k)
         target_BE = context.target_of(xn_BD)
-        xn_hat_BD = self.decode_sparse(codes, codes.values, xn_BD)
-        nmse = self.nmse(xn_hat_BD, target_BE)
-        auxk = self.auxk(candidates, (target_BE - xn_hat_BD).detach(), context.data)
-        metrics = {"nmse": nmse.detach(), "l0": self.l0(codes, codes.values), "auxk": auxk.detach()}
-        loss = nmse + auxk
+        found = self.reconstruct(codes, xn_BD, target_BE, candidates)
+        auxk = self.auxk(candidates, target_BE, found, context.data)
+        metrics = {"nmse": found.nmse.detach(), "l0": self.l0(codes, codes.values), "auxk": auxk.detach()}
+        loss = found.term + auxk
         if multi_topk:
-            multi = self.nmse(self.decode_sparse(wide, wide.values, xn_BD), target_BE) / 8
+            multi = self.reconstruct(wide, xn_BD, target_BE).term / 8
             metrics["multi"] = multi.detach()
             loss = loss + multi
-        return StepOutput(loss, metrics, codes.of(codes.values), xn_hat_BD.detach())
+        return StepOutput(loss, metrics, codes.of(codes.values), found.xn_hat_BE.detach())
 
     def start_encoder(self) -> None:
         if not self.config.tied_init:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -15,6 +16,7 @@ from train.sae.parts.dense import largest_of_each_token
 from train.sae.parts.groups import ALONE, RankGroup
 from train.sae.sparse.backend import backend_for
 from train.sae.sparse.codes import Codes
+from train.sae.sparse.error import squared_error
 from train.sae.sparse.rules import Rule, Selection
 
 _LEAST_OF_SQUARE = 0.1  # of the residual's mean square: what AuxK's norm is at least
@@ -31,6 +33,19 @@ class Candidates:
     """Which they are, ascending."""
     alive_d: Bool[Tensor, " d"] | None
     """Those of them that are not dead; None where all are."""
+
+
+class Reconstructed(NamedTuple):
+    """What comes of a reconstruction: the variant's own term of the loss, and x_hat'."""
+
+    term: Float[Tensor, ""]
+    """The term, differentiable."""
+    nmse: Float[Tensor, ""]
+    """The NMSE of all latents together."""
+    xn_hat_BE: Float[Tensor, "B E"]
+    """x_hat' of all latents together; detached where one pass computes error and gradients."""
+    W_aside_dE: Float[Tensor, "d E"] | None = None
+    """The rows of W_dec that AuxK may take, where their gradient is added to that of the term."""
 
 
 class TopKBase(SAE):
@@ -76,17 +91,45 @@ class TopKBase(SAE):
         none_Bd = xn_BD.new_zeros(len(xn_BD), 0)
         return Candidates(Codes(none_Bd, None, (len(xn_BD), 0)), latents_d, None)
 
+    def reconstruct(
+        self,
+        codes: Codes,
+        xn_BD: Float[Tensor, "B D"],
+        target_BE: Float[Tensor, "B E"],
+        candidates: Candidates | None = None,
+    ) -> Reconstructed:
+        """Reconstruct by codes, whose values are f; their NMSE is the term.
+
+        In one pass over the rows of W_dec that they name, where the backend has a kernel for it.
+        """
+        f = codes.values
+        support = codes.support
+        if support is None or support.backend.fused is None or self.split.size > 1:
+            xn_hat_BE = self.decode_sparse(codes, f, xn_BD)
+            nmse = self.nmse(xn_hat_BE, target_BE)
+            return Reconstructed(nmse, nmse, xn_hat_BE)
+        latents_d = None if candidates is None else candidates.latents_d
+        base = self.beside_latents(xn_BD)
+        total, error_BE, W_aside_dE = squared_error(f, self.W_dec, base, target_BE, support, latents_d)
+        nmse = self.nmse_of(total, len(xn_BD))
+        return Reconstructed(nmse, nmse, error_BE + target_BE, W_aside_dE)
+
     def auxk(
-        self, candidates: Candidates | None, residual_BD: Float[Tensor, "B D"], data: RankGroup = ALONE
+        self,
+        candidates: Candidates | None,
+        target_BE: Float[Tensor, "B E"],
+        found: Reconstructed,
+        data: RankGroup = ALONE,
     ) -> Float[Tensor, ""]:
-        """Compute AuxK's term of the loss; `residual_BD` x' - x_hat' detached, of each process of `data`."""
+        """Compute AuxK's term of the loss, of what a reconstruction leaves of its target, of each process of `data`."""
         if candidates is None:
-            return residual_BD.new_zeros(())
+            return target_BE.new_zeros(())
+        residual_BD = target_BE - found.xn_hat_BE.detach()
         alive_d, latents_d = candidates.alive_d, candidates.latents_d
         error = auxk_error(
             candidates.codes,
             residual_BD,
-            self.W_dec.index_select(0, latents_d),
+            self.W_dec.index_select(0, latents_d) if found.W_aside_dE is None else found.W_aside_dE,
             k=self.k_aux,
             relu=self.config.auxk_relu,
             alive_d=alive_d,

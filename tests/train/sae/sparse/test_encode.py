@@ -207,11 +207,13 @@ def test_a_support_by_hand() -> None:
     values = torch.tensor([5.0, 7.0, 2.0, 3.0])
     assert support.dense(values).tolist() == [[0, 5, 7], [0, 0, 0], [2, 0, 3]]
     assert support.row_ends.tolist() == [0, 2, 2, 4]
-    assert [part.tolist() for part in support.by_latent] == [[2, 0, 1, 3], [0, 1, 2, 4]]
+    assert support.by_latent.order_n.tolist() == [2, 0, 1, 3]
+    assert support.by_latent.ends.tolist() == [0, 1, 2, 4]
     rows = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
     assert support.row_sums(values, rows).tolist() == [[7, 12], [0, 0], [5, 3]]
-    assert support.latent_sums(values, rows).tolist() == [[2, 2], [5, 0], [10, 3]]
-    assert support.latent_totals(values).tolist() == [2, 5, 10]
+    sums, totals = support.latent_sums_and_totals(values, rows)
+    assert sums.tolist() == support.latent_sums(values, rows).tolist() == [[2, 2], [5, 0], [10, 3]]
+    assert totals.tolist() == [2, 5, 10]
     assert support.products(rows, rows).tolist() == [0, 1, 1, 2]
     assert support.fired(torch.tensor([1.0, 0.0, 0.0, -1.0])).tolist() == [False, True, False]
 

@@ -21,6 +21,7 @@ from train.sae.sparse.backend import use_backend
 from train.sae.sparse.codes import Support
 from train.sae.sparse.cpu import CPUBackend
 from train.sae.sparse.encode import encode
+from train.sae.sparse.error import squared_error
 from train.sae.sparse.rules import Above, Everything, Rule, Selection, TopOfBatch, TopPerToken
 from train.sae.sparse.triton import TritonBackend
 
@@ -78,11 +79,62 @@ def test_products_are_those_of_the_dense_matrix(width: int, dtype: torch.dtype) 
     ):
         assert found.dtype == dtype
         torch.testing.assert_close(found.double(), wanted, **({"rtol": 1e-12, "atol": 1e-12} | tolerance))
-    from train.sae.sparse import kernels
-
-    dots = kernels.entry_dots(rows_n, latents_n, x, W).double()
+    dots = support.products(x, W).double()
     wanted = (x.double() @ W.double().t())[rows_n, latents_n]
     torch.testing.assert_close(dots, wanted, **({"rtol": 1e-12, "atol": 1e-12} | tolerance))
+
+
+@pytest.mark.parametrize("tokens", [1, 64, 65, 200, 1000])
+def test_sums_of_a_frequent_latent_are_cut_in_pieces_and_change_nothing(tokens: int) -> None:
+    """Latents that are active on all tokens, on most, on half, on one and on none."""
+    kept = torch.rand(tokens, 6, generator=torch.Generator().manual_seed(1)) < torch.tensor([2, 0.9, 0.5, 0.1, 0, 2])
+    kept[0, 3] = True
+    rows_n, latents_n = kept.to(DEVICE).nonzero().unbind(1)
+    support, values = Support(rows_n, latents_n, (tokens, 6)), draw(len(rows_n), seed=2)
+    values[::7] = 0
+    x = draw(tokens, 5, seed=3)
+    sums, totals = support.latent_sums_and_totals(values, x)
+    f = support.dense(values)
+    torch.testing.assert_close(sums, f.t() @ x, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(totals, f.sum(0), rtol=1e-12, atol=1e-12)
+    assert torch.equal(sums, support.latent_sums(values, x))
+    assert (support.by_latent.pieces is not None) == (len(rows_n) > 64)
+
+
+@pytest.mark.parametrize("width", [1, 5, 300])
+@pytest.mark.parametrize("rows", [1, 9], ids=["one base", "a base for each token"])
+def test_an_error_with_its_gradients_is_that_of_the_dense_formula(width: int, rows: int) -> None:
+    """Tokens with no entry, with one, and with many more than a tile of 16; values of 0 take no gradient."""
+    kept = torch.rand(9, 60, generator=torch.Generator().manual_seed(1)) < 0.1
+    kept[2], kept[3], kept[4, 1:] = False, True, False
+    kept[4, 0] = True
+    rows_n, latents_n = kept.to(DEVICE).nonzero().unbind(1)
+    support = Support(rows_n, latents_n, (9, 60))
+    values = draw(len(rows_n), seed=2).abs()
+    values[::5] = 0
+    W, target, base = draw(60, width, seed=3), draw(9, width, seed=4), draw(rows, width, seed=5)
+    parts = [part.requires_grad_() for part in (values, W, base[0] if rows == 1 else base)]
+    total, error, _ = squared_error(*parts, target, support)  # type: ignore[arg-type]
+    wanted_error = support.dense(parts[0]) @ parts[1] + parts[2] - target
+    torch.testing.assert_close(error, wanted_error.detach(), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(total, wanted_error.square().sum(), rtol=1e-12, atol=1e-12)
+    found = torch.autograd.grad(total.sin(), parts)
+    wanted = list(torch.autograd.grad(wanted_error.square().sum().sin(), parts))
+    wanted[0] = torch.where(values == 0, 0.0, wanted[0])
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
+
+
+def test_the_row_of_an_entry_of_value_0_is_not_read() -> None:
+    """What fills a selection up names any latent, whose weights may be NaN."""
+    rows_n, latents_n = torch.tensor([[0, 0], [0, 1]], device=DEVICE).t().contiguous().unbind(1)
+    W, target = draw(2, 5, seed=1), draw(1, 5, seed=2)
+    W[1] = torch.nan
+    support = Support(rows_n.contiguous(), latents_n.contiguous(), (1, 2))
+    values = torch.tensor([2.0, 0.0], dtype=torch.float64, device=DEVICE)
+    total, error, _ = squared_error(values, W, torch.zeros_like(W[0]), target, support)
+    torch.testing.assert_close(error, 2 * W[:1] - target)
+    torch.testing.assert_close(total, error.square().sum())
 
 
 @pytest.mark.parametrize("width", [1, 5, 300])

@@ -65,7 +65,8 @@ def test_a_support_by_hand() -> None:
     """[[0, 5, 0*], [0, 0, 0], [2, 0, 3]], * kept with value 0."""
     support = Support(torch.tensor([0, 0, 2, 2]), torch.tensor([1, 2, 0, 2]), (3, 3), TritonBackend())
     assert support.row_ends.tolist() == [0, 2, 2, 4]
-    assert [part.tolist() for part in support.by_latent] == [[2, 0, 1, 3], [0, 1, 2, 4]]
+    assert support.by_latent.order_n.tolist() == [2, 0, 1, 3]
+    assert support.by_latent.ends.tolist() == [0, 1, 2, 4]
     values = torch.tensor([5.0, 0.0, 2.0, 3.0])
     assert support.dense(values).tolist() == [[0, 5, 0], [0, 0, 0], [2, 0, 3]]
     assert support.fired(values).tolist() == [True, True, True]
