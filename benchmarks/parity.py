@@ -123,7 +123,7 @@ def ours(name: str) -> tuple[float, Arrays]:
     from train.sae import VARIANTS, TrainContext
 
     case, values = CASES[name], parameters(CASES[name])
-    transcoder = {"d_out": D, "skip": case.skip} if case.transcodes else {}
+    transcoder: dict[str, Any] = {"d_out": D, "skip": case.skip} if case.transcodes else {}
     sae = VARIANTS[case.variant](D, F, input_norm="none", **case.settings, **transcoder).double()
     with torch.no_grad():
         for key, value in values.items():
