@@ -45,14 +45,14 @@ SMALL = 1 << 16  # what uint16 holds
 class LatentFirings:
     """All firings so far: where each is, as (context, position, latent) [n, 3], and its activation [n]."""
 
-    locations: list[NDArray[np.int64]] = field(default_factory=list)
+    locations: list[NDArray[np.int32]] = field(default_factory=list)
     values: list[NDArray[np.float32]] = field(default_factory=list)
 
     def update(self, first: int, keep_BT: Tensor, f_NF: Tensor) -> None:
         """Add the contexts number `first` and those after it, whose kept tokens have the activations `f_NF`."""
         rows_n, latents_n = (f_NF > 0).nonzero(as_tuple=True)
         tokens_N2 = keep_BT.nonzero().numpy()
-        location_n3 = np.empty((len(rows_n), 3), np.int64)
+        location_n3 = np.empty((len(rows_n), 3), np.int32)
         location_n3[:, :2] = tokens_N2[rows_n.cpu().numpy()]
         location_n3[:, 0] += first
         location_n3[:, 2] = latents_n.cpu().numpy()
@@ -65,7 +65,7 @@ class LatentFirings:
         edges = [width * number // splits for number in range(splits + 1)]
         for low, high in pairwise(edges):
             inside = (location_n3[:, 2] >= low) & (location_n3[:, 2] < high)
-            own = location_n3[inside] - np.array([0, 0, low])
+            own = location_n3[inside] - np.array([0, 0, low], np.int32)
             yield low, high - 1, own.astype(np.uint16 if own.max(initial=0) < SMALL else np.uint32), value_n[inside]
 
 
