@@ -1,10 +1,11 @@
 """The forms a trained SAE can be scored in: its inference form, or the training form that depends on the batch.
 
-Letters: N tokens, D model width, F latents.
+Letters: N tokens, D model width (of all sites of a crosscoder), E that of one of its sites, F latents.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
 from jaxtyping import Float
@@ -63,6 +64,30 @@ class BatchForm:
         xn_ND = self.sae.norm.normalise(x_ND)
         codes, f = self.sae.active_batch(xn_ND)
         return codes.dense(f), self.sae.norm_out.denormalise(self.sae.decode_sparse(codes, f, xn_ND), x_ND)
+
+
+class AtSite:
+    """A crosscoder's form as it stands for one of its sites: f of all of them, and its part of x_hat.
+
+    reads: the names of all its sites, in the order in which it takes their rows side by side.
+    """
+
+    def __init__(self, form: InferenceForm, part: int, reads: Sequence[str]) -> None:
+        assert form.sae.site_widths is not None
+        self.form, self.reads = form, tuple(reads)
+        self.name, self.needs_whole_batch = form.name, form.needs_whole_batch
+        begin = sum(form.sae.site_widths[:part])
+        self.entries = slice(begin, begin + form.sae.site_widths[part])
+
+    @property
+    def sae(self) -> SAE:
+        """Return the crosscoder."""
+        return self.form.sae
+
+    def run(self, x_ND: Float[Tensor, "N D"]) -> tuple[Float[Tensor, "N F"], Float[Tensor, "N E"]]:
+        """Give f and the site's part of x_hat, of the rows of all sites."""
+        f_NF, x_hat_ND = self.form.run(x_ND)
+        return f_NF, x_hat_ND[:, self.entries]
 
 
 def form_of(sae: SAE, name: str) -> InferenceForm:

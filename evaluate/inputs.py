@@ -6,7 +6,7 @@ Letters: B contexts of a batch, T tokens of a context.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +28,14 @@ from harvest.chat import template_hash
 from harvest.documents import FilesText, TextSource, source_from, split_of, unique
 from harvest.packing import PackedTokens, Packing, pack
 from harvest.text_source import hash_text
-from train.sae.io import load_config
+from train.sae.io import load_config, site_of
 from train.sae.weights_folder import WEIGHTS, folders_below
 
 __all__ = [
     "ContextBatch",
     "HeldoutText",
     "SavedSAE",
+    "at_each_site",
     "find_saes",
     "group_by_store",
     "open_text",
@@ -44,15 +45,34 @@ __all__ = [
 
 @dataclass(frozen=True)
 class SavedSAE:
-    """A folder of a trained SAE or transcoder and the record in it."""
+    """A folder of a trained SAE, transcoder or crosscoder and the record in it.
+
+    part: of a crosscoder which of its sites is scored, by place; None for what has one site, and for the whole.
+    """
 
     folder: Path
     config: Json
+    part: int | None = None
+
+    @property
+    def joined(self) -> list[Json]:
+        """Return the records of a crosscoder's sites, in order; none for one site."""
+        return list(self.config.get("sites", []))
+
+    @property
+    def of_site(self) -> Json:
+        """Return the record of the store and site that is scored."""
+        return self.config if self.part is None else self.joined[self.part]
 
     @property
     def site(self) -> str:
-        """Return the site that it reads."""
-        return str(self.config["site"])
+        """Return the site that it reads; of a crosscoder the one that is scored."""
+        return str(self.of_site["site"])
+
+    @property
+    def reads(self) -> str:
+        """Name all that it reads."""
+        return str(site_of(self.config))
 
     @property
     def target(self) -> str:
@@ -62,7 +82,7 @@ class SavedSAE:
     @property
     def transcodes(self) -> bool:
         """Return whether it predicts another site than it reads."""
-        return self.target != self.site
+        return not self.joined and self.target != self.site
 
 
 def find_saes(patterns: str | Sequence[str], setting: str = "saes") -> list[SavedSAE]:
@@ -87,6 +107,15 @@ def find_saes(patterns: str | Sequence[str], setting: str = "saes") -> list[Save
     return [SavedSAE(folder, load_config(folder)) for folder in sorted(folders)]
 
 
+def at_each_site(saes: Iterable[SavedSAE]) -> list[SavedSAE]:
+    """Put a crosscoder in the list once for each of its sites."""
+    found: list[SavedSAE] = []
+    for sae in saes:
+        parts = [replace(sae, part=part) for part in range(len(sae.joined))]
+        found += parts or [sae]
+    return found
+
+
 def group_by_store(saes: Iterable[SavedSAE], cache: Location) -> list[tuple[Store, dict[str, list[SavedSAE]]]]:
     """Group SAEs by store and, within it, by the site that their output stands for, so that the transcoders into a
     site stand beside its SAEs.
@@ -96,7 +125,9 @@ def group_by_store(saes: Iterable[SavedSAE], cache: Location) -> list[tuple[Stor
     stores: dict[str, Store] = {}
     by_store: dict[str, dict[str, list[SavedSAE]]] = {}
     for sae in saes:
-        fingerprint, site = sae.config.get("fingerprint"), sae.config.get("site")
+        if sae.joined and sae.part is None:
+            raise UserError(f"{sae.folder} is a crosscoder of {sae.reads}, and only evaluate takes one: leave it out")
+        fingerprint, site = sae.of_site.get("fingerprint"), sae.of_site.get("site")
         if not isinstance(fingerprint, str) or not isinstance(site, str):
             raise UserError(f"{sae.folder} does not say which store and site it was trained on: train it again")
         if fingerprint not in stores:

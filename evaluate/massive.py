@@ -49,6 +49,10 @@ class MassiveRule:
 def rules_of(sae: SavedSAE) -> dict[str, MassiveRule | None]:
     """Read the rules an SAE was trained by, by site: that of the site which it reads, None where it was trained on all
     rows, and of a transcoder that of its target, where it has one; UserError where the record is damaged."""
+    if sae.joined:
+        # The rows of another store's sites are another model's, which is not run for this.
+        own = [(place, site) for place, site in enumerate(sae.joined) if _of_one_store(sae.of_site, site)]
+        return {str(site["site"]): rule_of(sae, "medians", place) for place, site in own}
     rules = {sae.site: rule_of(sae)}
     # A transcoder of an earlier version looked at its input alone.
     if sae.transcodes and "target_median" in (sae.config.get("training", {}).get("outliers") or {}):
@@ -56,15 +60,21 @@ def rules_of(sae: SavedSAE) -> dict[str, MassiveRule | None]:
     return rules
 
 
-def rule_of(sae: SavedSAE, median: str = "median") -> MassiveRule | None:
-    """Read the rule of the site that an SAE reads, or with "target_median" that of a transcoder's target; None where it
-    was trained on all rows; UserError where the record is damaged."""
+def _of_one_store(first: Json, other: Json) -> bool:
+    return bool(first["fingerprint"] == other["fingerprint"])
+
+
+def rule_of(sae: SavedSAE, median: str = "median", place: int | None = None) -> MassiveRule | None:
+    """Read the rule of the site that an SAE reads, with "target_median" that of a transcoder's target, with "medians"
+    that of a crosscoder's site by its place; None where it was trained on all rows; UserError where the record is
+    damaged."""
     outliers = sae.config.get("training", {}).get("outliers")
     if outliers is None:
         return None
     try:
-        rule = MassiveRule(float(outliers["times"]), float(outliers[median]))
-    except (KeyError, TypeError, ValueError):
+        found = outliers[median] if place is None else outliers[median][place]
+        rule = MassiveRule(float(outliers["times"]), float(found))
+    except (KeyError, TypeError, ValueError, IndexError):
         raise UserError(
             f"{sae.folder} has a record of outliers that cannot be read ({outliers}): train it again"
         ) from None

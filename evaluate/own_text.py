@@ -133,6 +133,11 @@ def _opened(sae: SAE | str | Path, device: str) -> _Opened:
     """Open the model that the SAE's record names."""
     loaded = sae if isinstance(sae, SAE) else load(sae)
     record = loaded.record or {}
+    if "sites" in record:
+        raise UserError(
+            f"encode_text and steer_text take an SAE of one site, and this is a crosscoder of {loaded.site}: give "
+            "encode its sites' activations side by side"
+        )
     if missing := [name for name in ("site", "model", "packing") if not record.get(name)]:
         raise UserError(f"the SAE has no record of its {missing[0]}: load it with train.sae.load from its folder")
     model, tokenizer = _model(json.dumps({**record["model"], "device": device}, sort_keys=True))

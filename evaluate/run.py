@@ -21,11 +21,12 @@ from data.base.sites import Site
 from data.store.manifest import HELDOUT, TRAIN
 from data.store.store import Store
 from evaluate.config import EvaluateSettings
+from evaluate.crosscoders import OtherModels, crosscoder_entry, form_at_site, require_no_crosscoder, sites_beside
 from evaluate.feature_metrics.bases import BasisReader, neurons_before
 from evaluate.feature_metrics.measure import FeatureMetricsConfig, measure
 from evaluate.feature_metrics.sample import FeatureText
 from evaluate.features.make import make_for
-from evaluate.inputs import HeldoutText, SavedSAE, find_saes, group_by_store, open_text
+from evaluate.inputs import HeldoutText, SavedSAE, at_each_site, find_saes, group_by_store, open_text
 from evaluate.massive import ScoredText
 from evaluate.pareto import add_excess, baseline_of, best_at_equal_l0, compare, require_baseline, verdict
 from evaluate.report import markdown, page
@@ -41,6 +42,9 @@ from train.sae.io import load
 
 BEST = "best"  # of `features`: the SAE that is best at equal L0
 
+Totals = dict[tuple[str, str, Path], tuple[float, float]]
+"""Squared error and squared deviation of crosscoders, by the store's fingerprint, the site and the folder."""
+
 
 @dataclass(frozen=True)
 class SiteRun:
@@ -51,6 +55,8 @@ class SiteRun:
     saes: Sequence[SavedSAE]
     scored: ScoredText
     settings: EvaluateSettings
+    others: OtherModels
+    totals: Totals
 
     @property
     def text(self) -> HeldoutText:
@@ -66,14 +72,19 @@ class SiteRun:
         """Sum over the whole text; all SAEs read the same contexts, so their figures are paired."""
         text = self.text
         score = SiteScore(
-            Splice(text.model, Site.parse(self.name), [Site.parse(sae.site) for sae in self.saes]),
-            [load(sae.folder) for sae in self.saes],
+            Splice(
+                text.model,
+                Site.parse(self.name),
+                [*(Site.parse(sae.site) for sae in self.saes), *sites_beside(self.saes)],
+            ),
+            [form_at_site(sae, self.settings.form) if sae.joined else load(sae.folder) for sae in self.saes],
             torch.from_numpy(self.store.stats(TRAIN, self.name).mean),
             getattr(torch, self.store.layout.dtype),
             text.packed.contexts.shape,
             self.settings.form,
             documents=text.documents,
             massive_limits=self.scored.limits,
+            elsewhere=self.others.elsewhere(self.saes),
         )
         kind = "transcoder" if all(sae.transcodes for sae in self.saes) else "SAE"
         label = f"evaluate {len(self.saes)} {kind}{'s' * (len(self.saes) > 1)} at {self.name}"
@@ -92,6 +103,10 @@ class SiteRun:
         rows = [describe_sae(sae, result) for sae, result in zip(self.saes, results, strict=True)]
         baseline = baseline_of(self.folders, self.settings.baseline)
         sums = [score.sums(each) for each in score.scores]
+        for sae, each in zip(self.saes, sums, strict=True):
+            if sae.joined:
+                key = (self.store.manifest.fingerprint, self.name, sae.folder)
+                self.totals[key] = (float(each.contexts["error"].sum()), float(each.contexts["deviation"].sum()))
         compare(rows, sums, baseline, **draws)
         add_excess(rows, sums, **draws)
         groups = verdict(rows, sums, **draws)
@@ -112,6 +127,7 @@ class SiteRun:
         return {
             "site": self.name,
             **({"inputs": inputs} if inputs else {}),
+            **({"crosscoders": joined} if (joined := sorted({sae.reads for sae in self.saes if sae.joined})) else {}),
             "store": self.store.path.name,
             "fingerprint": self.store.manifest.fingerprint,
             "model": self.store.manifest.name,
@@ -149,12 +165,16 @@ def describe_sae(sae: SavedSAE, result: Json) -> Json:
     kind = ""
     if sae.transcodes:
         kind = " skip transcoder" if settings.get("skip") else " transcoder"
+    of_site = settings["d_in"]
+    if sae.part is not None:
+        kind, of_site = " crosscoder", settings["site_widths"][sae.part]
     return {
         "folder": str(sae.folder),
         **({"input": sae.site} if sae.transcodes else {}),
+        **({"input": sae.reads} if sae.joined else {}),
         "variant": sae.config["variant"] + kind,
         "width": settings["width"],
-        "expansion": settings["width"] / settings["d_in"],
+        "expansion": settings["width"] / of_site,
         "settings": settings,
         "training": sae.config.get("training", {}),
         **result,
@@ -195,21 +215,27 @@ def _evaluate(settings: EvaluateSettings, ranks: ModelRanks) -> Report:
     require_baseline(folders, settings.baseline)
     require_features(settings.features, folders)
     if settings.together:
+        require_no_crosscoder(saes, "together")
         require_one_a_target(saes)
+    of_one_site = {"feature_metrics": metrics, "features": settings.features}
+    for setting in (name for name, asked in of_one_site.items() if asked is not None):
+        require_no_crosscoder(saes, setting)
     if metrics is not None and (transcoders := [sae.folder for sae in saes if sae.transcodes]):
         raise UserError(
             f"feature_metrics are of SAEs, and {transcoders[0]} is a transcoder: leave them out, or its folder"
         )
-    stores = group_by_store(saes, parse_location(settings.cache))
+    stores = group_by_store(at_each_site(saes), parse_location(settings.cache))
+    others = OtherModels({store.manifest.fingerprint: store for store, _ in stores}, settings)
     for _, by_site in stores:
         for of_site in by_site.values():
             baseline_of([sae.folder for sae in of_site], settings.baseline)
     sites, together = [], []
+    totals: Totals = {}
     for store, by_site in stores:
         text = open_text(store, settings.model_dump())
         for name, of_site in by_site.items():
             scored = ScoredText.of(text, of_site)
-            sites.append(SiteRun(store, name, of_site, scored, settings).report(metrics))
+            sites.append(SiteRun(store, name, of_site, scored, settings, others, totals).report(metrics))
         if settings.together:
             of_store = [sae for of_site in by_site.values() for sae in of_site]
             together.append(measure_together(store, of_store, ScoredText.of(text, of_store), settings))
@@ -220,6 +246,8 @@ def _evaluate(settings: EvaluateSettings, ranks: ModelRanks) -> Report:
     report: Json = {"format": REPORT_FORMAT, "made": made, "settings": used, "sites": sites}
     if together:
         report["together"] = together
+    if crossing := [sae for sae in saes if sae.joined]:
+        report["crosscoders"] = [_crosscoder(sae, sites, totals) for sae in crossing]
     path = markdown.write_markdown(report, Path(settings.out))
     latents: dict[str, Path] = {}
     if settings.features is not None:
@@ -231,6 +259,20 @@ def _evaluate(settings: EvaluateSettings, ranks: ModelRanks) -> Report:
     print(f"page: {page.write_page(report, settings.model_dump(), identities, latents)}")
     ranks.send(path)
     return Report(path)
+
+
+def _crosscoder(sae: SavedSAE, sites: Sequence[Json], totals: Totals) -> Json:
+    """Write what the report says of a crosscoder, by what it scored at each of its sites."""
+    rows: list[Json] = []
+    own: list[tuple[float, float]] = []
+    several = len({joined["fingerprint"] for joined in sae.joined}) > 1
+    for joined in sae.joined:
+        place = (joined["fingerprint"], joined["site"])
+        site = next(site for site in sites if (site["fingerprint"], site["site"]) == place)
+        row = next(row for row in site["saes"] if row["folder"] == str(sae.folder))
+        rows.append({**row, "at": f"{joined['site']} of {joined['store']}" if several else joined["site"]})
+        own.append(totals[*place, sae.folder])
+    return crosscoder_entry(sae, rows, own)
 
 
 def main(config: DictConfig) -> None:

@@ -1,8 +1,10 @@
 """All SAEs of one site over the held-out contexts: a clean, a zero and a mean forward a batch, one spliced an SAE.
 
 Transcoders into the site stand beside its SAEs: each is given the rows that it reads, and its output takes the place of
-the site's rows. Letters: B contexts of a batch, T tokens of a context, N kept tokens of the batch, P predicted tokens
-of the batch, S contexts of the set, D width of the site, E width of what is read, F latents.
+the site's rows. So do crosscoders: each is given the untouched rows of all its sites, and what it makes of this one
+takes the place of its rows; no other site is replaced. Letters: B contexts of a batch, T tokens of a context, N kept
+tokens of the batch, P predicted tokens of the batch, S contexts of the set, D width of the site, E width of what is
+read, F latents.
 """
 
 from __future__ import annotations
@@ -13,10 +15,11 @@ from typing import Any, Protocol
 
 import torch
 from jaxtyping import Float, Int64
-from torch import Tensor
+from torch import Tensor, nn
 
+from data.base.sites import Site
 from evaluate.documents import Documents
-from evaluate.forms import SHIPPED, InferenceForm, as_form, form_of
+from evaluate.forms import SHIPPED, AtSite, InferenceForm, as_form, form_of
 from evaluate.massive import is_massive
 from evaluate.metrics import (
     Columns,
@@ -29,6 +32,7 @@ from evaluate.metrics import (
     without_empty,
 )
 from evaluate.splice import Splice
+from harvest.hooks import run_to
 from train.sae.base import SAE
 
 ACTIVATIONS_AT_ONCE = 1 << 25  # entries of the [rows, F] activations in memory at a time: 128 MB in float32
@@ -123,7 +127,8 @@ class SAEScore:
         """Compute what the decoder gives with no latent active: gamma_c measures shrinkage of what they add to it."""
         sae = self.sae
         beside = sae.beside_latents(sae.norm.normalise(x))
-        return sae.norm_out.denormalise(beside.expand(len(x), sae.d_out), x)
+        empty = sae.norm_out.denormalise(beside.expand(len(x), sae.d_out), x)
+        return empty[:, self.form.entries] if isinstance(self.form, AtSite) else empty
 
     def _count(
         self, x: Tensor, f: Tensor, x_hat: Tensor, empty: Tensor, places: TokenPlaces, massive: Tensor | None
@@ -148,7 +153,7 @@ class SiteScore:
     mean_D: the training mean, the constant of the mean ablation. storage: the store's dtype, whose rounding is a line
     of its own. shape: (S, T). form: the name of the form of those `saes` that are not a form already. documents: which
     document each token is of, else each context is one. massive_limits: the largest norm of an ordinary row, by the
-    site that is read.
+    site that is read. elsewhere: sites of other models, which read the same tokens, by a crosscoder's names for them.
     """
 
     def __init__(
@@ -162,10 +167,11 @@ class SiteScore:
         *,
         documents: Documents | None = None,
         massive_limits: Mapping[str, float] | None = None,
+        elsewhere: Mapping[str, tuple[nn.Module, Site]] | None = None,
     ) -> None:
         self.splice, self.mean_D, self.storage = splice, mean_D, storage
         self.documents = documents or Documents.one_a_context(*shape)
-        self.massive_limits = massive_limits or {}
+        self.massive_limits, self.elsewhere = massive_limits or {}, elsewhere or {}
         forms = [form_of(sae, form) if isinstance(sae, SAE) else as_form(sae) for sae in saes]
         self.scores = [SAEScore(one, mean_D, shape, self.documents.count) for one in forms]
         self.rounding = Reconstruction(mean_D, shape[0])
@@ -194,9 +200,17 @@ class SiteScore:
         x_ND = inputs[str(self.splice.site)]
         massive_N = is_massive(inputs, self.massive_limits)
         self._round(x_ND, places, massive_N)
+        for name, (model, site) in self.elsewhere.items():
+            read_BTE = run_to(model, [site], ids_BT)[str(site)]
+            inputs[name] = read_BTE[keep_BT.to(read_BTE.device)].float().to(x_ND.device)
         for score in self.scores:
-            x_hat_ND = score.reconstruct(inputs[self.input_of(score.sae)], places, massive_N, x_ND)
+            x_hat_ND = score.reconstruct(self._read_by(score, inputs), places, massive_N, x_ND)
             score.add_losses(*self.splice.spliced(clean, x_hat_ND), context_P, document_P)
+
+    def _read_by(self, score: SAEScore, inputs: Mapping[str, Tensor]) -> Tensor:
+        if isinstance(score.form, AtSite):
+            return torch.cat([inputs[name] for name in score.form.reads], 1)
+        return inputs[self.input_of(score.sae)]
 
     def input_of(self, sae: SAE) -> str:
         """Name the site that an SAE of this score reads: this one, or a transcoder's own."""

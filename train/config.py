@@ -25,6 +25,8 @@ AUTO: Literal["auto"] = "auto"
 Group = dict[str, Any]
 Named = Annotated[Text, Field(min_length=1)]
 """A path or a name, not empty."""
+Several = Annotated[list[Named], Field(min_length=1)]
+"""A list of such names."""
 Share = Annotated[Real, Field(ge=0, le=1)]
 """A share of the run."""
 
@@ -192,10 +194,10 @@ class TrainSettings(Settings):
     """What is written beside metrics.csv."""
     cache: Annotated[Named, OF_STORE] = "outputs/cache"
     """The folder in which the store is found by model, text and packing."""
-    store: Annotated[Named | None, OF_STORE] = None
-    """The folder of a store, in place of finding it."""
-    site: Annotated[Named, OF_STREAM] = "resid_post.3"
-    """The site whose activations are read."""
+    store: Annotated[Named | Several | None, OF_STORE] = None
+    """The folder of a store, in place of finding it; a list: stores of the same tokens, for one crosscoder."""
+    site: Annotated[Named | Several, OF_STREAM] = "resid_post.3"
+    """The site whose activations are read; a list, [resid_post.1,resid_post.3]: the sites of one crosscoder."""
     target: Annotated[Named | None, OF_STREAM] = None
     """The site that a transcoder predicts from `site`; a kind alone (mlp_out) is at its layer; null: an SAE."""
     tokens: Annotated[Whole, OF_STREAM] = Field(1_000_000, ge=1)
@@ -249,6 +251,29 @@ class TrainSettings(Settings):
     """The folder of a run to go on with, from its last checkpoint, with its own settings."""
     out: Annotated[Named, OF_VIEW]
     """The folder of the run."""
+
+    @field_validator("site", "store")
+    @classmethod
+    def _one_is_no_list(cls, value: str | list[str] | None) -> str | list[str] | None:
+        if not isinstance(value, list):
+            return value
+        if len(set(value)) < len(value):
+            raise ValueError(f"[{','.join(value)}] names one of its entries twice: give each once")
+        return value[0] if len(value) == 1 else value
+
+    @model_validator(mode="after")
+    def _target_of_one_site(self) -> Self:
+        if self.crosses and self.target is not None:
+            raise ValueError(
+                f"target={self.target} is what a transcoder predicts from one site, and a crosscoder reconstructs all "
+                "of its own: leave target out, or name one site"
+            )
+        return self
+
+    @property
+    def crosses(self) -> bool:
+        """Return whether it is a crosscoder that is trained: one dictionary of several sites."""
+        return isinstance(self.site, list) or isinstance(self.store, list)
 
     @classmethod
     def of(cls, settings: Mapping[str, Any], at: str = "") -> Self:

@@ -19,6 +19,7 @@ from data.store.manifest import HELDOUT, TRAIN
 from train.plan import DataPlan
 from train.sae import Batch
 from train.sae.parts.groups import ALONE
+from train.sites import StoredSite
 
 
 def _must_fit(loader: ActivationLoader, device: torch.device, preload: str) -> None:
@@ -58,20 +59,23 @@ class ActivationData(LightningDataModule):
         self.preload = preload
         self.ranks = ALONE
         self.training: ActivationLoader | None = None
-        self._decoder = plan.store.decoder(TRAIN, plan.site)
-        self._target_decoder = None if plan.target is None else plan.store.decoder(TRAIN, plan.target)
-        self._stored_width = plan.store.row_shape(TRAIN, plan.site)[0]
+        sites = plan.joined or (StoredSite(plan.store, plan.site),)
+        if plan.target is not None:
+            sites = (*sites, StoredSite(plan.store, plan.target))
+        self._decoders = [site.store.decoder(TRAIN, site.name) for site in sites]
+        self._stored_widths = [site.store.row_shape(TRAIN, site.name)[0] for site in sites]
         self.settings: dict[str, Any] = {"seed": seed, "pool_chunks": pool_chunks, "threads": threads}
 
     def model_units(self, rows: Tensor) -> Batch:
-        """Convert stored rows to float32 activations [B, D], a transcoder's with its target [B, E], on the rows'
-        device: the one place where they become so."""
+        """Convert stored rows to float32 activations [B, D], a transcoder's with its target [B, E], a crosscoder's
+        sites side by side, on the rows' device: the one place where they become so."""
         # On the training device: int8 rows travel as half the bytes, and a GPU decodes them in passing.
-        if self._target_decoder is None:
-            return Batch(self._decoder.to(rows.device)(rows).to(torch.float32))
-        own, other = rows[:, : self._stored_width].contiguous(), rows[:, self._stored_width :].contiguous()
-        x_BD = self._decoder.to(rows.device)(own).to(torch.float32)
-        return Batch(x_BD, self._target_decoder.to(rows.device)(other).to(torch.float32))
+        parts = []
+        for decoder, stored in zip(self._decoders, torch.split(rows, self._stored_widths, 1), strict=True):
+            parts.append(decoder.to(rows.device)(stored.contiguous()).to(torch.float32))
+        if self.plan.joined:
+            return Batch(torch.cat(parts, 1))
+        return Batch(*parts)
 
     def _loader(self, split: str, chunks: NDArray[np.int64], **settings: Any) -> ActivationLoader:
         settings = {"batch": self.plan.batch, "chunks": chunks, **self.settings, **settings}

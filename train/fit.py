@@ -321,7 +321,9 @@ def _save(run: TrainRun, member: SAETrainer, record: dict[str, Any]) -> dict[str
     """Write the SAE with its record, print the line that sums it up and return the record; by all processes that hold
     its latents."""
     training = _training(run, member) | record
-    save(member.sae, run.folder, {**origin(run.plan.store, run.plan.site, run.plan.target), "training": training})
+    plan = run.plan
+    made_of = origin(plan.store, plan.site, plan.target, plan.joined)
+    save(member.sae, run.folder, {**made_of, "training": training})
     member.finalize("success")
     if not first_rank():
         return training

@@ -45,13 +45,13 @@ def opening(runs: Sequence[TrainRun]) -> str:
             lines.append(f"  {run.name}  {label(run.sae)}: width {run.sae.width}, {verb}")
     if plan.outliers:
         left_out = ", ".join(f"{count:,} of {split}" for split, count in plan.outliers.left_out.items())
-        where = "" if plan.target is None else f" at {plan.site} or {plan.target}"
+        named = [site.name for site in plan.joined] if plan.target is None else [plan.site, plan.target]
+        where = f" at {' or '.join(named)}" if named else ""
         lines.append(
             f"rows above {plan.outliers.times:g} times the median norm{where} are left out ({left_out}): "
             "outliers=null keeps them"
         )
-    moments = plan.moments()
-    share = 1 - moments["variance"] / moments["mean_sq_norm"]
+    share = plan.mean_share()
     uncentred = [run.name for run in runs if run.sae.encoder_centre is None]
     if share > LARGE_MEAN and uncentred:
         lines.append(

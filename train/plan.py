@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,15 +17,15 @@ from data.base.errors import UserError, did_you_mean
 from data.base.location import parse_location
 from data.base.records import canonical, diff_fields
 from data.base.sites import SITE_KINDS, Site
-from data.loading.norm_filter import DecodeRows, NormFilteredReader, median_norm, moments
+from data.loading.norm_filter import DecodeRows, NormFilteredReader, NormLimit, median_norm, moments
 from data.loading.order import batches_per_epoch, split_calibration
-from data.loading.pair import PairReader
-from data.loading.reader import Reader, open_reader
+from data.loading.reader import Reader
 from data.store import store as stores
 from data.store.find import find, open_store, pick
 from data.store.manifest import HELDOUT, TRAIN, store_settings
 from data.store.massive import TIMES_MEDIAN, has_massive_rows
 from train.config import AUTO, Group, TrainSettings, of_scope
+from train.sites import StoredSite, joined_name, joined_reader, require_joinable
 
 if TYPE_CHECKING:
     from train.sae import SAE
@@ -35,7 +36,8 @@ class Outliers:
     """Rows with a norm above `times` the `median` of the training rows, which are left out everywhere.
 
     The median is that of the site which is read. Of a transcoder a row is left out as well whose norm at the target is
-    above `times` the `target_median`: it would be most of the squared error, whatever the input is there.
+    above `times` the `target_median`: it would be most of the squared error, whatever the input is there. Of a
+    crosscoder a row is left out whose norm is above `times` the median at one of its sites.
     """
 
     times: float
@@ -43,12 +45,15 @@ class Outliers:
     left_out: dict[str, int]  # rows, by split
     target_median: float | None = None
     by_target: int = 0  # training rows that only the norm at the target leaves out
+    medians: tuple[float, ...] = ()  # of a crosscoder's sites, in order
 
     def record(self) -> dict[str, Any]:
-        """Return what config.json says of them; of an SAE nothing about a target."""
-        every = asdict(self)
+        """Return what config.json says of them; of an SAE nothing about a target or other sites."""
+        every = asdict(self) | {"medians": [*self.medians]}
         if self.target_median is None:
             del every["target_median"], every["by_target"]
+        if not self.medians:
+            del every["medians"]
         return every
 
 
@@ -67,29 +72,44 @@ class DataPlan:
     heldout: NDArray[np.int64]  # of heldout/: validation's
     stored_chunks: int  # of train/, as the run began: what is harvested later is not this run's
     reserved_rows: int
-    readers: dict[str, Reader]  # of train/ and, if there is validation, heldout/; of a transcoder's two sites as one
+    readers: dict[str, Reader]  # of train/ and, if there is validation, heldout/; of several sites as one
     outliers: Outliers | None = None
     target: str | None = None  # of a transcoder, and its width
     d_out: int | None = None
+    joined: tuple[StoredSite, ...] = ()  # of a crosscoder, whose `site` names them all and whose `store` is the first's
+
+    @property
+    def site_widths(self) -> list[int] | None:
+        """Return the widths of a crosscoder's sites, None for one site."""
+        return [site.width for site in self.joined] or None
 
     @property
     def tokens(self) -> int:
         """Return the tokens the optimizer sees, repeated passes counted."""
         return self.steps * self.batch * self.world
 
-    def moments(self) -> dict[str, float]:
-        """Return E ||x||^2 and the variance of the training rows, less the outliers that are left out."""
-        stats, reader = self.store.stats(TRAIN, self.site), self.readers[TRAIN]
-        if isinstance(reader, NormFilteredReader):
-            return moments(stats, reader.left_out)
-        return {"mean_sq_norm": stats.mean_sq_norm, "variance": stats.variance}
+    def moments(self) -> dict[str, float | list[float]]:
+        """Return E ||x||^2 and the variance of the training rows, less the outliers that are left out; of a crosscoder
+        those of each site."""
+        if self.joined:
+            every = [self._moments(site, place) for place, site in enumerate(self.joined)]
+            return {name: [each[name] for each in every] for name in every[0]}
+        return {**self._moments(StoredSite(self.store, self.site), 0)}
+
+    def mean_share(self) -> float:
+        """Compute the share of E ||x||^2 that the mean holds, of a crosscoder the largest over its sites."""
+        squares, variances = np.atleast_1d(*self.moments().values())
+        return float((1 - variances / squares).max())
 
     def target_moments(self) -> dict[str, float]:
         """Return those of a transcoder's target."""
         assert self.target is not None
-        stats, reader = self.store.stats(TRAIN, self.target), self.readers[TRAIN]
+        return self._moments(StoredSite(self.store, self.target), 1)
+
+    def _moments(self, site: StoredSite, place: int) -> dict[str, float]:
+        stats, reader = site.store.stats(TRAIN, site.name), self.readers[TRAIN]
         if isinstance(reader, NormFilteredReader):
-            return moments(stats, reader.left_out_second)
+            return moments(stats, reader.left_out[place])
         return {"mean_sq_norm": stats.mean_sq_norm, "variance": stats.variance}
 
 
@@ -97,6 +117,7 @@ def target_of(settings: TrainSettings) -> str | None:
     """Name the site that `target` stands for, None for an SAE; UserError where it stands for none, or for `site`."""
     if settings.target is None:
         return None
+    assert isinstance(settings.site, str), "a crosscoder has no target"
     site, name = Site.parse(settings.site), settings.target
     if name in SITE_KINDS:
         if site.layer is None:
@@ -128,28 +149,34 @@ def harvest_line(settings: TrainSettings, overrides: Sequence[str], tokens: int)
     # The overrides a harvest has as well, as the user wrote them; the rest of the line is worked out here.
     own = [item for item in overrides if item.lstrip("+~").split("=")[0].split(".")[0].split("@")[0] in groups]
     target = target_of(settings)
-    sites = settings.site if target is None else f"{settings.site},{target}"
+    named = settings.site if isinstance(settings.site, list) else [settings.site]
+    sites = ",".join(named if target is None else [*named, target])
     parts = [*own, f"sites=[{sites}]", f"tokens={tokens}", f"heldout_tokens={settings.heldout_tokens}"]
     return f'make harvest ARGS="{" ".join(parts)}"'
 
 
-def find_store(settings: TrainSettings, overrides: Sequence[str]) -> stores.Store:
-    """Find the store named by `store`, else the one in `cache` whose model,
-    text and packing are the configured ones."""
+def find_stores(settings: TrainSettings, overrides: Sequence[str]) -> list[stores.Store]:
+    """Find the stores named by `store`, else the one in `cache` whose model, text and packing are the configured ones;
+    UserError where rows of several do not stand for the same tokens."""
     if settings.store:
-        return open_store(settings.store, parse_location(settings.cache))
+        names = settings.store if isinstance(settings.store, list) else [settings.store]
+        opened = [open_store(name, parse_location(settings.cache)) for name in names]
+        require_joinable(opened, [TRAIN, HELDOUT] if settings.heldout_tokens else [TRAIN])
+        return opened
     matches = find(parse_location(settings.cache), store_settings(settings.model_dump()))
     if not matches:
         line = harvest_line(settings, overrides, needed_rows(settings, margin=1.05))
         raise UserError(f"no store in {settings.cache} holds this model, text and packing; make it with: {line}")
-    return pick(matches)
+    return [pick(matches)]
 
 
-def origin(store: stores.Store, site: str, target: str | None = None) -> Group:
-    """Return what an SAE's config.json keeps of the activations it is of, a transcoder's with its target;
-    `model_name` has no folder of this machine in it."""
+def origin(store: stores.Store, site: str, target: str | None = None, joined: Sequence[StoredSite] = ()) -> Group:
+    """Return what an SAE's config.json keeps of the activations it is of, a transcoder's with its target, a
+    crosscoder's with all its sites; `model_name` has no folder of this machine in it."""
     manifest = store.manifest
-    sites = {"site": site} if target is None else {"site": site, "target": target}
+    sites: Group = {"site": site} if target is None else {"site": site, "target": target}
+    if joined:
+        sites = {"sites": [each.record() for each in joined]}
     names = {**sites, "fingerprint": manifest.fingerprint, "store": manifest.folder}
     made_with = {"model": manifest.settings["model"], "packing": manifest.settings["packing"]}
     return {**names, **made_with, "model_name": manifest.identity["model"]["name"]}
@@ -196,42 +223,37 @@ def _filtered_readers(
     settings: TrainSettings,
     times: float,
     chunks: int,
-    decode: DecodeRows,
-    decode_target: DecodeRows | None,
+    sites: Sequence[StoredSite],
+    joined: bool,
 ) -> tuple[dict[str, Reader], Outliers]:
-    """Wrap the readers, without the rows above `times` the median norm of the site or of the target; reads every row
-    once."""
-    median = median_norm(readers[TRAIN], chunks, decode)
-    target_median = None if decode_target is None else median_norm(readers[TRAIN], chunks, decode_target)
+    """Wrap the readers, without the rows above `times` the median norm of one of the sites; reads every row once.
+
+    sites: those of a crosscoder where `joined`, else the one that is read, before a transcoder's target.
+    """
+    decoders = _decoders(sites)
+    medians = [median_norm(readers[TRAIN], chunks, decode) for decode in decoders]
     # Of train/ alone, for held-out rows too: one limit, or the two splits would be cut differently.
-    limit = times * median
-    limit_target = math.inf if target_median is None else times * target_median
+    limits = [NormLimit(decode, times * median) for decode, median in zip(decoders, medians, strict=True)]
     filtered: dict[str, NormFilteredReader] = {}
     left_out: dict[str, int] = {}
     for split, reader in readers.items():
         count = chunks if split == TRAIN else len(reader.sizes)
-        filtered[split] = NormFilteredReader(
-            reader,
-            count,
-            limit,
-            decode,
-            decode_second=decode_target,
-            limit_second=limit_target,
-            threads=settings.loader.threads,
-        )
-        left_out[split] = filtered[split].left_out.rows
-    by_target = filtered[TRAIN].by_second
-    return dict(filtered), Outliers(times, median, left_out, target_median, by_target)
+        filtered[split] = NormFilteredReader(reader, count, *limits, threads=settings.loader.threads)
+        left_out[split] = filtered[split].left_out[0].rows
+    if joined:
+        return dict(filtered), Outliers(times, medians[0], left_out, medians=tuple(medians))
+    target_median = medians[1] if len(medians) > 1 else None
+    return dict(filtered), Outliers(times, medians[0], left_out, target_median, filtered[TRAIN].by_others)
 
 
-def _outlier_times(settings: TrainSettings, store: stores.Store, site: str, target: str | None) -> float | None:
-    """Settle the limit of `outliers`: with auto 10 where the commit records show massive rows at the site or the
-    target, so that these few rows are not what the variance, the normalisation and the latents are spent on; None where
-    every row is read."""
+def _outlier_times(settings: TrainSettings, sites: Sequence[StoredSite]) -> float | None:
+    """Settle the limit of `outliers`: with auto 10 where the commit records show massive rows at one of the sites, so
+    that these few rows are not what the variance, the normalisation and the latents are spent on; None where every row
+    is read."""
     if settings.outliers != AUTO:
         return settings.outliers
-    sites = [site] if target is None else [site, target]
-    return TIMES_MEDIAN if any(has_massive_rows(store.stats(TRAIN, name)) for name in sites) else None
+    massive = [has_massive_rows(site.store.stats(TRAIN, site.name)) for site in sites]
+    return TIMES_MEDIAN if any(massive) else None
 
 
 def make_plan(
@@ -243,17 +265,19 @@ def make_plan(
     """
     if multirun:
         refuse_ranks_in_sweep(settings)
-    site, target = str(Site.parse(settings.site)), target_of(settings)
-    store = find_store(settings, overrides)
-    readers = _readers(settings, overrides, store, site, target)
+    target = target_of(settings)
+    sites = _sites(settings, find_stores(settings, overrides))
+    store, site = sites[0].store, joined_name(sites)
+    joined = tuple(sites) if settings.crosses else ()
+    every = sites if target is None else [*sites, StoredSite(store, target)]
+    readers = _readers(settings, overrides, every)
     # A store may have grown since the run began. With more chunks the order of all rows would be another, so a run that
     # goes on keeps to those it began with.
     stored_chunks = len(readers[TRAIN].sizes[:stored_chunks])
     outliers = None
-    times = _outlier_times(settings, store, site, target)
+    times = _outlier_times(settings, every)
     if times is not None:
-        decode, decode_target = _decoders(store, site, target)
-        readers, outliers = _filtered_readers(readers, settings, times, stored_chunks, decode, decode_target)
+        readers, outliers = _filtered_readers(readers, settings, times, stored_chunks, every, settings.crosses)
     sizes = readers[TRAIN].sizes[:stored_chunks]
     steps = settings.tokens // (settings.batch * settings.world)
     if steps < 1:
@@ -273,7 +297,7 @@ def make_plan(
     return DataPlan(
         store=store,
         site=site,
-        d_in=store.decoder(TRAIN, site).width,
+        d_in=sum(each.width for each in sites),
         batch=settings.batch,
         world=settings.world,
         steps=steps,
@@ -286,53 +310,63 @@ def make_plan(
         outliers=outliers,
         target=target,
         d_out=None if target is None else store.decoder(TRAIN, target).width,
+        joined=joined,
     )
 
 
-def _readers(
-    settings: TrainSettings, overrides: Sequence[str], store: stores.Store, site: str, target: str | None
-) -> dict[str, Reader]:
-    """Open a reader of train/ and, if there is validation, of heldout/, for a transcoder of both its sites;
-    UserError where the store lacks a site or rows."""
-    sites = store.sites(TRAIN)
-    for name in (site, target or site):
-        if name not in sites:
+def _sites(settings: TrainSettings, opened: Sequence[stores.Store]) -> list[StoredSite]:
+    """List every site of `site` in every store; UserError where two names are of one site."""
+    given = settings.site if isinstance(settings.site, list) else [settings.site]
+    names = [str(Site.parse(name)) for name in given]
+    if len(set(names)) < len(names):
+        raise UserError(f"site=[{','.join(given)}] names one site twice: give each once")
+    return [StoredSite(store, name) for store in opened for name in names]
+
+
+def _readers(settings: TrainSettings, overrides: Sequence[str], sites: Sequence[StoredSite]) -> dict[str, Reader]:
+    """Open a reader of train/ and, if there is validation, of heldout/, of all the sites as one;
+    UserError where a store lacks a site or rows."""
+    for store, name in ((site.store, site.name) for site in sites):
+        present = store.sites(TRAIN)
+        if name not in present:
             # A name of the right form is a site that is still to be harvested; any other may be a slip.
-            near = did_you_mean(name, sites) if Site.parse(name).path is not None else ""
+            near = did_you_mean(name, present) if Site.parse(name).path is not None else ""
             if near:
-                raise UserError(f"site {name} is not in {store.path}: {near} It has {', '.join(sites)}")
-            why = f"site {name} is not among the sites ({', '.join(sites) or 'none'})"
+                raise UserError(f"site {name} is not in {store.path}: {near} It has {', '.join(present)}")
+            why = f"site {name} is not among the sites ({', '.join(present) or 'none'})"
             raise _too_few(settings, overrides, store, why)
-    readers = {TRAIN: _reader(store, TRAIN, site, target)}
+    readers = {TRAIN: joined_reader(sites, TRAIN)}
     if settings.heldout_tokens:
         # Before a reader is opened, as the held-out part of a site may not be there at all.
-        rows = min(store.rows(HELDOUT, name) for name in (site, target or site))
+        rows = min(site.store.rows(HELDOUT, site.name) for site in sites)
         if rows >= settings.heldout_tokens:
-            readers[HELDOUT] = _reader(store, HELDOUT, site, target)
+            readers[HELDOUT] = joined_reader(sites, HELDOUT)
             rows = int(readers[HELDOUT].sizes.sum())
         if rows < settings.heldout_tokens:
-            of = site if target is None else f"{site} with {target}"
+            of = " with ".join(site.name for site in sites)
             why = f"heldout_tokens={settings.heldout_tokens} asks for more than the {rows} held-out tokens of {of}"
-            raise _too_few(settings, overrides, store, why)
+            raise _too_few(settings, overrides, sites[0].store, why)
     return readers
 
 
-def _reader(store: stores.Store, split: str, site: str, target: str | None) -> Reader:
-    reader = open_reader(store, split, site)
-    return reader if target is None else PairReader(reader, open_reader(store, split, target))
+def _decoders(sites: Sequence[StoredSite]) -> list[DecodeRows]:
+    """Give what makes floats of stored rows, of each of the sites from rows of all of them side by side."""
+    if len(sites) == 1:
+        return [sites[0].store.rows_of(sites[0].name).values]
+    decoders: list[DecodeRows] = []
+    column = 0
+    for site in sites:
+        stored = site.store.row_shape(TRAIN, site.name)[0]
+        columns = slice(column, column + stored)
+        values = site.store.rows_of(site.name).values
+        # Contiguous, as int8 rows are decoded by views that need it.
+        decoders.append(partial(_decoded, values, columns))
+        column += stored
+    return decoders
 
 
-def _decoders(store: stores.Store, site: str, target: str | None) -> tuple[DecodeRows, DecodeRows | None]:
-    """Give what makes floats of stored rows, of the site and of the target, from rows of both where there are two."""
-    if target is None:
-        return store.rows_of(site).values, None
-    stored = store.row_shape(TRAIN, site)[0]
-    own, other = store.rows_of(site), store.rows_of(target)
-    # Contiguous, as int8 rows are decoded by views that need it.
-    return (
-        lambda rows: own.values(np.ascontiguousarray(rows[:, :stored])),
-        lambda rows: other.values(np.ascontiguousarray(rows[:, stored:])),
-    )
+def _decoded(values: DecodeRows, columns: slice, rows: NDArray[Any]) -> NDArray[Any]:
+    return values(np.ascontiguousarray(rows[:, columns]))
 
 
 def _split(
@@ -370,9 +404,9 @@ class TrainRun:
 
     def stream(self) -> dict[str, Any]:
         """Return what runs of one pass have in common: what is read, in which order, on what, at what pace."""
-        store = self.plan.store.path
+        every = [site.store.path for site in self.plan.joined] or [self.plan.store.path]
         read = {
-            "store": str(store.resolve() if isinstance(store, Path) else store),
+            "store": [str(path.resolve() if isinstance(path, Path) else path) for path in every],
             "site": self.plan.site,
             "target": self.plan.target,
             "tokens": self.plan.tokens,

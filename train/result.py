@@ -47,4 +47,6 @@ class TrainResult:
     def __str__(self) -> str:
         figures = "  ".join(f"{name} {value:.4g}" for name, value in self.heldout.items())
         target = f" to {self.record['target']}" if "target" in self.record else ""
-        return f"{self.record['variant']} at {self.record['site']}{target}  {figures}  -> {self.folder}"
+        from train.sae.io import site_of
+
+        return f"{self.record['variant']} at {site_of(self.record)}{target}  {figures}  -> {self.folder}"

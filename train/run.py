@@ -41,7 +41,7 @@ class SizeSettings(Settings):
     width: Whole | None = Field(None, ge=1, le=MOST_LATENTS)
     """Latents; goes before `expansion`."""
     expansion: Real | None = Field(None, gt=0, le=MOST_LATENTS)
-    """Latents / width of the site."""
+    """Latents / width of the site, of a crosscoder the widest of its sites."""
 
 
 @dataclass(frozen=True)
@@ -248,7 +248,7 @@ def prepare(
         return None
     with without_weights() if shapes_only else contextlib.nullcontext():
         split = None if shapes_only else _split(settings)
-        sae = build(settings.sae, plan.d_in, job.overrides, plan.d_out, split)
+        sae = build(settings.sae, plan.d_in, job.overrides, plan.d_out, split, plan.site_widths)
     sae.site, sae.target = plan.site, plan.target
     if sae.needs_calibration and plan.reserved_rows < plan.batch * plan.world:
         on_ranks = f" on {plan.world} ranks" if plan.world > 1 else ""
@@ -280,10 +280,12 @@ def without_weights() -> contextlib.AbstractContextManager[Any]:
 def start(sae: SAE, folder: Path) -> None:
     """Give `sae` the weights, norm, moments and threshold of the SAE in `folder`; UserError names what does not fit."""
     from train.sae.io import load, read_rows
+    from train.sae.parts.sites import norms_by_site
 
     given = load(folder, sae.split)
     said = {"name": "sae", "d_in": "the site's width", "width": "sae.width", "input_norm": "sae.input_norm"}
     said |= {"apply_b_dec_to_input": "sae.apply_b_dec_to_input", "target": "target", "skip": "sae.skip"}
+    said |= {"site_widths": "the list of its sites' widths"}
     for name, setting in said.items():
         here, there = getattr(sae, name), getattr(given, name)
         if here != there:
@@ -291,7 +293,8 @@ def start(sae: SAE, folder: Path) -> None:
                 f"start={folder} does not fit this run: {setting} is {there} there and {here} here, make them the same"
             )
     # Of all latents, as every process of a split dictionary must come to the same.
-    off = max(float((rows_RE.norm(dim=1) - 1).abs().max()) for rows_RE in read_rows(folder, "W_dec"))
+    lengths = (norms_by_site(rows_RE, given.norm_out.widths).sum(0) for rows_RE in read_rows(folder, "W_dec"))
+    off = max(float((length_R - 1).abs().max()) for length_R in lengths)
     if sae.unit_rows and off > _OFF_UNIT:
         raise UserError(
             f"start={folder} has decoder rows that are not unit (by {off:.2g}), and {sae.name} would make them so and "
@@ -311,9 +314,11 @@ def build(
     overrides: Sequence[str] = (),
     d_out: int | None = None,
     split: LatentSplit | None = None,
+    site_widths: Sequence[int] | None = None,
 ) -> SAE:
-    """Build the variant that the group `sae` describes, for activations of width `d_in`, or with `d_out` a transcoder;
-    `width` goes before `expansion`. Of a `split` one only the latents of this process are made."""
+    """Build the variant that the group `sae` describes, for activations of width `d_in`, or with `d_out` a transcoder,
+    with `site_widths` a crosscoder; `width` goes before `expansion`. Of a `split` one only the latents of this process
+    are made."""
     from train.sae import VARIANTS
 
     arguments = by_name(settings, "sae", "variant", VARIANT_ALIASES)
@@ -340,10 +345,12 @@ def build(
     latents: float | None = size.width
     if latents is None:
         assert size.expansion is not None, "one of the two is given"
-        latents = size.expansion * d_in
+        of_site = d_in if site_widths is None else max(site_widths)
+        latents = size.expansion * of_site
         if latents != int(latents):
-            raise UserError(f"sae.expansion={expansion} times the width {d_in} is not a whole number of latents")
+            raise UserError(f"sae.expansion={expansion} times the width {of_site} is not a whole number of latents")
     config = variant.Config.of({"width": latents, **arguments}, "sae")
-    if split is None:
-        return variant(d_in, d_out=d_out, **config.model_dump())
-    return variant(d_in, d_out=d_out, split=split, **config.model_dump())
+    form: dict[str, Any] = {"d_out": d_out, "site_widths": site_widths}
+    if split is not None:
+        form["split"] = split
+    return variant(d_in, **form, **config.model_dump())

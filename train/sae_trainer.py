@@ -244,12 +244,16 @@ class SAETrainer(nn.Module):
     # Beginning and going on
 
     def initialise(
-        self, sample_ND: Tensor, mean_sq_norm: float, variance: float, target: StartRows | None = None
+        self,
+        sample_ND: Tensor,
+        mean_sq_norm: float | Sequence[float],
+        variance: float | Sequence[float],
+        target: StartRows | None = None,
     ) -> None:
-        """Start from data in model units and the moments of all of it, a transcoder from those of its target too."""
+        """Start from data in model units and the moments of all of it, a transcoder from those of its target too, a
+        crosscoder from those of each site."""
         set_random_state(self.rng, torch.device("cpu"))
-        moments = {"mean_sq_norm": mean_sq_norm, "variance": variance}
-        self.sae.initialise(sample_ND, **moments, seed=self.seed, target=target)
+        self.sae.initialise(sample_ND, mean_sq_norm=mean_sq_norm, variance=variance, seed=self.seed, target=target)
         self.rng = random_state(torch.device("cpu"))
 
     def state(self) -> State:

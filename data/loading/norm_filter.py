@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -48,52 +49,42 @@ def median_norm(reader: Reader, chunks: int, decode: DecodeRows) -> float:
     return float(np.median(np.concatenate(sample)))
 
 
-class NormFilteredReader:
-    """A reader's first `chunks` chunks without the rows whose norm is above `limit`; they are all read once to tell.
+@dataclass(frozen=True)
+class NormLimit:
+    """A site's norm above which a row is left out; `decode` makes its floats [n, D] of rows as they are stored."""
 
-    `left_out` are the statistics of those rows. `decode` makes floats [n, D] of rows as they are stored. Of the rows of
-    a pair of sites it takes the first's and `decode_second` the second's: a row whose norm is above `limit` at the
-    first or above `limit_second` at the second is left out of both. `left_out_second` are the statistics of those rows
-    at the second, `by_second` says how many of them are above the limit there alone.
+    decode: DecodeRows
+    limit: float = math.inf
+
+
+class NormFilteredReader:
+    """A reader's first `chunks` chunks without the rows whose norm is above a limit; they are all read once to tell.
+
+    Of joined sites there is a limit for each: a row that is above it at one of them is left out of all. `left_out` has
+    the statistics of these rows at each site, `by_others` says how many of them are not above the first site's limit.
     """
 
-    def __init__(
-        self,
-        reader: Reader,
-        chunks: int,
-        limit: float,
-        decode: DecodeRows,
-        *,
-        decode_second: DecodeRows | None = None,
-        limit_second: float = math.inf,
-        threads: int = 2,
-    ) -> None:
-        self.reader, self.decode, self.decode_second = reader, decode, decode_second
-        self.limit, self.limit_second = limit, limit_second
+    def __init__(self, reader: Reader, chunks: int, *limits: NormLimit, threads: int = 2) -> None:
+        self.reader, self.limits = reader, limits
         self.width, self.row_shape = reader.width, reader.row_shape
         self.dtype, self.torch_dtype = reader.dtype, reader.torch_dtype
         with ThreadPoolExecutor(threads) as pool:
             found = list(pool.map(self._look, range(chunks)))
         self.kept = [kept for kept, *_ in found]
         self.sizes = np.array([len(kept) for kept in self.kept], np.int64)
-        self.left_out = Stats.merge(stats for _, stats, *_ in found)
-        self.left_out_second = Stats.merge(stats for _, _, stats, _ in found)
-        self.by_second = sum(count for *_, count in found)
+        self.left_out = [Stats.merge(of_site) for of_site in zip(*(stats for _, stats, _ in found), strict=True)]
+        self.by_others = sum(count for *_, count in found)
 
-    def _look(self, chunk: int) -> tuple[Ints, Stats, Stats, int]:
-        """Find the numbers of the rows that are kept; of the others the statistics at the first and the second site,
-        and how many only the second's norm leaves out."""
+    def _look(self, chunk: int) -> tuple[Ints, list[Stats], int]:
+        """Find the numbers of the rows that are kept; of the others the statistics at each site, and how many the
+        first site's norm would not leave out."""
         rows = np.empty((int(self.reader.sizes[chunk]), self.width), self.dtype)
         self.reader.read(chunk, rows)
-        wide = self.decode(rows)
-        above = norms(wide) > self.limit
-        if self.decode_second is None:
-            stats = Stats.of(wide[above])
-            return np.flatnonzero(~above), stats, stats, 0
-        second = self.decode_second(rows)
-        of_second = ~above & (norms(second) > self.limit_second)
-        above |= of_second
-        return np.flatnonzero(~above), Stats.of(wide[above]), Stats.of(second[above]), int(of_second.sum())
+        every = [site.decode(rows) for site in self.limits]
+        above = [norms(wide) > site.limit for wide, site in zip(every, self.limits, strict=True)]
+        anywhere = np.any(above, axis=0)
+        by_others = int((anywhere & ~above[0]).sum())
+        return np.flatnonzero(~anywhere), [Stats.of(wide[anywhere]) for wide in every], by_others
 
     @property
     def bytes_read(self) -> int:

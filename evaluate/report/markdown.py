@@ -29,6 +29,14 @@ from evaluate.report.columns import (
     massive_rows,
     sae_name,
 )
+from evaluate.report.crosscoders import (
+    HEADS,
+    METRICS,
+    crosscoder_cells,
+    crosscoder_sentences,
+    crosscoder_title,
+    draw_shares,
+)
 from evaluate.report.digits import measured, with_interval
 from evaluate.report.sweep import sweep_columns
 from evaluate.report.together import TOGETHER, together_rows, together_sentences, together_title
@@ -42,6 +50,9 @@ def write_markdown(report: Json, out: Path) -> Path:
     out.mkdir(parents=True, exist_ok=True)
     for site, stem in zip(report["sites"], stems(report["sites"]), strict=True):
         site["plots"] = [f"plots/{name}" for name in draw_site(site, out / "plots", stem)]
+    for number, entry in enumerate(report.get("crosscoders", []), 1):
+        name = f"plots/crosscoder-{number}-shares.png"
+        entry["plots"] = [name] if draw_shares(entry, out / name) else []
     write_atomic(out / "report.json", dumps(report))
     write_atomic(out / "report.md", markdown(report))
     return out / "report.md"
@@ -158,6 +169,11 @@ def _site_lines(site: Json) -> list[str]:
             f"Transcoders read {', '.join(site['inputs'])}; their x̂ is what they predict of {site['site']}, and takes"
             " its place."
         )
+    if "crosscoders" in site:
+        lines.append(
+            f"Crosscoders read {'; '.join(site['crosscoders'])}, all untouched; their x̂ of {site['site']} takes its"
+            " place, and no other site is replaced."
+        )
     if "text" in site:
         text = site["text"]
         lines.append(
@@ -202,6 +218,27 @@ def _together_section(report: Json, together: Json) -> str:
     )
 
 
+def _crosscoder_section(entry: Json) -> str:
+    """Write a crosscoder's errors by site and the division of its latents."""
+    rows = [
+        [
+            site,
+            *(statistic(value, column.digits) for value, column in zip(values, METRICS, strict=True)),
+            f"{only:,}",
+            format_number(share),
+        ]
+        for site, values, only, share in crosscoder_cells(entry)
+    ]
+    return "\n\n".join(
+        [
+            f"## {crosscoder_title(entry)}",
+            "\n".join(f"- {sentence}" for sentence in crosscoder_sentences(entry)),
+            table([*HEADS], rows),
+            *(f"![{Path(plot).stem}]({plot})" for plot in entry["plots"]),
+        ]
+    )
+
+
 def _made(report: Json) -> str:
     return f"Made {report['made'][:16].replace('T', ' ')} UTC. " if "made" in report else ""
 
@@ -222,4 +259,5 @@ def markdown(report: Json) -> str:
     words = "\n".join(f"- **{name}**: {text}" for name, text in DEFINITIONS.items())
     sections = [_site_section(site) for site in report["sites"]]
     sections += [_together_section(report, together) for together in report.get("together", [])]
+    sections += map(_crosscoder_section, report.get("crosscoders", []))
     return "\n\n".join([head, *sections, f"## Columns\n\n{words}"]) + "\n"

@@ -12,8 +12,9 @@ from omegaconf import OmegaConf
 from data.base.files import write_atomic
 from data.base.records import Json
 from evaluate.report.columns import DEFINITIONS, OF_SITE, STAR, best_at_their_l0, few_documents, massive_rows, sae_name
+from evaluate.report.crosscoders import HEADS, crosscoder_cells, crosscoder_sentences, crosscoder_title, share_figure
 from evaluate.report.render import asset, render, script_hash
-from evaluate.report.tables import Table, cell, heading, is_plain, sae_tables, site_tables, together_table
+from evaluate.report.tables import Table, cell, head, heading, is_plain, sae_tables, site_tables, together_table
 from evaluate.report.together import together_sentences, together_title
 from evaluate.report.verdict import verdict_sentences
 
@@ -49,6 +50,7 @@ def write_page(
         "report.html",
         sites=[site_section(site, config, identities[site["fingerprint"]], features) for site in report["sites"]],
         together=[together_section(report, one) for one in report.get("together", [])],
+        crosscoders=[_crosscoder_section(entry) for entry in report.get("crosscoders", [])],
         made=report.get("made", "")[:16].replace("T", " "),
         star=STAR,
         definitions=DEFINITIONS,
@@ -61,6 +63,20 @@ def write_page(
     )
     write_atomic(out / "report.html", page)
     return out / "report.html"
+
+
+def _crosscoder_section(entry: Json) -> Json:
+    """Gather what the page shows of a crosscoder over all its sites."""
+    lines = [
+        [cell(site), *map(cell, values), cell(only), cell(share)]
+        for site, values, only, share in crosscoder_cells(entry)
+    ]
+    return {
+        "title": crosscoder_title(entry),
+        "sentences": crosscoder_sentences(entry),
+        "table": Table("By site", [head(name) for name in HEADS], lines),
+        "figure": share_figure(entry),
+    }
 
 
 def site_section(site: Json, config: Mapping[str, Any], identity: Json, features: Mapping[str, Path]) -> Json:

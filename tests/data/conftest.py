@@ -40,9 +40,10 @@ Build = Callable[..., Store]
 def build(tmp_path: Path) -> Build:
     """Make a store with units of so many rows, ids counting up over all of them."""
 
-    def make(units: Sequence[int], dtype: str = "bfloat16", **layout: int) -> Store:
+    def make(units: Sequence[int], dtype: str = "bfloat16", model: str | None = None, **layout: int) -> Store:
         base = manifest(dtype)
-        base = replace(base, identity={"layout": asdict(replace(base.layout, **layout)), "units": list(units)})
+        identity: dict[str, object] = {"layout": asdict(replace(base.layout, **layout)), "units": list(units)}
+        base = replace(base, identity=identity if model is None else identity | {"model": model})
         store = Store.create_or_open(tmp_path, base)
         store.require(TRAIN, SITE, 3, max(1, len(units)) * store.layout.unit_rows)
         begin = 0

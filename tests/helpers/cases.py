@@ -67,9 +67,9 @@ CASES = [
 ]
 
 
-def perturbed(case: Case, centred: bool, **transcoder: Any) -> SAE:
+def perturbed(case: Case, centred: bool, **more: Any) -> SAE:
     """In float64, with nothing at a special value: biases, rows that are not unit, Vx = 2.5, E||x'||^2 = 4."""
-    settings = {"input_norm": "none", "apply_b_dec_to_input": centred, **case.settings, **transcoder}
+    settings = {"input_norm": "none", "apply_b_dec_to_input": centred, **case.settings, **more}
     sae = VARIANTS[case.name](8, 24, **settings).double()
     noise = torch.Generator().manual_seed(7)
     with torch.no_grad():

@@ -111,16 +111,30 @@ class Pass:
         return float(self.loss), self.grads
 
 
-def relu(x: Array, p: Parameters, v: float, centred: bool, *, sparsity: float, form: str, **transcoder: Any) -> Result:
+def relu(
+    x: Array,
+    p: Parameters,
+    v: float,
+    centred: bool,
+    *,
+    sparsity: float,
+    form: str,
+    widths: Sequence[int] | None = None,
+    **transcoder: Any,
+) -> Result:
+    """`widths`: of a crosscoder's sites, whose norms of a decoder row are summed."""
     run = Pass(x, p, v, centred, **transcoder)
     f = np.maximum(run.z, 0)
     df = run.squared(f)
-    norms = np.linalg.norm(p["W_dec"], axis=1) if form == "april" else np.ones(f.shape[1])
+    parts = np.split(p["W_dec"], np.cumsum(widths)[:-1] if widths else [], axis=1)
+    by_site = [np.linalg.norm(part, axis=1, keepdims=True) for part in parts]
+    norms = sum(by_site)[:, 0] if form == "april" else np.ones(f.shape[1])
     weight = sparsity / (len(x) * np.sqrt(v))
     run.loss += weight * np.sum(f * norms)
     df = df + weight * norms
     if form == "april":
-        run.grads["W_dec"] += weight * f.sum(0)[:, None] * p["W_dec"] / norms[:, None]
+        unit = np.concatenate([part / norm for part, norm in zip(parts, by_site, strict=True)], axis=1)
+        run.grads["W_dec"] += weight * f.sum(0)[:, None] * unit
     run.dz += df * (run.z > 0)
     return run.result()
 

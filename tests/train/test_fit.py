@@ -304,7 +304,7 @@ def test_the_gradient_that_is_clipped_has_no_parallel_part(short: Any, monkeypat
         found.append(float(along / W_dec.grad.norm()))
         return clip(parameters, norm)
 
-    monkeypatch.setattr(update, "project_gradient_", lambda W_dec: (rows.append(W_dec), project(W_dec)))
+    monkeypatch.setattr(update, "project_gradient_", lambda W_dec, sites: (rows.append(W_dec), project(W_dec, sites)))
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", note)
     train(short("sae=gated"))
     assert len(found) == 30 and max(found) < 1e-5

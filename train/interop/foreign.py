@@ -18,7 +18,7 @@ from data.base.errors import UserError
 from data.base.records import Json
 from data.base.sites import INPUT_KINDS, Site
 from train.sae.base import SAE
-from train.sae.io import VARIANTS, inference_settings
+from train.sae.io import VARIANTS, inference_settings, site_of
 from train.sae.weights_file import TensorFile
 
 Files = dict[str, bytes | TensorFile]
@@ -54,6 +54,11 @@ class Origin:
     @classmethod
     def of(cls, config: Mapping[str, Any], folder: Path) -> Origin:
         """Read the origin from an SAE's record; UserError where it lacks something."""
+        if "sites" in config:
+            raise UserError(
+                f"{folder} is a crosscoder of {site_of(dict(config))}, and no format of other tools that is written "
+                "here (SAELens, dictionary_learning, sparsify, circuit-tracer) holds one: use it with train.sae.load"
+            )
         if missing := [
             name for name in ("site", "fingerprint", "store", "model_name", "packing") if name not in config
         ]:

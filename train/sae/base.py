@@ -1,8 +1,8 @@
 """What every SAE variant is: parameters, the inference form, a pure loss, and what the training step does around it.
 
 Letters: B tokens in a batch, D model width, E width of what is predicted (D but for a transcoder), F latents, N tokens
-of a set, d chosen latents; `...` any leading shape. x is in model units, x' ("xn") normalised, z pre-activations, f the
-latents' activations, y and y' what a transcoder predicts.
+of a set, S sites, d chosen latents; `...` any leading shape. x is in model units, x' ("xn") normalised, z
+pre-activations, f the latents' activations, y and y' what a transcoder predicts.
 """
 
 from __future__ import annotations
@@ -19,11 +19,13 @@ from torch import Tensor, nn
 from data.base.errors import UserError
 from train.sae.config import SAEConfig, transcoder_settings
 from train.sae.parts.groups import ALONE, RankGroup
-from train.sae.parts.init import SAMPLES, StartRows, directions, finite, fit_norm, geometric_median
+from train.sae.parts.init import SAMPLES, StartRows, directions, finite, fit_moments, fit_norm, geometric_median
 from train.sae.parts.norm import InputNorm
 from train.sae.parts.ranks import Mesh
+from train.sae.parts.sites import SiteNorms, checked_widths, norms_by_site
 from train.sae.parts.split import WHOLE, LatentSplit
 from train.sae.parts.threshold import L0Calibration
+from train.sae.parts.unit_rows import renormalise_
 from train.sae.sparse.codes import Codes
 from train.sae.sparse.encode import encode
 from train.sae.sparse.rules import Selection
@@ -119,6 +121,10 @@ class SAE(nn.Module, ABC):
     step of W_enc from moving each z by a large mean. With the setting `skip`, y_hat' has (x' - centre) W_skip beside
     (Paulo et al. 2501.18823), W_skip [D, E] zero at the start.
 
+    Given `site_widths`, it is a crosscoder (Lindsey et al. 2024): x = [x_1 | ... | x_S] are S sites' activations at the
+    same tokens, each normalised apart, Vx and the squared errors are sums over them, and a decoder row's length is the
+    sum of its parts' norms: that is 1 where rows are unit, and the weight of f in the L1 where they are free.
+
     `encode`, `decode`, `encode_decode` and `forward` are the inference form, in training too: they take any leading
     shape and give no gradient. The trainer's order: `step = loss(norm.normalise(x), context)`, backward,
     `project_gradient_(W_dec)` where `unit_rows`, clipping, the optimizer's step, `renormalise_(W_dec)` where
@@ -143,15 +149,23 @@ class SAE(nn.Module, ABC):
     W_skip: nn.Parameter | None
 
     def __init__(
-        self, d_in: int, width: int, d_out: int | None = None, *, split: LatentSplit = WHOLE, **settings: Any
+        self,
+        d_in: int,
+        width: int,
+        d_out: int | None = None,
+        *,
+        site_widths: Sequence[int] | None = None,
+        split: LatentSplit = WHOLE,
+        **settings: Any,
     ) -> None:
         """Make an SAE of `width` latents over `d_in` entries; `settings` are those of the variant's `Config`.
 
-        With `d_out` it is a transcoder, which predicts so many entries of another site.
-        Raises UserError for settings that do not fit.
+        With `d_out` it is a transcoder, which predicts so many entries of another site; with `site_widths`, which sum
+        to `d_in`, a crosscoder of those sites. Raises UserError for settings that do not fit.
         """
         super().__init__()
         self.transcodes = d_out is not None
+        self.site_widths = None if site_widths is None else checked_widths(site_widths, d_in, d_out)
         if self.transcodes:
             settings = transcoder_settings(settings)
         self.config = self.Config.of({"width": width, **settings})
@@ -168,12 +182,13 @@ class SAE(nn.Module, ABC):
         self.d_in, self.width, self.split = d_in, self.config.width, split
         self.own_width = split.own(self.width)  # latents that are here
         self.d_out = d_in if d_out is None else d_out
-        self.site: str | None = None  # where the activations are from, once it is known
+        self.site: str | None = None  # where the activations are from, once it is known; a crosscoder's sites joined
         self.record: dict[str, Any] | None = None  # its config.json, where it was loaded from a folder
         self.target: str | None = None  # of a transcoder, where those are from that it predicts
         self.unit_rows = True
         self.matmul = "float32"  # of the encoder's product in training; bf16: its factors rounded to bfloat16
-        self.norm = InputNorm(self.config.input_norm, d_in)
+        kind = self.config.input_norm
+        self.norm = InputNorm(kind, d_in) if self.site_widths is None else SiteNorms(kind, self.site_widths)
         # Any values will do here, as `initialise` or a state dict sets others; unit rows make an untrained SAE a sane
         # one. The encoder's lie latent by latent, as its gradients come and optimizers walk.
         self.W_enc_FD = nn.Parameter(directions(self.width, d_in, seed=0, split=split))
@@ -249,7 +264,8 @@ class SAE(nn.Module, ABC):
         """Give the constructor's arguments as plain JSON: `type(sae)(**sae.settings())` is an SAE of the same form."""
         if self.transcodes:
             return {"d_in": self.d_in, "d_out": self.d_out, **self.config.model_dump(mode="json")}
-        return {"d_in": self.d_in, **self.config.model_dump(mode="json", exclude={"skip"})}
+        sites = {} if self.site_widths is None else {"site_widths": [*self.site_widths]}
+        return {"d_in": self.d_in, **sites, **self.config.model_dump(mode="json", exclude={"skip"})}
 
     def extra_repr(self) -> str:
         places = "".join(
@@ -293,6 +309,11 @@ class SAE(nn.Module, ABC):
     def W_enc(self) -> Float[Tensor, "D F"]:
         """Return the encoder's weights as the formula has them."""
         return self.W_enc_FD.t()
+
+    @property
+    def row_norms_F(self) -> Float[Tensor, " F"]:
+        """Return the lengths of W_dec's rows, a crosscoder's as sums over its sites."""
+        return norms_by_site(self.W_dec, self.norm_out.widths).sum(0)
 
     @property
     def bias_F(self) -> Float[Tensor, " F"]:
@@ -422,17 +443,18 @@ class SAE(nn.Module, ABC):
         self,
         sample_ND: Float[Tensor, "N D"],
         *,
-        mean_sq_norm: float | None = None,
-        variance: float | None = None,
+        mean_sq_norm: float | Sequence[float] | None = None,
+        variance: float | Sequence[float] | None = None,
         seed: int = 0,
         target: StartRows | None = None,
     ) -> None:
         """Start from data, `sample_ND` in model units; a transcoder's `target` of the same tokens.
 
-        `mean_sq_norm` E||x||^2 and `variance` E||x - E x||^2 of the training tokens in model units; measured on the
-        sample where None. W_dec random unit rows; W_enc = c W_dec^T with c such that x_hat' - b_dec has the norm of
-        x' - b_dec; b_dec the geometric median of up to 32,768 samples (Gao et al. 2024). Where b_dec is not
-        subtracted at the encoder, the biases start at -b_dec W_enc, so that the SAE starts as the same function.
+        `mean_sq_norm` E||x||^2 and `variance` E||x - E x||^2 of the training tokens in model units, a crosscoder's of
+        each site; measured on the sample where None. W_dec random unit rows; W_enc = c W_dec^T with c such that
+        x_hat' - b_dec has the norm of x' - b_dec; b_dec the geometric median of up to 32,768 samples (Gao et al. 2024).
+        Where b_dec is not subtracted at the encoder, the biases start at -b_dec W_enc, so that the SAE starts as the
+        same function.
 
         A transcoder's W_enc has random directions of its own, as the tie to W_dec means nothing between two sites;
         b_dec is the median of y', `centre` that of x', and W_skip zero.
@@ -442,11 +464,15 @@ class SAE(nn.Module, ABC):
         out = own if target is None else replace(target, rows_ND=finite(target.rows_ND.to(self.W_dec)))
         assert len(own.rows_ND) == len(out.rows_ND), "the rows of site and target are of the same tokens"
         fit_norm(self.norm, own)
-        self._measure(out)
+        mean_sq, spread = fit_moments(self.norm_out, out)
+        self.mean_sq.fill_(mean_sq)
+        self.variance.fill_(spread)
         xn_ND = self.norm.normalise(own.rows_ND[:SAMPLES])
         target_NE = xn_ND if target is None else self.norm_out.normalise(out.rows_ND[:SAMPLES])
         self.b_dec.copy_(geometric_median(target_NE))
         self.W_dec.copy_(directions(self.width, self.d_out, seed, self.split))
+        if len(self.norm_out.widths) > 1:
+            renormalise_(self.W_dec, self.norm_out.widths)
         rows_FD: Tensor = self.W_dec
         if self.transcodes:
             self.centre.copy_(geometric_median(xn_ND))
@@ -465,22 +491,6 @@ class SAE(nn.Module, ABC):
         if explained > 0 and to_explain > 0:
             self._start_encoder(rows_FD, float((to_explain / explained).sqrt()))
         self.start_variant(xn_ND)
-
-    def _measure(self, out: StartRows) -> None:
-        """Set s of what is predicted, Vx and E||x'||^2."""
-        mean_sq_norm = fit_norm(self.norm_out, out)
-        if self.input_norm == "token" or out.variance is None:
-            xn_ND = self.norm_out.normalise(out.rows_ND).double()
-            mean_sq, spread = float(xn_ND.square().sum(1).mean()), float(xn_ND.var(0, correction=0).sum())
-        else:
-            s_sq = float(self.norm_out.scale) ** 2
-            mean_sq, spread = s_sq * mean_sq_norm, s_sq * out.variance
-        if not 0 < spread < float("inf"):
-            raise UserError(
-                "the activations do not vary, so there is nothing to reconstruct: check the site and the store"
-            )
-        self.mean_sq.fill_(mean_sq)
-        self.variance.fill_(spread)
 
     def _start_encoder(self, rows_FD: Tensor, scale: float) -> None:
         self.W_enc.copy_(rows_FD.t() * scale)

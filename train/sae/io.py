@@ -132,9 +132,19 @@ def load(folder: str | Path, split: LatentSplit = WHOLE) -> SAE:
     state = read_weights(sae, files)
     state[ENCODER] = state.pop(ENCODER_THERE)
     sae.load_state_dict(state, assign=True)
-    sae.site, sae.target = config.get("site"), config.get("target")
+    sae.site, sae.target = site_of(config), config.get("target")
     sae.record = config
     return sae
+
+
+def site_of(config: dict[str, Any]) -> str | None:
+    """Name the site that a record's SAE reads; a crosscoder's sites one after another, with their stores where these
+    are several."""
+    sites = config.get("sites")
+    if sites is None:
+        return config.get("site")
+    several = len({site.get("fingerprint") for site in sites}) > 1
+    return " + ".join(f"{site['site']} of {site['store']}" if several else str(site["site"]) for site in sites)
 
 
 def read_rows(folder: str | Path, name: str, latents: range | None = None) -> Iterator[Tensor]:

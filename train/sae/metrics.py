@@ -13,6 +13,7 @@ from torch import Tensor
 
 from train.sae.base import SAE, Batch
 from train.sae.parts.groups import ALONE, RankGroup
+from train.sae.parts.sites import SiteNorms
 
 ONE_L0 = 1.05  # SAEs whose L0 differ by less than this factor are compared as of one L0
 
@@ -125,8 +126,8 @@ def held_out(
 ) -> list[dict[str, float]]:
     """Score the inference form of each SAE on all ranks' `batches` in model units, which are read once for all.
 
-    A transcoder's NMSE is that of its target. Each process of `data` has batches of its own; those of a split
-    dictionary have the same ones.
+    A transcoder's NMSE is that of its target, a crosscoder's is over its sites with each in its normalised units. Each
+    process of `data` has batches of its own; those of a split dictionary have the same ones.
     """
     errors = [ReconstructionSums(torch.zeros(sae.d_out, device=device)) for sae in saes]
     firings = [FiringSums(sae.own_width, device=device) for sae in saes]
@@ -136,7 +137,10 @@ def held_out(
     for x_BD, target_BE in batches:
         for sae, error, firing in zip(saes, errors, firings, strict=True):
             f_BF, x_hat_BE = sae.encode_decode(x_BD)
-            error.add(x_BD if target_BE is None else target_BE, x_hat_BE)
+            x_BE = x_BD if target_BE is None else target_BE
+            if isinstance(sae.norm, SiteNorms):
+                x_BE, x_hat_BE = sae.norm.weighed(x_BE), sae.norm.weighed(x_hat_BE)
+            error.add(x_BE, x_hat_BE)
             firing.add(f_BF)
     for sae, mode in zip(saes, modes, strict=True):
         sae.train(mode)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from data.loading.loader import ActivationLoader
-from data.loading.norm_filter import NormFilteredReader, median_norm, moments, sampled_chunks
+from data.loading.norm_filter import NormFilteredReader, NormLimit, median_norm, moments, sampled_chunks
 from data.store.stats import Stats
 
 SIZES = np.array([7, 1, 12, 9, 3], np.int64)
@@ -39,9 +39,9 @@ def x_ND() -> np.ndarray:
 
 
 def test_the_rows_above_the_limit_are_left_out(x_ND: np.ndarray) -> None:
-    reader = NormFilteredReader(Rows(x_ND, SIZES), len(SIZES), 160.0, np.asarray)
+    reader = NormFilteredReader(Rows(x_ND, SIZES), len(SIZES), NormLimit(np.asarray, 160.0))
     kept = np.setdiff1d(np.arange(32), [3, 7, 20, 21, 22])
-    assert reader.sizes.tolist() == [6, 0, 12, 6, 3] and reader.left_out.rows == 5
+    assert reader.sizes.tolist() == [6, 0, 12, 6, 3] and reader.left_out[0].rows == 5
     for chunk, size in enumerate(reader.sizes):
         for start in range(size + 1):
             for room in range(size - start + 2):
@@ -52,12 +52,13 @@ def test_the_rows_above_the_limit_are_left_out(x_ND: np.ndarray) -> None:
                 np.testing.assert_array_equal(out[:filled], whole[start:][:filled])
                 assert (out[filled:] == -1).all()
     # At the limit itself a row stays.
-    assert NormFilteredReader(Rows(x_ND, SIZES), 5, float(np.linalg.norm(x_ND[31])), np.asarray).sizes.sum() == 27
-    assert NormFilteredReader(Rows(x_ND, SIZES), 3, 160.0, np.asarray).sizes.tolist() == [6, 0, 12]
+    at_the_limit = NormLimit(np.asarray, float(np.linalg.norm(x_ND[31])))
+    assert NormFilteredReader(Rows(x_ND, SIZES), 5, at_the_limit).sizes.sum() == 27
+    assert NormFilteredReader(Rows(x_ND, SIZES), 3, NormLimit(np.asarray, 160.0)).sizes.tolist() == [6, 0, 12]
 
 
 def test_every_row_that_is_kept_comes_once_over_the_ranks(x_ND: np.ndarray) -> None:
-    reader = NormFilteredReader(Rows(x_ND, SIZES), len(SIZES), 160.0, np.asarray)
+    reader = NormFilteredReader(Rows(x_ND, SIZES), len(SIZES), NormLimit(np.asarray, 160.0))
     loaders = [ActivationLoader(reader, batch=4, rank=rank, world=2, pool_chunks=2) for rank in range(2)]
     for _ in range(2):
         got = (
@@ -67,9 +68,9 @@ def test_every_row_that_is_kept_comes_once_over_the_ranks(x_ND: np.ndarray) -> N
 
 
 def test_the_moments_are_those_of_the_rows_that_are_kept(x_ND: np.ndarray) -> None:
-    reader = NormFilteredReader(Rows(x_ND, SIZES), len(SIZES), 160.0, np.asarray)
+    reader = NormFilteredReader(Rows(x_ND, SIZES), len(SIZES), NormLimit(np.asarray, 160.0))
     kept = np.delete(x_ND.astype(np.float64), [3, 7, 20, 21, 22], axis=0)
-    found = moments(Stats.of(x_ND), reader.left_out)
+    found = moments(Stats.of(x_ND), reader.left_out[0])
     assert found["mean_sq_norm"] == pytest.approx(float((kept**2).sum(1).mean()), rel=1e-12)
     assert found["variance"] == pytest.approx(float(((kept - kept.mean(0)) ** 2).sum(1).mean()), rel=1e-12)
 
@@ -86,21 +87,16 @@ def test_the_median_is_that_of_a_seeded_sample(x_ND: np.ndarray, monkeypatch: py
     assert median_norm(rows, 5, np.asarray) == pytest.approx(float(np.median(sample)), rel=1e-12)
 
 
-def test_of_two_sites_a_row_goes_that_is_above_the_limit_at_either() -> None:
+def test_of_joined_sites_a_row_goes_that_is_above_the_limit_at_any() -> None:
     """Rows [a | b] of one number each: 2 is too long at the first, 4 at the second, 5 at both."""
     pairs = np.array([[1, 1], [2, 2], [90, 3], [3, 3], [2, 70], [80, 60], [1, 2]], np.float32)
-    reader = NormFilteredReader(
-        Rows(pairs, np.array([4, 3])),
-        2,
-        50.0,
-        lambda rows: rows[:, :1],
-        decode_second=lambda rows: rows[:, 1:],
-        limit_second=40.0,
-    )
-    assert [kept.tolist() for kept in reader.kept] == [[0, 1, 3], [2]] and reader.by_second == 1
-    assert reader.left_out.rows == reader.left_out_second.rows == 3
-    assert reader.left_out.sum.tolist() == [90 + 2 + 80] and reader.left_out_second.sum.tolist() == [3 + 70 + 60]
-    without = NormFilteredReader(
-        Rows(pairs, np.array([4, 3])), 2, 50.0, lambda rows: rows[:, :1], decode_second=lambda rows: rows[:, 1:]
-    )
-    assert [kept.tolist() for kept in without.kept] == [[0, 1, 3], [0, 2]] and without.by_second == 0
+    rows = Rows(pairs, np.array([4, 3]))
+    first, second = NormLimit(lambda rows: rows[:, :1], 50.0), NormLimit(lambda rows: rows[:, 1:], 40.0)
+    reader = NormFilteredReader(rows, 2, first, second)
+    assert [kept.tolist() for kept in reader.kept] == [[0, 1, 3], [2]] and reader.by_others == 1
+    assert [stats.rows for stats in reader.left_out] == [3, 3]
+    assert [stats.sum.tolist() for stats in reader.left_out] == [[90 + 2 + 80], [3 + 70 + 60]]
+    without = NormFilteredReader(rows, 2, first, NormLimit(second.decode))
+    assert [kept.tolist() for kept in without.kept] == [[0, 1, 3], [0, 2]] and without.by_others == 0
+    three = NormFilteredReader(rows, 2, NormLimit(first.decode), second, NormLimit(lambda rows: rows[:, :1], 85.0))
+    assert [kept.tolist() for kept in three.kept] == [[0, 1, 3], [2]] and three.by_others == 3

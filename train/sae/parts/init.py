@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,11 +20,14 @@ _PIECE = 4096  # rows drawn at a time, a multiple of 16
 
 @dataclass(frozen=True, eq=False)
 class StartRows:
-    """Rows to start from, in model units, with E||x||^2 and E||x - E x||^2 of all training tokens, where known."""
+    """Rows to start from, in model units, with E||x||^2 and E||x - E x||^2 of all training tokens, where known.
+
+    A crosscoder's rows have its sites side by side, and both moments are those of each site.
+    """
 
     rows_ND: Float[Tensor, "N D"]
-    mean_sq_norm: float | None = None
-    variance: float | None = None
+    mean_sq_norm: float | Sequence[float] | None = None
+    variance: float | Sequence[float] | None = None
 
 
 def directions(width: int, d_in: int, seed: int, split: LatentSplit = WHOLE) -> Float[Tensor, "F D"]:
@@ -75,14 +79,37 @@ def finite(sample_ND: Float[Tensor, "N D"]) -> Float[Tensor, "N D"]:
     return sample_ND
 
 
-def fit_norm(norm: InputNorm, sample: StartRows) -> float:
-    """Set a norm's s, and return the E||x||^2 (model units) that it was set by."""
-    mean_sq_norm = sample.mean_sq_norm
-    if mean_sq_norm is None:
-        mean_sq_norm = float(sample.rows_ND.double().square().sum(1).mean())
-    if not 0 < mean_sq_norm < float("inf"):
-        raise UserError(
-            f"the activations' mean squared norm is {mean_sq_norm}: an SAE needs finite ones that are not all zero"
-        )
-    norm.fit(mean_sq_norm)
-    return mean_sq_norm
+def fit_norm(norm: InputNorm, sample: StartRows) -> list[float]:
+    """Set a norm's s, and return the E||x||^2 (model units) that it was set by, of each site."""
+    mean_sq_norms = _by_site(sample.mean_sq_norm)
+    if mean_sq_norms is None:
+        parts = torch.split(sample.rows_ND.double(), list(norm.widths), 1)
+        mean_sq_norms = [float(part.square().sum(1).mean()) for part in parts]
+    for mean_sq_norm in mean_sq_norms:
+        if not 0 < mean_sq_norm < float("inf"):
+            raise UserError(
+                f"the activations' mean squared norm is {mean_sq_norm}: an SAE needs finite ones that are not all zero"
+            )
+    norm.fit(*mean_sq_norms)
+    return mean_sq_norms
+
+
+def fit_moments(norm: InputNorm, sample: StartRows) -> tuple[float, float]:
+    """Set a norm's s, and return E||x'||^2 and Vx, sums over the sites; UserError where x does not vary."""
+    mean_sq_norms, variances = fit_norm(norm, sample), _by_site(sample.variance)
+    if norm.kind == "token" or variances is None:
+        xn_ND = norm.normalise(sample.rows_ND).double()
+        mean_sq, spread = float(xn_ND.square().sum(1).mean()), float(xn_ND.var(0, correction=0).sum())
+    else:
+        squares = [float(s) ** 2 for s in norm.scale.reshape(-1)]
+        mean_sq = sum(s_sq * mean for s_sq, mean in zip(squares, mean_sq_norms, strict=True))
+        spread = sum(s_sq * variance for s_sq, variance in zip(squares, variances, strict=True))
+    if not 0 < spread < float("inf"):
+        raise UserError("the activations do not vary, so there is nothing to reconstruct: check the site and the store")
+    return mean_sq, spread
+
+
+def _by_site(moment: float | Sequence[float] | None) -> list[float] | None:
+    if moment is None:
+        return None
+    return [moment] if isinstance(moment, int | float) else [*moment]

@@ -37,13 +37,15 @@ class InputNorm(nn.Module):
             )
         self.kind = kind
         self.d_in = d_in
+        self.widths: tuple[int, ...] = (d_in,)  # of the sites, each with a scale of its own; several of a crosscoder
         self.register_buffer("scale", torch.ones(()))
 
     @torch.no_grad()
-    def fit(self, mean_sq_norm: float) -> None:
-        """Set s from E||x||^2 (model units); nothing for the other kinds."""
+    def fit(self, *mean_sq_norms: float) -> None:
+        """Set s from E||x||^2 (model units), one for each site; nothing for the other kinds."""
         if self.kind == "dataset":
-            self.scale.fill_((self.d_in / mean_sq_norm) ** 0.5)
+            scales = [(width / mean) ** 0.5 for width, mean in zip(self.widths, mean_sq_norms, strict=True)]
+            self.scale.copy_(torch.tensor(scales, dtype=torch.float64).reshape(self.scale.shape))
 
     def normalise(self, x_BD: Float[Tensor, "B D"]) -> Float[Tensor, "B D"]:
         """Convert model units to x'."""

@@ -16,14 +16,14 @@ from train.sae.parts.unit_rows import project_gradient_, renormalise_
 def update(sae: SAE, optimizer: Optimizer, clip: float | None) -> None:
     """Move the parameters by their gradients, clipped to the norm `clip` over all of them where it is given."""
     if sae.unit_rows:
-        project_gradient_(sae.W_dec)
+        project_gradient_(sae.W_dec, sae.site_widths)
     # The order matters: the part that the projection removes would else count in the clipped norm and shrink all other
     # gradients, and Adam would gather moments of steps that the renormalisation undoes.
     if clip is not None:
         _clip_(sae, clip)
     optimizer.step()
     if sae.unit_rows:
-        renormalise_(sae.W_dec)
+        renormalise_(sae.W_dec, sae.site_widths)
 
 
 def _clip_(sae: SAE, clip: float) -> None:
@@ -73,7 +73,7 @@ class WeightEMA(nn.Module):
         for mean, parameter in zip(self.buffers(), sae.parameters(), strict=True):
             parameter.copy_(mean)
         if self.unit_rows:
-            renormalise_(sae.W_dec)
+            renormalise_(sae.W_dec, sae.site_widths)
 
     @contextmanager
     def swapped_in(self, sae: SAE) -> Iterator[None]:

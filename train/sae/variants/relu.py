@@ -28,7 +28,8 @@ class ReLUConfig(SparsityConfig):
 class ReLU(L1SAE):
     """f = relu(z); loss = NMSE + sparsity * S / sqrt(Vx), S averaged over tokens.
 
-    `april` (Anthropic, April 2024 update; default): rows of W_dec free, S = sum_j f_j ||W_dec_j||.
+    `april` (Anthropic, April 2024 update; default): rows of W_dec free, S = sum_j f_j ||W_dec_j||; of a crosscoder
+    S = sum_j f_j sum_s ||W_dec_j,s|| over its sites s (Lindsey et al. 2024).
     `bricken` (Bricken et al. 2023, the baseline of Rajamanoharan et al. 2404.16014): unit rows, S = sum_j f_j.
     """
 
@@ -46,7 +47,9 @@ class ReLU(L1SAE):
     def dense_loss(self, xn_BD: Float[Tensor, "B D"], context: TrainContext = PLAIN) -> Float[Tensor, ""]:
         f_BF = self.pre_activation(xn_BD).relu()
         xn_hat_BD = f_BF @ self.W_dec + self.beside_latents(xn_BD)
-        norm_F = self.W_dec.norm(dim=1) if self.config.form == "april" else torch.ones_like(self.bias_F)
+        # sum_s ||W_dec_j,s|| over the sites of a crosscoder; else there is one.
+        parts = [part.norm(dim=1) for part in torch.split(self.W_dec, list(self.norm_out.widths), 1)]
+        norm_F = torch.stack(parts).sum(0) if self.config.form == "april" else torch.ones_like(self.bias_F)
         l1 = (f_BF * norm_F).sum(1).mean() / self.variance.sqrt()
         coefficient = context.sparsity_scale * self.config.sparsity * self.sparsity_factor
         squared = (xn_hat_BD - context.target_of(xn_BD)).square().sum(1).mean()
@@ -61,9 +64,8 @@ class ReLU(L1SAE):
         xn_hat_BD = self.decode_sparse(codes, f, xn_BD)
         nmse = self.nmse(xn_hat_BD, context.target_of(xn_BD))
         if self.config.form == "april":
-            norm_F = torch.linalg.vector_norm(self.W_dec, dim=1)
             # sum_j f_j ||W_dec_j|| summed over tokens first: the norms are then multiplied once and not for each entry.
-            l1 = codes.totals(f) @ norm_F / (len(xn_BD) * self.variance.sqrt())
+            l1 = codes.totals(f) @ self.row_norms_F / (len(xn_BD) * self.variance.sqrt())
         else:
             l1 = self.l1(f, len(xn_BD))
         sparsity = self.l1_term(self.split.total(l1), context)
