@@ -53,7 +53,7 @@ class ModelSettings(Settings):
     process's own GPU of its host."""
     device_map: Text | dict[str, Any] | None = None
     """Spreads whole layers over the devices of one process, instead of `device`: `auto`, or a device by module. Handed
-    to transformers as it is; needs accelerate (extra `big`)."""
+    to transformers as it is; needs accelerate (extra `accelerate`)."""
     tp_plan: Literal["auto"] | None = None
     """`auto`: splits every layer over the processes that torchrun started, by transformers' plan for the architecture,
     instead of `device`."""

@@ -96,6 +96,11 @@ def harvest_by_jobs(settings: Mapping[str, Any], slurm: SlurmSettings, folder: P
     """
     if slurm.saes_per_job is not None:
         raise UserError(f"{LAUNCHER}.saes_per_job is for sweeps of train: give a harvest {LAUNCHER}.workers")
+    if settings["model"].get("tp_plan") is not None:
+        raise UserError(
+            "model.tp_plan is for torchrun, and a worker's job is one process: use model.device_map=auto with "
+            f"{LAUNCHER}.gpus"
+        )
     check_slurm()
     request = HarvestRequest.from_config(settings)
     digest = hashlib.sha256(canonical(settings).encode()).hexdigest()[:12]

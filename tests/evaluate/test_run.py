@@ -85,6 +85,20 @@ def test_several_saes_of_two_sites(
     assert site["storage"]["dtype"] == "bfloat16" and 0 < site["storage"]["nmse"] < 1e-4
 
 
+def test_progress_is_a_few_lines_where_nobody_watches(
+    saved: Callable[..., Path],
+    config: dict[str, Any],
+    rough_sae: Callable[[int], ReLU],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    saved("rough", rough_sae(16))
+    evaluate(config | {"lm_batch": 1})  # 17 batches, each of which is counted
+    said = capsys.readouterr().err
+    lines = [line for line in said.splitlines() if line.startswith("evaluate 1 SAE at resid_post.0  ")]
+    assert len(lines) == 10 and "\r" not in said
+    assert lines[-1].startswith("evaluate 1 SAE at resid_post.0  100%")
+
+
 def test_the_tokens_scored_are_the_stores_held_out_rows(
     saved: Callable[..., Path], config: dict[str, Any], harvested: dict[str, Any], rough_sae: Callable[[int], ReLU]
 ) -> None:

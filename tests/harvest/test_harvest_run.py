@@ -96,6 +96,16 @@ def test_a_cpu_that_is_faster_in_bfloat16_is_named(
     assert capsys.readouterr().out.count("this CPU has AMX: with model.dtype=bfloat16") == said
 
 
+def test_progress_is_a_few_lines_where_nobody_watches(
+    model: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    harvest(config(model, text, tmp_path, "tokens=600"))  # some 20 units
+    said = capsys.readouterr().err
+    lines = [line for line in said.splitlines() if line.startswith("harvest  ")]
+    assert len(lines) == 10 and "\r" not in said
+    assert lines[-1].startswith("harvest  100%") and " written" in lines[-1]
+
+
 def test_a_second_run_does_nothing_and_says_so(
     model: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

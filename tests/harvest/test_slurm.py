@@ -53,3 +53,12 @@ def test_a_store_that_holds_all_of_it_needs_no_job(
 def test_a_sweep_s_setting_is_refused(slurm: FakeSlurm, settings: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"saes_per_job is for sweeps of train: give a harvest hydra"):
         by_jobs(settings, tmp_path, saes_per_job=2)
+
+
+def test_a_plan_is_refused_before_anything_is_submitted(
+    slurm: FakeSlurm, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    split = {**settings, "model": {**settings["model"], "tp_plan": "auto"}}
+    with pytest.raises(UserError, match=r"tp_plan is for torchrun.* use model.device_map=auto with hydra"):
+        by_jobs(split, tmp_path)
+    assert slurm.jobs() == {}
