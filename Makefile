@@ -4,13 +4,14 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV ?= .venv
 PEERS ?= .venv-peers
+SAEBENCH ?= .venv-saebench
 ARGS ?=
 TEXT ?=
 PY := $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup peers demo demo-real harvest train sweep rates evaluate publish claims gpu-proof wheels docs test lint types \
-	test-slow clean
+.PHONY: help setup peers demo demo-real harvest train sweep rates evaluate publish saebench claims gpu-proof wheels docs test \
+	lint types test-slow clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -69,6 +70,15 @@ evaluate: setup ## splice SAEs into the language model and score them
 
 publish: setup ## SAEs to the Hugging Face hub, as SAELens loads them; lists what would go, ARGS="... go=true" sends it
 	$(PY) -m train.publish $(ARGS)
+
+saebench: setup $(SAEBENCH)/ready ## SAEBench's metrics beside ours, in an environment of its own: ARGS="saes=outputs/demo/saes"
+	$(PY) -m benchmarks.saebench environment=$(SAEBENCH) $(ARGS)
+
+$(SAEBENCH)/ready: benchmarks/saebench/requirements.txt
+	$(PYTHON) -m venv $(SAEBENCH)
+	$(SAEBENCH)/bin/python -m pip install --quiet --disable-pip-version-check "$(TORCH)"
+	$(SAEBENCH)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r $<
+	@touch $@
 
 claims: setup ## try the papers' claims on a model (conf/claims/models); leaves outputs/claims/claims.md
 	$(PY) -m benchmarks.claims $(ARGS)

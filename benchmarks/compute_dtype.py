@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from data.base.cpu import has_amx
 from data.base.sites import Site
 from data.store.manifest import TRAIN
 from data.store.massive import TIMES_MEDIAN
@@ -61,7 +62,7 @@ def measure(name: str, sites: Sequence[Site], contexts: int, lm_batch: int, roun
             rows[dtype] = rows_of(model, sites, ids, lm_batch)
             if turn:
                 seconds[dtype].append(time.perf_counter() - began)
-    print(f"AMX: {'yes' if lm.has_amx() else 'no'}; {torch.get_num_threads()} threads; {ids.numel():,} tokens a round")
+    print(f"AMX: {'yes' if has_amx() else 'no'}; {torch.get_num_threads()} threads; {ids.numel():,} tokens a round")
     for dtype, values in seconds.items():
         print(f"{dtype:<10}{ids.numel() / statistics.median(values):>10.0f} tokens/s")
     ratios = sorted(one / two for one, two in zip(*seconds.values(), strict=True))

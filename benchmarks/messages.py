@@ -1,4 +1,5 @@
-"""Count the messages of a training step over a mesh of processes, on this machine, beside the formula's.
+"""Count the messages of a training step over a mesh of processes, on this machine, beside the formula's; and of the
+gathering of the final SAE, with the memory that it takes.
 
     python -m benchmarks.messages --variants topk batchtopk --latent-ranks 2 --data-ranks 1
 
@@ -11,9 +12,9 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +22,29 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from benchmarks.counting import Shape, trainer_of
+from benchmarks.counting import Counter, Shape, trainer_of
 from benchmarks.memory import CHOOSING, VARIANTS
-from benchmarks.scale import Run, collectives
+from benchmarks.scale import Message, Run, collectives, gathering, gathering_bytes
+from train.sae import SAE
 from train.sae.parts.groups import RankGroup
 from train.sae.parts.split import LatentSplit
+from train.sae.weights_file import shard_latents, weight_pieces
 
 Counted = tuple[str, str, int]
 """The kind of a message, over which dimension it goes, and its bytes."""
+PIECE, SHARD = 2048, 100_000  # entries and bytes: small ones, so that a small SAE has several pieces and shards
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What one process counted of a run."""
+
+    step: list[Counted]
+    """The messages of a step."""
+    gathering: list[Counted]
+    """Those of the final SAE, in shards of `SHARD` bytes and pieces of `PIECE` entries."""
+    memory: int
+    """The most bytes that the gathering holds beside the state."""
 
 
 @contextmanager
@@ -74,23 +90,43 @@ def process(rank: int, runs: list[Run], folder: str) -> None:
         trainer.training_step(x_BD)
         with watched({data.handle: "data", latents.handle: "latents"}) as found:
             trainer.training_step(x_BD)
+        gathering, memory = gathered(trainer.sae, {data.handle: "data", latents.handle: "latents"})
         if rank == 0:
-            (Path(folder) / f"{number}.json").write_text(json.dumps(found))
+            written = {"step": found, "gathering": gathering, "memory": memory}
+            (Path(folder) / f"{number}.json").write_text(json.dumps(written))
     dist.destroy_process_group()
 
 
-def count(runs: list[Run]) -> list[list[Counted]]:
-    """Count the messages of a step of each run; all of them have the same mesh."""
+def gathered(sae: SAE, names: dict[Any, str]) -> tuple[list[Counted], int]:
+    """Take all pieces of the final SAE as the first process does; gives the messages, and the memory at the most."""
+    with Counter() as counter, watched(names) as found:
+        for tensor in sae.state_dict().values():
+            counter.watch(tensor)
+        counter.begin()
+        before = counter.live
+        for latents in shard_latents(sae, SHARD):
+            for piece in weight_pieces(sae, latents, entries=PIECE):
+                assert len(piece)
+    return found, counter.peak - before
+
+
+def count(runs: list[Run]) -> list[Counts]:
+    """Count each run; all of them have the same mesh."""
     with tempfile.TemporaryDirectory() as folder:
         spawn: Any = torch.multiprocessing.spawn  # type: ignore[attr-defined]
         spawn(process, (runs, folder), nprocs=runs[0].gpus)
         written = [(Path(folder) / f"{number}.json").read_text() for number in range(len(runs))]
-    return [[(kind, over, size) for kind, over, size in json.loads(text)] for text in written]
+    found = []
+    for text in written:
+        made = json.loads(text)
+        step, gathering = ([(kind, over, size) for kind, over, size in made[name]] for name in ("step", "gathering"))
+        found.append(Counts(step, gathering, made["memory"]))
+    return found
 
 
-def formula(run: Run) -> list[Counted]:
+def formula(messages: Iterable[Message]) -> list[Counted]:
     """List what the formula says, in the same form."""
-    return [(message.kind, message.over, message.payload) for message in collectives(run)]
+    return [(message.kind, message.over, message.payload) for message in messages]
 
 
 def main() -> None:
@@ -101,13 +137,16 @@ def main() -> None:
     args = parser.parse_args()
     plain = [Run(Shape(name, 1000, 64, 256, 8), 1e6, args.latent_ranks, args.data_ranks) for name in args.variants]
     runs = plain + [replace(run, shape=replace(run.shape, dead=100)) for run in plain if run.shape.variant in CHOOSING]
-    print("| SAE | may be dead | messages counted | by formula | bytes counted | by formula |")
-    print("| :-- | --: | --: | --: | --: | --: |")
+    print("| SAE | may be dead | of | messages counted | by formula | bytes counted | by formula |")
+    print("| :-- | --: | :-- | --: | --: | --: | --: |")
     for run, found in zip(runs, count(runs), strict=True):
-        said = formula(run)
-        sizes = [sum(size for _, _, size in messages) for messages in (found, said)]
-        cells = [f"{run.shape.variant} {run.shape.width:,} x {run.shape.d_model}", str(run.shape.dead)]
-        print("| " + " | ".join([*cells, str(len(found)), str(len(said)), *(f"{size:,}" for size in sizes)]) + " |")
+        end = formula(gathering(run, SHARD, PIECE))
+        for what, counted, said in (("step", found.step, formula(collectives(run))), ("end", found.gathering, end)):
+            sizes = [sum(size for _, _, size in messages) for messages in (counted, said)]
+            cells = [f"{run.shape.variant} {run.shape.width:,} x {run.shape.d_model}", str(run.shape.dead), what]
+            cells += [str(len(counted)), str(len(said)), *(f"{size:,}" for size in sizes)]
+            print("| " + " | ".join(cells) + " |")
+        print(f"  memory of the end: {found.memory:,} bytes counted, {gathering_bytes(run, SHARD, PIECE):,} by formula")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,8 @@
 With weights copied across and one batch, each peer's own loss is differentiated by its own code. Writes what it finds
 to benchmarks/parity.json, which tests/benchmarks/test_parity.py compares with ours and with a reference by hand, and
 prints where they part. Vx = 1 here, so that a summed squared error is our NMSE, but for sparsify, which divides by the
-batch's variance. Letters: B tokens in a batch, D model width, F latents.
+batch's variance. Of the peers only sparsify trains transcoders; its AuxK, which gives the encoder no gradient, is left
+out of theirs. Letters: B tokens in a batch, D model width, F latents.
 """
 
 from __future__ import annotations
@@ -32,15 +33,23 @@ Arrays = dict[str, NDArray[np.float64]]
 
 @dataclass(frozen=True)
 class Case:
-    """Our variant and settings for one loss of a peer, and in what it departs from the paper, where it does."""
+    """Our variant and settings for one loss of a peer, and in what it departs from the paper, where it does.
+
+    skip: of a transcoder, whether it has one; None for an SAE.
+    """
 
     variant: str
     settings: dict[str, Any]
     departs: str = ""
+    skip: bool | None = None
 
     @property
     def gates(self) -> bool:
         return self.variant == "gated"
+
+    @property
+    def transcodes(self) -> bool:
+        return self.skip is not None
 
 
 _RESIDUAL = {**AUXK, "auxk_relu": True, "auxk_norm": "residual"}
@@ -72,12 +81,19 @@ CASES = {
         {**_VARIANCE, "auxk_relu": True, "multi_topk": True},
         "gives the encoder no gradient of AuxK and Multi-TopK",
     ),
+    "sparsify transcoder": Case("topk", {"k": K, "auxk_alpha": 0.0}, skip=False),
+    "sparsify skip transcoder": Case("topk", {"k": K, "auxk_alpha": 0.0}, skip=True),
 }
 
 
 def batch() -> NDArray[np.float64]:
     """Return x [B, D]."""
     return np.random.default_rng(3).normal(size=(B, D)).round(3)
+
+
+def target_rows() -> NDArray[np.float64]:
+    """Return y [B, D], what a transcoder is to predict."""
+    return np.random.default_rng(5).normal(size=(B, D)).round(3) + 0.5
 
 
 def parameters(case: Case) -> Arrays:
@@ -91,13 +107,15 @@ def parameters(case: Case) -> Arrays:
     values |= {name: 0.3 * rng.normal(size=F) for name in biases}
     if "theta" in values:
         values["theta"] = np.abs(values["theta"])
+    if case.skip:
+        values["W_skip"] = 0.3 * rng.normal(size=(D, D))
     return {name: value.round(3) if name != "W_dec" else value for name, value in values.items()}
 
 
 def scale(name: str) -> float:
     """Return vx of ours beside this peer."""
-    x = batch()
-    return float(((x - x.mean(0)) ** 2).sum() / len(x)) if name.startswith("sparsify") else 1.0
+    y = target_rows() if CASES[name].transcodes else batch()
+    return float(((y - y.mean(0)) ** 2).sum() / len(y)) if name.startswith("sparsify") else 1.0
 
 
 def ours(name: str) -> tuple[float, Arrays]:
@@ -105,13 +123,15 @@ def ours(name: str) -> tuple[float, Arrays]:
     from train.sae import VARIANTS, TrainContext
 
     case, values = CASES[name], parameters(CASES[name])
-    sae = VARIANTS[case.variant](D, F, input_norm="none", **case.settings).double()
+    transcoder: dict[str, Any] = {"d_out": D, "skip": case.skip} if case.transcodes else {}
+    sae = VARIANTS[case.variant](D, F, input_norm="none", **case.settings, **transcoder).double()
     with torch.no_grad():
         for key, value in values.items():
             getattr(sae, key).copy_(torch.from_numpy(value))
         sae.variance.fill_(scale(name))
         sae.mean_sq.fill_(1.0)
-    step = sae.loss(torch.from_numpy(batch()), TrainContext(dead_F=torch.from_numpy(DEAD)))
+    target_BE = torch.from_numpy(target_rows()) if case.transcodes else None
+    step = sae.loss(torch.from_numpy(batch()), TrainContext(dead_F=torch.from_numpy(DEAD), target_BE=target_BE))
     step.loss.backward()  # type: ignore[no-untyped-call]
     grads = {key: p.grad for key, p in sae.named_parameters() if p.grad is not None}
     grads["W_enc"] = grads.pop("W_enc_FD").t()
@@ -204,19 +224,26 @@ def _sae_lens(case: Case) -> Result:
 def _sparsify(case: Case) -> Result:
     with patch("torch.cuda.is_bf16_supported", return_value=False):
         from sparsify.sparse_coder import SparseCoder, SparseCoderConfig
-    sae = SparseCoder(D, SparseCoderConfig(num_latents=F, k=K, multi_topk=True), "cpu", torch.float64)
-    target = {
+    form = {"transcode": True, "skip_connection": case.skip} if case.transcodes else {"multi_topk": True}
+    sae = SparseCoder(D, SparseCoderConfig(num_latents=F, k=K, **form), "cpu", torch.float64)
+    weights = {
         "W_enc": (sae.encoder.weight, True),
         "b_enc": (sae.encoder.bias, False),
         "W_dec": (sae.W_dec, False),
         "b_dec": (sae.b_dec, False),
     }
-    _copy(target, parameters(case))
+    if case.skip:
+        weights["W_skip"] = (sae.W_skip, True)
+    _copy(weights, parameters(case))
+    if case.transcodes:
+        out = sae(torch.from_numpy(batch()), torch.from_numpy(target_rows()))
+        out.fvu.backward()
+        return float(out.fvu.detach()), _gradients(weights) | {"x_hat": out.sae_out.detach().numpy()}
     out = sae(torch.from_numpy(batch()), dead_mask=torch.from_numpy(DEAD))
     loss = out.fvu + out.auxk_loss / 32 + out.multi_topk_fvu / 8
     loss.backward()
     x_hat = sae.decode(*sae.encode(torch.from_numpy(batch()))[:2])  # with Multi-TopK, out.sae_out is that by 4k
-    return float(loss.detach()), _gradients(target) | {"x_hat": x_hat.detach().numpy()}
+    return float(loss.detach()), _gradients(weights) | {"x_hat": x_hat.detach().numpy()}
 
 
 PEERS: dict[str, Callable[[Case], Result]] = {

@@ -41,6 +41,7 @@ from data.store.store import Store
 from evaluate.report.markdown import table
 from train.sae import Batch, load
 from train.sae.metrics import held_out
+from train.sae.weights_folder import folders_below
 
 OURS = "ours"
 CALIBRATION, POOL_CHUNKS = 65_536, 62  # as conf/train.yaml has them: they are part of the order of rows
@@ -146,7 +147,7 @@ def scores(
 
 def folders_of(place: Path) -> list[Path]:
     """List the folders of SAEs in or below a folder."""
-    return sorted(path.parent for path in place.rglob("sae.safetensors"))
+    return sorted(folders_below(place))
 
 
 def scored_on_rows(options: argparse.Namespace, folder: Path, named: tuple[str, str, int, float | None]) -> Score:

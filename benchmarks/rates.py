@@ -1,10 +1,12 @@
 """The best learning rate of a site beside the rule's (train/rates.py), from one pass over its store.
 
     python -m benchmarks.rates [out=outputs/rates] [sae=topk,batchtopk] [factors=0.35,0.6,1,1.7,2.9] [OVERRIDE ...]
+    python -m benchmarks.rates sae=topk sae.k=32 site=mlp_in.3 target=mlp_out.3 sae.skip=true    # of transcoders
 
 Trains each variant at the rule's rate times each factor, all side by side; the other overrides are those of `python -m
-train` (site, tokens, store, sae.k ...). `sae.k` has to be given, so that all are compared at one L0: an SAE whose L0
-comes out a few per cent off is read at the target along NMSE ~ L0^-0.6, the slope measured between L0 8 and 24.
+train` (site, target, tokens, store, sae.k ...). `sae.k` has to be given, so that all are compared at one L0: an SAE
+whose L0 comes out a few per cent off is read at the target along NMSE ~ L0^-0.6, the slope measured between L0 8 and
+24.
 """
 
 from __future__ import annotations

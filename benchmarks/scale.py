@@ -21,6 +21,8 @@ from benchmarks.counting import Shape, count_step
 from benchmarks.memory import BIASES, CHOOSING, PREFIXES, VARIANTS, block_of, peak_bytes, state_bytes
 from benchmarks.traffic import least_bytes
 from train.sae.parts.auxk import auxk_size
+from train.sae.weights_file import PIECE
+from train.sae.weights_folder import SHARD_BYTES
 
 NODE = 8  # GPUs of a host, which reach each other over the card's own links
 DIGIT = 11  # bits of a round of histograms, and so 2,048 counts of 8 bytes
@@ -204,6 +206,63 @@ def over_data(run: Run) -> Iterator[Message]:
         yield Message("a number of the SAE", "broadcast", "data", size)
 
 
+# The final SAE, which the processes that hold a dictionary send each other a piece at a time, for the first to write
+
+
+def shards(run: Run, shard_bytes: int) -> list[int]:
+    """List the latents of each file of the final folder."""
+    shape = run.shape
+    of_rows = 4 * (2 * shape.d_model + BIASES.get(shape.variant, 1))
+    beside = 4 * shape.d_model + sum(NUMBERS + OWN_NUMBERS.get(shape.variant, ()))
+    most = max(1, (shard_bytes - beside) // of_rows)
+    size = math.ceil(shape.width / math.ceil(shape.width / most))
+    return [min(size, shape.width - first) for first in range(0, shape.width, size)]
+
+
+def pieces(run: Run, shard_bytes: int, entries: int) -> Iterator[tuple[range, int]]:
+    """Yield the latents of each piece of the final SAE, and how many numbers it has of each of them."""
+    first = 0
+    for count in shards(run, shard_bytes):
+        latents, d_model = range(first, first + count), run.shape.d_model
+        rows, columns = max(1, entries // d_model), max(1, entries // count)
+        yield from ((latents[at : at + rows], d_model) for at in range(0, count, rows))  # of W_dec
+        yield from ((latents, min(columns, d_model - at)) for at in range(0, d_model, columns))  # of W_enc
+        for _ in range(BIASES.get(run.shape.variant, 1)):
+            yield from ((latents[at : at + entries], 1) for at in range(0, count, entries))
+        first += count
+
+
+def gathering(run: Run, shard_bytes: int = SHARD_BYTES, entries: int = PIECE) -> list[Message]:
+    """List the messages of the final SAE, in files of so many bytes and pieces of so many entries."""
+    found = []
+    for latents, row in pieces(run, shard_bytes, entries) if run.latent_ranks > 1 else ():
+        # Of each process equally many rows, from the last latent before the piece that is the first process's on.
+        rows = math.ceil((latents.stop - latents.start // run.latent_ranks * run.latent_ranks) / run.latent_ranks)
+        found.append(Message("a piece of the final SAE", "all_gather", "latents", 4 * rows * row))
+    return found
+
+
+def gathering_bytes(run: Run, shard_bytes: int = SHARD_BYTES, entries: int = PIECE) -> int:
+    """Compute the most bytes that a process holds for the final SAE beside its own part of it.
+
+    While a piece comes in, that is gathered and then put in order, the one before it is being written, of W_enc
+    besides in the order that it was gathered in; and each process sends its part of the piece. What the transport
+    (gloo, NCCL) holds is not in it.
+    """
+    most = max(len(latents) * row for latents, row in pieces(run, shard_bytes, entries))
+    return round(4 * most * (4 + 1 / run.latent_ranks))
+
+
+def ending(run: Run) -> str:
+    """Say what the final SAE of a run takes: its files, and what each process sends and holds for them."""
+    files = len(shards(run, SHARD_BYTES))
+    sent = sum(message.sent(run.latent_ranks) for message in gathering(run))
+    return (
+        f"  the final SAE: {files} files, of which each of {run.latent_ranks} processes sends {sent / 1e9:.1f} GB in "
+        f"{len(gathering(run)):,} messages and holds {gathering_bytes(run) / 1e6:,.0f} MB at a time"
+    )
+
+
 # What follows
 
 
@@ -379,7 +438,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--entry-bytes", type=float, default=2.0, help="of an activation in the store; int8: 1")
     parser.add_argument("--dead", type=float, default=0.0, help="share of latents that may be dead")
     parser.add_argument("--ema", action="store_true")
-    parser.add_argument("--messages", action="store_true", help="list the collectives of a step")
+    parser.add_argument("--messages", action="store_true", help="list the collectives of a step, and of the final SAE")
     return parser.parse_args()
 
 
@@ -394,6 +453,8 @@ def main() -> None:
         print(row(run, args.card), flush=True)
         for message in collectives(run) if args.messages else []:
             print(f"  {message.payload:>14,} bytes  {message.kind} over {message.over}: {message.what}")
+        if args.messages:
+            print(ending(run))
 
 
 if __name__ == "__main__":

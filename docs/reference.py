@@ -14,9 +14,10 @@ from omegaconf import OmegaConf
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from benchmarks.saebench.run import SAEBenchSettings
 from data.base.help import CONF, ConfigFile, group_options, preset_lines
 from data.slurm.settings import LAUNCHER, SlurmSettings
-from evaluate.config import EvaluateSettings, ExplainSettings, FeaturesSettings
+from evaluate.config import DelphiSettings, EvaluateSettings, ExplainSettings, FeaturesSettings, NeuronpediaSettings
 from harvest.config import HarvestSettings
 from harvest.documents import SOURCES
 from harvest.lm import ModelSettings
@@ -33,6 +34,9 @@ STAGES: dict[str, Schema] = {
     "evaluate": EvaluateSettings,
     "features": FeaturesSettings,
     "explain": ExplainSettings,
+    "neuronpedia": NeuronpediaSettings,
+    "delphi": DelphiSettings,
+    "saebench": SAEBenchSettings,
     "export": ExportSettings,
     "adopt": ImportSettings,
     "publish": PublishSettings,

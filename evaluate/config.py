@@ -1,4 +1,4 @@
-"""The settings of `python -m evaluate` and `python -m evaluate.features`: types, ranges, defaults and meanings."""
+"""The settings of `python -m evaluate` and of the commands in `features/`: types, ranges, defaults and meanings."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ class OwnText(Settings):
     """The column of .jsonl and .parquet files that holds the text."""
 
 
-class HeldoutSettings(Settings):
-    """The settings that evaluate and features share."""
+class HeldoutTextSettings(Settings):
+    """The settings of whatever reads held-out text through its language model."""
 
     cache: Text
     """The folder of the stores that the SAEs were trained from; each SAE's is found by its fingerprint."""
@@ -50,8 +50,6 @@ class HeldoutSettings(Settings):
     """Held-out tokens to read, special ones not counted; whole contexts, so a few more."""
     lm_batch: Annotated[Whole, Field(ge=1)] | None = None
     """Contexts the language model reads at a time; null: as the harvest did."""
-    seed: Whole = Field(0, ge=0)
-    """The seed of everything drawn at random."""
     device: Text = "auto"
     """The device of the language model and the SAEs: auto, cpu, cuda, cuda:1, mps."""
     device_map: Any = None
@@ -70,6 +68,13 @@ class HeldoutSettings(Settings):
                 f"device_map={self.device_map} is not allowed: give null, a name such as auto, or a device by module"
             )
         return self
+
+
+class HeldoutSettings(HeldoutTextSettings):
+    """The settings that evaluate and features share."""
+
+    seed: Whole = Field(0, ge=0)
+    """The seed of everything drawn at random."""
 
 
 class FeatureMetricsSettings(Settings):
@@ -195,6 +200,32 @@ class ExplainSettings(Settings):
             if not getattr(self, name):
                 raise ValueError(f"{name} is empty: give pages=<folder> url=http://localhost:8000/v1 chat_model=<name>")
         return self
+
+
+class NeuronpediaSettings(Settings):
+    """The settings of conf/neuronpedia.yaml."""
+
+    pages: Text | None = None
+    """The folder of feature pages."""
+    out: Text | None = None
+    """The folder to write, which must be empty."""
+    model_id: Text | None = None
+    """The model as Neuronpedia names it, such as gpt2-small; null: its name in the pages."""
+    source_set: Text | None = None
+    """The name of the set of SAEs there, such as res-jb; null: made of variant, kind of site and width."""
+    dataset: Text = ""
+    """The data set of the text as the hub names it, for readers of the files."""
+
+
+class DelphiSettings(HeldoutTextSettings):
+    """The settings of conf/delphi.yaml."""
+
+    folder: Text | None = None
+    """The folder of one trained SAE."""
+    hookpoint: Text | None = None
+    """The name of the folder that the SAE's files go into, which Delphi takes for its hook point; null: the site."""
+    splits: Whole = Field(5, ge=1)
+    """Files that the latents are spread over, each a range of them."""
 
 
 def with_newer_names(given: Mapping[str, Any]) -> dict[str, Any]:

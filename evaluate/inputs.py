@@ -28,7 +28,8 @@ from harvest.chat import template_hash
 from harvest.documents import FilesText, TextSource, source_from, split_of, unique
 from harvest.packing import PackedTokens, Packing, pack
 from harvest.text_source import hash_text
-from train.sae.io import WEIGHTS, load_config
+from train.sae.io import load_config
+from train.sae.weights_folder import WEIGHTS, folders_below
 
 __all__ = [
     "ContextBatch",
@@ -75,7 +76,7 @@ def find_saes(patterns: str | Sequence[str], setting: str = "saes") -> list[Save
     folders: set[Path] = set()
     for name in names:
         try:
-            below = {weights.parent for match in expand_globs(name) for weights in Path(match).rglob(WEIGHTS)}
+            below = {folder for match in expand_globs(name) for folder in folders_below(Path(match))}
         except (OSError, ValueError) as error:  # a name too long, or with a null character
             raise UserError(f"{setting}={name[:80]} cannot be read ({error.args[-1]}): fix the path") from None
         if not below:

@@ -4,8 +4,9 @@ A row is massive where its norm is above `times` times the median norm of its si
 SAE that was trained without such rows says so in its config.json; they are then treated like special tokens, neither
 fed nor replaced nor scored, for all SAEs of the site alike. Where no SAE has such a rule massive rows are scored, and
 the report gives reconstruction over the ordinary rows first and over all rows beside it. The norm is that of the site
-which is read: a transcoder's input. Where SAEs of a target and transcoders into it stand side by side, a row that is
-massive at one of the sites they read is massive for all of them.
+which is read; of a transcoder that of its input or of its target, as either may spoil its squared error. Where SAEs of
+a target and transcoders into it stand side by side, a row that is massive at one of these sites is massive for all of
+them.
 """
 
 from __future__ import annotations
@@ -45,14 +46,24 @@ class MassiveRule:
         return f"norm above {self.times:g} times the median {self.median:.4g}"
 
 
-def rule_of(sae: SavedSAE) -> MassiveRule | None:
-    """Read the rule an SAE was trained by; None where it was trained on all rows;
-    UserError where the record is damaged."""
+def rules_of(sae: SavedSAE) -> dict[str, MassiveRule | None]:
+    """Read the rules an SAE was trained by, by site: that of the site which it reads, None where it was trained on all
+    rows, and of a transcoder that of its target, where it has one; UserError where the record is damaged."""
+    rules = {sae.site: rule_of(sae)}
+    # A transcoder of an earlier version looked at its input alone.
+    if sae.transcodes and "target_median" in (sae.config.get("training", {}).get("outliers") or {}):
+        rules[sae.target] = rule_of(sae, "target_median")
+    return rules
+
+
+def rule_of(sae: SavedSAE, median: str = "median") -> MassiveRule | None:
+    """Read the rule of the site that an SAE reads, or with "target_median" that of a transcoder's target; None where it
+    was trained on all rows; UserError where the record is damaged."""
     outliers = sae.config.get("training", {}).get("outliers")
     if outliers is None:
         return None
     try:
-        rule = MassiveRule(float(outliers["times"]), float(outliers["median"]))
+        rule = MassiveRule(float(outliers["times"]), float(outliers[median]))
     except (KeyError, TypeError, ValueError):
         raise UserError(
             f"{sae.folder} has a record of outliers that cannot be read ({outliers}): train it again"
@@ -115,7 +126,7 @@ def without_massive(text: HeldoutText, rules: Mapping[str, MassiveRule]) -> tupl
 class ScoredText:
     """The text as all SAEs that stand side by side are scored on it.
 
-    rules: what is massive, by the site that is read; by them `left_out` rows were taken out where `from_saes`, and rows
+    rules: what is massive, by site; by them `left_out` rows were taken out where `from_saes`, and rows
     are told apart in the report where not. note: a sentence where the SAEs' own rules differ.
     """
 
@@ -127,13 +138,15 @@ class ScoredText:
 
     @classmethod
     def of(cls, text: HeldoutText, saes: Sequence[SavedSAE]) -> ScoredText:
-        """Apply the SAEs' own rules to the text; where none has one, find what is massive at the sites they read."""
+        """Apply the SAEs' own rules to the text; where none has one, find what is massive at the sites they are of."""
         own: dict[str, list[MassiveRule | None]] = {}
         for sae in saes:
-            own.setdefault(sae.site, []).append(rule_of(sae))
+            for site, rule in rules_of(sae).items():
+                own.setdefault(site, []).append(rule)
         rules = {site: rule for site, of_site in own.items() if (rule := strictest(of_site)) is not None}
         if not rules:
-            found = {site: MassiveRule(TIMES_MEDIAN, site_median_norm(text, Site.parse(site))) for site in own}
+            sites = dict.fromkeys(site for sae in saes for site in (sae.site, sae.target))
+            found = {site: MassiveRule(TIMES_MEDIAN, site_median_norm(text, Site.parse(site))) for site in sites}
             return cls(text, found, False, 0, None)
         scored, left_out = without_massive(text, rules)
         notes = [note for of_site in own.values() if (note := disagreement(of_site)) is not None]
@@ -141,7 +154,7 @@ class ScoredText:
 
     @property
     def limits(self) -> dict[str, float]:
-        """Return the largest norm of an ordinary row, by the site that is read."""
+        """Return the largest norm of an ordinary row, by site."""
         return {site: rule.limit for site, rule in self.rules.items()}
 
     def result(self, massive_rows: int) -> Json:
@@ -162,7 +175,7 @@ class ScoredText:
 
 
 def is_massive(inputs: Mapping[str, Float[Tensor, "N _"]], limits: Mapping[str, float]) -> Bool[Tensor, " N"] | None:
-    """Mark the rows that are massive at one of the sites that are read; None where none is, or no limit is known."""
+    """Mark the rows that are massive at one of the sites; None where none is, or no limit is known."""
     marks = [inputs[site].float().norm(dim=1) > limit for site, limit in limits.items()]
     if not marks:
         return None

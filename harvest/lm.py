@@ -289,13 +289,6 @@ def torch_device(asked: str) -> str:
     return device
 
 
-def has_amx() -> bool:
-    """Return whether this CPU multiplies bfloat16 matrices in hardware (Intel's AMX)."""
-    import torch
-
-    return bool(torch.cpu._is_amx_tile_supported())
-
-
 def _no_device(asked: str) -> UserError:
     return UserError(f"model.device={asked} is not on this machine: set model.device=cpu or auto")
 

@@ -16,6 +16,7 @@ from omegaconf import DictConfig
 
 from data.base import cli
 from data.base.calls import settings_of_call
+from data.base.cpu import has_amx
 from data.base.errors import UserError
 from data.base.files import format_bytes
 from data.base.logs import doing
@@ -128,7 +129,7 @@ def faster(model: Any) -> Iterator[str]:
     """Say where another dtype would be faster: nothing is chosen by machine, for the store would be another one."""
     import torch
 
-    if model.dtype == torch.float32 and model.device.type == "cpu" and lm.has_amx():
+    if model.dtype == torch.float32 and model.device.type == "cpu" and has_amx():
         yield "this CPU has AMX: with model.dtype=bfloat16 a larger model harvests up to 4 times as fast"
 
 

@@ -17,6 +17,7 @@ import torch
 from pytorch_lightning import Callback, Trainer
 from pytorch_lightning.loggers.logger import Logger
 
+from data.base.cpu import has_bf16_units
 from data.base.errors import UserError
 from train.callbacks import LastCheckpoint, Progress
 from train.closing import ranked_lines
@@ -33,7 +34,7 @@ from train.sae import SAE, StartRows, default_window, save
 from train.sae.config import PenaltyConfig
 from train.sae.parts.init import SAMPLES
 from train.sae.parts.ranks import ONE, Mesh
-from train.sae.sparse.product import float32_products, has_bf16_units
+from train.sae.sparse.product import float32_products
 from train.sae.variants.batchtopk import BatchTopKBase
 from train.sae_trainer import SAETrainer, State
 from train.schedules import Schedule
@@ -350,6 +351,6 @@ def _training(run: TrainRun, member: SAETrainer) -> dict[str, Any]:
         "dead_after": member.dead_after,
         "dead": member.dead_count(),
         "last_step": member.figures_logged,
-        "outliers": asdict(plan.outliers) if plan.outliers else None,  # left out of all that stands here
+        "outliers": plan.outliers.record() if plan.outliers else None,  # left out of all that stands here
         "heldout": member.validation,
     }

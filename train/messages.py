@@ -11,7 +11,6 @@ import torch
 from data.base.clock import clock
 from data.loading.order import mixing_span
 from data.store.manifest import TRAIN
-from data.store.massive import has_massive_rows
 from train.plan import TrainRun
 from train.resume import LAST, read_checkpoint
 from train.sae import SAE
@@ -46,14 +45,10 @@ def opening(runs: Sequence[TrainRun]) -> str:
             lines.append(f"  {run.name}  {label(run.sae)}: width {run.sae.width}, {verb}")
     if plan.outliers:
         left_out = ", ".join(f"{count:,} of {split}" for split, count in plan.outliers.left_out.items())
+        where = "" if plan.target is None else f" at {plan.site} or {plan.target}"
         lines.append(
-            f"rows above {plan.outliers.times:g} times the median norm are left out ({left_out}): "
+            f"rows above {plan.outliers.times:g} times the median norm{where} are left out ({left_out}): "
             "outliers=null keeps them"
-        )
-    if plan.target is not None and has_massive_rows(plan.store.stats(TRAIN, plan.target)):
-        lines.append(
-            f"{plan.target} has massive rows, which are left out only where the norm of {plan.site} is massive too: "
-            "those that stay may be most of what the NMSE counts"
         )
     moments = plan.moments()
     share = 1 - moments["variance"] / moments["mean_sq_norm"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,12 +34,22 @@ if TYPE_CHECKING:
 class Outliers:
     """Rows with a norm above `times` the `median` of the training rows, which are left out everywhere.
 
-    The norm is that of the site that is read, for a transcoder too: its target's rows go with those of its input.
+    The median is that of the site which is read. Of a transcoder a row is left out as well whose norm at the target is
+    above `times` the `target_median`: it would be most of the squared error, whatever the input is there.
     """
 
     times: float
     median: float
     left_out: dict[str, int]  # rows, by split
+    target_median: float | None = None
+    by_target: int = 0  # training rows that only the norm at the target leaves out
+
+    def record(self) -> dict[str, Any]:
+        """Return what config.json says of them; of an SAE nothing about a target."""
+        every = asdict(self)
+        if self.target_median is None:
+            del every["target_median"], every["by_target"]
+        return every
 
 
 @dataclass(frozen=True)
@@ -189,28 +199,39 @@ def _filtered_readers(
     decode: DecodeRows,
     decode_target: DecodeRows | None,
 ) -> tuple[dict[str, Reader], Outliers]:
-    """Wrap the readers, without the rows above `times` the median norm; reads every row once."""
+    """Wrap the readers, without the rows above `times` the median norm of the site or of the target; reads every row
+    once."""
     median = median_norm(readers[TRAIN], chunks, decode)
+    target_median = None if decode_target is None else median_norm(readers[TRAIN], chunks, decode_target)
     # Of train/ alone, for held-out rows too: one limit, or the two splits would be cut differently.
     limit = times * median
-    filtered: dict[str, Reader] = {}
+    limit_target = math.inf if target_median is None else times * target_median
+    filtered: dict[str, NormFilteredReader] = {}
     left_out: dict[str, int] = {}
     for split, reader in readers.items():
         count = chunks if split == TRAIN else len(reader.sizes)
-        remaining = NormFilteredReader(
-            reader, count, limit, decode, decode_second=decode_target, threads=settings.loader.threads
+        filtered[split] = NormFilteredReader(
+            reader,
+            count,
+            limit,
+            decode,
+            decode_second=decode_target,
+            limit_second=limit_target,
+            threads=settings.loader.threads,
         )
-        filtered[split] = remaining
-        left_out[split] = remaining.left_out.rows
-    return filtered, Outliers(times, median, left_out)
+        left_out[split] = filtered[split].left_out.rows
+    by_target = filtered[TRAIN].by_second
+    return dict(filtered), Outliers(times, median, left_out, target_median, by_target)
 
 
-def _outlier_times(settings: TrainSettings, store: stores.Store, site: str) -> float | None:
-    """Settle the limit of `outliers`: with auto 10 where the commit records show massive rows, so that these few rows
-    are not what the variance, the normalisation and the latents are spent on; None where every row is read."""
+def _outlier_times(settings: TrainSettings, store: stores.Store, site: str, target: str | None) -> float | None:
+    """Settle the limit of `outliers`: with auto 10 where the commit records show massive rows at the site or the
+    target, so that these few rows are not what the variance, the normalisation and the latents are spent on; None where
+    every row is read."""
     if settings.outliers != AUTO:
         return settings.outliers
-    return TIMES_MEDIAN if has_massive_rows(store.stats(TRAIN, site)) else None
+    sites = [site] if target is None else [site, target]
+    return TIMES_MEDIAN if any(has_massive_rows(store.stats(TRAIN, name)) for name in sites) else None
 
 
 def make_plan(
@@ -229,7 +250,7 @@ def make_plan(
     # goes on keeps to those it began with.
     stored_chunks = len(readers[TRAIN].sizes[:stored_chunks])
     outliers = None
-    times = _outlier_times(settings, store, site)
+    times = _outlier_times(settings, store, site, target)
     if times is not None:
         decode, decode_target = _decoders(store, site, target)
         readers, outliers = _filtered_readers(readers, settings, times, stored_chunks, decode, decode_target)

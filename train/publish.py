@@ -25,7 +25,7 @@ from train.interop.export import CARD
 REPORT = "report"  # the folder of an evaluation in the repository
 _REPO = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
 _CLIENTS = ("httpx", "httpx2", "requests")  # of HTTP, by the version of huggingface_hub
-_PAGES = ("report.json", "report.md", "report.html", "plots/*", "features/*")
+_PAGES = ("report.json", "report.md", "report.html", "plots/*", "features/**/*")
 
 
 class PublishSettings(Settings):
@@ -89,11 +89,12 @@ def prepare_upload(settings: PublishSettings) -> Upload:
 
 def _folders(patterns: list[str]) -> dict[str, Path]:
     """Find the SAEs by the names that they are to have."""
-    from train.sae.io import CONFIG, WEIGHTS
+    from train.sae.io import CONFIG
+    from train.sae.weights_folder import WEIGHTS, folders_below
 
     folders: dict[str, Path] = {}
     for pattern in patterns:
-        below = sorted({path.parent for match in expand_globs(pattern) for path in Path(match).rglob(WEIGHTS)})
+        below = sorted({folder for match in expand_globs(pattern) for folder in folders_below(Path(match))})
         below = [folder for folder in below if (folder / CONFIG).is_file()]
         if not below:
             raise UserError(f"saes={pattern} holds no trained SAE (no {WEIGHTS} in or below it): fix the path")
@@ -116,13 +117,16 @@ def _exported(folder: Path, name: str, settings: PublishSettings, report: Path |
     from train.interop.fold import folded
     from train.interop.foreign import Origin
     from train.sae import load, load_config
+    from train.sae.weights_file import TensorFile
 
     config = load_config(folder)
     origin = Origin.of(config, folder)
     found = None if report is None else reported(report / "report.json", folder, origin.fingerprint)
     sae = folded(load(folder))
     text = card(sae, origin, config, loading(settings.repo or "", name), found)
-    return {**FORMATS["saelens"].files(sae, origin), CARD: text.encode()}
+    made = FORMATS["saelens"].files(sae, origin)
+    files = {name: b"".join(held.pieces()) if isinstance(held, TensorFile) else held for name, held in made.items()}
+    return {**files, CARD: text.encode()}
 
 
 def loading(repo: str, name: str) -> str:

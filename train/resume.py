@@ -53,6 +53,9 @@ def numbers(settings: TrainSettings, plan: DataPlan) -> Group:
     if not own["sae"].get("skip"):
         # Runs from before there were transcoders say nothing of it.
         own["sae"] = {name: value for name, value in own["sae"].items() if name != "skip"}
+    if plan.outliers and plan.outliers.by_target:
+        # A run of an earlier version left these rows in: it is another one.
+        own["left_out_by_target"] = plan.outliers.by_target
     return {**own, "store": plan.store.manifest.fingerprint, "world": plan.world}
 
 

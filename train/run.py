@@ -279,10 +279,9 @@ def without_weights() -> contextlib.AbstractContextManager[Any]:
 
 def start(sae: SAE, folder: Path) -> None:
     """Give `sae` the weights, norm, moments and threshold of the SAE in `folder`; UserError names what does not fit."""
-    from train.sae import load
-    from train.shards import own_weights
+    from train.sae.io import load, read_rows
 
-    given = load(folder)
+    given = load(folder, sae.split)
     said = {"name": "sae", "d_in": "the site's width", "width": "sae.width", "input_norm": "sae.input_norm"}
     said |= {"apply_b_dec_to_input": "sae.apply_b_dec_to_input", "target": "target", "skip": "sae.skip"}
     for name, setting in said.items():
@@ -291,7 +290,8 @@ def start(sae: SAE, folder: Path) -> None:
             raise UserError(
                 f"start={folder} does not fit this run: {setting} is {there} there and {here} here, make them the same"
             )
-    off = float((given.W_dec.detach().norm(dim=1) - 1).abs().max())
+    # Of all latents, as every process of a split dictionary must come to the same.
+    off = max(float((rows_RE.norm(dim=1) - 1).abs().max()) for rows_RE in read_rows(folder, "W_dec"))
     if sae.unit_rows and off > _OFF_UNIT:
         raise UserError(
             f"start={folder} has decoder rows that are not unit (by {off:.2g}), and {sae.name} would make them so and "
@@ -302,7 +302,7 @@ def start(sae: SAE, folder: Path) -> None:
         state["skipped_batches"].zero_()  # it counts batches of a run
     if "sparsity_factor" in state:
         state["sparsity_factor"].fill_(1)  # of the coefficient of a run
-    sae.load_state_dict(own_weights(sae, state))
+    sae.load_state_dict(state)
 
 
 def build(

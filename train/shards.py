@@ -6,7 +6,7 @@ what has a row for each latent. As many processes read a part each; of any other
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -131,9 +131,3 @@ def take_rows(parts: Sequence[Tensor], width: int, split: LatentSplit) -> Tensor
         at = (latents_d % len(parts) == rank).nonzero().squeeze(1)
         own[at] = part[latents_d[at] // len(parts)]
     return own
-
-
-def own_weights(sae: SAE, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Give the rows of the latents that `sae` holds, of a whole SAE's state dict."""
-    replicated = sae.replicated | {name for name, _ in sae.named_buffers()}
-    return {name: value if name in replicated else sae.split.part(value) for name, value in state.items()}

@@ -37,9 +37,10 @@ from evaluate.score import SiteScore, TokenPlaces
 from evaluate.splice import Splice
 from train.sae.base import SAE
 from train.sae.config import RETIRED
-from train.sae.io import VARIANTS, WEIGHTS, load
+from train.sae.io import VARIANTS, load
 from train.sae.variants.batchtopk import BatchTopK
 from train.sae.variants.topk import TopK
+from train.sae.weights_folder import WEIGHTS
 
 FORMAT = 2  # of a score's file; 1 had its sums by context, where documents are what the bootstrap draws
 INFERENCE, BATCH, THRESHOLD, PER_TOKEN, RESCALED = "inference", "batch", "threshold", "per token", "rescaled"

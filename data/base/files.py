@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+from data.base.errors import UserError
+
 
 @contextlib.contextmanager
 def naming(path: Path) -> Iterator[None]:
@@ -109,3 +111,9 @@ def format_bytes(count: float) -> str:
             return f"{count:,.0f} bytes" if unit == "bytes" else f"{count:.1f} {unit}"
         count /= 1000
     return f"{count:.1f} TB"
+
+
+def refuse_full(out: Path) -> None:
+    """Refuse a folder that something is in already."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out} is there already: choose another folder with out=<folder>, or remove it")

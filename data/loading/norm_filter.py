@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -51,7 +52,9 @@ class NormFilteredReader:
     """A reader's first `chunks` chunks without the rows whose norm is above `limit`; they are all read once to tell.
 
     `left_out` are the statistics of those rows. `decode` makes floats [n, D] of rows as they are stored. Of the rows of
-    a pair of sites it takes the first's, which alone decide; `decode_second` the second's, for `left_out_second`.
+    a pair of sites it takes the first's and `decode_second` the second's: a row whose norm is above `limit` at the
+    first or above `limit_second` at the second is left out of both. `left_out_second` are the statistics of those rows
+    at the second, `by_second` says how many of them are above the limit there alone.
     """
 
     def __init__(
@@ -62,26 +65,35 @@ class NormFilteredReader:
         decode: DecodeRows,
         *,
         decode_second: DecodeRows | None = None,
+        limit_second: float = math.inf,
         threads: int = 2,
     ) -> None:
-        self.reader, self.decode, self.decode_second, self.limit = reader, decode, decode_second, limit
+        self.reader, self.decode, self.decode_second = reader, decode, decode_second
+        self.limit, self.limit_second = limit, limit_second
         self.width, self.row_shape = reader.width, reader.row_shape
         self.dtype, self.torch_dtype = reader.dtype, reader.torch_dtype
         with ThreadPoolExecutor(threads) as pool:
             found = list(pool.map(self._look, range(chunks)))
         self.kept = [kept for kept, *_ in found]
         self.sizes = np.array([len(kept) for kept in self.kept], np.int64)
-        self.left_out = Stats.merge(stats for _, stats, _ in found)
-        self.left_out_second = Stats.merge(stats for _, _, stats in found)
+        self.left_out = Stats.merge(stats for _, stats, *_ in found)
+        self.left_out_second = Stats.merge(stats for _, _, stats, _ in found)
+        self.by_second = sum(count for *_, count in found)
 
-    def _look(self, chunk: int) -> tuple[Ints, Stats, Stats]:
-        """Find the numbers of the rows that are kept, and the statistics of the others, of the second site last."""
+    def _look(self, chunk: int) -> tuple[Ints, Stats, Stats, int]:
+        """Find the numbers of the rows that are kept; of the others the statistics at the first and the second site,
+        and how many only the second's norm leaves out."""
         rows = np.empty((int(self.reader.sizes[chunk]), self.width), self.dtype)
         self.reader.read(chunk, rows)
         wide = self.decode(rows)
         above = norms(wide) > self.limit
-        second = wide if self.decode_second is None else self.decode_second(rows)
-        return np.flatnonzero(~above), Stats.of(wide[above]), Stats.of(second[above])
+        if self.decode_second is None:
+            stats = Stats.of(wide[above])
+            return np.flatnonzero(~above), stats, stats, 0
+        second = self.decode_second(rows)
+        of_second = ~above & (norms(second) > self.limit_second)
+        above |= of_second
+        return np.flatnonzero(~above), Stats.of(wide[above]), Stats.of(second[above]), int(of_second.sum())
 
     @property
     def bytes_read(self) -> int:

@@ -16,7 +16,7 @@ from data.store.files import chunk_keys, leftovers
 from data.store.token_store import DESCRIPTION
 from data.tools.inventory import DAMAGED, UNFINISHED, Entry, entries
 from data.tools.tokens import stores_of, token_entries, token_leftovers
-from data.tools.trained import CHECKPOINT, trainings
+from data.tools.trained import checkpoint_files, trainings
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def old_checkpoints(outputs: Path, idle_minutes: float) -> list[Candidate]:
     """Find the checkpoints of trainings that have ended, from which nothing goes on any more; none of the last
     `idle_minutes`."""
     since = time.time() - 60 * idle_minutes
-    paths = [training.folder / CHECKPOINT for training in trainings(outputs) if training.ended and training.checkpoint]
+    paths = [path for training in trainings(outputs) if training.ended for path in checkpoint_files(training.folder)]
     old = [path for path in paths if path.stat().st_mtime <= since]
     total = sum(path.stat().st_size for path in old)
     names = tuple(path.relative_to(outputs).as_posix() for path in old)

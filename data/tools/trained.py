@@ -13,7 +13,9 @@ from data.base.errors import UserError
 from data.store.files import is_store
 
 # As train/ names them, which this floor does not import.
-CONFIG, RUN, WEIGHTS, CHECKPOINT = "config.json", "run.json", "sae.safetensors", "checkpoints/last.ckpt"
+CONFIG, RUN = "config.json", "run.json"
+WEIGHTS, INDEX, SHARDS = "sae.safetensors", "sae.safetensors.index.json", "sae-*-of-*.safetensors"
+CHECKPOINT, PARTS = "checkpoints/last.ckpt", "checkpoints/last.*-of-*.ckpt"
 
 
 @dataclass(frozen=True)
@@ -21,7 +23,7 @@ class Training:
     """The folder of one training.
 
     fingerprints: the stores that its SAE and its run name. ended: whether the SAE is there. weights, checkpoint: bytes,
-    0 where there is no such file.
+    of all files where there are several, 0 where there is none.
     """
 
     folder: Path
@@ -55,10 +57,15 @@ def trainings(outputs: Path) -> Iterator[Training]:
             folder,
             frozenset(fingerprint for fingerprint in named if isinstance(fingerprint, str)),
             variant if isinstance(variant, str) else "",
-            ended=CONFIG in names and WEIGHTS in names,
-            weights=_size(folder / WEIGHTS),
-            checkpoint=_size(folder / CHECKPOINT),
+            ended=CONFIG in names and not {WEIGHTS, INDEX}.isdisjoint(names),
+            weights=_size(folder / WEIGHTS) + sum(map(_size, folder.glob(SHARDS))),
+            checkpoint=sum(map(_size, checkpoint_files(folder))),
         )
+
+
+def checkpoint_files(folder: Path) -> list[Path]:
+    """List the files of a training's checkpoint: of a dictionary split over processes it has several."""
+    return [path for pattern in (CHECKPOINT, PARTS) for path in sorted(folder.glob(pattern)) if path.is_file()]
 
 
 def _size(path: Path) -> int:

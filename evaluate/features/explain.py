@@ -102,10 +102,10 @@ def chosen_latents(data: PageData, settings: ExplainSettings) -> list[int]:
     return [latent for latent in order if data.index["fired"][latent]][: settings.count]
 
 
-def cost_line(questions: Sequence[str], requests: int) -> str:
-    """Say how much will be sent."""
-    tokens = sum(map(len, questions)) // LETTERS_A_TOKEN
-    return f"{requests:,} requests of about {tokens:,} tokens in all, and answers of a line each"
+def cost_line(sent: Sequence[str]) -> str:
+    """Say how much will be sent, of each request its instructions and its question."""
+    tokens = sum(map(len, sent)) // LETTERS_A_TOKEN
+    return f"{len(sent):,} requests of about {tokens:,} tokens in all, and answers of a line each"
 
 
 def explain_latents(config: dict[str, Any]) -> Path:
@@ -120,8 +120,9 @@ def explain_latents(config: dict[str, Any]) -> Path:
     latents = [i for i in chosen_latents(data, settings) if labels.get(str(i), {}).get("model") != settings.chat_model]
     detections = {latent: detection_of(data, latent, settings) for latent in latents}
     questions = {latent: labelling_question(data.examples(latent)[0]) for latent in latents}
-    trials = {latent: detection.question("") for latent, detection in detections.items() if detection}
-    print(f"{len(latents)} latents: {cost_line([*questions.values(), *trials.values()], len(latents) + len(trials))}")
+    trials = [JUDGE + detection.question("") for detection in detections.values() if detection]
+    sent = [*(LABELLER + question for question in questions.values()), *trials]
+    print(f"{len(latents)} latents: {cost_line(sent)}")
     if not settings.spend:
         print("nothing was asked: give spend=true to go on")
         return data.folder / "index.html"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,14 +41,31 @@ def one_sae(folder: str | None, setting: str = "folder") -> SavedSAE:
     return saes[0]
 
 
+def encoded_contexts(sae: SAE, text: HeldoutText, site: Site) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Read the held-out contexts as far as the site, in order and some at a time: the number of the first, which of
+    their tokens are read [B, T], and the latents on those [N, F]."""
+    import torch
+
+    from evaluate.score import ACTIVATIONS_AT_ONCE
+    from harvest.hooks import run_to
+
+    # Contexts whose [N, F] latents are in memory at a time.
+    at_once = max(1, ACTIVATIONS_AT_ONCE // (sae.width * text.packed.contexts.shape[1]))
+    for batch in text.batches():
+        x_BTD = run_to(text.model, [site], batch.ids_BT)[str(site)]
+        for first in range(0, len(batch.numbers), at_once):
+            keep_BT = batch.keep_BT[first : first + at_once]
+            x_ND = x_BTD[first : first + at_once][keep_BT.to(x_BTD.device)].float()
+            with torch.inference_mode():
+                f_NF = sae.to(x_ND.device).encode(x_ND)
+            yield batch.numbers.start + first, keep_BT.cpu(), f_NF
+
+
 def collect(sae: SAE, text: HeldoutText, site: Site, settings: FeaturesSettings) -> Collector:
     """Read the held-out contexts once, as far as the site, and gather what each latent fires on."""
-    import torch
     from tqdm import tqdm
 
     from evaluate.features.collect import Collector
-    from evaluate.score import ACTIVATIONS_AT_ONCE
-    from harvest.hooks import run_to
 
     collector = Collector(
         sae.width,
@@ -58,19 +75,11 @@ def collect(sae: SAE, text: HeldoutText, site: Site, settings: FeaturesSettings)
         after=settings.after,
         seed=settings.seed,
     )
-    # Contexts whose [rows, F] activations are in memory at a time.
-    at_once = max(1, ACTIVATIONS_AT_ONCE // (sae.width * text.packed.contexts.shape[1]))
     total = int(text.packed.keep.sum())
     with tqdm(total=total, unit="tok", unit_scale=True, desc=f"features at {site}", mininterval=1.0) as bar:
-        for batch in text.batches():
-            x_BTD = run_to(text.model, [site], batch.ids_BT)[str(site)]
-            for first in range(0, len(batch.numbers), at_once):
-                keep_BT = batch.keep_BT[first : first + at_once]
-                x_ND = x_BTD[first : first + at_once][keep_BT.to(x_BTD.device)].float()
-                with torch.inference_mode():
-                    f_NF = sae.to(x_ND.device).encode(x_ND)
-                collector.update(f_NF, keep_BT.cpu(), batch.numbers.start + first)
-                bar.update(len(x_ND))
+        for first, keep_BT, f_NF in encoded_contexts(sae, text, site):
+            collector.update(f_NF, keep_BT, first)
+            bar.update(len(f_NF))
     return collector
 
 
@@ -93,12 +102,21 @@ def describe_latents(
     # A module's own output need not be added to the residual stream, and what a module reads is not, so only the named
     # points of the stream have a direct path.
     lens = weights.find_lens(text.model, sae.d_out) if target.kind in STREAM_KINDS else None
-    raised, lowered, beside = None, None, None
-    total = sae.width * (1 + (lens is not None) + (other is not None))
+    reader = None
+    if sae.transcodes:
+        assert sae.site is not None, "a transcoder from a folder has its site"
+        reader = weights.find_input_lens(text.model, Site.parse(sae.site), sae.d_in)
+    raised, lowered, reads, beside = None, None, None, None
+    total = sae.width * (1 + (lens is not None) + (reader is not None) + (other is not None))
     with tqdm(total=total, unit="row", desc="decoder rows", mininterval=1.0) as bar:
         near = as_arrays(weights.neighbours(W_dec_FD, settings.neighbours, bar.update))
         if lens:
             raised, lowered = map(as_arrays, weights.ends(lens, W_dec_FD, vocabulary, settings.logits, bar.update))
+        if reader:
+            # In model units, so that the numbers are in those of the activations.
+            encoder_FD = sae.W_enc_FD.detach() * sae.norm.scale
+            most, least = map(as_arrays, weights.ends(reader, encoder_FD, vocabulary, settings.logits, bar.update))
+            reads = (most, least)
         if other is not None:
             rows = weights.neighbours(W_dec_FD, settings.neighbours, bar.update, other.sae.W_dec.detach())
             beside = OtherSAE(other.name, OTHER_FOLDER, as_arrays(rows), other.peaks)
@@ -113,6 +131,7 @@ def describe_latents(
         settings.at_a_quantile,
         collector.together.neighbours(settings.neighbours),
         beside,
+        reads,
     )
 
 
@@ -188,6 +207,8 @@ def describe_pages(
 ) -> Json:
     """Return what stands at the top of the pages."""
     collector = latents.collector
+    # Of a transcoder alone, whose input and output are two places of the model.
+    reads = {"reads": latents.reads is not None} if trained.transcodes else {}
     return {
         "variant": trained.config["variant"],
         "width": collector.width,
@@ -204,6 +225,7 @@ def describe_pages(
         "sample": settings.sample,
         "seed": settings.seed,
         "logits": latents.raised is not None,
+        **reads,
         "together": collector.together.share,
         "report": None,
         "settings": {"settings": trained.config["settings"], "training": trained.config.get("training", {})},

@@ -27,11 +27,15 @@ def data_name(kind: str, number: int) -> str:
 
 @dataclass(frozen=True)
 class Context:
-    """One example of a latent: its tokens, the activation on each (0 where it does not fire), and where it stands."""
+    """One example of a latent: its tokens, the activation on each (0 where it does not fire), and where it stands.
+
+    peak: which of the tokens the example was chosen for.
+    """
 
     tokens: list[str]
     values: list[float]
     place: tuple[int, int]
+    peak: int
 
     @property
     def text(self) -> str:
@@ -81,14 +85,23 @@ class PageData:
         """Put labels in the place of those there."""
         write_atomic(self.folder / LABELS_JS, f"thresher.labels({safe_json(labels)});\n")
 
-    def examples(self, latent: int) -> tuple[list[Context], list[Context]]:
-        """Return the contexts with a latent's largest activations, and others drawn at random, none of them twice."""
+    def record(self, latent: int) -> tuple[Json, list[str]]:
+        """Return what the pages hold of one latent, as pages.py wrote it, and the strings its tokens are numbers of."""
         number, place = divmod(latent, self.page["a_piece"])
         if number not in self._pieces:
             self._pieces[number] = self._call(data_name("part", number))[1]
         piece = self._pieces[number]
-        groups = [[_context(example, piece["tokens"]) for example in g["c"]] for g in piece["latents"][place]["g"]]
+        return piece["latents"][place], piece["tokens"]
+
+    def examples(self, latent: int) -> tuple[list[Context], list[Context]]:
+        """Return the contexts with a latent's largest activations, and others drawn at random, none of them twice."""
+        record, tokens = self.record(latent)
+        groups = [[_context(example, tokens) for example in group["c"]] for group in record["g"]]
         return (groups[0], [one for group in groups[1:] for one in group]) if groups else ([], [])
+
+    def context_length(self) -> int:
+        """Return how many tokens a context has."""
+        return len(self._call(data_name("text", 0))[1]["contexts"][0])
 
     def _call(self, name: str) -> list[Any]:
         """Read the values that a data script calls its function with."""
@@ -105,4 +118,4 @@ def _context(example: Json, tokens: list[str]) -> Context:
     for at, value in zip(example["a"][::2], example["a"][1::2], strict=True):
         values[at] = value
     sequence, position = example["s"]
-    return Context([tokens[t] for t in example["t"]], values, (sequence, position))
+    return Context([tokens[t] for t in example["t"]], values, (sequence, position), example["p"])

@@ -72,23 +72,28 @@ class OtherSAE:
     peaks: list[list[int]]
 
 
+Ends = tuple[NDArray[np.int64], NDArray[np.float32]]
+
+
 @dataclass(frozen=True)
 class Latents:
     """All that the pages tell of F latents; ends are (ids [F, K], values [F, K]), None where there are none.
 
-    together: for each latent those that fire on its tokens, with the share. other: the SAE compared with.
+    together: for each latent those that fire on its tokens, with the share. other: the SAE compared with. reads: of a
+    transcoder the tokens whose embeddings raise and lower it most.
     """
 
     collector: Collector
     packed: PackedTokens
     words: Words
-    near: tuple[NDArray[np.int64], NDArray[np.float32]]
-    raised: tuple[NDArray[np.int64], NDArray[np.float32]] | None
-    lowered: tuple[NDArray[np.int64], NDArray[np.float32]] | None
+    near: Ends
+    raised: Ends | None
+    lowered: Ends | None
     quantiles: tuple[float, ...]
     at_a_quantile: int  # examples
     together: list[list[tuple[int, float]]]
     other: OtherSAE | None = None
+    reads: tuple[Ends, Ends] | None = None
 
 
 def short(value: float) -> float:
@@ -188,7 +193,9 @@ class Pieces:
         if other is not None:
             pairs = zip(other.near[0][latent].tolist(), other.near[1][latent].tolist(), strict=True)
             piece["x"] = [[i, round(cosine, 3), tokens.numbers(other.peaks[i])] for i, cosine in pairs]
-        for name, ends in (("r", self.latents.raised), ("l", self.latents.lowered)):
+        most, least = self.latents.reads or (None, None)
+        every = (("r", self.latents.raised), ("l", self.latents.lowered), ("rm", most), ("rl", least))
+        for name, ends in every:
             if ends is not None:
                 both = zip(ends[0][latent], ends[1][latent], strict=True)
                 piece[name] = [[tokens.number(int(token)), short(float(value))] for token, value in both]

@@ -1,19 +1,32 @@
-"""What can be read off an SAE's weights: the logits a decoder row raises and lowers, and the rows near it.
+"""What can be read off an SAE's weights: the logits a decoder row raises and lowers, the token embeddings that a
+transcoder's encoder reads, and the rows near a decoder row.
 
 Letters: F latents, G latents of another SAE, R rows at a time, D width of the site, V vocabulary, K entries kept.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import ExitStack
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import cached_property
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
+from data.base.sites import INPUT_KINDS, Site
+from harvest.hooks import capture
+
 ENTRIES_AT_ONCE = 1 << 25  # of a [R, V] or [R, F] product: 128 MB in float32
+
+
+@runtime_checkable
+class TokenScores(Protocol):
+    """Gives each token a number for each of some rows."""
+
+    def logits(self, rows_RD: Float[Tensor, "R D"]) -> Float[Tensor, "R V"]:
+        """Compute the numbers of R rows."""
 
 
 class Lens:
@@ -40,6 +53,85 @@ class Lens:
         return centred_RV
 
 
+class InputLens:
+    """The token embeddings as an encoder reads them: behind the norm N before the module whose input it reads.
+
+    logits(row) = N(E) @ row, less its mean over V: how much more than the mean token a token adds to z where its
+    embedding alone is the residual stream. Positions and what earlier layers add are not in it (the direct path only).
+    norm: None where the stream itself is read.
+    """
+
+    def __init__(self, embedding: nn.Module, norm: nn.Module | None) -> None:
+        self.embedding, self.norm = embedding, norm
+
+    @cached_property
+    def read_VD(self) -> Float[Tensor, "V D"]:
+        """Compute N(E), less its mean over the tokens."""
+        weight = self.embedding.weight
+        assert isinstance(weight, Tensor)
+        # By the module's own forward, as some multiply what they look up.
+        rows_VD = self.embedding(torch.arange(len(weight), device=weight.device))
+        read_VD: Tensor = (rows_VD if self.norm is None else self.norm(rows_VD)).float()
+        return read_VD - read_VD.mean(0)
+
+    @torch.inference_mode()
+    def logits(self, rows_RD: Float[Tensor, "R D"]) -> Float[Tensor, "R V"]:
+        """Compute what each token adds to z of R encoder directions, in model units."""
+        return rows_RD.float().to(self.read_VD.device) @ self.read_VD.t()
+
+
+Noted = list[tuple[nn.Module, Tensor, Tensor]]
+
+
+@contextmanager
+def _leaves_noted(model: nn.Module, without: nn.Module | None = None) -> Iterator[Noted]:
+    """Note every module without parts, in the order in which they run, with the tensor it reads and what it makes."""
+    noted: Noted = []
+
+    def note(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if args and isinstance(args[0], Tensor) and isinstance(output, Tensor) and output.is_floating_point():
+            noted.append((module, args[0], output))
+
+    with ExitStack() as stack:
+        for module in model.modules():
+            if module is not without and not any(True for _ in module.children()):
+                stack.callback(module.register_forward_hook(note).remove)
+        yield noted
+
+
+def _example_ids(model: nn.Module) -> Int64[Tensor, "1 T"]:
+    return torch.arange(4, device=next(model.parameters()).device)[None]
+
+
+def _norm_that_made(noted: Sequence[tuple[nn.Module, Tensor, Tensor]], made: Tensor, width: int) -> nn.Module | None:
+    """Find the last module that put out this tensor; None where there is none, or it maps other widths."""
+    # The last, as an inner one may have put it out earlier.
+    for module, given, output in reversed(noted):
+        if output.numel() == made.numel() and torch.equal(output.reshape(made.shape), made):
+            return module if given.shape[-1] == width == output.shape[-1] else None
+    return None
+
+
+@torch.inference_mode()
+def find_input_lens(model: Any, site: Site, d_in: int) -> InputLens | None:
+    """Find how the encoder of a site reads the token embeddings: behind the norm before attention or the MLP, found as
+    the module whose output these read in a short forward, or as they are where the site is the residual stream.
+
+    None where neither is so, or the embeddings are not of `d_in` entries.
+    """
+    embedding = model.get_input_embeddings()
+    if embedding is None or embedding.weight.shape[-1] != d_in:
+        return None
+    if site.kind.startswith("resid_"):
+        return InputLens(embedding, None)
+    if site.kind not in INPUT_KINDS:
+        return None
+    with _leaves_noted(model) as noted, capture(model, [site], stop=False) as seen:
+        model(input_ids=_example_ids(model), use_cache=False)
+    norm = _norm_that_made(noted, seen[str(site)], d_in)
+    return None if norm is None else InputLens(embedding, norm)
+
+
 @torch.inference_mode()
 def find_lens(model: Any, d_in: int) -> Lens | None:
     """Find the lens of a causal LM, its norm found as the module whose output the unembedding reads in a short
@@ -51,31 +143,18 @@ def find_lens(model: Any, d_in: int) -> Lens | None:
     if unembedding is None:
         return None
     read: list[Tensor] = []
-    outputs: list[tuple[nn.Module, Tensor, Tensor]] = []
-
-    def note(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if args and isinstance(args[0], Tensor) and isinstance(output, Tensor) and output.is_floating_point():
-            outputs.append((module, args[0], output))
-
-    with ExitStack() as stack:
-        for module in model.modules():
-            if module is unembedding:
-                stack.callback(module.register_forward_pre_hook(lambda _, args: read.append(args[0])).remove)
-            elif not any(True for _ in module.children()):
-                stack.callback(module.register_forward_hook(note).remove)
-        model(input_ids=torch.arange(4, device=next(model.parameters()).device)[None], use_cache=False)
-    # The last module to put out what the unembedding reads; an inner one may have done so earlier.
-    for module, given, made in reversed(outputs):
-        if read and made.numel() == read[-1].numel() and torch.equal(made.reshape(read[-1].shape), read[-1]):
-            return Lens(module, unembedding) if given.shape[-1] == d_in == made.shape[-1] else None
-    return None
+    with _leaves_noted(model, without=unembedding) as noted, ExitStack() as stack:
+        stack.callback(unembedding.register_forward_pre_hook(lambda _, args: read.append(args[0])).remove)
+        model(input_ids=_example_ids(model), use_cache=False)
+    norm = _norm_that_made(noted, read[-1], d_in) if read else None
+    return None if norm is None else Lens(norm, unembedding)
 
 
 Ends = tuple[Int64[Tensor, "F K"], Float[Tensor, "F K"]]
 
 
 def ends(
-    lens: Lens, W_dec_FD: Float[Tensor, "F D"], vocabulary: int, count: int, bar: Callable[[int], Any]
+    lens: TokenScores, rows_FD: Float[Tensor, "F D"], vocabulary: int, count: int, bar: Callable[[int], Any]
 ) -> list[Ends]:
     """Find the `count` tokens that each row raises and lowers most, strongest first, and logits.
 
@@ -84,7 +163,7 @@ def ends(
     count = min(count, vocabulary)
     raised: list[Ends] = []
     lowered: list[Ends] = []
-    for rows_RD in torch.split(W_dec_FD, max(1, ENTRIES_AT_ONCE // vocabulary)):
+    for rows_RD in torch.split(rows_FD, max(1, ENTRIES_AT_ONCE // vocabulary)):
         logits_RV = lens.logits(rows_RD)[:, :vocabulary]
         for ends, largest in ((raised, True), (lowered, False)):
             values, tokens = logits_RV.topk(count, largest=largest)

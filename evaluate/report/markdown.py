@@ -31,6 +31,7 @@ from evaluate.report.columns import (
 )
 from evaluate.report.digits import measured, with_interval
 from evaluate.report.sweep import sweep_columns
+from evaluate.report.together import COLUMNS, together_rows, together_sentences, together_title
 from evaluate.report.verdict import verdict_sentences
 
 
@@ -186,21 +187,17 @@ def _site_section(site: Json) -> str:
     return "\n\n".join(parts)
 
 
-def _together_section(together: Json) -> str:
-    """Write what all SAEs and transcoders of a store cost at work in one forward."""
-    columns = [column for column in (*SPLICE, *OF_SITE) if column.key in together["metrics"]]
-    cells = [statistic(together["metrics"][column.key], column.digits) for column in columns]
-    parts = [
-        f"{part['target']}" + (f" from {part['site']}" if part["site"] != part["target"] else "")
-        for part in together["saes"]
+def _together_section(report: Json, together: Json) -> str:
+    """Write what all SAEs and transcoders of a store cost at work in one forward, and what each costs alone."""
+    lines = [
+        [row.name, *(statistic(row.metrics[c.key] or {"value": None, "se": None}, c.digits) for c in COLUMNS)]
+        for row in together_rows(report, together)
     ]
     return "\n\n".join(
         [
-            f"## All {len(parts)} together in {together['model']}",
-            f"- Replaced in one forward, each reading behind the replacements below it: {', '.join(parts)}.\n"
-            f"- Token set: {together['tokens']:,} tokens of {together['documents']:,} documents; L0 is the sum over"
-            " all of them, and zero and mean are the ablation of every target at once.",
-            table([column.heading for column in columns], [cells]),
+            f"## {together_title(together)}",
+            "\n".join(f"- {sentence}" for sentence in together_sentences(report, together)),
+            table(["replaced", *(column.titled for column in COLUMNS)], lines),
         ]
     )
 
@@ -223,5 +220,6 @@ def markdown(report: Json) -> str:
         f" (paired bootstrap over documents, {settings['bootstrap']:,} samples, seed {settings['seed']})."
     )
     words = "\n".join(f"- **{name}**: {text}" for name, text in DEFINITIONS.items())
-    sections = [*map(_site_section, report["sites"]), *map(_together_section, report.get("together", []))]
+    sections = [_site_section(site) for site in report["sites"]]
+    sections += [_together_section(report, together) for together in report.get("together", [])]
     return "\n\n".join([head, *sections, f"## Columns\n\n{words}"]) + "\n"

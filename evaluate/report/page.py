@@ -13,7 +13,8 @@ from data.base.files import write_atomic
 from data.base.records import Json
 from evaluate.report.columns import DEFINITIONS, OF_SITE, STAR, best_at_their_l0, few_documents, massive_rows, sae_name
 from evaluate.report.render import asset, render, script_hash
-from evaluate.report.tables import Table, cell, heading, is_plain, sae_tables, site_tables
+from evaluate.report.tables import Table, cell, heading, is_plain, sae_tables, site_tables, together_table
+from evaluate.report.together import together_sentences, together_title
 from evaluate.report.verdict import verdict_sentences
 
 # Of a site: what the page says in its own words.
@@ -47,6 +48,7 @@ def write_page(
     page = render(
         "report.html",
         sites=[site_section(site, config, identities[site["fingerprint"]], features) for site in report["sites"]],
+        together=[together_section(report, one) for one in report.get("together", [])],
         made=report.get("made", "")[:16].replace("T", " "),
         star=STAR,
         definitions=DEFINITIONS,
@@ -101,4 +103,13 @@ def site_section(site: Json, config: Mapping[str, Any], identity: Json, features
             for row in rows
             if row["folder"] in features
         ],
+    }
+
+
+def together_section(report: Json, together: Json) -> Json:
+    """Gather what the page shows of a replacement model."""
+    return {
+        "title": together_title(together),
+        "sentences": together_sentences(report, together),
+        "table": together_table(report, together),
     }

@@ -34,14 +34,3 @@ def test_a_peer_without_the_library_is_told_why(tmp_path: Path, capsys: pytest.C
     trial = Trial("tiny", build(), ("resid_post.1",), 16, 2, 16, 2, 1)
     with harvest.peer(trial, tmp_path, sys.executable) as other:
         assert other == "ModuleNotFoundError: No module named 'sae_lens'"
-
-
-@linux
-@pytest.mark.slow
-def test_the_harvest_costs_little_beside_the_forward(tmp_path: Path) -> None:
-    """Loose, for a machine that does other things too; the figures are in benchmarks/harvest.py's own table."""
-    trial = harvest.gpt2()
-    shares = harvest.speed(
-        trial, {"bare": harvest.bare(trial), "ours": harvest.ours(trial, tmp_path, "float32", 5, trial.units)}, 1
-    )
-    assert shares["ours"] > 0.7

@@ -21,12 +21,14 @@ from benchmarks.parity import (
     RECORD,
     SPARSITY,
     B,
+    D,
     F,
     K,
     batch,
     ours,
     parameters,
     scale,
+    target_rows,
 )
 from tests.helpers import reference
 from tests.helpers.reference import Parameters, Pass, Result
@@ -51,6 +53,9 @@ def by_hand(name: str, **changed: Any) -> Result:
         s = case.settings
         target, form = s.get("k"), s.get("target_form", "log")
         return reference.jumprelu(x, p, v, centred, sparsity=s["sparsity"], eps=BANDWIDTH, target=target, form=form)
+    if case.transcodes:
+        of_target = {"y": target_rows(), "centre": np.zeros(D)}
+        return reference.topk(x, p, v, False, k=K, dead=DEAD, alpha=0.0, **of_target)
     options: dict[str, Any] = {
         "k": K,
         "dead": DEAD,
@@ -104,6 +109,12 @@ def test_a_peer_that_follows_the_paper_has_our_loss_reconstruction_and_gradients
 @pytest.mark.parametrize("name", WRONG)
 def test_a_peer_that_departs_reconstructs_alike(name: str) -> None:
     same(theirs(name)[1]["x_hat"], ours(name)[1]["x_hat"], "x_hat")
+
+
+def test_a_skip_is_a_part_of_the_loss_it_is_compared_in() -> None:
+    """The two transcoders differ by W_skip alone, whose gradient is of the error and the input."""
+    (plain, _), (skipped, grads) = ours("sparsify transcoder"), ours("sparsify skip transcoder")
+    assert plain != pytest.approx(skipped, rel=0.01) and grads["W_skip"].shape == (D, D)
 
 
 def test_mistake_06_dictionary_learning_loses_half_of_the_kernel() -> None:

@@ -13,6 +13,9 @@ from benchmarks import rates
 from benchmarks.dictionary import SITE, Dictionary
 from benchmarks.rates import Trial, table
 from data.base.errors import UserError
+from tests.helpers.runs import TARGET, add_target, composed, make_store
+from train.rates import learning_rate
+from train.sae import load_config
 
 SMALL = ["trainer=cpu", "tokens=2560", "batch=128", "calibration_tokens=512", "heldout_tokens=512", "sae.width=32"]
 
@@ -47,6 +50,18 @@ def test_a_search_trains_the_rule_s_rate_among_others(
     assert re.search(r"\| topk \| 0\.\d+ \| 0\.\d{4} \| 2\.0 \| \d+ \| 0\.\d+ \| .*%", out)
     rows = (tmp_path / "rates.csv").read_text().splitlines()[1:]
     assert [row.split(",")[:2] for row in rows] == [["topk", "0.5"], ["topk", "1.0"], ["relu", "0.5"], ["relu", "1.0"]]
+
+
+@pytest.mark.slow
+def test_a_search_with_a_target_is_of_transcoders(tmp_path: Path) -> None:
+    add_target(make_store(tmp_path / "cache", composed("out=x")))
+    asked = [*SMALL, f"cache={tmp_path / 'cache'}", "site=resid_post.3", f"target={TARGET}", "sae.k=2", "sae.skip=true"]
+    found = rates.search(tmp_path / "saes", ["topk"], [1.0, 2.0], asked)
+    assert [trial.rate for trial in found] == [learning_rate("topk", 16, 20), 2 * learning_rate("topk", 16, 20)]
+    for trial in found:
+        config = load_config(tmp_path / "saes" / f"topk-{trial.rate}")
+        assert config["target"] == TARGET and config["settings"]["skip"]
+        assert config["training"]["heldout"]["nmse"] == trial.nmse
 
 
 def test_rates_are_compared_at_one_l0(store: Path, tmp_path: Path) -> None:

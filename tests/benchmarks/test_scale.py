@@ -15,13 +15,17 @@ from benchmarks.scale import (
     Reached,
     Run,
     collectives,
+    ending,
     fewest_ranks,
+    gathering,
+    gathering_bytes,
     message_seconds,
     moved,
     needs,
     paper_lines,
     product_seconds,
     row,
+    shards,
 )
 
 SMALL = Shape("topk", width=1024, d_model=64, batch=128, k=4)
@@ -122,6 +126,21 @@ def test_the_papers_run_is_16_million_latents_over_40_billion_tokens() -> None:
     assert 16 / (narrow.weight * 2 + 2) == pytest.approx(2.7, abs=0.04)
     ranks = [fewest_ranks(run, CARDS["H100"]) for run in (plain, eight_bits, narrow)]
     assert ranks[0] > ranks[1] > ranks[2]
+
+
+def test_the_final_sae_by_hand() -> None:
+    """TopK's 10 latents of 4 entries in two files of 5: 36 bytes a latent, and 28 beside them in the first.
+
+    Pieces of 8 entries: of each file two latents of W_dec, or a column of W_enc, or all of b_enc at a time. The second
+    file begins with a latent of the second process, so the first one's latent before it comes along.
+    """
+    run = Run(Shape("topk", width=10, d_model=4, batch=2, k=1), 1e3, latent_ranks=2)
+    assert shards(run, 28 + 5 * 36) == [5, 5] and shards(run, 10**6) == [10]
+    first = [16, 16, 16, *4 * [12], 12]  # rows of 4: latents 0 and 1, 2 and 3, 4; columns of 5 and of 1
+    second = [32, 32, 16, *4 * [12], 12]  # latents 4 with 5 and 6; 6 with 7 and 8; 8 with 9
+    assert [message.payload for message in gathering(run, 28 + 5 * 36, 8)] == first + second
+    assert gathering_bytes(run, 28 + 5 * 36, 8) == 4 * 8 * 4.5
+    assert "the final SAE: 1 files, of which each of 2 processes sends 0.0 GB in 3 messages" in ending(run)
 
 
 def test_a_line_of_the_table() -> None:

@@ -321,6 +321,24 @@ def test_gc_removes_the_checkpoints_of_trainings_that_have_ended(
     assert trained.path.exists()
 
 
+def test_the_files_of_a_split_dictionary_are_counted_and_removed_together(
+    trained: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Shards of the weights beside their index, and the checkpoint's parts beside its own."""
+    done = tmp_path / "outputs" / "done"
+    (done / "sae.safetensors").unlink()
+    (done / "sae.safetensors.index.json").write_text("{}")
+    for number in (1, 2):
+        (done / f"sae-0000{number}-of-00002.safetensors").write_bytes(bytes(4000))
+        (done / "checkpoints" / f"last.9.{number - 1}-of-2.ckpt").write_bytes(bytes(6000))
+    age(tmp_path, 120)
+    _, out = told(capsys, "list", tmp_path / "cache", "--outputs", tmp_path / "outputs")
+    assert f"  SAE topk  {done}  8.0 kB, checkpoint 15.0 kB\n" in out
+    code, out = told(capsys, "gc", tmp_path / "cache", "--outputs", tmp_path / "outputs", "--yes")
+    assert code == 0 and "may go: 3 files" in out
+    assert not list((done / "checkpoints").iterdir()) and len(list(done.glob("*.safetensors"))) == 2
+
+
 def test_rm_says_what_depends_on_a_store_and_asks(
     trained: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -41,6 +41,18 @@ def saved(harvested: dict[str, Any], tmp_path: Path, rough_sae: Callable[[int], 
     save(rough_sae(16), tmp_path / "saes" / "rough", record)
 
 
+def test_saes_in_shards_are_found_and_scored_alike(
+    harvested: dict[str, Any], tmp_path: Path, rough_sae: Callable[[int], ReLU]
+) -> None:
+    record = {"site": "resid_post.0", "fingerprint": harvested["store"].manifest.fingerprint, "store": "s"}
+    for name, most in (("many", 500), ("one", 10**9)):
+        save(rough_sae(16), tmp_path / "saes" / name, record, shard_bytes=most)
+    report = evaluate(config_of(harvested, tmp_path, a_text(tmp_path / "own.jsonl", 5))).path.with_name("report.json")
+    (site,) = json.loads(report.read_text())["sites"]
+    many, one = site["saes"]
+    assert Path(many["folder"]).name == "many" and many["metrics"] == one["metrics"]
+
+
 def test_own_text_is_what_is_scored(
     saved: None, harvested: dict[str, Any], tmp_path: Path, rough_sae: Callable[[int], ReLU]
 ) -> None:

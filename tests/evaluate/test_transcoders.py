@@ -16,13 +16,15 @@ from evaluate.features.make import make
 from evaluate.inputs import HeldoutText, open_text
 from evaluate.run import evaluate
 from harvest.hooks import Site, run_to
+from tests.helpers.pages import called
 from tests.helpers.settings import stage_config
-from tests.helpers.tiny_lm import WIDTH, harvest_of, mlp_transcoder
+from tests.helpers.tiny_lm import WIDTH, harvest_of, mlp_transcoder, tiny_gpt2
 from train.sae.base import SAE
 from train.sae.io import save
 from train.sae.variants.relu import ReLU
 
 NEURONS = "in.transformer.h.1.mlp.c_proj"
+SINK = 3  # the position in a context of 16 that is massive where a test plants one
 SITES = ("mlp_in.0", "mlp_out.0", "mlp_in.1", "mlp_out.1", NEURONS)
 
 
@@ -200,7 +202,7 @@ def test_together_takes_one_of_a_target_and_what_is_read_before_it(
 
 
 @pytest.mark.slow
-def test_the_rule_for_massive_rows_is_that_of_the_input(
+def test_a_rule_of_the_input_alone_still_holds_for_an_older_transcoder(
     saved: Callable[..., Path], report: Callable[..., tuple[dict[str, Any], str]], relu_lm: Any, made: dict[str, Any]
 ) -> None:
     norms = {site: rows_of(made["heldout"], site).norm(dim=1) for site in ("mlp_in.1", "mlp_out.1")}
@@ -221,6 +223,52 @@ def test_the_rule_for_massive_rows_is_that_of_the_input(
     assert set(site["massive"]["sites"]) == set(rules) and "at mlp_in.1 one above 1 times the median" in text
 
 
+def test_rows_massive_at_the_target_alone_are_left_out_by_a_transcoder_s_own_rule(
+    saved: Callable[..., Path], report: Callable[..., tuple[dict[str, Any], str]], relu_lm: Any, made: dict[str, Any]
+) -> None:
+    norms = {site: rows_of(made["heldout"], site).norm(dim=1) for site in ("mlp_in.1", "mlp_out.1")}
+    limits = {site: float(norms_N.quantile(0.75)) for site, norms_N in norms.items()}
+    rule = {"times": 1.0, "median": limits["mlp_in.1"], "target_median": limits["mlp_out.1"]}
+    saved("transcoder", mlp_transcoder(relu_lm, 1), "mlp_in.1", "mlp_out.1", outliers=rule)
+    found, text = report()
+    (site,) = found["sites"]
+    either = (norms["mlp_in.1"] > limits["mlp_in.1"]) | (norms["mlp_out.1"] > limits["mlp_out.1"])
+    assert site["massive"]["left_out"] == int(either.sum()) and site["tokens"] == int((~either).sum())
+    assert "or at mlp_out.1 one above 1 times the median" in text
+
+
+def test_a_planted_sink_of_the_target_is_told_apart_where_there_is_no_rule(tmp_path: Path) -> None:
+    """A model whose MLP answers one position of a context a hundred times as loud as the others, though its norm lets
+    no input be massive."""
+    model = tiny_gpt2(activation_function="relu")
+    with torch.no_grad():
+        model.transformer.wpe.weight[SINK, 5] = 1000.0  # behind the norm x_5 is then near sqrt(15), and the rest near 0
+        model.transformer.h[1].ln_2.weight.fill_(1.0)
+        model.transformer.h[1].ln_2.bias.zero_()
+        mlp = model.transformer.h[1].mlp
+        mlp.c_fc.weight[:, 0] = 0.0
+        mlp.c_fc.weight[5, 0] = 100.0
+        mlp.c_fc.bias[0] = -370.0  # relu(100 (x_5 - 3.7)): of no other position
+        mlp.c_proj.weight[0] = 100.0
+    found = harvest_of(model, tmp_path, sites=("mlp_in.1", "mlp_out.1"))
+    transcoder = rough(3)
+    record = {"site": "mlp_in.1", "target": "mlp_out.1", "fingerprint": found["store"].manifest.fingerprint}
+    save(transcoder, tmp_path / "saes" / "rough", {**record, "store": "s", "training": {}})
+    own = {"saes": str(tmp_path / "saes"), "cache": found["config"]["cache"], "out": str(tmp_path / "out")}
+    content = evaluate(stage_config("evaluate", **own, tokens=250, bootstrap=20, device="cpu")).content
+    (site,) = content["sites"]
+    text = open_text(found["store"], {"tokens": 250, "device": "cpu", "device_map": None})
+    ordinary = text.packed.keep.copy()
+    ordinary[:, SINK] = False
+    assert site["massive"]["rows"] == int(text.packed.keep[:, SINK].sum()) > 0
+    chosen = torch.from_numpy(ordinary[text.packed.keep])
+    x, y = rows_of(text, "mlp_in.1")[chosen], rows_of(text, "mlp_out.1")[chosen]
+    expected = (y - transcoder(x)).double().square().sum() / (y.double() - y.double().mean(0)).square().sum()
+    (row,) = site["saes"]
+    assert value(row, "nmse") == pytest.approx(float(expected), rel=1e-4)
+    assert row["all_rows"]["nmse"]["value"] != pytest.approx(value(row, "nmse"), rel=0.2)
+
+
 def rough_sae_of_width() -> ReLU:
     return ReLU(WIDTH, 2 * WIDTH, sparsity=0.0, input_norm="none")
 
@@ -236,8 +284,34 @@ def test_feature_metrics_are_of_saes(
 def test_feature_pages_of_a_transcoder(
     saved: Callable[..., Path], made: dict[str, Any], relu_lm: Any, tmp_path: Path
 ) -> None:
-    """It fires on its input, and its decoder writes to the target: logits by the direct path from there."""
-    folder = saved("mlp", mlp_transcoder(relu_lm, 1), "mlp_in.1", "mlp_out.1")
+    """Its encoder reads token embeddings behind the norm before the MLP, and its decoder writes to the target: logits
+    by the direct path from there."""
+    transcoder = mlp_transcoder(relu_lm, 1)
+    folder = saved("mlp", transcoder, "mlp_in.1", "mlp_out.1")
     own = {"folder": str(folder), "cache": made["config"]["cache"], "out": str(tmp_path / "pages")}
-    page = make(stage_config("features", **own, tokens=250, device="cpu")).read_text()
-    assert "mlp_in.1 to mlp_out.1" in page
+    page = make(stage_config("features", **own, tokens=250, device="cpu"))
+    assert "mlp_in.1 to mlp_out.1" in page.read_text()
+    assert "what a token's embedding" in page.read_text()
+    piece = called(page.parent / "part-000.js")[1]
+    with torch.no_grad():
+        read_VD = relu_lm.transformer.h[1].ln_2(relu_lm.transformer.wte.weight)
+        z_VF = transcoder.pre_activation(read_VD)
+    tokenizer = made["heldout"].tokenizer
+    for number in (0, 7):
+        gained_V = (z_VF[:, number] - z_VF[:, number].mean())[: len(tokenizer)]
+        found = piece["latents"][number]
+        assert piece["tokens"][found["rm"][0][0]] == tokenizer.decode([int(gained_V.argmax())])
+        assert piece["tokens"][found["rl"][0][0]] == tokenizer.decode([int(gained_V.argmin())])
+        assert found["rm"][0][1] == pytest.approx(float(gained_V.max()), rel=1e-2)  # three digits
+        assert found["rl"][0][1] == pytest.approx(float(gained_V.min()), rel=1e-2)
+        assert "r" in found and "l" in found
+
+
+def test_feature_pages_of_an_sae_say_nothing_of_an_input(
+    saved: Callable[..., Path], made: dict[str, Any], rough_sae: Callable[[int], ReLU], tmp_path: Path
+) -> None:
+    folder = saved("sae", rough_sae(WIDTH), "mlp_out.1")
+    own = {"folder": str(folder), "cache": made["config"]["cache"], "out": str(tmp_path / "pages")}
+    page = make(stage_config("features", **own, tokens=250, device="cpu"))
+    assert "<dt>Input</dt>" not in page.read_text() and '"reads"' not in page.read_text()
+    assert "rm" not in called(page.parent / "part-000.js")[1]["latents"][0]

@@ -9,7 +9,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -175,8 +174,8 @@ def silent_port() -> Iterator[int]:
         yield server.getsockname()[1]
 
 
-def in_a_fresh_process(name: str, endpoint: str, cache: Path, timeout: float) -> tuple[str, float]:
-    """What check_model says of a hub name where the hub is at `endpoint`, and the seconds it took, imports included."""
+def in_a_fresh_process(name: str, endpoint: str, cache: Path, timeout: float) -> str:
+    """Return what check_model says of a hub name where the hub is at `endpoint`; a look that hangs fails the test."""
     code = (
         "import sys; from harvest import hub, lm\n"
         f"hub.TIMEOUT = {timeout}\n"
@@ -184,7 +183,6 @@ def in_a_fresh_process(name: str, endpoint: str, cache: Path, timeout: float) ->
         "except ValueError as error: print(type(error).__name__, error)\n"
         "print([m for m in ('torch', 'transformers') if m in sys.modules])"
     )
-    start = time.perf_counter()
     done = subprocess.run(
         [sys.executable, "-c", code],
         cwd=ROOT,
@@ -192,27 +190,28 @@ def in_a_fresh_process(name: str, endpoint: str, cache: Path, timeout: float) ->
         capture_output=True,
         text=True,
         check=True,
+        timeout=120,
     )
-    return done.stdout, time.perf_counter() - start
+    return done.stdout
 
 
 def test_without_a_network_a_hub_name_is_refused_before_torch_is_imported(tmp_path: Path) -> None:
-    told, seconds = in_a_fresh_process("org/tiny", "http://127.0.0.1:9", tmp_path, timeout=hub.TIMEOUT)
+    told = in_a_fresh_process("org/tiny", "http://127.0.0.1:9", tmp_path, timeout=hub.TIMEOUT)
     assert told.startswith("UserError model 'org/tiny' is no folder here and not whole in the hub's cache, and the hub")
-    assert told.endswith("name a local folder, or `embedded`\n[]\n") and seconds < 10
+    assert told.endswith("name a local folder, or `embedded`\n[]\n")
 
 
 @pytest.mark.slow
 def test_a_hub_that_never_answers_is_given_up(silent_port: int, tmp_path: Path) -> None:
-    told, seconds = in_a_fresh_process("org/tiny", f"http://127.0.0.1:{silent_port}", tmp_path, timeout=0.5)
-    assert "the hub cannot be reached" in told and seconds < 10
-    assert hub.TIMEOUT + 1 < 8  # leaves two seconds of the ten for the start
+    told = in_a_fresh_process("org/tiny", f"http://127.0.0.1:{silent_port}", tmp_path, timeout=0.5)
+    assert "the hub cannot be reached" in told
 
 
 def test_a_name_look_up_that_hangs_is_given_up(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    released = threading.Event()  # the look-up hangs until this is set
     monkeypatch.setattr(hub, "TIMEOUT", -0.9)
-    monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda *_, **__: time.sleep(3))
-    start = time.perf_counter()
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda *_, **__: released.wait(60))
     with pytest.raises(UserError, match=r"the hub cannot be reached \(TimeoutError: no answer within"):
         lm.check_model({"name": "org/tiny"})
-    assert time.perf_counter() - start < 2
+    assert not released.is_set()
+    released.set()

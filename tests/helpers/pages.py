@@ -35,7 +35,7 @@ class Tokenizer:
         return "▁" if token == 1 else "x"
 
 
-def a_page(out: Path, width: int = 5, other: OtherSAE | None = None) -> tuple[Latents, Path]:
+def a_page(out: Path, width: int = 5, other: OtherSAE | None = None, site: str = HOSTILE[1]) -> tuple[Latents, Path]:
     """Pages of random latents over a text of hostile tokens in a hostile document; latent 0 is silent."""
     g = torch.Generator().manual_seed(0)
     f = torch.randn(6, 8, width, generator=g).relu()
@@ -52,7 +52,7 @@ def a_page(out: Path, width: int = 5, other: OtherSAE | None = None) -> tuple[La
     together = found.together.neighbours(3)
     latents = Latents(found, packed, Words(Tokenizer()), near, ends, ends, (0.9, 0.5), 2, together, other)
     about = {
-        **{"variant": HOSTILE[0], "width": width, "site": HOSTILE[1], "model": HOSTILE[2], "store": "s"},
+        **{"variant": HOSTILE[0], "width": width, "site": site, "model": HOSTILE[2], "store": "s"},
         **{
             "fingerprint": "f" * 64,
             "folder": HOSTILE[0],

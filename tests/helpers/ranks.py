@@ -155,6 +155,8 @@ def outcome(case: Case, mesh: Mesh) -> dict[str, Any]:
     (out["held out"],) = held_out([sae], reserved, torch.device("cpu"), mesh.data)
     out["buffers_at_end"] = {name: buffer.clone() for name, buffer in sae.named_buffers()}
     out["file"] = b"".join(weight_pieces(sae, entries=40))
+    shards = [range(first, min(first + 5, F)) for first in range(0, F, 5)]  # 5 is divided by no number of processes
+    out["shards"] = {latents: b"".join(weight_pieces(sae, latents, entries=40)) for latents in shards}
     out["final"] = {name: parameter.detach().clone() for name, parameter in sae.named_parameters()}
     return out
 

@@ -53,6 +53,15 @@ def publish(hub: Hub, home: Path, *arguments: str, token: str = TOKEN) -> subpro
     return subprocess.run(command, cwd=CONF.parent, capture_output=True, text=True, env=environment)
 
 
+def test_an_sae_in_shards_goes_as_one_file(saes: Path, tmp_path: Path) -> None:
+    settings = {"saes": str(saes), "repo": "me/topk"}
+    before = prepare_upload(PublishSettings.of(settings)).files
+    for folder in saes.iterdir():
+        save(load(folder), folder, RECORD, shard_bytes=500)
+        assert len(list(folder.glob("sae-*.safetensors"))) > 2
+    assert prepare_upload(PublishSettings.of(settings)).files == before
+
+
 @pytest.mark.slow
 def test_nothing_goes_unasked_and_then_all_of_it(saes: Path, hub: Hub, tmp_path: Path) -> None:
     dry = publish(hub, tmp_path / "home", f"saes={saes}", "repo=me/topk")
@@ -97,21 +106,29 @@ def test_a_refusal_is_one_sentence_without_the_token(saes: Path, hub: Hub, tmp_p
 
 def test_the_report_and_its_pages_go_with_it(saes: Path, tmp_path: Path) -> None:
     report, plots, features = tmp_path / "out", tmp_path / "out" / "plots", tmp_path / "out" / "features"
-    for folder in (report, plots, features):
+    for folder in (report, plots, features, features / "other"):
         folder.mkdir()
     names = ("l0", "nmse", "ev", "ce_increase", "recovered_zero", "recovered_mean", "kl")
     metrics = {name: {"value": 0.5, "se": 0.1} for name in names}
     rows = [{"folder": str(path), "metrics": metrics} for path in sorted(saes.iterdir())]
     site = {"fingerprint": "f" * 64, "tokens": 77, "sequences": 5, "saes": rows}
     (report / "report.json").write_text(json.dumps({"sites": [site]}))
-    for name in ("report.html", "plots/a.png", "features/index.html", "features/part-000.js", "x.log"):
+    for name in (
+        "report.html",
+        "plots/a.png",
+        "features/index.html",
+        "features/part-000.js",
+        "features/other/index.html",
+        "x.log",
+    ):
         (report / name).write_text("x")
     upload = prepare_upload(settings(saes=str(saes), repo="me/topk", report=str(report)))
     beside = {path for path in upload.files if path.startswith("report/")}
     pages = ("report.json", "report.html", "plots/a.png", "features/index.html", "features/part-000.js")
+    pages += ("features/other/index.html",)  # of the SAE that the pages compare with
     assert beside == {f"report/{name}" for name in pages}
     assert "On 77 held-out tokens" in bytes(upload.files["sae.k-2/README.md"]).decode()
-    assert [line for line in upload.listing() if "features/ (2 files)" in line]
+    assert [line for line in upload.listing() if "features/ (3 files)" in line]
 
 
 def settings(**given: Any) -> PublishSettings:

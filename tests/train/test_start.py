@@ -54,6 +54,28 @@ def test_a_run_at_learning_rate_0_ends_with_the_weights_it_started_from(
     assert load_config(tmp_path / "run")["training"]["tokens"] == 1920
 
 
+@pytest.mark.parametrize("shard_bytes", [10**9, 1000])
+def test_a_process_of_several_takes_its_own_latents(
+    short: Any, first: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shard_bytes: int
+) -> None:
+    """Of one file or of shards; rows that are not unit are refused by all, whoever has them."""
+    given = load(first)
+    save(given, first, {}, shard_bytes=shard_bytes)
+    long = load(first)
+    with torch.no_grad():
+        long.W_dec[3] *= 1.5
+    save(long, tmp_path / "long", {}, shard_bytes=shard_bytes)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    split = ["sae=batchtopk", "trainer.devices=2", "trainer.latent_ranks=2", f"out={tmp_path / 'b'}"]
+    for rank in range(2):
+        monkeypatch.setenv("RANK", str(rank))
+        run = prepare(TrainRequest(short(*split, f"start={first}")))
+        assert run is not None and torch.equal(run.sae.W_dec, given.W_dec[rank::2])
+        assert torch.equal(run.sae.W_enc_FD, given.W_enc_FD[rank::2]) and torch.equal(run.sae.b_dec, given.b_dec)
+        with pytest.raises(UserError, match=r"not unit \(by 0\.5\)"):
+            prepare(TrainRequest(short(*split, f"start={tmp_path / 'long'}")))
+
+
 @pytest.mark.parametrize(
     ("overrides", "says"),
     [

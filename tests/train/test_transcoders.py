@@ -30,9 +30,11 @@ from tests.helpers.runs import (
     plan_of,
     short_run,
 )
+from train.config import TrainSettings
 from train.datamodule import ActivationData
 from train.messages import opening
 from train.plan import group_by_stream
+from train.resume import numbers
 from train.run import TrainRequest, prepare, train, train_all
 from train.sae import load, load_config
 
@@ -156,14 +158,46 @@ def test_rows_are_left_out_by_the_norm_of_the_input(tmp_path: Path) -> None:
     assert moments["variance"] == pytest.approx(float((y - y.mean(0)).square().sum(1).mean()), rel=1e-6)
 
 
-@pytest.mark.parametrize("sink_every", [None, 64])
-def test_massive_rows_of_the_target_are_named(tmp_path: Path, sink_every: int | None) -> None:
-    """They stay, as the norm of the input is ordinary there, and may be most of the target's variance."""
+def test_rows_that_are_massive_at_the_target_alone_are_left_out(tmp_path: Path) -> None:
+    """The norm of the input is ordinary there, and with them the target's variance would be that of these rows."""
     cache = tmp_path / "cache"
-    add_target(make_store(cache, composed("out=x")), sink_every=sink_every)
+    add_target(make_store(cache, composed("out=x")), sink_every=64)
     run = prepare(TrainRequest(short_run(cache, tmp_path / "run", f"target={TARGET}")))
-    assert run is not None and run.plan.outliers is None
-    assert (f"{TARGET} has massive rows" in opening([run])) == (sink_every is not None)
+    assert run is not None and run.settings.outliers == 10.0
+    plan = run.plan
+    assert plan.outliers is not None and plan.outliers.left_out == {TRAIN: 64, HELDOUT: 16}
+    assert plan.outliers.by_target == 64
+    assert f"rows above 10 times the median norm at {SITE} or {TARGET} are left out (64 of train" in opening([run])
+    data = ActivationData(plan, seed=0)
+    rows = [data.model_units(batch) for batch in ActivationLoader(plan.readers[TRAIN], batch=64, drop_last=False)]
+    y = torch.cat([batch.target_BE for batch in rows if batch.target_BE is not None]).double()
+    assert len(y) == 4096 - 64 and float(y[:, 0].max()) < 1000  # the massive rows have 40,000 there
+    assert plan.target_moments()["mean_sq_norm"] == pytest.approx(float(y.square().sum(1).mean()), rel=1e-6)
+    x = torch.cat([batch.x_BD for batch in rows]).double()
+    assert plan.moments()["mean_sq_norm"] == pytest.approx(float(x.square().sum(1).mean()), rel=1e-6)
+    assert numbers(run.settings, plan)["left_out_by_target"] == 64
+
+
+def test_where_neither_site_has_massive_rows_every_row_is_read(short: Any) -> None:
+    plan = plan_of(short())
+    assert plan.outliers is None and "left_out_by_target" not in numbers(TrainSettings.of(short()), plan)
+
+
+def test_a_folder_says_by_which_norms_its_rows_were_left_out(tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    add_target(make_store(cache, composed("out=x")), sink_every=64)
+    train(short_run(cache, tmp_path / "run", f"target={TARGET}", "sae=topk"))
+    training = load_config(tmp_path / "run")["training"]
+    plan = plan_of(short_run(cache, tmp_path / "run", f"target={TARGET}"))
+    assert plan.outliers is not None and training["outliers"] == {
+        "times": 10.0,
+        "median": plan.outliers.median,
+        "left_out": {TRAIN: 64, HELDOUT: 16},
+        "target_median": plan.outliers.target_median,
+        "by_target": 64,
+    }
+    # With the massive rows the least squared error is that of a transcoder of these alone, read as nearly nothing.
+    assert 0.1 < training["heldout"]["nmse"] < 0.7
 
 
 def test_int8_rows_of_both_sites_are_decoded_by_their_own_scales(tmp_path: Path) -> None:

@@ -16,16 +16,16 @@ from typing import Any
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from safetensors.torch import load_file
-from safetensors.torch import save as to_bytes
 from yaml import YAMLError  # type: ignore[import-untyped]
 
 from data.base.errors import UserError
 from data.base.records import Json
 from train.interop.fold import folded
-from train.interop.foreign import OURS, Foreign, Origin, fill, own_record, tensors_in, wanted
+from train.interop.foreign import OURS, Files, Foreign, Origin, fill, own_record, tensors_in, wanted
 from train.interop.saelens import NO_TOPK, thresholds, transcoder_of
 from train.sae import load, load_config
 from train.sae.base import SAE
+from train.sae.weights_file import TensorFile
 
 CONFIG = "config.yaml"
 KIND = "transcoder_set"  # of its `model_kind`
@@ -102,7 +102,7 @@ def _require_layer(folder: Path, sae: SAE, origin: Origin) -> None:
         )
 
 
-def files(layers: Sequence[Layer]) -> dict[str, bytes]:
+def files(layers: Sequence[Layer]) -> Files:
     """Make the files of a set, from `layers_of`."""
     made = {f"layer_{layer.number}.safetensors": _weights(layer.sae) for layer in layers}
     first = layers[0]
@@ -119,14 +119,14 @@ def files(layers: Sequence[Layer]) -> dict[str, bytes]:
     return {**made, CONFIG: OmegaConf.to_yaml(OmegaConf.create(config)).encode()}
 
 
-def _weights(sae: SAE) -> bytes:
+def _weights(sae: SAE) -> TensorFile:
     tensors = {theirs: getattr(sae, ours).detach() for theirs, ours in _NAMES.items()}
     if sae.name != "relu":
         # Its JumpReLU has no relu, so what ours keeps below 0 by one must be below the threshold there.
         tensors[THRESHOLD] = thresholds(sae).clamp_min(0)
     if sae.W_skip is not None:
         tensors["W_skip"] = sae.W_skip.detach().t()
-    return to_bytes({name: tensor.contiguous() for name, tensor in tensors.items()})
+    return TensorFile(tensors)
 
 
 def is_set(folder: Path) -> bool:

@@ -58,9 +58,3 @@ class ImportSettings(FolderSettings):
     """The site in the store; null: as the folder says. Of a circuit-tracer set its kind alone: mlp_in."""
     target: Text | None = None
     """Of a transcoder, the site that it predicts; null: as the folder says. Of a circuit-tracer set its kind alone."""
-
-
-def refuse_full(out: Path) -> None:
-    """Refuse a folder that something is in already."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out} is there already: choose another folder with out=<folder>, or remove it")

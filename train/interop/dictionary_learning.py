@@ -17,6 +17,7 @@ from data.base.records import Json
 from train.interop.fold import subtracting, unit_rows
 from train.interop.foreign import (
     OURS,
+    Files,
     Foreign,
     Origin,
     construct,
@@ -71,7 +72,7 @@ _VARIANT_OF = {name: variant for variant, name in _OF_VARIANT.items()} | {
 }
 
 
-def files(sae: SAE, origin: Origin) -> dict[str, bytes]:
+def files(sae: SAE, origin: Origin) -> Files:
     """Make the files of an SAE: every variant fits; `token` does not."""
     refuse_transcoder(sae, "dictionary_learning", "use to=saelens, circuit_tracer or sparsify")
     if sae.input_norm == "token":

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig
 
 from data.base import cli
 from data.base.errors import UserError
-from data.base.files import write_atomic
-from train.interop.config import ExportSettings, refuse_full
+from data.base.files import atomic_file, refuse_full
+from train.interop.config import ExportSettings
+
+if TYPE_CHECKING:
+    from train.interop.foreign import Files
 
 CARD = "README.md"
 
@@ -33,9 +37,7 @@ def export(folder: Path, to: str, out: Path, report: Path | None = None) -> None
     files = FORMATS[to].files(sae, origin)
     loading = FORMATS[to].loading.format(folder=out.name)
     files[CARD] = card(sae, origin, config, loading, found).encode()
-    out.mkdir(parents=True, exist_ok=True)
-    for name, data in files.items():
-        write_atomic(out / name, data)
+    _write(out, files)
 
 
 def export_set(folders: Sequence[Path], out: Path) -> None:
@@ -48,9 +50,18 @@ def export_set(folders: Sequence[Path], out: Path) -> None:
     files = circuit_tracer.files(layers)
     loading = circuit_tracer.LOADING.format(folder=out.name, layers=len(layers))
     files[CARD] = set_card([layer.folder for layer in layers], layers[0].origin, loading).encode()
+    _write(out, files)
+
+
+def _write(out: Path, files: Files) -> None:
+    """Write the files of a folder, tensors a piece at a time."""
+    from train.sae.weights_file import TensorFile
+
     out.mkdir(parents=True, exist_ok=True)
-    for name, data in files.items():
-        write_atomic(out / name, data)
+    for name, content in files.items():
+        with atomic_file(out / name) as file:
+            for piece in content.pieces() if isinstance(content, TensorFile) else [content]:
+                file.write(piece)
 
 
 def main(config: DictConfig) -> None:

@@ -19,7 +19,10 @@ from data.base.records import Json
 from data.base.sites import INPUT_KINDS, Site
 from train.sae.base import SAE
 from train.sae.io import VARIANTS, inference_settings
+from train.sae.weights_file import TensorFile
 
+Files = dict[str, bytes | TensorFile]
+"""The files of a format by their names."""
 OURS = "thresher"  # the key under which a format's settings carry ours
 _LAYER = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from data.base.errors import UserError
 from train.interop import dictionary_learning, saelens, sparsify
-from train.interop.foreign import Foreign, Origin
+from train.interop.foreign import Files, Foreign, Origin
 from train.sae.base import SAE
 
 
@@ -21,7 +21,7 @@ class Format:
 
     name: str
     holds: tuple[str, str]
-    files: Callable[[SAE, Origin], dict[str, bytes]]
+    files: Callable[[SAE, Origin], Files]
     read: Callable[[Path], Foreign]
     loading: str
 

@@ -10,9 +10,10 @@ from omegaconf import DictConfig
 
 from data.base import cli
 from data.base.errors import UserError
+from data.base.files import refuse_full
 from data.base.sites import Site
 from data.store.manifest import TRAIN
-from train.interop.config import ImportSettings, refuse_full
+from train.interop.config import ImportSettings
 
 if TYPE_CHECKING:
     from torch import Tensor

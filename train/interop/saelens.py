@@ -13,7 +13,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from data.base.errors import UserError
@@ -21,6 +20,7 @@ from data.base.records import Json
 from train.interop.fold import unit_rows
 from train.interop.foreign import (
     OURS,
+    Files,
     Foreign,
     Origin,
     construct,
@@ -34,6 +34,7 @@ from train.interop.foreign import (
 )
 from train.sae.base import SAE
 from train.sae.variants.topk import TopK
+from train.sae.weights_file import TensorFile
 
 CONFIG, WEIGHTS = HOLDS = ("cfg.json", "sae_weights.safetensors")
 LOADING = """from sae_lens import SAE
@@ -59,7 +60,7 @@ _TRANSCODERS = {
 _BIASES = {"gated": ("b_gate", "b_mag", "r_mag")}
 
 
-def files(sae: SAE, origin: Origin) -> dict[str, bytes]:
+def files(sae: SAE, origin: Origin) -> Files:
     """Make the files of an SAE: every variant fits, as transcoders those of a relu or a threshold."""
     architecture = _ARCHITECTURES[sae.name]
     if sae.transcodes:
@@ -80,11 +81,10 @@ def files(sae: SAE, origin: Origin) -> dict[str, bytes]:
         config |= {"k": sae.config.k, "rescale_acts_by_decoder_norm": False}
     if architecture == "jumprelu":
         tensors["threshold"] = thresholds(sae)
-    whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    return {WEIGHTS: to_bytes(whole), CONFIG: json_bytes(config)}
+    return {WEIGHTS: TensorFile(tensors), CONFIG: json_bytes(config)}
 
 
-def _transcoder_files(sae: SAE, architecture: str, origin: Origin) -> dict[str, bytes]:
+def _transcoder_files(sae: SAE, architecture: str, origin: Origin) -> Files:
     """Make the files of a transcoder, whose encoder subtracts nothing."""
     if architecture not in ("standard", "jumprelu"):
         refuse_transcoder(sae, "SAELens", NO_TOPK)
@@ -105,8 +105,7 @@ def _transcoder_files(sae: SAE, architecture: str, origin: Origin) -> dict[str, 
         "reshape_activations": "none",
         "metadata": {**_metadata(origin), "hook_name_out": origin.hook_out, "hook_head_index_out": None},
     }
-    whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    return {WEIGHTS: to_bytes(whole), CONFIG: json_bytes(config)}
+    return {WEIGHTS: TensorFile(tensors), CONFIG: json_bytes(config)}
 
 
 def thresholds(sae: SAE) -> Tensor:

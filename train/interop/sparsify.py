@@ -9,13 +9,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from safetensors.torch import save as to_bytes
-
 from data.base.errors import UserError
 from data.base.records import Json
 from train.interop.fold import subtracting
 from train.interop.foreign import (
     OURS,
+    Files,
     Foreign,
     Origin,
     construct,
@@ -28,6 +27,7 @@ from train.interop.foreign import (
 )
 from train.sae.base import SAE
 from train.sae.variants.topk import TopK
+from train.sae.weights_file import TensorFile
 
 CONFIG, WEIGHTS = HOLDS = ("cfg.json", "sae.safetensors")
 LOADING = """from sparsify import SparseCoder
@@ -37,7 +37,7 @@ acts, index, _ = sae.encode(x); x_hat = sae.decode(acts, index)"""
 _NAMES = {"encoder.weight": "W_enc_FD", "encoder.bias": "b_enc", "W_dec": "W_dec", "b_dec": "b_dec"}
 
 
-def files(sae: SAE, origin: Origin) -> dict[str, bytes]:
+def files(sae: SAE, origin: Origin) -> Files:
     """Make the files of an SAE: TopK alone, and without `token`."""
     if not isinstance(sae, TopK):
         raise UserError(
@@ -67,10 +67,10 @@ def files(sae: SAE, origin: Origin) -> dict[str, bytes]:
         "hookpoint": origin.hook,
         OURS: origin.json(),
     }
-    tensors = {theirs: getattr(held, ours).detach().contiguous() for theirs, ours in _NAMES.items()}
+    tensors = {theirs: getattr(held, ours).detach() for theirs, ours in _NAMES.items()}
     if held.W_skip is not None:
-        tensors["W_skip"] = held.W_skip.detach().t().contiguous()
-    return {WEIGHTS: to_bytes(tensors), CONFIG: json_bytes(config)}
+        tensors["W_skip"] = held.W_skip.detach().t()
+    return {WEIGHTS: TensorFile(tensors), CONFIG: json_bytes(config)}
 
 
 def read(folder: Path) -> Foreign:

@@ -268,11 +268,11 @@ const thresher = (() => {
     const parts = [];
     if (found.x?.length) parts.push(card(`Nearest in ${page.other.name}`, otherRows(found, piece)));
     if (found.h.length) parts.push(card("Activations above 0", histogram(found.h, found.w), node("p", {class: "quiet small"}, "tokens (log scale) by activation")));
-    if (found.r) {
-      const rows = (list) => pairs(list.map(([t, value]) => [token(piece.tokens[t]), signed(value)]));
-      parts.push(card("Logits of the decoder row alone", node("div", {class: "ends"},
-        node("div", {}, node("h3", {}, "Raises"), rows(found.r)), node("div", {}, node("h3", {}, "Lowers"), rows(found.l)))));
-    }
+    const rows = (list) => pairs(list.map(([t, value]) => [token(piece.tokens[t]), signed(value)]));
+    const ends = (title, first, above, second, below) => card(title, node("div", {class: "ends"},
+      node("div", {}, node("h3", {}, first), rows(above)), node("div", {}, node("h3", {}, second), rows(below))));
+    if (found.rm) parts.push(ends("Input: token embeddings that the encoder reads", "Raise it", found.rm, "Lower it", found.rl));
+    if (found.r) parts.push(ends(found.rm ? "Output: logits of the decoder row alone" : "Logits of the decoder row alone", "Raises", found.r, "Lowers", found.l));
     if (found.k.length) {
       parts.push(card("Tokens it fires on", pairs(found.k.map(([t, part, mean]) => [token(piece.tokens[t]), `${share(part)}, mean ${number(mean)}`])),
         node("p", {class: "quiet small"}, `of ${whole(Math.min(page.about.sample, index.fired[i]))} firings drawn at random`)));

@@ -84,3 +84,23 @@ def test_the_median_is_that_of_a_seeded_sample(x_ND: np.ndarray, monkeypatch: py
     assert SIZES[chunks].sum() >= 8 > SIZES[chunks[:-1]].sum()
     sample = np.concatenate([norms[b : b + n] for b, n in zip(rows.begins[chunks], SIZES[chunks], strict=True)])
     assert median_norm(rows, 5, np.asarray) == pytest.approx(float(np.median(sample)), rel=1e-12)
+
+
+def test_of_two_sites_a_row_goes_that_is_above_the_limit_at_either() -> None:
+    """Rows [a | b] of one number each: 2 is too long at the first, 4 at the second, 5 at both."""
+    pairs = np.array([[1, 1], [2, 2], [90, 3], [3, 3], [2, 70], [80, 60], [1, 2]], np.float32)
+    reader = NormFilteredReader(
+        Rows(pairs, np.array([4, 3])),
+        2,
+        50.0,
+        lambda rows: rows[:, :1],
+        decode_second=lambda rows: rows[:, 1:],
+        limit_second=40.0,
+    )
+    assert [kept.tolist() for kept in reader.kept] == [[0, 1, 3], [2]] and reader.by_second == 1
+    assert reader.left_out.rows == reader.left_out_second.rows == 3
+    assert reader.left_out.sum.tolist() == [90 + 2 + 80] and reader.left_out_second.sum.tolist() == [3 + 70 + 60]
+    without = NormFilteredReader(
+        Rows(pairs, np.array([4, 3])), 2, 50.0, lambda rows: rows[:, :1], decode_second=lambda rows: rows[:, 1:]
+    )
+    assert [kept.tolist() for kept in without.kept] == [[0, 1, 3], [0, 2]] and without.by_second == 0

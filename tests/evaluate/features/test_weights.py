@@ -8,8 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from data.base.sites import Site
 from evaluate.features import weights
-from evaluate.features.weights import Lens, ends, find_lens, neighbours
+from evaluate.features.weights import Lens, ends, find_input_lens, find_lens, neighbours
+from tests.helpers.tiny_lm import mlp_transcoder
 
 
 def heard() -> tuple[list[int], Any]:
@@ -57,6 +59,42 @@ def test_the_final_norm_of_a_llama_is_found() -> None:
     lens = find_lens(model, 8)
     assert lens is not None and lens.norm is model.model.norm
     assert find_lens(model, 16) is None
+
+
+@pytest.mark.parametrize(("site", "norm"), [("mlp_in.1", "ln_2"), ("attn_in.1", "ln_1")])
+def test_an_encoder_reads_the_embeddings_behind_the_norm_before_its_module(tiny_lm: Any, site: str, norm: str) -> None:
+    lens = find_input_lens(tiny_lm, Site.parse(site), 16)
+    assert lens is not None and lens.norm is getattr(tiny_lm.transformer.h[1], norm)
+    row_RD, embedding = rows(3, 16), tiny_lm.transformer.wte.weight.double()
+    spread = (embedding.var(1, correction=0, keepdim=True) + 1e-5).sqrt()
+    own = getattr(tiny_lm.transformer.h[1], norm)
+    read = (embedding - embedding.mean(1, keepdim=True)) / spread * own.weight.double() + own.bias.double()
+    expected = row_RD.double() @ (read - read.mean(0)).t()
+    torch.testing.assert_close(lens.logits(row_RD).double(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_input_logits_are_what_a_transcoder_s_latents_gain_over_the_mean_token(relu_lm: Any) -> None:
+    """The residual stream is one token's embedding alone: z by the encoder itself, behind the model's own norm."""
+    transcoder = mlp_transcoder(relu_lm, 0)
+    lens = find_input_lens(relu_lm, Site.parse("mlp_in.0"), 16)
+    assert lens is not None
+    with torch.no_grad():
+        z_VF = transcoder.pre_activation(relu_lm.transformer.h[0].ln_2(relu_lm.transformer.wte.weight))
+    gained_FV = (z_VF - z_VF.mean(0)).t()
+    torch.testing.assert_close(lens.logits(transcoder.W_enc_FD.detach()), gained_FV, rtol=1e-4, atol=1e-4)
+
+
+def test_at_the_residual_stream_the_embeddings_are_read_as_they_are(tiny_lm: Any) -> None:
+    lens = find_input_lens(tiny_lm, Site.parse("resid_mid.1"), 16)
+    assert lens is not None and lens.norm is None
+    row_RD, embedding = rows(2, 16), tiny_lm.transformer.wte.weight
+    torch.testing.assert_close(lens.logits(row_RD), row_RD @ (embedding - embedding.mean(0)).t(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("site", ["mlp_out.1", "in.transformer.h.1.mlp.c_proj", "transformer.h.1.mlp.c_fc"])
+def test_no_input_logits_where_the_way_of_the_embeddings_is_not_known(tiny_lm: Any, site: str) -> None:
+    assert find_input_lens(tiny_lm, Site.parse(site), 16) is None
+    assert find_input_lens(tiny_lm, Site.parse("mlp_in.1"), 32) is None
 
 
 def test_no_lens_without_an_unembedding() -> None:

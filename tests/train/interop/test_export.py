@@ -16,11 +16,13 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from safetensors.torch import load_file
+from safetensors.torch import save as to_bytes
 
 from data.base.errors import UserError
 from data.store.store import Store
 from tests.helpers.runs import SITE, activations
 from tests.helpers.toy import FORMS
+from train.interop import FORMATS
 from train.interop.config import FolderSettings
 from train.interop.export import export
 from train.interop.fold import folded
@@ -65,6 +67,21 @@ def make(form: str, **settings: Any) -> SAE:
 def saved(tmp_path: Path, sae: SAE, **record: Any) -> Path:
     save(sae, tmp_path / "sae", {**RECORD, **record})
     return tmp_path / "sae"
+
+
+def test_an_sae_in_shards_is_exported_as_one_file_is(tmp_path: Path) -> None:
+    """The same bytes, in every format that has it, and its tensors where safetensors' own writer would put them."""
+    sae = make("topk")
+    save(sae, tmp_path / "one", RECORD)
+    save(sae, tmp_path / "many", RECORD, shard_bytes=2000)
+    for name in FORMATS:
+        made = {}
+        for source in ("one", "many"):
+            export(tmp_path / source, name, tmp_path / source / f"{name} sae")
+            made[source] = {path.name: path.read_bytes() for path in (tmp_path / source / f"{name} sae").iterdir()}
+        assert made["one"] == made["many"] and len(made["one"]) == 3, name
+        for path in (tmp_path / "one" / f"{name} sae").glob("*.safetensors"):
+            assert path.read_bytes() == to_bytes(load_file(path))
 
 
 def relu(z: Array) -> Array:

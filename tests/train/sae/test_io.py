@@ -118,7 +118,7 @@ def without_hash(damage: Callable[[Path], None]) -> Callable[[Path], None]:
         (lambda folder: (folder / "config.json").write_text('{"format": 1,'), "config.json is damaged"),
         (lambda folder: (folder / "config.json").write_bytes(b"\xff\xfe\x00"), "config.json is damaged"),
         (lambda folder: (folder / "config.json").write_text("[]"), "does not describe an SAE"),
-        (edit(format=2), "format 2 and this version reads 1"),
+        (edit(format=3), "format 3 and this version reads 1 and 2"),
         (edit(variant="vq"), "variant 'vq'.*relu, topk, batchtopk, matryoshka, gated, jumprelu"),
         (edit(settings={"k": 1000}), "k=1000"),
         (edit(settings={"colour": 1}), "does not fit its config.json .*colour is no setting"),

@@ -96,9 +96,9 @@ class RankGroup:
         """Stack every process's x, all of one shape: [R, ...]."""
         if self.size == 1:
             return x[None]
-        parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(self.size)]
-        dist.all_gather(parts, x.contiguous(), group=self.handle)
-        return torch.stack(parts)
+        parts = x.new_empty(self.size, *x.shape)
+        dist.all_gather([*parts.unbind()], x.contiguous(), group=self.handle)
+        return parts
 
     def broadcast_(self, x: Tensor) -> None:
         """Give every process the first one's x, in place."""

@@ -14,6 +14,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from data.base.cpu import has_bf16_units
+
 
 @dataclass(frozen=True, eq=False)
 class Product:
@@ -77,11 +79,6 @@ def _into(out: Tensor, xc_BD: Tensor, W_cD: Tensor, bias_c: Tensor | None) -> Te
 
 
 @cache
-def has_bf16_units() -> bool:
-    """Say whether this CPU multiplies bfloat16 by itself, with AMX or AVX512-BF16."""
-    return bool(torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
-
-
 @contextmanager
 def bf16_products() -> Iterator[None]:
     """Let oneDNN round the factors of float32 products on a CPU to bfloat16 for a while; it sums in float32.

@@ -133,15 +133,15 @@ class JumpReLU(SAE):
     def add_state(self) -> None:
         # theta itself and not its logarithm, which would make a step proportional to theta: thresholds near zero would
         # hardly move. `after_step` keeps it positive.
-        self.theta = nn.Parameter(torch.full((self.own_width,), self._first_theta()))
+        self.theta = nn.Parameter(self._first_theta().repeat(self.own_width))
 
     @property
     def rate_shares(self) -> Mapping[str, float]:
         return {} if self.config.theta_rate == 1 else {"theta": self.config.theta_rate}
 
-    def _first_theta(self) -> float:
+    def _first_theta(self) -> Float[Tensor, ""]:
         share = self.config.initial_threshold
-        return float((_THRESHOLD if share is None else share) * self.mean_sq.sqrt())
+        return (_THRESHOLD if share is None else share) * self.mean_sq.sqrt()
 
     @property
     def eps(self) -> Float[Tensor, ""]:

@@ -11,7 +11,7 @@ import torch.distributed as dist
 import torch.multiprocessing
 from safetensors.torch import save as to_bytes
 
-from tests.helpers.ranks import CASES, Case, connect, join, make, mesh_of, outcome, part_of_batch
+from tests.helpers.ranks import CASES, Case, F, connect, join, make, mesh_of, outcome, part_of_batch
 from train.sae import TrainContext
 from train.sae.parts.groups import RankGroup
 from train.sae.parts.init import directions
@@ -158,11 +158,26 @@ def _compare(all_of: list[dict[str, Any]], one: dict[str, Any], data: int, laten
     whole = _whole([part["final"] for part in parts]) | parts[0]["buffers_at_end"]
     whole["W_enc"] = whole.pop("W_enc_FD").t().contiguous()
     assert all(part["file"] == to_bytes(whole) for part in parts)  # of every process, as each gathers it
+    assert all(part["shards"] == _shards(whole, parts[0]["shards"]) for part in parts)
     f = torch.cat([join([part["f"].t() for part in all_of[row * latents :][:latents]]).t() for row in range(data)])
     assert torch.equal(f > 0, one["f"] > 0)
     _same(f, one["f"])
     for name in ("x_hat", "decoded"):
         _same(torch.cat([all_of[row * latents][name] for row in range(data)]), one[name])
+
+
+def _shards(whole: dict[str, torch.Tensor], shards: dict[range, bytes]) -> dict[range, bytes]:
+    """The files that the tensors of a whole SAE are in, by the latents that each has."""
+    assert len(shards) > 2 and [latent for latents in shards for latent in latents] == list(range(F))
+    files = {}
+    for latents in shards:
+        here = slice(latents.start, latents.stop)
+        tensors = {name: tensor for name, tensor in whole.items() if latents.start == 0 or F in tensor.shape}
+        for name, tensor in tensors.items():
+            if F in tensor.shape:
+                tensors[name] = tensor[:, here].contiguous() if name == "W_enc" else tensor[here]
+        files[latents] = to_bytes(tensors)
+    return files
 
 
 @pytest.mark.parametrize("width", [7, 4096, 8191, 8192, 8193, 20_000])
