@@ -89,5 +89,4 @@
   latent = latents.find((one) => one.i === asked) ?? null;
   show();
   if (asked !== null && latent === null) at("chosen").textContent = `Latent #${asked} fires on none of these tokens. ${at("chosen").textContent}`;
-  at("latents").querySelector("tr[aria-selected=true]")?.scrollIntoView({block: "center"});
 })();
