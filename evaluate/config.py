@@ -117,6 +117,8 @@ class EvaluateSettings(HeldoutSettings):
     """How the feature metrics are measured."""
     features: Text | None = None
     """The SAE whose feature pages are made beside the report: its folder's name, or best (evaluate/pareto.py)."""
+    tp_plan: Literal["auto"] | None = None
+    """auto: the language model is split over the processes that torchrun started, in place of device."""
 
     @model_validator(mode="before")
     @classmethod
@@ -129,6 +131,14 @@ class EvaluateSettings(HeldoutSettings):
         if self.feature_metrics and self.form != "shipped":
             raise ValueError(
                 f"feature_metrics are measured in the inference form: leave them out with form={self.form}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _split_models_are_scored_only(self) -> Self:
+        if self.tp_plan is not None and (self.feature_metrics or self.features is not None):
+            raise ValueError(
+                "tp_plan is for scores: leave out features and feature_metrics, or use device_map=auto in one process"
             )
         return self
 

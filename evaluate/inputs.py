@@ -135,8 +135,7 @@ class HeldoutText:
     @property
     def device(self) -> torch.device:
         """Return the device that the model takes its input on."""
-        parameter: Tensor = next(self.model.parameters())
-        return parameter.device
+        return lm.input_device(self.model)
 
     @property
     def documents(self) -> Documents:
@@ -168,12 +167,13 @@ def pinned(store: Store) -> Json:
 def open_text(store: Store, config: Mapping[str, Any]) -> HeldoutText:
     """Open the language model of `store` and the held-out text, both checked to be the store's; cheap checks first.
 
-    `config` holds `tokens`, `device`, `device_map` and, where they are not the defaults, `lm_batch` and `text` (the
-    user's own held-out text; evaluate/config.py). Raises UserError where model, tokenizer or text are not the store's,
-    where the text is too short, and where a document of the user's own text was in the training split.
+    `config` holds `tokens`, `device`, `device_map` and, where they are not the defaults, `tp_plan`, `lm_batch` and
+    `text` (the user's own held-out text; evaluate/config.py). Raises UserError where model, tokenizer or text are not
+    the store's, where the text is too short, and where a document of the user's own text was in the training split.
     """
     settings, identity = pinned(store), store.manifest.identity
     model_settings = {**settings["model"], "device": config["device"], "device_map": config["device_map"]}
+    model_settings["tp_plan"] = config.get("tp_plan")
     packing, source = Packing.of(settings["packing"]), source_from(settings["text"])
     own_settings = config.get("text") or {}
     own_source = FilesText(**own_settings) if own_settings.get("paths") else None

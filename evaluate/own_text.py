@@ -21,7 +21,7 @@ from data.base.records import Json
 from data.base.sites import Site
 from evaluate.features.pages import Words
 from harvest.hooks import replace, run_to
-from harvest.lm import load_model, load_tokenizer
+from harvest.lm import input_device, load_model, load_tokenizer
 from harvest.packing import Packing, contexts_of_text
 from train.sae.base import SAE
 from train.sae.io import load
@@ -121,8 +121,7 @@ class _Opened:
 
     @property
     def device(self) -> torch.device:
-        parameter: Tensor = next(self.model.parameters())
-        return parameter.device
+        return input_device(self.model)
 
     def contexts(self, text: str) -> list[tuple[Int64[Tensor, " T"], Bool[Tensor, " T"]]]:
         """Cut a text into contexts: token ids [T], and which of them are rows of the SAE [T]."""

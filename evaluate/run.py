@@ -15,6 +15,7 @@ from data.base.calls import settings_of_call
 from data.base.cli import stage_settings
 from data.base.errors import UserError
 from data.base.location import parse_location
+from data.base.progress import progress
 from data.base.records import Json
 from data.base.sites import Site
 from data.store.manifest import HELDOUT, TRAIN
@@ -34,6 +35,7 @@ from evaluate.result import Report
 from evaluate.score import SiteScore
 from evaluate.splice import Splice
 from evaluate.together import measure_together, require_one_a_target
+from harvest.model_ranks import ModelRanks, join_ranks
 from harvest.packing import Packing, bos_id
 from train.sae.io import load
 
@@ -62,8 +64,6 @@ class SiteRun:
 
     def measure(self) -> SiteScore:
         """Sum over the whole text; all SAEs read the same contexts, so their figures are paired."""
-        from tqdm import tqdm
-
         text = self.text
         score = SiteScore(
             Splice(text.model, Site.parse(self.name), [Site.parse(sae.site) for sae in self.saes]),
@@ -78,7 +78,7 @@ class SiteRun:
         kind = "transcoder" if all(sae.transcodes for sae in self.saes) else "SAE"
         label = f"evaluate {len(self.saes)} {kind}{'s' * (len(self.saes) > 1)} at {self.name}"
         total = int(text.packed.keep.sum())
-        with tqdm(total=total, unit="tok", unit_scale=True, desc=label, mininterval=1.0) as bar:
+        with progress(label, total, "tokens") as bar:
             for batch in text.batches():
                 score.batch(batch.ids_BT, batch.keep_BT, batch.numbers.start)
                 bar.update(int(batch.keep_BT.sum()))
@@ -183,6 +183,12 @@ def evaluate(config: Mapping[str, Any] | None = None, **given: Any) -> Report:
     configuration, as Hydra composes one. Raises UserError in one sentence for what cannot be.
     """
     settings = EvaluateSettings.of(settings_of_call("evaluate", config, given))
+    with join_ranks(settings.tp_plan) as ranks:
+        return _evaluate(settings, ranks)
+
+
+def _evaluate(settings: EvaluateSettings, ranks: ModelRanks) -> Report:
+    """Score SAEs by this process, or by all that run the model together, of which the first writes the report."""
     metrics = FeatureMetricsConfig.of(settings)
     saes = find_saes(settings.saes)
     folders = [sae.folder for sae in saes]
@@ -207,6 +213,8 @@ def evaluate(config: Mapping[str, Any] | None = None, **given: Any) -> Report:
         if settings.together:
             of_store = [sae for of_site in by_site.values() for sae in of_site]
             together.append(measure_together(store, of_store, ScoredText.of(text, of_store), settings))
+    if not ranks.leads:  # it has run its part of every forward, and its sums are those of the first
+        return Report(ranks.receive())
     used = {name: getattr(settings, name) for name in ("tokens", "lm_batch", "bootstrap", "seed", "form")}
     made = datetime.now(UTC).isoformat(timespec="seconds")
     report: Json = {"format": REPORT_FORMAT, "made": made, "settings": used, "sites": sites}
@@ -221,6 +229,7 @@ def evaluate(config: Mapping[str, Any] | None = None, **given: Any) -> Report:
     for site in sites:
         print("\n".join([f"{site['site']} of {site['model']}:", *ranking(site), *verdict_sentences(site)]))
     print(f"page: {page.write_page(report, settings.model_dump(), identities, latents)}")
+    ranks.send(path)
     return Report(path)
 
 

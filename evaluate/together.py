@@ -17,6 +17,7 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
 from data.base.errors import UserError
+from data.base.progress import progress
 from data.base.records import Json
 from data.base.sites import Site
 from data.store.manifest import HELDOUT, TRAIN
@@ -57,7 +58,9 @@ class ReplacementModel:
                     "leave out what reads it"
                 )
             form = self.forms[target]
-            f_NF, x_hat_ND = form.run(read_BTD[keep_BT.to(read_BTD.device)].float())
+            # To the device of the forms, for the layers of the LM may lie on several.
+            rows_ND = read_BTD[keep_BT.to(read_BTD.device)].to(keep_BT.device, torch.float32)
+            f_NF, x_hat_ND = form.run(rows_ND)
             active.append((f_NF > 0).sum(1))
             return with_rows(x_BTD, keep_BT, x_hat_ND)
 
@@ -162,8 +165,6 @@ def require_one_a_target(saes: Sequence[SavedSAE]) -> None:
 
 def measure_together(store: Store, saes: Sequence[SavedSAE], scored: ScoredText, settings: EvaluateSettings) -> Json:
     """Run all SAEs of a store at once over the text: one entry of the report's `together`."""
-    from tqdm import tqdm
-
     text = scored.text
     forms = {sae.target: form_of(load(sae.folder).to(text.device), settings.form) for sae in saes}
     inputs = {sae.target: sae.site for sae in saes}
@@ -171,7 +172,7 @@ def measure_together(store: Store, saes: Sequence[SavedSAE], scored: ScoredText,
     score = TogetherScore(ReplacementModel(text.model, forms, inputs), means, scored)
     total = int(text.packed.keep.sum())
     label = f"evaluate {len(saes)} together"
-    with tqdm(total=total, unit="tok", unit_scale=True, desc=label, mininterval=1.0) as bar:
+    with progress(label, total, "tokens") as bar:
         for batch in text.batches():
             score.batch(batch.ids_BT, batch.keep_BT, batch.numbers.start)
             bar.update(int(batch.keep_BT.sum()))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -18,17 +18,20 @@ import torch
 import transformers
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from data.base.errors import UserError
 from data.base.files import format_bytes
+from data.base.progress import progress
 from data.base.records import Json
 from data.base.sites import Site
+from data.store.int8 import FeatureScale
 from data.store.manifest import TRAIN
 from data.store.store import ORIGIN, TOKENS, Store
 from harvest.buffer import ActivationBuffer, Rows, Writer, native, send
 from harvest.hooks import capture, run_to
 from harvest.int8_scales import measure_scales
+from harvest.lm import input_device
+from harvest.model_ranks import ONE_PROCESS, ModelRanks
 from harvest.packing import PackedText
 from harvest.units import INDEX_WIDTHS, Unit, refuse_mixed
 
@@ -36,21 +39,40 @@ POLL_S = 0.2  # between looks at units that other processes have
 FLOAT16_LIMIT = 6e4  # float16 ends at 65,504; so near to it, other tokens are likely beyond
 
 
-def widths_of(model: nn.Module, sites: Sequence[Site], packed: PackedText) -> dict[str, int]:
-    """Measure the width of each site, by a forward of one context; UserError where the model has no such site."""
+def widths_of(
+    model: nn.Module, sites: Sequence[Site], packed: PackedText, ranks: ModelRanks = ONE_PROCESS
+) -> dict[str, int]:
+    """Measure the width of each site, by a forward of one context.
+
+    UserError where the model has no such site, and where its processes have a part of its tensor each.
+    """
     # By a forward, as configs name widths in many ways and a module's path says nothing of its own.
     seen = run_to(model, sites, _ids(packed.contexts[:1], model))
+    ranks.require_whole(seen)
     return {name: x_BTD.shape[-1] for name, x_BTD in seen.items()}
 
 
-def made_by(model: nn.Module) -> Json:
-    """Return the device and the libraries that the last bits of an activation depend on."""
-    kinds = {p.device for p in model.parameters()}
+def made_by(model: nn.Module, processes: int = 1) -> Json:
+    """Return the device and the libraries that the last bits of an activation depend on.
+
+    processes: over how many the model is split.
+    """
+    # By accelerate's map where the model is spread: a weight that waits on disk is on no device.
+    spread = getattr(model, "hf_device_map", None)
+    kinds = {p.device for p in model.parameters()} if spread is None else _devices(spread)
     return {
         "device": ", ".join(sorted({_device_name(device) for device in kinds})),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
+        **({"tensor_parallel": processes} if processes > 1 else {}),
     }
+
+
+def _devices(device_map: Mapping[str, Any]) -> set[torch.device]:
+    """Return the devices that compute: accelerate brings there what a map leaves in memory or on disk."""
+    named = {device for device in device_map.values() if device not in ("cpu", "disk")}
+    kinds = {torch.device("cuda", name) if isinstance(name, int) else torch.device(name) for name in named}
+    return kinds or {torch.device("cpu")}
 
 
 def _device_name(device: torch.device) -> str:
@@ -65,7 +87,8 @@ class Harvester:
     """Runs the units that are left and commits them one by one, beside any other process that does so.
 
     model: in eval mode. packed: the contexts of each split. widths: D of each site. lm_batch: B. decode: token id
-    to text, for messages. quiet: without a progress bar.
+    to text, for messages. quiet: without a progress bar. ranks: the processes that run the model together; the first
+    one calls `run`, the others `follow`.
     """
 
     def __init__(
@@ -79,13 +102,15 @@ class Harvester:
         *,
         allow_mixed_devices: bool = False,
         quiet: bool = False,
+        ranks: ModelRanks = ONE_PROCESS,
     ) -> None:
+        self.ranks = ranks
         self.store, self.model, self.packed, self.widths = store, model, packed, widths
         self.lm_batch, self.decode = lm_batch, decode
         self.allow_mixed_devices, self.quiet = allow_mixed_devices, quiet
         self.layout = store.layout
         self.dtype: torch.dtype = getattr(torch, self.layout.dtype)
-        self.made_by = made_by(model)
+        self.made_by = made_by(model, ranks.size)
         self.written = 0  # bytes, by this process
         self._begun = False  # whether any unit was
 
@@ -101,8 +126,7 @@ class Harvester:
         left = list(units)
         again: list[Unit] = []  # that another process has, or was faster with
         rows = sum(unit.rows for unit in units)
-        options = {"unit": " tokens", "unit_scale": True, "mininterval": 1.0, "desc": "harvest", "disable": self.quiet}
-        with tqdm(total=rows, **options) as bar:
+        with progress("harvest", rows, "tokens", quiet=self.quiet) as bar:
 
             def ended(unit: Unit, by_us: bool) -> None:
                 nonlocal n_ours
@@ -122,7 +146,17 @@ class Harvester:
                     if len(again) == len(left):
                         time.sleep(POLL_S)
                     left, again = again, []
+        self.ranks.send(None)
         return n_ours
+
+    def follow(self) -> None:
+        """Run this process's part of each forward that the first process begins, until that one is done."""
+        while (order := self.ranks.receive()) is not None:
+            if isinstance(order, Unit):
+                for _ in self._forwards(order):
+                    pass
+            else:
+                self._measure_scales(order)
 
     def _begin(self, unit: Unit, writer: Writer, bar: Any) -> bool:
         """Run a unit and have it written, unless it is committed; False where another process has it."""
@@ -175,7 +209,8 @@ class Harvester:
         unscaled = [site for site in sites if self._needs_scale(site)]
         scales = {}
         if unscaled:
-            scales = measure_scales(self.model, self.packed[TRAIN], self.layout, self.lm_batch, unscaled)
+            self.ranks.send(unscaled)
+            scales = self._measure_scales(unscaled)
         for split in self.packed:
             of_split = [unit for unit in units if unit.split == split]
             if not of_split:
@@ -184,6 +219,9 @@ class Harvester:
             for name in sorted({name for unit in of_split for name in unit.names}):
                 width = self.widths.get(name, INDEX_WIDTHS.get(name, 0))
                 self.store.require(split, name, width, capacity, scales.get(name))
+
+    def _measure_scales(self, sites: Sequence[str]) -> dict[str, FeatureScale]:
+        return measure_scales(self.model, self.packed[TRAIN], self.layout, self.lm_batch, sites)
 
     def _needs_scale(self, site: str) -> bool:
         """Return whether the site's rows are int8 and no array of it says yet by which scale."""
@@ -195,8 +233,17 @@ class Harvester:
         if not unit.sites:
             bar.update(unit.rows)
             return
-        text = self.packed[unit.split]
+        self.ranks.send(unit)
         at = 0  # rows in the buffer
+        for seen, keep_N in self._forwards(unit):
+            for site in unit.sites:
+                buffer.append(site, at, seen[site], keep_N)
+            at += len(keep_N)
+            bar.update(len(keep_N))
+
+    def _forwards(self, unit: Unit) -> Iterator[tuple[Mapping[str, Tensor], Tensor]]:
+        """Run a unit's contexts in batches: the tensor of each site, and which of its B*T rows are stored."""
+        text = self.packed[unit.split]
         contexts, keep = text.contexts[unit.contexts], text.keep[unit.contexts]
         with torch.no_grad(), capture(self.model, [Site.parse(site) for site in unit.sites]) as seen:
             for first in range(0, len(contexts), self.lm_batch):
@@ -205,11 +252,7 @@ class Harvester:
                 # Contexts are whole and of one length, so there is no padding and no mask.
                 self.model(input_ids=_ids(batch, self.model), use_cache=False)
                 # Found here: a GPU that looks for them itself makes the forward wait for their number.
-                keep_N = torch.from_numpy(np.flatnonzero(mask))
-                for site in unit.sites:
-                    buffer.append(site, at, seen[site], keep_N)
-                at += len(keep_N)
-                bar.update(len(keep_N))
+                yield seen, torch.from_numpy(np.flatnonzero(mask))
 
     def _refuse_unstorable(self, unit: Unit, buffer: ActivationBuffer) -> None:
         """Raise UserError with site, text and token of the first value that is not finite, or too large for float16."""
@@ -232,5 +275,5 @@ class Harvester:
 
 
 def _ids(contexts: NDArray[np.int32], model: nn.Module) -> Tensor:
-    """Convert to [B, T] int64 on the device of the model's first parameter, the embedding's."""
-    return send(torch.from_numpy(contexts), next(model.parameters()).device).long()
+    """Convert to [B, T] int64 on the device where the model takes them."""
+    return send(torch.from_numpy(contexts), input_device(model)).long()

@@ -28,6 +28,7 @@ from torch.utils.hooks import RemovableHandle
 
 from data.base.errors import UserError
 from data.base.sites import SITE_KINDS, Site, choices, nearest_site
+from harvest.lm import input_device
 from harvest.proof import Edit, Place, find_place, model_type
 
 __all__ = ["SITE_KINDS", "HookPoint", "Site", "capture", "locate", "replace", "run_to"]
@@ -293,4 +294,4 @@ def _example_tokens(model: nn.Module) -> Integer[Tensor, "1 T"]:
     reserved = {value for key, value in settings.items() if key.endswith(("token_id", "token_index"))}
     usable = [token for token in range(min(n_tokens, 64)) if token not in reserved] or [0]
     ids = [usable[i % len(usable)] for i in range(8)]
-    return torch.tensor([ids], device=embedding.weight.device)
+    return torch.tensor([ids], device=input_device(model))

@@ -19,6 +19,7 @@ from data.store.int8 import PILOT_ROWS, FeatureScale
 from data.store.layout import Layout
 from data.store.massive import TIMES_MEDIAN
 from harvest.hooks import run_to
+from harvest.lm import input_device
 from harvest.packing import PackedText
 
 _Rows = NDArray[np.float32]
@@ -32,7 +33,7 @@ def measure_scales(
     The pilot is the first batches of unit 0 of train/ that hold PILOT_ROWS rows, or all of it: the batches in which
     the unit itself is run. text: of train/.
     """
-    device, dtype = next(model.parameters()).device, getattr(torch, layout.dtype)
+    device, dtype = input_device(model), getattr(torch, layout.dtype)
     parts: dict[str, list[_Rows]] = {site: [] for site in sites}
     rows = 0
     for first in range(0, min(len(text.contexts), layout.contexts_per_unit), lm_batch):

@@ -27,6 +27,8 @@ from harvest.tokenizer import TokenIds
 from harvest.tokenizer import tokenizer_hash as tokenizer_hash  # for stages that know a model by this module
 
 if TYPE_CHECKING:
+    import torch
+    from torch import nn
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 EMBEDDED = Path(__file__).resolve().parent / "embedded"
@@ -50,7 +52,11 @@ class ModelSettings(Settings):
     """cpu, mps, cuda or cuda:N; `auto`: CUDA, then MPS, then the CPU. Under torchrun `auto` and `cuda` are each
     process's own GPU of its host."""
     device_map: Text | dict[str, Any] | None = None
-    """Handed to transformers as it is, instead of `device`; needs accelerate."""
+    """Spreads whole layers over the devices of one process, instead of `device`: `auto`, or a device by module. Handed
+    to transformers as it is; needs accelerate (extra `big`)."""
+    tp_plan: Literal["auto"] | None = None
+    """`auto`: splits every layer over the processes that torchrun started, by transformers' plan for the architecture,
+    instead of `device`."""
     attn_implementation: Text | None = None
     """Handed to transformers as it is: eager, sdpa, flash_attention_2."""
 
@@ -87,7 +93,14 @@ class LanguageModel:
             raise UserError("model.device and model.device_map are both set: keep one of them")
         if settings.device_map is not None and find_spec("accelerate") is None:
             raise UserError("model.device_map needs the package accelerate: install it or set model.device instead")
+        if settings.tp_plan is not None and (settings.device_map is not None or settings.device != "auto"):
+            other = "device" if settings.device_map is None else "device_map"
+            raise UserError(f"model.{other} and model.tp_plan are both set: keep one of them")
         path = _local(settings.name)
+        if settings.tp_plan is not None and path is not None and path.is_file():
+            raise UserError(
+                "model.tp_plan is for weights in safetensors, not for GGUF: set model.device_map=auto instead"
+            )
         if settings.revision is not None and path is not None:
             raise UserError(f"model.revision holds for models of the hub only, and {settings.name!r} is local")
         return cls(settings, settings.name, path)
@@ -218,6 +231,8 @@ class LanguageModel:
 
         logging.disable_progress_bar()  # a bar for each weight, before ours
         options |= {"attn_implementation": self.settings.attn_implementation, "device_map": self.settings.device_map}
+        if self.settings.tp_plan is not None:
+            options["distributed_config"] = self._split()
         if self.is_gguf:
             options["quantization_config"] = _dequantized()
         try:
@@ -235,12 +250,48 @@ class LanguageModel:
         # transformers would fill what is missing with random numbers.
         if missing := sorted(report["missing_keys"]):
             raise UserError(f"the weights of model {self.name!r} lack {len(missing)} tensors, such as {missing[0]!r}")
-        # With a device_map accelerate has spread the model already, and moving it would undo that.
-        if self.settings.device_map is None:
+        # With a device_map or a plan the model is spread already, and moving it would undo that.
+        if self.settings.device_map is None and self.settings.tp_plan is None:
             model = model.to(device)
         # Keys and values of earlier tokens serve generation only; here they would be memory that nobody reads.
         model.config.get_text_config().use_cache = False
         return model.eval().requires_grad_(False)
+
+    def _split(self) -> Any:
+        """Return how transformers is to split the model over the processes; UserError where it cannot be split."""
+        from transformers.distributed import DistributedConfig
+
+        config = self._auto_config.get_text_config()
+        plan = getattr(config, "base_model_tp_plan", None)
+        if not plan:
+            raise UserError(
+                f"model.tp_plan=auto: transformers has no plan by which to split {config.model_type} models: "
+                "use device_map=auto instead, in one process"
+            )
+        size = int(os.environ.get("WORLD_SIZE", "1"))
+        counts = [getattr(config, name, None) for name in ("num_key_value_heads", "num_attention_heads")]
+        heads = next((count for count in counts if isinstance(count, int)), size)
+        if any(name.endswith(".k_proj") for name in plan) and heads % size:
+            raise UserError(
+                f"model.tp_plan=auto: {size} processes cannot share the {heads} key and value heads of a layer "
+                f"of {self.name!r}: start a number of processes that divides them"
+            )
+        return DistributedConfig(tp_plan=self.settings.tp_plan)
+
+
+def input_device(model: nn.Module) -> torch.device:
+    """Return the device on which a model takes its token ids: its first parameter's, the embedding's.
+
+    Where accelerate keeps that weight in memory or on disk between its uses, the device on which it is used.
+    """
+    import torch
+
+    device = next(model.parameters()).device
+    if device.type != "meta":
+        return device
+    hook = getattr(model.get_input_embeddings(), "_hf_hook", None)  # type: ignore[operator]
+    used_on = getattr(hook, "execution_device", None)
+    return torch.device("cpu" if used_on is None else used_on)
 
 
 def _local(name: str) -> Path | None:

@@ -67,9 +67,12 @@ class HarvestRequest:
             if layers is not None and site.layer is not None and site.layer >= layers:
                 raise UserError(f"site {site}: model {self.asked.model.name} has layers 0 to {layers - 1}, choose one")
 
-    def identity(self, tokenizer: Any) -> Json:
+    def identity(self, tokenizer: Any, processes: int = 1) -> Json:
         """Return all but the layout that determines the numbers;
-        reads all of a local text and a local model's files."""
+        reads all of a local text and a local model's files.
+
+        processes: over how many the model is split (`model.tp_plan`), on which the last bits of a sum depend.
+        """
         identity = {
             "format": STORE_FORMAT,
             "model": self.asked.model.identity(),
@@ -81,6 +84,8 @@ class HarvestRequest:
         }
         if self.asked.text.settings().get("chat") is not None:
             identity["chat_template"] = template_hash(tokenizer)
+        if processes > 1:
+            identity["tensor_parallel"] = processes
         # Their rows were once stored as ordinary ones: such a store must not be added to.
         if special := added_special_ids(tokenizer):
             identity["special_tokens"] = special
@@ -134,7 +139,12 @@ class HarvestRequest:
 
 
 def content(identity: Json) -> Json:
-    """Take from an identity the names by which the same bytes were reached: paths of a text, a model's folder."""
+    """Take from an identity the names by which the same bytes were reached: paths of a text, a model's folder.
+
+    Over how many processes the model was split is left out as well: like a device, it is in each commit record, and
+    `units.refuse_mixed` compares it.
+    """
+    identity = {name: value for name, value in identity.items() if name != "tensor_parallel"}
     model = dict(identity["model"])
     if model.get("files"):
         model.pop("name", None)

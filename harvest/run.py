@@ -7,9 +7,9 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from omegaconf import DictConfig
@@ -25,6 +25,7 @@ from data.slurm.settings import output_folder, slurm_launcher
 from data.store.layout import Layout
 from data.store.store import Store
 from harvest import lm
+from harvest.model_ranks import ModelRanks, join_ranks
 from harvest.packing import PackedTokens, check_tokenizer
 from harvest.request import HarvestRequest
 from harvest.slurm import harvest_by_jobs
@@ -34,6 +35,9 @@ from harvest.text_source import token_ids
 from harvest.tokenise import Tokeniser
 from harvest.tokenizer import TokenIds
 from harvest.units import Unit, covered, finish, plan
+
+if TYPE_CHECKING:
+    from harvest.harvester import Harvester
 
 DISK_MARGIN = 64 << 20  # records, metadata and what else the file system keeps
 
@@ -141,15 +145,36 @@ def harvest(config: Mapping[str, Any] | None = None, **settings: Any) -> Store:
     sentence for what cannot be.
     """
     request = HarvestRequest.from_config(settings_of_call("harvest", config, settings))
+    with join_ranks(request.asked.model.settings.tp_plan) as ranks:
+        return _harvest(request, ranks)
+
+
+def agreed_store(ranks: ModelRanks, choose: Callable[[], Store | None]) -> Store | None:
+    """Return the store that the first of the processes finds or makes, or None, in all of them."""
+    chosen: list[Store | None] = []
+
+    def location() -> Any:
+        chosen.append(choose())
+        return None if chosen[0] is None else chosen[0].path
+
+    path = ranks.agree(location)
+    if chosen:
+        return chosen[0]
+    return None if path is None else Store.open(path)
+
+
+def _harvest(request: HarvestRequest, ranks: ModelRanks) -> Store:
+    """Harvest what is asked for, by this process or by all that run the model together."""
     asked = request.asked
     doing(f"checking {asked.model.name} and hashing the {asked.text.kind} text")
     tokenizer = lm.load_tokenizer(asked.model)
     check_tokenizer(tokenizer, asked.packing)
     check_text(request, tokenizer)
-    identity = request.identity(tokenizer)
-    store = request.existing_store(identity)
-    if store and covered(store, asked.sites, request.rows):
-        finish(store)
+    identity = ranks.agree(lambda: request.identity(tokenizer, ranks.size))
+    store = agreed_store(ranks, lambda: request.existing_store(identity))
+    if store and ranks.agree(lambda: covered(store, asked.sites, request.rows)):
+        if ranks.leads:
+            finish(store)
         say(f"nothing to do: {store.path} holds all of it ({summary(store)})")
         say_all(advice(store, asked.sites))
         return store
@@ -164,16 +189,20 @@ def harvest(config: Mapping[str, Any] | None = None, **settings: Any) -> Store:
     manifest = store.manifest if store else request.new_manifest(identity, d_model)
     # Widths are the same whatever is read.
     blank = np.zeros((1, asked.packing.context), np.int32)
-    widths = harvester.widths_of(model, asked.sites, PackedTokens(blank, blank == 0))
-    check_disk_early(request, store, widths, manifest.layout)
+    widths = harvester.widths_of(model, asked.sites, PackedTokens(blank, blank == 0), ranks)
+    ranks.agree(lambda: check_disk_early(request, store, widths, manifest.layout))
     doing(f"preparing {sum(request.rows.values()):,} tokens of text")
     packed = packed_splits(request, identity, tokenizer, model, manifest.layout)
-    check_disk(request, plan(store, manifest.layout, packed, asked.sites), widths, manifest.layout)
-    store = store or Store.create_or_open(request.cache, manifest)
-    units = plan(store, manifest.layout, packed, asked.sites)
+
+    def begin() -> Store:
+        check_disk(request, plan(store, manifest.layout, packed, asked.sites), widths, manifest.layout)
+        return store or Store.create_or_open(request.cache, manifest)
+
+    begun = agreed_store(ranks, begin)
+    assert begun is not None
     say_all(faster(model))
     worker = harvester.Harvester(
-        store,
+        begun,
         model,
         packed,
         widths,
@@ -181,17 +210,26 @@ def harvest(config: Mapping[str, Any] | None = None, **settings: Any) -> Store:
         lambda token: tokenizer.decode([token]),
         allow_mixed_devices=asked.allow_mixed_devices,
         quiet=rank() > 0,
+        ranks=ranks,
     )
-    began = time.monotonic()
+    if ranks.leads:
+        _run(worker, plan(begun, manifest.layout, packed, asked.sites))
+    else:
+        worker.follow()
+    for text in packed.values():
+        if text.lost is not None:
+            raise UserError(f"{text.lost}; what was read until then is harvested")
+    say_all(advice(begun, asked.sites))
+    return begun
+
+
+def _run(worker: Harvester, units: Sequence[Unit]) -> None:
+    """Run the units that are left, and say what was done."""
+    store, began = worker.store, time.monotonic()
     mine = worker.run(units)
     finish(store)
     took, here = time.monotonic() - began, f" ({mine} by this process)" if mine < len(units) else ""
     say(f"harvested {len(units)} units{here} in {took:.0f} s into {store.path} ({summary(store)})")
-    for text in packed.values():
-        if text.lost is not None:
-            raise UserError(f"{text.lost}; what was read until then is harvested")
-    say_all(advice(store, asked.sites))
-    return store
 
 
 def say_all(lines: Iterable[str]) -> None:

@@ -12,9 +12,8 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from tqdm import tqdm
-
 from data.base.errors import UserError
+from data.base.progress import progress
 from data.storage.base import LeaseLost
 from data.store.token_store import TokenRange, TokenStore
 from harvest.document_order import DocumentOrder, DocumentRange
@@ -168,20 +167,20 @@ class _Progress:
     """
 
     def __init__(self, documents: int | None, quiet: bool) -> None:
-        self._options = {"unit_scale": True, "mininterval": 1.0, "delay": 1.0, "leave": False, "disable": quiet}
+        self._options: dict[str, Any] = {"quiet": quiet, "lines": 5, "delay": 1.0, "leave": False}
         self._documents = documents
         self._reading: Any = None
         self._bar: Any = None
 
     def of(self, split: str, rows: int) -> Any:
         """Begin the line of a split, of which so many rows are asked for; the `with` block ends it."""
-        self._bar = tqdm(total=rows, unit=" tokens", desc=f"tokenise {split}", **self._options)
+        self._bar = progress(f"tokenise {split}", rows, "tokens", **self._options)
         return self._bar
 
     def read(self) -> None:
         """Count a document that was read, and is not tokenised yet."""
         if self._reading is None:
-            self._reading = tqdm(total=self._documents, unit=" documents", desc="read text", **self._options)
+            self._reading = progress("read text", self._documents, "documents", **self._options)
         self._reading.update(1)
 
     def tokens(self, count: int) -> None:

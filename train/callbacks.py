@@ -13,9 +13,9 @@ import torch
 import torch.distributed as dist
 from pytorch_lightning import Callback, LightningModule, Trainer
 
-from data.base.clock import clock
 from data.base.files import atomic_file
 from data.base.logs import CLEAR
+from data.base.progress import LINES, Parts, progress_line
 from train.lit import MultiSAEModule
 from train.resume import LAST, checkpoint_seal
 from train.sae_trainer import SAETrainer, State
@@ -138,7 +138,6 @@ class Progress(Callback):
         self.stream = stream or sys.stderr
         self.live = self.stream.isatty()
         self.shown_at = 0.0
-        self.shown_part = 0
         self.drawn = 0  # lines of the table that stands on the terminal
         self.running = 0
 
@@ -146,25 +145,24 @@ class Progress(Callback):
         assert isinstance(module, MultiSAEModule)
         self.began_at, self.began_step = time.monotonic(), module.step
         self.shown_at = self.began_at
-        self.shown_part = self._parts(module) * module.step // module.total
+        self.parts = Parts(self._parts(module), module.step, module.total)
         self.running = len(module.in_step)
 
     def _parts(self, module: MultiSAEModule) -> int:
         """Return at how many equal steps plain lines are written: ten, or fewer where there are many SAEs."""
         if len(module.members) == 1:
-            return 10
-        return max(1, min(10, MOST_LINES // (2 + len(module.members))))
+            return LINES
+        return max(1, min(LINES, MOST_LINES // (2 + len(module.members))))
 
     def on_train_batch_end(self, trainer: Trainer, module: LightningModule, *args: Any) -> None:
         assert isinstance(module, MultiSAEModule)
         step, total, now = module.step, module.total, time.monotonic()
-        part = self._parts(module) * step // total
         last = step == total
         # A terminal is rewritten twice a second.
-        due = now - self.shown_at > 0.5 if self.live else part > self.shown_part
+        due = now - self.shown_at > 0.5 if self.live else self.parts.due(step, total)
         if not (due or last) or not trainer.is_global_zero:
             return
-        self.shown_at, self.shown_part = now, part
+        self.shown_at = now
         several = len(module.members) > 1
         text = self.line(step, total, now - self.began_at, {} if several else module.members[0].figures_logged)
         # SAEs that have stopped or wait for their step have no figures of this one.
@@ -192,10 +190,8 @@ class Progress(Callback):
     def line(self, step: int, total: int, seconds: float, logged: dict[str, float]) -> str:
         """Write the line of `step` of `total`, `seconds` since this process began; `logged` are a step's figures."""
         rate = (step - self.began_step) / max(seconds, 1e-9)
-        left = "" if step == total else f"  ETA {clock((total - step) / max(rate, 1e-9))}"
-        tokens = f"{step * self.tokens_a_step:,}/{total * self.tokens_a_step:,} tokens"
-        rate_shown = f"{rate * self.tokens_a_step:,.0f} tokens/s"
-        return f"{self.label}  {step / total:4.0%}  {tokens}  {rate_shown}{left}{figures(logged)}"
+        done, all_tokens = step * self.tokens_a_step, total * self.tokens_a_step
+        return progress_line(self.label, done, all_tokens, rate * self.tokens_a_step, "tokens") + figures(logged)
 
     def on_exception(self, trainer: Trainer, module: LightningModule, exception: BaseException) -> None:
         if self.live and not self.drawn:

@@ -21,6 +21,7 @@ from torch import Tensor
 from benchmarks.claims.forms import rescaled, turned, with_threshold
 from benchmarks.claims.verdict import Estimate
 from data.base.files import atomic_file
+from data.base.progress import progress
 from data.base.records import Json, canonical
 from data.base.sites import Site
 from data.loading.loader import ActivationLoader
@@ -184,8 +185,6 @@ class ScoredSite:
 
     def _measure(self, candidates: Sequence[Candidate], paths: Sequence[Path], rule: MassiveRule | None) -> None:
         """Run the LM over the contexts once, each SAE spliced in by turns."""
-        from tqdm import tqdm
-
         site, text = Site.parse(self.site), self.text
         if rule is not None:
             text, _ = without_massive(text, {self.site: rule})
@@ -202,7 +201,7 @@ class ScoredSite:
         counters = [TokenL0() for _ in candidates]
         for one, counter in zip(score.scores, counters, strict=True):
             one.observers.append(counter)
-        with tqdm(total=len(keep), desc=f"{len(candidates)} SAEs", unit="context", mininterval=5.0) as bar:
+        with progress(f"{len(candidates)} SAEs", len(keep), "contexts") as bar:
             for batch in text.batches():
                 score.batch(batch.ids_BT, batch.keep_BT, batch.numbers.start)
                 bar.update(len(batch.numbers))

@@ -39,6 +39,7 @@ from evaluate.splice import Splice
 from harvest import hub
 from harvest.hooks import run_to
 from harvest.lm import LanguageModel, torch_device
+from harvest.model_files import has_tokenizer
 from train.interop.export import export
 from train.sae import SAE, load
 
@@ -106,6 +107,8 @@ class Group:
             )
         if self.model.is_gguf:
             raise UserError(f"{self.model.name} is a GGUF file, which SAEBench does not read: leave out its SAEs")
+        if self.model.path is not None and not has_tokenizer(self.model.folder):
+            raise UserError(f"{self.model.name} has no tokenizer, which SAEBench asks for: leave out its SAEs")
 
 
 def python_of(environment: str) -> Path:

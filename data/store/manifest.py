@@ -99,6 +99,6 @@ def store_settings(cfg: Mapping[str, Any]) -> Json:
     # Where the model ran is in each commit record (`made_by`). Two devices may differ in the last bit of an activation,
     # but a user who moves from one to the other means the same store; `harvest.units.refuse_mixed` says when they must
     # not mix.
-    for name in ("device", "device_map"):
+    for name in ("device", "device_map", "tp_plan"):
         settings["model"].pop(name, None)
     return settings

@@ -16,6 +16,7 @@ import numpy as np
 
 from data.base.errors import UserError
 from data.base.location import Location
+from data.base.progress import progress
 from data.base.records import Json, seal, seal_array, unseal
 from data.storage.open import open_storage
 from data.store.commit import RECORD, Chunk, Commit, record_key, remake
@@ -254,12 +255,9 @@ class Verifier:
 
     def _chunks(self, quiet: bool) -> None:
         """Read every committed chunk once: length, checksum, statistics of its unit."""
-        from tqdm import tqdm
-
         sound = [c for units in self.commits.values() for c in units.values() if c]
         total = sum(chunk.bytes for commit in sound for chunk in commit.chunks)
-        settings = {"unit": "B", "unit_scale": True, "mininterval": 1.0, "desc": f"verify {self.path.name}"}
-        with tqdm(total=total, disable=quiet, **settings) as bar:
+        with progress(f"verify {self.path.name}", total, "bytes", quiet=quiet) as bar:
             for commit in sound:
                 whole = self._fits_array(commit)
                 parts: list[Stats] = []

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from data.base.cli import CONF
+from data.base.progress import progress
 from evaluate.config import EvaluateSettings
 from evaluate.feature_metrics import logistic
 from evaluate.feature_metrics.ablation import AFTER, downstream
@@ -102,7 +102,7 @@ def announce(metric: str, work: str, cost: float) -> None:
 
 
 def bar(metric: str, total: int, unit: str) -> Any:
-    return tqdm(total=total, unit=unit, unit_scale=True, desc=f"feature metrics, {metric}", mininterval=1.0)
+    return progress(f"feature metrics, {metric}", total, unit, lines=5)
 
 
 class FeatureMetricsRun:

@@ -28,6 +28,7 @@ from data.base.cli import run, stage_settings
 from data.base.errors import UserError
 from data.base.files import refuse_full, write_atomic
 from data.base.location import parse_location
+from data.base.progress import progress
 from data.base.records import Json
 from data.base.sites import Site
 from evaluate.config import DelphiSettings
@@ -44,14 +45,14 @@ SMALL = 1 << 16  # what uint16 holds
 class LatentFirings:
     """All firings so far: where each is, as (context, position, latent) [n, 3], and its activation [n]."""
 
-    locations: list[NDArray[np.int64]] = field(default_factory=list)
+    locations: list[NDArray[np.int32]] = field(default_factory=list)
     values: list[NDArray[np.float32]] = field(default_factory=list)
 
     def update(self, first: int, keep_BT: Tensor, f_NF: Tensor) -> None:
         """Add the contexts number `first` and those after it, whose kept tokens have the activations `f_NF`."""
         rows_n, latents_n = (f_NF > 0).nonzero(as_tuple=True)
         tokens_N2 = keep_BT.nonzero().numpy()
-        location_n3 = np.empty((len(rows_n), 3), np.int64)
+        location_n3 = np.empty((len(rows_n), 3), np.int32)
         location_n3[:, :2] = tokens_N2[rows_n.cpu().numpy()]
         location_n3[:, 0] += first
         location_n3[:, 2] = latents_n.cpu().numpy()
@@ -64,14 +65,13 @@ class LatentFirings:
         edges = [width * number // splits for number in range(splits + 1)]
         for low, high in pairwise(edges):
             inside = (location_n3[:, 2] >= low) & (location_n3[:, 2] < high)
-            own = location_n3[inside] - np.array([0, 0, low])
+            own = location_n3[inside] - np.array([0, 0, low], np.int32)
             yield low, high - 1, own.astype(np.uint16 if own.max(initial=0) < SMALL else np.uint32), value_n[inside]
 
 
 def write_cache(config: Mapping[str, Any]) -> Path:
     """Write the cache of the SAE that a resolved configuration names (evaluate/config.py); the hook point's folder."""
     from safetensors.numpy import save
-    from tqdm import tqdm
 
     from evaluate.features.make import encoded_contexts, one_sae
     from evaluate.inputs import group_by_store, open_text
@@ -88,7 +88,7 @@ def write_cache(config: Mapping[str, Any]) -> Path:
     ((store, _),) = group_by_store([trained], parse_location(settings.cache))
     text = ScoredText.of(open_text(store, settings.model_dump()), [trained]).text
     firings = LatentFirings()
-    with tqdm(total=int(text.packed.keep.sum()), unit="tok", unit_scale=True, desc=f"latents at {trained.site}") as bar:
+    with progress(f"latents at {trained.site}", int(text.packed.keep.sum()), "tokens") as bar:
         for first, keep_BT, f_NF in encoded_contexts(sae, text, Site.parse(trained.site)):
             firings.update(first, keep_BT, f_NF)
             bar.update(len(f_NF))

@@ -2,7 +2,8 @@
 
 A model is shown a latent's top contexts and says what they share. Asked with that label alone, it then says of contexts
 it has not seen which ones fit: half are of the latent (drawn from its firings), half are of other latents, at random.
-Detection scoring, as in Paulo et al. (2410.13928); guessing gives an accuracy of 1/2.
+Detection scoring, as in Paulo et al. (2410.13928); guessing gives an accuracy of 1/2. The pages do not have every
+firing, so a context of another latent may hold one of the latent's own: where it fires often, the score is too low.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from data.base.errors import UserError
 from data.base.location import parse_location
+from data.base.progress import progress
 from data.base.records import Json
 from data.base.sites import STREAM_KINDS, Site
 from data.store.store import Store
@@ -63,8 +64,6 @@ def encoded_contexts(sae: SAE, text: HeldoutText, site: Site) -> Iterator[tuple[
 
 def collect(sae: SAE, text: HeldoutText, site: Site, settings: FeaturesSettings) -> Collector:
     """Read the held-out contexts once, as far as the site, and gather what each latent fires on."""
-    from tqdm import tqdm
-
     from evaluate.features.collect import Collector
 
     collector = Collector(
@@ -76,7 +75,7 @@ def collect(sae: SAE, text: HeldoutText, site: Site, settings: FeaturesSettings)
         seed=settings.seed,
     )
     total = int(text.packed.keep.sum())
-    with tqdm(total=total, unit="tok", unit_scale=True, desc=f"features at {site}", mininterval=1.0) as bar:
+    with progress(f"features at {site}", total, "tokens", lines=5) as bar:
         for first, keep_BT, f_NF in encoded_contexts(sae, text, site):
             collector.update(f_NF, keep_BT, first)
             bar.update(len(f_NF))
@@ -92,8 +91,6 @@ def describe_latents(
     other: OtherPages | None = None,
 ) -> Latents:
     """Put what was collected together with what the weights say; `target` is the site that the decoder writes to."""
-    from tqdm import tqdm
-
     from evaluate.features import weights
     from evaluate.features.pages import Latents, OtherSAE, Words
 
@@ -108,7 +105,7 @@ def describe_latents(
         reader = weights.find_input_lens(text.model, Site.parse(sae.site), sae.d_in)
     raised, lowered, reads, beside = None, None, None, None
     total = sae.width * (1 + (lens is not None) + (reader is not None) + (other is not None))
-    with tqdm(total=total, unit="row", desc="decoder rows", mininterval=1.0) as bar:
+    with progress("decoder rows", total, "rows", lines=5) as bar:
         near = as_arrays(weights.neighbours(W_dec_FD, settings.neighbours, bar.update))
         if lens:
             raised, lowered = map(as_arrays, weights.ends(lens, W_dec_FD, vocabulary, settings.logits, bar.update))
@@ -191,12 +188,10 @@ class OtherPages:
 
 def write(latents: Latents, about: Json, out: Path) -> list[list[int]]:
     """Write pages; return the tokens that each latent fires on most."""
-    from tqdm import tqdm
-
     from evaluate.features import pages
 
     width = latents.collector.width
-    with tqdm(total=width, unit="page", desc="pages", mininterval=1.0) as bar:
+    with progress("pages", width, "pages", lines=5) as bar:
         pages.write_pages(latents, about, out, bar.update)
     every = pages.Pieces(latents)
     return [every.peak_tokens(latent) for latent in range(width)]

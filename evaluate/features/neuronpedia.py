@@ -26,7 +26,7 @@ from evaluate.features.page_data import Context, PageData
 
 LATENTS_A_BATCH = 128
 INTERVALS = 5  # of the range of activations, which examples are sorted into; SAEDashboard's number
-TOP = (-1, -1)  # bin_min and bin_contains of the contexts with the largest activations, as SAEDashboard marks them
+NO_BIN = -1  # bin_min and bin_contains of the contexts with the largest activations, as SAEDashboard marks them
 # What SAEDashboard writes of each latent and the pages do not have.
 ABSENT = (
     *("neuron_alignment_indices", "neuron_alignment_values", "neuron_alignment_l1"),
@@ -75,12 +75,12 @@ def _activations(data: PageData, latent: int, parts: list[Interval]) -> list[Jso
     """Return the top contexts, then those drawn at random by the interval of their own token, the highest first."""
     top, drawn = data.examples(latent)
     highest = data.index["max"][latent]
-    rows = [_activation(context, TOP[0], highest, TOP[1]) for context in top]
+    rows = [_activation(context, NO_BIN, highest, NO_BIN) for context in top]
     for number, part in reversed(list(enumerate(parts))):
         last = number == len(parts) - 1
         for context in drawn:
-            # The pages round values to three digits: the largest may come out above its bin.
             value = context.values[context.peak]
+            # The pages round values to three digits: the largest may come out above its bin.
             if part.low <= value < part.high or (last and value >= part.high):
                 rows.append(_activation(context, part.low, part.high, part.share))
     return rows
@@ -100,7 +100,7 @@ def feature(data: PageData, latent: int, dataset: str) -> Json:
         "freq_hist_data_bar_values": [(place + 0.5) * width for place in range(len(counts))],
         "freq_hist_data_bar_heights": counts,
         "n_prompts_total": data.page["about"]["contexts"],
-        "n_tokens_in_prompt": data.context_length(),
+        "n_tokens_in_prompt": data.context_length,
         "dataset": dataset,
         "activations": _activations(data, latent, intervals(counts, width, total)),
     }

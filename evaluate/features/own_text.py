@@ -67,8 +67,7 @@ class OwnTextReader:
 
     @cached_property
     def sae(self) -> SAE:
-        device = next(self.model.parameters()).device
-        return load(self.trained.folder).eval().to(device)
+        return load(self.trained.folder).eval().to(lm.input_device(self.model))
 
     @property
     def about(self) -> Json:
@@ -86,7 +85,8 @@ class OwnTextReader:
         """
         ids_T, read_T = encode_as_stored(text, self.tokenizer, self.store)
         site, sae = Site.parse(self.trained.site), self.sae
-        x_TD = run_to(self.model, [site], torch.from_numpy(ids_T)[None].to(sae.W_dec.device))[str(site)][0].float()
+        ids_BT = torch.from_numpy(ids_T)[None]
+        x_TD = run_to(self.model, [site], ids_BT.to(lm.input_device(self.model)))[str(site)][0].float()
         with torch.inference_mode():
             f_NF = sae.encode(x_TD[torch.from_numpy(read_T).to(x_TD.device)].to(sae.W_dec.device)).cpu()
         fired_K = (f_NF > 0).any(0).nonzero()[:, 0]

@@ -99,6 +99,7 @@ class PageData:
         groups = [[_context(example, tokens) for example in group["c"]] for group in record["g"]]
         return (groups[0], [one for group in groups[1:] for one in group]) if groups else ([], [])
 
+    @cached_property
     def context_length(self) -> int:
         """Return how many tokens a context has."""
         return len(self._call(data_name("text", 0))[1]["contexts"][0])

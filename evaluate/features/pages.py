@@ -72,7 +72,7 @@ class OtherSAE:
     peaks: list[list[int]]
 
 
-Ends = tuple[NDArray[np.int64], NDArray[np.float32]]
+TokenEnds = tuple[NDArray[np.int64], NDArray[np.float32]]
 
 
 @dataclass(frozen=True)
@@ -86,14 +86,14 @@ class Latents:
     collector: Collector
     packed: PackedTokens
     words: Words
-    near: Ends
-    raised: Ends | None
-    lowered: Ends | None
+    near: TokenEnds
+    raised: TokenEnds | None
+    lowered: TokenEnds | None
     quantiles: tuple[float, ...]
     at_a_quantile: int  # examples
     together: list[list[tuple[int, float]]]
     other: OtherSAE | None = None
-    reads: tuple[Ends, Ends] | None = None
+    reads: tuple[TokenEnds, TokenEnds] | None = None
 
 
 def short(value: float) -> float:

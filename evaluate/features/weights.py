@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from data.base.sites import INPUT_KINDS, Site
 from harvest.hooks import capture
+from harvest.lm import input_device
 
 ENTRIES_AT_ONCE = 1 << 25  # of a [R, V] or [R, F] product: 128 MB in float32
 
@@ -100,7 +101,7 @@ def _leaves_noted(model: nn.Module, without: nn.Module | None = None) -> Iterato
 
 
 def _example_ids(model: nn.Module) -> Int64[Tensor, "1 T"]:
-    return torch.arange(4, device=next(model.parameters()).device)[None]
+    return torch.arange(4, device=input_device(model))[None]
 
 
 def _norm_that_made(noted: Sequence[tuple[nn.Module, Tensor, Tensor]], made: Tensor, width: int) -> nn.Module | None:

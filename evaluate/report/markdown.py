@@ -31,7 +31,7 @@ from evaluate.report.columns import (
 )
 from evaluate.report.digits import measured, with_interval
 from evaluate.report.sweep import sweep_columns
-from evaluate.report.together import COLUMNS, together_rows, together_sentences, together_title
+from evaluate.report.together import TOGETHER, together_rows, together_sentences, together_title
 from evaluate.report.verdict import verdict_sentences
 
 
@@ -190,14 +190,14 @@ def _site_section(site: Json) -> str:
 def _together_section(report: Json, together: Json) -> str:
     """Write what all SAEs and transcoders of a store cost at work in one forward, and what each costs alone."""
     lines = [
-        [row.name, *(statistic(row.metrics[c.key] or {"value": None, "se": None}, c.digits) for c in COLUMNS)]
+        [row.name, *(statistic(row.metrics[c.key] or {"value": None, "se": None}, c.digits) for c in TOGETHER)]
         for row in together_rows(report, together)
     ]
     return "\n\n".join(
         [
             f"## {together_title(together)}",
             "\n".join(f"- {sentence}" for sentence in together_sentences(report, together)),
-            table(["replaced", *(column.titled for column in COLUMNS)], lines),
+            table(["replaced", *(column.titled for column in TOGETHER)], lines),
         ]
     )
 

@@ -22,7 +22,7 @@ from evaluate.report.columns import (
 from evaluate.report.digits import measured, plain, with_interval
 from evaluate.report.series import OTHER, STYLES
 from evaluate.report.sweep import sweep_columns
-from evaluate.report.together import COLUMNS, together_rows
+from evaluate.report.together import TOGETHER, together_rows
 
 FIRST = tuple(column.key for column in SPLICE)  # the metrics of the first table
 SITE = tuple(column.key for column in OF_SITE)
@@ -195,10 +195,10 @@ def sae_tables(rows: Sequence[Json], best: Collection[str] = frozenset()) -> lis
 def together_table(report: Json, together: Json) -> Table:
     """Make the table of a replacement model, of each of its parts alone and of the ablations."""
     rows = [
-        [Cell(row.name, key=float(number)), *(cell(row.metrics[column.key]) for column in COLUMNS)]
+        [Cell(row.name, key=float(number)), *(cell(row.metrics[column.key]) for column in TOGETHER)]
         for number, row in enumerate(together_rows(report, together))
     ]
-    return Table("What they cost together and alone", [head("replaced"), *(head(c.heading) for c in COLUMNS)], rows)
+    return Table("What they cost together and alone", [head("replaced"), *(head(c.heading) for c in TOGETHER)], rows)
 
 
 def title_of(*names: str) -> str:

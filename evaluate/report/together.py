@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from data.base.records import Json
 from evaluate.report.columns import BY_KEY, sae_name
 
-COLUMNS = tuple(BY_KEY[key] for key in ("l0", "ce_spliced", "ce_increase", "recovered_zero", "recovered_mean", "kl"))
+TOGETHER = tuple(BY_KEY[key] for key in ("l0", "ce_spliced", "ce_increase", "recovered_zero", "recovered_mean", "kl"))
 
 
 @dataclass(frozen=True)
@@ -29,12 +29,12 @@ def together_title(together: Json) -> str:
 def together_rows(report: Json, together: Json) -> list[TogetherRow]:
     """Give the replacement model first, each SAE or transcoder alone, then the ablations of every target at once."""
     metrics = together["metrics"]
-    lines = [TogetherRow("all together", {column.key: metrics[column.key] for column in COLUMNS})]
+    lines = [TogetherRow("all together", {column.key: metrics[column.key] for column in TOGETHER})]
     alone = _alone(report, together)
     for part in together["saes"]:
         row = alone[part["folder"]]
         name = f"{part['target']} alone: {sae_name(row)}"
-        lines.append(TogetherRow(name, {column.key: row["metrics"][column.key] for column in COLUMNS}))
+        lines.append(TogetherRow(name, {column.key: row["metrics"][column.key] for column in TOGETHER}))
     ablations = {"mean": "mean ablation of all", "zero": "zero ablation of all"}
     return lines + [_ablation(name, metrics, kind) for kind, name in ablations.items()]
 
@@ -69,4 +69,4 @@ def _ablation(name: str, metrics: Json, kind: str) -> TogetherRow:
     ce = metrics[f"ce_{kind}"]
     increase = None if ce["value"] is None else ce["value"] - metrics["ce_clean"]["value"]
     known: dict[str, Json | None] = {"ce_spliced": ce, "ce_increase": {"value": increase, "se": None}}
-    return TogetherRow(name, dict.fromkeys(column.key for column in COLUMNS) | known)
+    return TogetherRow(name, dict.fromkeys(column.key for column in TOGETHER) | known)

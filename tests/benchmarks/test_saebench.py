@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +22,7 @@ from benchmarks.saebench.run import (
     table,
 )
 from data.base.errors import UserError
+from evaluate.inputs import find_saes
 from harvest.lm import LanguageModel
 from tests.helpers.settings import stage_config
 from tests.helpers.tiny_lm import harvest_of, harvested, rough_sae, tiny_gpt2, tiny_lm
@@ -74,6 +76,20 @@ def test_what_cannot_be_evaluated_is_said_before_anything_starts(
     with pytest.raises(UserError, match="is a transcoder, and SAEBench evaluates autoencoders: leave it out"):
         run_saebench(config)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_site_or_model_that_it_cannot_read_is_said(
+    config: dict[str, Any], harvested: dict[str, Any], tmp_path: Path
+) -> None:
+    (sae,) = find_saes(config["saes"])
+    model = LanguageModel.of(harvested["config"]["model"])
+    Group(harvested["store"], "resid_post.0", [sae], model).refuse()
+    with pytest.raises(UserError, match=r"transformer\.h\.0 is a module's path, and SAEBench reads sites by"):
+        Group(harvested["store"], "transformer.h.0", [sae], model).refuse()
+    shutil.copytree(harvested["root"] / "lm", tmp_path / "lm", ignore=shutil.ignore_patterns("tokenizer*"))
+    bare = LanguageModel.of({"name": str(tmp_path / "lm")})
+    with pytest.raises(UserError, match="has no tokenizer, which SAEBench asks for: leave out its SAEs"):
+        Group(harvested["store"], "resid_post.0", [sae], bare).refuse()
 
 
 def test_a_hub_out_of_reach_is_said_before_anything_starts(harvested: dict[str, Any]) -> None:

@@ -64,6 +64,7 @@ def test_the_older_names_mean_the_newer_ones() -> None:
         ("evaluate", {"tokens": True}, "tokens=true is not allowed"),
         ("evaluate", {"seed": -1}, "seed=-1 is not allowed"),
         ("evaluate", {"device_map": 3}, "device_map=3 is not allowed"),
+        ("evaluate", {"tp_plan": "auto", "features": "best"}, "tp_plan is for scores: leave out features"),
         ("features", {"quantiles": [0.5, 1.5]}, r"quantiles.1=1.5 is not allowed"),
         ("features", {"quantiles": [0.5, 0.5]}, "must be falling numbers"),
     ],
@@ -126,6 +127,7 @@ ALLOWED: dict[str, Callable[[Any], bool]] = {
     "device_map": lambda value: (
         value is None or (is_text(value) and value != "") or value in ({}, {"a": 1}, {"units": 3})
     ),
+    "tp_plan": lambda value: value is None,
     "quantiles": are_quantiles,
 }
 

@@ -121,25 +121,16 @@ def test_saving_again_leaves_nothing_of_the_other_layout(folder: Path) -> None:
     assert not (folder / "sae.safetensors").exists() and load(folder).name == "gated"
 
 
-@pytest.mark.parametrize("written", [0, 1, 2, 3])
-def test_a_save_that_fails_halfway_leaves_no_sae(folder: Path, monkeypatch: pytest.MonkeyPatch, written: int) -> None:
-    """On a full disk: after so many of three shards and the index, over another SAE that was there."""
-    import os
-
-    replace, done = os.replace, []
-
-    def full(source: Path, target: Path) -> None:
-        if len(done) == written:
-            raise OSError(28, "No space left on device")
-        done.append(target)
-        replace(source, target)
-
-    with monkeypatch.context() as patch:
-        patch.setattr("os.replace", full)
-        with pytest.raises(OSError, match="No space"):
-            save(make("relu"), folder, RECORD, shard_bytes=MOST)
+@pytest.mark.parametrize("name", [*(f"sae-0000{number}-of-00003.safetensors" for number in (1, 2, 3)), INDEX])
+def test_a_save_that_fails_halfway_leaves_no_sae(folder: Path, name: str) -> None:
+    """At each of three shards and the index, whose place a folder has taken, over another SAE that was there."""
+    (folder / name).unlink()
+    (folder / name).mkdir()
+    with pytest.raises(IsADirectoryError):
+        save(make("relu"), folder, RECORD, shard_bytes=MOST)
     with pytest.raises(UserError, match="no trained SAE"):
         load(folder)
+    (folder / name).rmdir()
     save(make("relu"), folder, RECORD, shard_bytes=MOST)
     same_state(load(folder), make("relu"))
     assert not list(folder.glob(".*"))
