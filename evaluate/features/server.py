@@ -16,7 +16,7 @@ from evaluate.config import FeaturesSettings
 from evaluate.features.own_text import OwnTextReader, own_text_html
 from evaluate.inputs import SavedSAE
 
-LOOPBACK = "127.0.0.1"
+ADDRESS = "127.0.0.1"
 MOST_BYTES = 1 << 20  # of a request: many times what a context holds
 PATIENCE = 30  # seconds that a browser may take to send what it began
 
@@ -31,17 +31,17 @@ class OwnTextServer(ThreadingHTTPServer):
         self.reader, self.one_at_a_time = OwnTextReader(settings, trained), Lock()
         self.about = self.reader.about  # loads the model: whoever opens the page need not wait for it
         try:
-            super().__init__((LOOPBACK, settings.port), _Handler)
+            super().__init__((ADDRESS, settings.port), _Handler)
         except OSError as error:
             raise UserError(
                 f"port={settings.port} cannot be opened ({error.strerror}): give another, or port=0 for any free one"
             ) from error
-        self.hosts = {f"{name}:{self.server_port}" for name in (LOOPBACK, "localhost")}
+        self.hosts = {f"{name}:{self.server_port}" for name in (ADDRESS, "localhost")}
 
     @property
     def url(self) -> str:
         """Return the address to open in a browser."""
-        return f"http://{LOOPBACK}:{self.server_port}/"
+        return f"http://{ADDRESS}:{self.server_port}/"
 
     def page(self, text: str, latent: str) -> tuple[HTTPStatus, str]:
         """Return the page of a text, shaded by a latent where its number is given; what is wrong stands in it."""
