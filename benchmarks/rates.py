@@ -95,6 +95,9 @@ def search(out: Path, variants: Sequence[str], factors: Sequence[float], overrid
 
 
 def main(arguments: Sequence[str]) -> None:
+    if {"--help", "-h"} & set(arguments):
+        print(__doc__)
+        return
     own = {"out": "outputs/rates", "sae": ",".join(AT_64), "factors": ",".join(map(str, FACTORS))}
     overrides = []
     for item in arguments:

@@ -28,6 +28,24 @@ def test_links_lead_somewhere(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_links_into_a_page_meet_a_heading(path: Path) -> None:
+    links = re.findall(r"\]\(([^)#\s]*)#([^)\s]+)\)", path.read_text())
+    pages = {(link, anchor): (path.parent / link if link else path) for link, anchor in links if "://" not in link}
+    assert not [found for found, page in pages.items() if page.exists() and found[1] not in anchors(page)]
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors of a page's headings, as GitHub and mkdocs make them."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_no_merge_was_left_half_done(path: Path) -> None:
+    assert not re.findall(r"^(?:<{7}|>{7}|={7})(?: |$)", path.read_text(), flags=re.MULTILINE)
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_modules_that_are_run_exist(path: Path) -> None:
     modules = re.findall(r"python -m ([a-z_][a-z_.0-9]*[a-z0-9])", path.read_text())
     assert not [name for name in modules if find_spec(name) is None]

@@ -382,7 +382,8 @@ def _split(
             return chunks, reserved
         enough = math.ceil(steps / one_pass) if one_pass else None
     need = f"tokens={settings.tokens} with calibration_tokens={settings.calibration_tokens}"
-    why = f"{need} needs more than the {rows} training tokens in {settings.epochs} passes (epochs)"
+    passes = f"{settings.epochs} pass{'es' * (settings.epochs != 1)} (epochs)"
+    why = f"{need} needs more than the {rows} training tokens in {passes}"
     raise _too_few(settings, overrides, store, why, enough)
 
 

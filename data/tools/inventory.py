@@ -122,7 +122,7 @@ def _disk_of(trained: Sequence[Training], outputs: Path) -> list[str]:
     lines = [f"{len(ended)} SAE{'' if len(ended) == 1 else 's'} in {outputs}, {_sum(t.weights for t in ended)}"]
     old = _sum(training.checkpoint for training in ended)
     if any(training.checkpoint for training in ended):
-        lines.append(f"checkpoints of trainings that have ended: {old} (python -m data gc removes them)")
+        lines.append(f"checkpoints of trainings that have ended: {old} (python -m data gc removes those an hour old)")
     if any(not training.ended and training.checkpoint for training in trained):
         going = _sum(training.checkpoint for training in trained if not training.ended)
         lines.append(f"checkpoints of trainings that go on from them: {going}")

@@ -75,6 +75,11 @@ class Table:
     heads: list[Head]
     rows: list[list[Cell]]
 
+    @property
+    def worded(self) -> list[bool]:
+        """Return of each column whether it holds words, which stand at its left; a dash among them stands there too."""
+        return [any(isinstance(cell.key, str) for cell in column) for column in zip(*self.rows, strict=True)]
+
 
 def heading(name: str) -> str:
     return HEADINGS.get(name, name.replace("_", " "))

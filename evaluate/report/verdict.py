@@ -77,7 +77,7 @@ def _of_group(group: Json, rows: dict[str, Json]) -> str:
     if difference["low"] <= 0:
         return (
             f"No clear best of {count} SAEs at L0 {at}: {sae_name(best)} has the lowest CE increase ({_cost(best)}),"
-            f" but that of {sae_name(second)} is higher by only {value} {bounds} nats, an interval that holds 0."
+            f" but that of {sae_name(second)} is higher by only {value} nats, 95% interval {bounds}, which holds 0."
         )
     return (
         f"Best of {count} SAEs at L0 {at}: {sae_name(best)}, {_cost(best)}; the next, {sae_name(second)}, is higher by"

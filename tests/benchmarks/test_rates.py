@@ -98,3 +98,8 @@ def test_found_counts_features_by_their_cosine() -> None:
         known.found(torch.cat([right[:16], torch.randn(8, 32, generator=torch.Generator().manual_seed(0)).double()]))
         == 0.25
     )
+
+
+def test_its_help_says_how_it_is_called(capsys: pytest.CaptureFixture[str]) -> None:
+    rates.main(["--help"])
+    assert "python -m benchmarks.rates [out=outputs/rates]" in capsys.readouterr().out

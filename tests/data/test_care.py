@@ -306,7 +306,7 @@ def test_list_names_the_saes_of_each_store_and_what_checkpoints_take(
     assert f"  SAE topk  {tmp_path / 'outputs' / 'done'}  2.0 kB, checkpoint 3.0 kB\n" in out
     assert f"  training that has not ended  {tmp_path / 'outputs' / 'begun'}  checkpoint 500 bytes\n" in out
     assert f"1 SAE in {tmp_path / 'outputs'}, 2.0 kB" in out
-    assert "checkpoints of trainings that have ended: 3.0 kB (python -m data gc removes them)" in out
+    assert "checkpoints of trainings that have ended: 3.0 kB (python -m data gc removes those an hour old)" in out
     assert "checkpoints of trainings that go on from them: 500 bytes" in out
 
 

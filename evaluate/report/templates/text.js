@@ -54,6 +54,8 @@
     at("chosen").textContent = latent === null
       ? "Shaded by how many latents fire on a token. Choose a latent to shade by it, a token to see its latents."
       : `Shaded by latent #${latent.i}, at most ${number(latent.max)}.`;
+    // A latent chosen here is the one that the next text is shaded by.
+    if (at("asked") && latent !== null) at("asked").value = String(latent.i);
   }
   function show() {
     const key = {
@@ -83,5 +85,8 @@
   }
   at("sort").addEventListener("change", show);
   at("all").addEventListener("click", () => { token = null; show(); });
+  const asked = page.latent ?? null;
+  latent = latents.find((one) => one.i === asked) ?? null;
   show();
+  if (asked !== null && latent === null) at("chosen").textContent = `Latent #${asked} fires on none of these tokens. ${at("chosen").textContent}`;
 })();

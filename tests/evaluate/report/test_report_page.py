@@ -240,3 +240,10 @@ def test_tables_of_nothing_are_no_tables(rows: list[dict[str, Any]]) -> None:
         "Reconstruction and firing",
         "The SAEs",
     ]
+
+
+def test_a_dash_among_words_stands_where_they_do(rows: list[dict[str, Any]]) -> None:
+    few = [{**rows[0], "pareto": []}, {**rows[1], "pareto": ["nmse"]}]
+    first, *_ = sae_tables(few)
+    worded = {head.text: words for head, words in zip(first.heads, first.worded, strict=True)}
+    assert worded["Pareto"] and not worded["NMSE"]
