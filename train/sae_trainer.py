@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from data.base.errors import UserError
 from train.optimizers import OptimizerFactory
 from train.sae import SAE, DeadLatents, StartRows, StepOutput, TrainContext
+from train.sae.parts.auxk import raise_biases
 from train.sae.parts.groups import ALONE, RankGroup
 from train.sae.parts.update import WeightEMA, update
 from train.schedules import Schedule
@@ -131,6 +132,8 @@ class SAETrainer(nn.Module):
         update(self.sae, self.optimizer, self.clip)
         self.optimizer.zero_grad()  # the next SAE's step has the memory
         self.sae.after_step(step)
+        if self.sae.config.dead_raise:
+            self._raise_dead()
         self._count(step)
         self.step += 1
         if self.average is not None:
@@ -142,6 +145,11 @@ class SAETrainer(nn.Module):
             self.figures_logged = self._figures(step)
             self.log("train", self.figures_logged)
         self.rng = random_state(x_BD.device)
+
+    def _raise_dead(self) -> None:
+        sae = self.sae
+        by = sae.config.dead_raise * (sae.mean_sq / sae.d_out).sqrt()
+        raise_biases(map(sae.get_parameter, sae.bias_names), self.dead.mask(self.dead_after), by)
 
     def _anyone_dead(self, dead_F: Tensor, may_die_d: Tensor | None) -> bool:
         """Tell whether AuxK has anything to do: of a split dictionary, on any of its processes.

@@ -5,10 +5,11 @@ chunks. A pool is dealt out in runs of 16 rows as they are stored, each chunk's 
 over the pool: rows are permuted within their unit when they are stored, so a run is 16 random rows of a unit.
 
 A batch of B rows has, on average, as many rows of each chunk as a permutation of the pool gives it, m = B/K. How far it
-strays is another matter. Here only the runs at the batch's two ends are left to chance, a variance of 75 to 90 rows^2
-whatever m is; a permutation's grows with m, about m (1 - 1/K) (1 - B/N). So from about 80 rows of a chunk in a batch on
-there is less scatter than in a permutation, and below it more: with K=16, 83 beside 225 at B=4,096, and 75 beside 15 at
-B=256. Fewer chunks in a pool, or larger batches, are the remedy where that counts.
+strays is another matter. Here only the runs at the batch's two ends are left to chance, a variance of at most about a
+third of RUN_ROWS^2, 85 rows^2, whatever m is; a permutation's grows with m, about m (1 - 1/K) (1 - B/N). So from about
+80 rows of a chunk in a batch on there is less scatter than in a permutation, and below it more: with K=16, 83 beside
+225 at B=4,096, and 75 beside 15 at B=256; by default (K=62, B=1,024) 85 beside 17. Fewer chunks in a pool, or larger
+batches, are the remedy where that counts; shorter runs would cost reading.
 
 Batch i of a rank is rows [i*B, (i+1)*B) of its pools one after another. `sizes` is the number of valid rows of each
 chunk.

@@ -254,7 +254,8 @@ def markdown(report: Json) -> str:
         f"{_made(report)}"
         f"Every number is measured on held-out documents, {form}."
         " ± is one standard error"
-        f" (paired bootstrap over documents, {settings['bootstrap']:,} samples, seed {settings['seed']})."
+        f" (paired bootstrap over documents, {settings['bootstrap']:,} samples, seed {settings['seed']}):"
+        " each SAE is one training, so the spread over training seeds is in no interval."
     )
     words = "\n".join(f"- **{name}**: {text}" for name, text in DEFINITIONS.items())
     sections = [_site_section(site) for site in report["sites"]]

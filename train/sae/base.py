@@ -128,7 +128,7 @@ class SAE(nn.Module, ABC):
     `encode`, `decode`, `encode_decode` and `forward` are the inference form, in training too: they take any leading
     shape and give no gradient. The trainer's order: `step = loss(norm.normalise(x), context)`, backward,
     `project_gradient_(W_dec)` where `unit_rows`, clipping, the optimizer's step, `renormalise_(W_dec)` where
-    `unit_rows`, `after_step(step)`. Nothing else moves any state.
+    `unit_rows`, `after_step(step)`; then dead latents' biases rise (`dead_raise`). Nothing else moves any state.
 
     `split` says which latents this process has, where several hold one dictionary: then `width` is that of the whole,
     what has one row a latent (all parameters but `replicated`, f, dead latents) has those of this process alone, and

@@ -39,12 +39,19 @@ class SAEConfig(Settings):
         """Return the mean L0 that training aims at; None where there is none."""
         return None
 
+    @property
+    def dead_raise(self) -> float:
+        """Return how far each step raises the biases of dead latents, in root mean squares of x''s entries."""
+        return 0.0
+
 
 class PenaltyConfig(SAEConfig):
     """Settings of a variant whose loss has a sparsity coefficient, which may aim at an L0."""
 
     target_l0: Whole | Real | None = None
     """The mean L0 that training aims at; null for a fixed coefficient. `k` is an older name of it."""
+    revive: Real = Field(0.05, ge=0)
+    """How far each step raises a dead latent's biases until it fires, in root mean squares of x''s entries; 0: off."""
 
     @model_validator(mode="before")
     @classmethod
@@ -60,6 +67,10 @@ class PenaltyConfig(SAEConfig):
     @property
     def wanted_l0(self) -> int | float | None:
         return self.target_l0
+
+    @property
+    def dead_raise(self) -> float:
+        return self.revive
 
 
 class SparsityConfig(PenaltyConfig):

@@ -86,6 +86,12 @@ def test_seeds_that_disagree_leave_a_claim_undecided(made: Made) -> None:
     assert two(0.90, 1.0) == UNDECIDED
 
 
+@pytest.mark.parametrize(("seeds", "shown"), [((0,), f"{HOLDS} (one seed)"), ((0, 1), HOLDS)])
+def test_a_verdict_that_rests_on_one_seed_says_so(made: Made, seeds: tuple[int, ...], shown: str) -> None:
+    saes = [sae for seed in seeds for sae in grid(made, 0.95, seed=seed)]
+    assert of(topk.claims(Bench(saes, [], SETTINGS)), "S1", "NMSE").shown_verdict() == shown
+
+
 def test_inference_and_swaps_are_compared_with_their_own_kind(made: Made) -> None:
     saes = grid(made, 0.95)
     for k in KS:

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data.base.errors import UserError
@@ -171,17 +171,40 @@ def test_mixing_span() -> None:
     assert order.mixing_span(1000, 16, 10**12) == pytest.approx(16000.0, rel=1e-6)
 
 
-@pytest.mark.parametrize(("batch", "ours", "permuted"), [(256, 75, 15), (1280, 77, 74), (4096, 83, 225)])
-def test_scatter_of_a_batch_is_as_the_module_says(batch: int, ours: float, permuted: float) -> None:
-    """Rows of each chunk in a batch: more scatter than a permutation's below about 80 of them, less above."""
-    chunks, sizes, counts = 16, np.full(16, 4096), []
-    for epoch in range(8):
-        (pool,) = order.pools(sizes, seed=0, epoch=epoch, rank=0, world=1, pool_chunks=chunks)
+def counts_by_batch(of: np.ndarray, batch: int, chunks: int) -> np.ndarray:
+    """Rows of each chunk in each whole batch, from the chunk of each row."""
+    batches = of[: len(of) // batch * batch].reshape(-1, batch)
+    return np.array([np.bincount(rows, minlength=chunks) for rows in batches])
+
+
+def scatter(chunks: int, batch: int, epochs: int = 8) -> tuple[float, float]:
+    """The variance of a batch's rows of each chunk, over some epochs: in the module's order and in a permutation."""
+    ours, permuted = [], []
+    for epoch in range(epochs):
+        (pool,) = order.pools(np.full(chunks, 4096), seed=0, epoch=epoch, rank=0, world=1, pool_chunks=chunks)
         runs = order.pool_runs(pool, seed=0, epoch=epoch, rank=0)
         of = np.repeat(runs.chunks, runs.rows)
-        batches = of[: len(of) // batch * batch].reshape(-1, batch)
-        counts += [np.bincount(rows, minlength=chunks) for rows in batches]
-    mean, rows = batch / chunks, sizes.sum()
-    assert np.mean(counts) == pytest.approx(mean)
-    assert np.var(counts) == pytest.approx(ours, rel=0.1)
-    assert mean * (1 - 1 / chunks) * (1 - batch / rows) == pytest.approx(permuted, rel=0.03)
+        ours.append(counts_by_batch(of, batch, chunks))
+        permuted.append(counts_by_batch(of[seeded_permutation(len(of), "test", epoch)], batch, chunks))
+    assert np.mean(ours) == pytest.approx(batch / chunks) == np.mean(permuted)
+    return float(np.var(np.concatenate(ours))), float(np.var(np.concatenate(permuted)))
+
+
+@pytest.mark.parametrize(
+    ("chunks", "batch", "ours", "permuted"),
+    [(16, 256, 75, 15), (16, 1280, 77, 74), (16, 4096, 83, 225), (62, 1024, 85, 17)],
+)
+def test_scatter_of_a_batch_is_as_the_module_says(chunks: int, batch: int, ours: float, permuted: float) -> None:
+    assert scatter(chunks, batch) == pytest.approx((ours, permuted), rel=0.1)
+
+
+@settings(max_examples=25)
+@given(chunks=st.integers(2, 24), rows_of_each=st.integers(1, 300))
+def test_scatter_is_that_of_two_runs_at_any_batch_while_a_permutation_s_grows(chunks: int, rows_of_each: int) -> None:
+    """So it is the smaller one from some 85 rows of a chunk in a batch on, wherever little of the pool is one batch."""
+    ours, permuted = scatter(chunks, chunks * rows_of_each, epochs=4)
+    assert ours < 1.3 * order.RUN_ROWS**2 / 3
+    wanted = rows_of_each * (1 - 1 / chunks) * (1 - rows_of_each / 4096)
+    assert permuted == pytest.approx(wanted, rel=0.35)
+    if wanted > 1.6 * order.RUN_ROWS**2 / 3:
+        assert ours < permuted

@@ -1,8 +1,9 @@
-"""Dead latents: how long each has been silent, and the auxiliary loss that revives them."""
+"""Dead latents: how long each has been silent, and what revives them: an auxiliary loss, or rising biases."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -70,6 +71,18 @@ def filled_up(marked_F: Bool[Tensor, " F"]) -> Int[Tensor, " d"]:
     if not missing:
         return marked_d
     return torch.cat([marked_d, (~marked_F).nonzero().squeeze(1)[:missing]]).sort().values
+
+
+@torch.no_grad()
+def raise_biases(biases: Iterable[Float[Tensor, " F"]], dead_F: Bool[Tensor, " F"], by: Float[Tensor, ""]) -> None:
+    """Raise the biases of dead latents, after an optimizer's step, where no AuxK revives them.
+
+    A latent that never fires gets no gradient there. Raised in each step it comes back to where it fires on the tokens
+    it fits best, and from there on the loss decides. Not in the papers, which resample or leave the dead.
+    """
+    step_F = dead_F * by
+    for bias_F in biases:
+        bias_F.add_(step_F)
 
 
 def auxk_size(d_out: int) -> int:
