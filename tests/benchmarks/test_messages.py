@@ -27,6 +27,7 @@ def test_the_formula_is_what_is_sent(latent_ranks: int, data_ranks: int) -> None
             takes_a_few_pieces(run, found.memory)
 
 
+@pytest.mark.slow
 def test_the_final_sae_of_two_processes_takes_as_much_as_the_formula_says() -> None:
     """The messages of its pieces, each with its bytes, and memory for a few pieces whatever the size of the whole."""
     run = Run(Shape("jumprelu", width=1001, d_model=64, batch=64, k=8), 1e6, latent_ranks=2)

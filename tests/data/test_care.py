@@ -62,7 +62,7 @@ def test_a_leftover_alone_is_exit_code_0(tmp_path: Path, capsys: pytest.CaptureF
 def test_progress_has_a_rate_and_the_time_left(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     harvested(tmp_path)
     main(["verify", str(tmp_path)])
-    assert "B/s" in capsys.readouterr().err
+    assert "bytes/s" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("args", [["verify", "none"], ["info", "none"], ["list", "none"], ["gc", "none"]])

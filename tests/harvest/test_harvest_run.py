@@ -272,7 +272,7 @@ def test_a_resume_elsewhere_needs_leave(
 ) -> None:
     store = harvest(config(model, text, tmp_path))
     made = {"device": "an abacus", "torch": "0", "transformers": "0"}
-    monkeypatch.setattr("harvest.harvester.made_by", lambda model: made)
+    monkeypatch.setattr("harvest.harvester.made_by", lambda *_: made)
     with pytest.raises(UserError, match=r'was begun elsewhere \(device: "cpu .*" here, "an abacus" asked'):
         harvest(config(model, text, tmp_path, "tokens=400"))
     harvest(config(model, text, tmp_path, "tokens=400", "allow_mixed_devices=true"))

@@ -101,6 +101,7 @@ def outcomes(
     return {**dict(zip(calls, by_rank[0], strict=True)), "said": done.stdout}
 
 
+@pytest.mark.slow
 def test_two_processes_make_the_rows_of_one(outcomes: dict[str, Any], one: Store) -> None:
     two = Store.open(Path(outcomes["more"]))
     assert outcomes["first"] == outcomes["more"] == outcomes["again"]
@@ -111,6 +112,7 @@ def test_two_processes_make_the_rows_of_one(outcomes: dict[str, Any], one: Store
         np.testing.assert_allclose(split_up, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_store_says_over_how_many_processes_its_model_was_split(outcomes: dict[str, Any]) -> None:
     store = Store.open(Path(outcomes["more"]))
     assert store.manifest.identity["tensor_parallel"] == 2
@@ -118,6 +120,7 @@ def test_a_store_says_over_how_many_processes_its_model_was_split(outcomes: dict
     assert "tp_plan" not in store.manifest.settings["model"]
 
 
+@pytest.mark.slow
 def test_a_store_that_a_split_model_began_is_not_gone_on_with_by_one_process(
     outcomes: dict[str, Any], model: Path, text: Path
 ) -> None:
@@ -129,6 +132,7 @@ def test_a_store_that_a_split_model_began_is_not_gone_on_with_by_one_process(
     assert str(store.path) == outcomes["more"]
 
 
+@pytest.mark.slow
 def test_two_processes_score_as_one_does(outcomes: dict[str, Any], one: Store, trained: Path, tmp_path: Path) -> None:
     scored = {"saes": str(trained), "cache": str(one.path.parent), "tokens": 60, "bootstrap": 10, "device": "cpu"}
     alone = evaluate(stage_config("evaluate", out=str(tmp_path / "alone"), **scored))
@@ -140,6 +144,7 @@ def test_two_processes_score_as_one_does(outcomes: dict[str, Any], one: Store, t
     assert by_two.page.exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "device_map",
     [
@@ -164,11 +169,13 @@ def test_layers_that_wait_on_disk_make_the_same_bytes_and_scores(
     assert spread.content["sites"][0]["saes"][0]["metrics"] == plain.content["sites"][0]["saes"][0]["metrics"]
 
 
+@pytest.mark.slow
 def test_int8_scales_are_measured_by_both(outcomes: dict[str, Any]) -> None:
     store = Store.open(Path(outcomes["int8"]))
     assert store.rows_of("resid_post.1").standard is not None
 
 
+@pytest.mark.slow
 def test_what_cannot_be_split_is_refused_in_a_sentence(outcomes: dict[str, Any]) -> None:
     assert "each process has a part of this tensor only" in outcomes["part of a tensor"]
     assert "transformers has no plan by which to split gpt2 models" in outcomes["no plan"]

@@ -11,9 +11,10 @@ import torch
 from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
-from train.sae.base import SAE, Batch
+from train.sae.base import SAE
 from train.sae.parts.groups import ALONE, RankGroup
 from train.sae.parts.sites import SiteNorms
+from train.sae.step import Batch
 
 ONE_L0 = 1.05  # SAEs whose L0 differ by less than this factor are compared as of one L0
 

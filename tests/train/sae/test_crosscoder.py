@@ -164,6 +164,7 @@ def planted(count: int, seed: int, size: float = 1.0) -> tuple[Tensor, Tensor]:
     return torch.cat([codes @ directions[0], size * codes @ directions[1]], 1), directions
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["batchtopk", "relu"])
 def test_a_planted_dictionary_is_found_with_its_latents_sites(form: str) -> None:
     settings: dict[str, Any] = {"batchtopk": {"k": 2}, "relu": {"sparsity": 0.1}}[form]

@@ -10,7 +10,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from data.base.errors import UserError
-from train.sae.base import PLAIN, StepOutput, TrainContext
 from train.sae.config import AuxKConfig
 from train.sae.parts.dense import largest_of_the_batch
 from train.sae.parts.groups import ALONE, RankGroup
@@ -19,6 +18,7 @@ from train.sae.parts.threshold import Calibration, calibrate, running_mean_
 from train.sae.sparse.backend import backend_for
 from train.sae.sparse.codes import Codes
 from train.sae.sparse.rules import Above, Selection, TopOfBatch
+from train.sae.step import PLAIN, StepOutput, TrainContext
 from train.sae.variants.topk_base import TopKBase
 
 _DECAY = 0.999  # of the running mean that the threshold follows

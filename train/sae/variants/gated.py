@@ -6,10 +6,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from train.sae.base import PLAIN, StepOutput, TrainContext
 from train.sae.config import SparsityConfig
 from train.sae.sparse.codes import Codes
 from train.sae.sparse.rules import Above, Selection
+from train.sae.step import PLAIN, StepOutput, TrainContext
 from train.sae.variants.l1_base import L1SAE
 
 

@@ -12,13 +12,14 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from data.base.config import Flag, Real
-from train.sae.base import PLAIN, SAE, StepOutput, TrainContext
+from train.sae.base import SAE
 from train.sae.config import PenaltyConfig
 from train.sae.parts.groups import ALONE, RankGroup
 from train.sae.parts.ranks import kth_largest
 from train.sae.parts.threshold import L0Calibration, find_level
 from train.sae.sparse.codes import Codes
 from train.sae.sparse.rules import Above, Selection, TopOfBatch
+from train.sae.step import PLAIN, StepOutput, TrainContext
 
 _WEIGHT = 0.001  # of E[L0], where `sparsity` is None
 _WEIGHT_OF_TARGET = {"log": 3.0, "square": 0.3}  # likewise of each target form

@@ -9,11 +9,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from train.sae.base import SAE, StepOutput, TrainContext
+from train.sae.base import SAE
 from train.sae.config import SparsityConfig
 from train.sae.parts.groups import ALONE, RankGroup
 from train.sae.parts.threshold import L0Calibration, find_level
 from train.sae.sparse.codes import Codes
+from train.sae.step import StepOutput, TrainContext
 
 _RATE = 0.05  # of the coefficient's logarithm a step, at an L0 e times too large or more
 

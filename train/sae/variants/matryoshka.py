@@ -11,9 +11,9 @@ from pydantic import model_validator
 from torch import Tensor
 
 from data.base.config import Real
-from train.sae.base import PLAIN, TrainContext
 from train.sae.parts.dense import largest_of_the_batch
 from train.sae.sparse.codes import Codes
+from train.sae.step import PLAIN, TrainContext
 from train.sae.variants.batchtopk import BatchTopKBase, BatchTopKConfig
 from train.sae.variants.topk_base import Candidates, Reconstructed
 

@@ -9,10 +9,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from data.base.config import Flag
-from train.sae.base import PLAIN, StepOutput, TrainContext
 from train.sae.config import SparsityConfig
 from train.sae.sparse.codes import Codes
 from train.sae.sparse.rules import Above, Selection
+from train.sae.step import PLAIN, StepOutput, TrainContext
 from train.sae.variants.l1_base import L1SAE
 
 

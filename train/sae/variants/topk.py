@@ -9,11 +9,11 @@ from torch import Tensor
 
 from data.base.config import Flag
 from data.base.errors import UserError
-from train.sae.base import PLAIN, StepOutput, TrainContext
 from train.sae.config import AuxKConfig
 from train.sae.parts.dense import largest_of_each_token
 from train.sae.sparse.codes import Codes
 from train.sae.sparse.rules import Selection, TopPerToken
+from train.sae.step import PLAIN, StepOutput, TrainContext
 from train.sae.variants.topk_base import TopKBase
 
 

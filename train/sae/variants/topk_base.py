@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from train.sae.base import SAE, TrainContext
+from train.sae.base import SAE
 from train.sae.config import AuxKConfig
 from train.sae.parts.auxk import auxk_error, auxk_rule, auxk_size
 from train.sae.parts.dense import largest_of_each_token
@@ -18,6 +18,7 @@ from train.sae.sparse.backend import backend_for
 from train.sae.sparse.codes import Codes
 from train.sae.sparse.error import squared_error
 from train.sae.sparse.rules import Rule, Selection
+from train.sae.step import TrainContext
 
 _LEAST_OF_SQUARE = 0.1  # of the residual's mean square: what AuxK's norm is at least
 _LEAST_OF_VARIANCE = 1e-3  # of Vx, likewise
