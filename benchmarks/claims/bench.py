@@ -83,7 +83,7 @@ class Bench:
     def __init__(self, main: Sequence[Scored], special: Sequence[Scored], settings: Mapping[str, Any]) -> None:
         self.main, self.special = main, special
         self.d_in = int(main[0].settings["d_in"])
-        self.batch, self.width = settings["batch"], settings["expansion"] * self.d_in
+        self.batch, self.width = settings["batch"], round(settings["expansion"] * self.d_in)
 
     def pick(
         self, variant: str, *, form: str = INFERENCE, options: Json | None = None, **settings: Any
