@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from train.plan import DataPlan
 
 RUN = "run.json"
+REVIVED_BY_BIAS = ("relu", "gated", "jumprelu")  # variants with the setting `revive`
 LAST = Path("checkpoints") / "last.ckpt"  # below the folder of a run
 _LOCK = Path("checkpoints") / "lock"
 _PARTS = frozenset({"step", "sae", "dead", "optimizer", "rng", "figures", "loader", "run", "seal"})
@@ -50,9 +51,8 @@ def numbers(settings: TrainSettings, plan: DataPlan) -> Group:
     """Return what determines the numbers of a run, the store's identity with it."""
     # Settings that set no number (the folder, the pace, the logger) may differ between a run and its continuation.
     own = of_scope(settings, "sae", "stream")
-    if not own["sae"].get("skip"):
-        # Runs from before there were transcoders say nothing of it.
-        own["sae"] = {name: value for name, value in own["sae"].items() if name != "skip"}
+    # Runs from before these settings say nothing of them.
+    own["sae"] = {name: value for name, value in own["sae"].items() if value or name not in ("skip", "revive")}
     stores = list(dict.fromkeys(site.store.manifest.fingerprint for site in plan.joined))
     if len(stores) > 1:
         own["stores"] = stores
@@ -124,6 +124,8 @@ def resumed(given: Mapping[str, Any], overrides: Sequence[str]) -> Group:
         raise UserError(f"{folder / LAST} is missing, so there is nothing to go on from: train anew")
     # From the run, not from the command: a setting whose default has changed since must not change the run.
     saved: Group = dict(read_run(folder).settings)
+    if saved["sae"].get("variant") in REVIVED_BY_BIAS:
+        saved["sae"] = {"revive": 0, **saved["sae"]}  # which runs from before the setting trained with
     for override in overrides:
         name = override.lstrip("+~").split("=")[0]
         if name == "resume":

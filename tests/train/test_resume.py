@@ -153,6 +153,24 @@ def test_resume_keeps_the_run_s_own_settings(short: Any, tmp_path: Path, monkeyp
     assert (config["variant"], config["settings"]["k"], config["training"]["seed"]) == ("topk", 3, 4)
 
 
+def test_a_run_begun_before_dead_latents_were_raised_goes_on_without(
+    short: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its record names no `sae.revive`, whose default has come since."""
+    train(short("sae=gated", "sae.revive=0", f"out={tmp_path / 'whole'}"))
+    with monkeypatch.context() as patch, pytest.raises(Broken):
+        break_after(patch, 20)
+        train(short("sae=gated", "sae.revive=0"))
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    del record["settings"]["sae"]["revive"]
+    assert "revive" not in record["numbers"]["sae"]
+    (tmp_path / "run" / "run.json").write_text(json.dumps(record))
+    train(short(f"resume={tmp_path / 'run'}"), [f"resume={tmp_path / 'run'}"])
+    assert_same_sae(tmp_path / "run", tmp_path / "whole")
+    with pytest.raises(UserError, match="holds another run"):
+        train(short("sae=gated"))
+
+
 def test_resume_refuses_what_it_would_ignore(short: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = tmp_path / "run"
     with pytest.raises(UserError, match=r"is not the folder of a training run"):
