@@ -87,7 +87,7 @@ SPLICE = (
         "nmse",
         "NMSE",
         4,
-        "sum ||x - x̂||² / sum ||x - mean x||² over the set, in the model's units (FVU); EV = 1 - NMSE.",
+        "sum ||x - x̂||² / sum ||x - mean x||² over the set, in the model's units (FVU).",
         "lower",
     ),
     metric("ce_spliced", "CE", 4, _CE, "lower"),
@@ -96,10 +96,10 @@ SPLICE = (
         "recovered_zero",
         "recovered zero",
         4,
-        "(CE zero - CE spliced) / (CE zero - CE clean), of pooled means; recovered mean: likewise.",
+        "(CE zero - CE spliced) / (CE zero - CE clean), of pooled means.",
         "higher",
     ),
-    metric("recovered_mean", "recovered mean", 4, "", "higher"),
+    metric("recovered_mean", "recovered mean", 4, "the same against the training mean in place of x.", "higher"),
     metric(
         "kl",
         "KL",
@@ -120,12 +120,12 @@ EQUAL_L0 = Column(
 )
 """Where the L0 of a site's SAEs differ, so that their CE alone ranks nothing."""
 DETAIL = (
-    metric("ev", "EV", 4, "", "higher"),
+    metric("ev", "EV", 4, "explained variance, 1 - NMSE.", "higher"),
     metric(
         "nmse_token",
         "NMSE token",
         4,
-        "the same with each token's entries brought to mean 0 and standard deviation 1, x̂ by x's map.",
+        "NMSE with each token's entries brought to mean 0 and standard deviation 1, x̂ by x's map.",
         "lower",
     ),
     metric(
@@ -140,9 +140,9 @@ DETAIL = (
         "gamma",
         "gamma",
         4,
-        "E||x̂||² / E[x̂·x]: 1 is unbiased, below 1 shrinks; gamma c: the same after b_dec is taken from both.",
+        "E||x̂||² / E[x̂·x]: 1 is unbiased, below 1 shrinks.",
     ),
-    metric("gamma_c", "gamma c", 4),
+    metric("gamma_c", "gamma c", 4, "gamma after b_dec is taken from x̂ and x."),
     Column("std", "L0 sd", 2, "standard deviation of L0 over tokens.", lambda row: row["l0"]["std"]),
     Column(
         "silent",
@@ -162,17 +162,17 @@ DETAIL = (
     ),
 )
 SIZES = (
-    Column("asked", "asked", 0, "", lambda row: sparsity_setting(row["settings"])),
+    Column("asked", "asked", 0, "how sparse the SAE was asked to be.", lambda row: sparsity_setting(row["settings"])),
     Column("width", "latents F", 0, "", lambda row: row["width"]),
-    Column("expansion", "expansion", 0, "", lambda row: f"{row['expansion']:g}"),
+    Column("expansion", "expansion", 0, "latents / entries that are read.", lambda row: f"{row['expansion']:g}"),
     Column("tokens", "training tokens", 0, "", lambda row: row["training"].get("tokens")),
     Column("seed", "seed", 0, "", lambda row: row["training"].get("seed")),
     Column("folder", "folder", 0, "", lambda row: f"`{row['folder']}`"),
 )
 OF_SITE = (
-    metric("ce_clean", "CE clean", 4),
-    metric("ce_zero", "CE zero", 4),
-    metric("ce_mean", "CE mean", 4),
+    metric("ce_clean", "CE clean", 4, "CE of the model as it is."),
+    metric("ce_zero", "CE zero", 4, "CE with 0 in place of x at every kept token."),
+    metric("ce_mean", "CE mean", 4, "CE with the training mean in place of x at every kept token."),
 )
 """The same for all SAEs of a site, so shown once."""
 
@@ -186,14 +186,15 @@ BY_KEY = {column.key: column for column in (*SPLICE, *DETAIL, *OF_SITE)}
 
 def _definitions() -> dict[str, str]:
     """Return the legend in the order in which it is read."""
-    defined = {column.heading: column.definition for column in (*SPLICE, *DETAIL) if column.definition}
+    defined = {column.heading: column.definition for column in (*SPLICE, *DETAIL, *OF_SITE) if column.definition}
     named = {
-        "SAE": "variant; the number is the row of the sizes table below, which names the folder.",
+        "SAE": "variant; the number is that of the row which names the folder.",
         STAR: "the lowest CE increase of the SAEs whose L0 are within 5% of each other.",
         "↓, ↑": "lower, or higher, is better.",
     }
-    order = ("L0", "L0 sd", "NMSE", "NMSE token", "NMSE btk", "cosine", "gamma", "CE", "CE increase")
-    named |= {heading: defined[heading] for heading in (*order, "recovered zero", "KL")}
+    order = ("L0", "L0 sd", "NMSE", "EV", "NMSE token", "NMSE btk", "cosine", "gamma", "gamma c")
+    losses = ("CE", "CE increase", "CE clean", "CE zero", "CE mean", "recovered zero", "recovered mean", "KL")
+    named |= {heading: defined[heading] for heading in (*order, *losses)}
     named |= {
         "Pareto": PARETO.definition,
         EQUAL_L0.heading: EQUAL_L0.definition,
