@@ -19,6 +19,7 @@ from pathlib import Path
 from hydra import compose, initialize_config_dir
 
 from data.base import cli
+from data.base.composing import guard
 from data.base.errors import UserError
 from train.rates import AT_64
 from train.run import TrainRequest, prepare, train_all
@@ -67,6 +68,7 @@ def _cells(trial: Trial) -> str:
 
 def _request(folder: Path, overrides: Sequence[str]) -> TrainRequest:
     asked = [*overrides, f"out={folder}", "validate_every=1000000"]
+    guard()
     with initialize_config_dir(str(cli.CONF), version_base="1.3"):
         return TrainRequest(cli.stage_settings(compose("train", asked), "train"), asked)
 

@@ -69,6 +69,11 @@ def test_rates_are_compared_at_one_l0(store: Path, tmp_path: Path) -> None:
         rates.search(tmp_path, ["relu"], [1.0], [*SMALL, f"store={store}", f"site={SITE}"])
 
 
+def test_a_misspelt_setting_is_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"sea\.k is no setting: did you mean sae\.k\?"):
+        rates.search(tmp_path, ["topk"], [1.0], ["sea.k=3"])
+
+
 def test_a_mean_that_dwarfs_the_rest_is_said_where_the_encoder_reads_it(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
