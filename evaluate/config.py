@@ -152,7 +152,7 @@ class FeaturesSettings(HeldoutSettings):
     """The folder of another SAE of the same site: nearest latents by the cosine of decoder rows, side by side."""
     own_text: Text | None = None
     """A text to shade by the latents that fire on it, in place of the pages: text="..." on the command line."""
-    serve: bool = False
+    serve: Flag = False
     """Show texts that are typed in a browser on this machine, shaded likewise, until Ctrl-C; in place of the pages."""
     port: Whole = Field(8765, ge=0, le=65535)
     """The port that `serve` listens at, on 127.0.0.1 alone; 0: any free one."""

@@ -117,7 +117,8 @@ ALLOWED: dict[str, Callable[[Any], bool]] = {
     **dict.fromkeys(
         ("baseline", "features", "folder", "compare", "own_text"), lambda value: value is None or is_text(value)
     ),
-    "together": lambda value: isinstance(value, bool),
+    **dict.fromkeys(("together", "serve"), lambda value: isinstance(value, bool)),
+    "port": lambda value: is_whole(value, 0) and value < 2**16,
     "saes": is_texts,
     "form": lambda value: value == "shipped",
     **dict.fromkeys(("feature_metrics", "gao"), lambda value: value in (None, [], "all", "probe", ["probe"])),
