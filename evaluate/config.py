@@ -193,7 +193,7 @@ class ExplainSettings(Settings):
     """The name of the language model there."""
     key_env: Text = "OPENAI_API_KEY"
     """The environment variable that holds the key; where it is not set none is sent."""
-    spend: bool = False
+    spend: Flag = False
     """Ask; else only say what it would cost."""
     latents: list[Annotated[Whole, Field(ge=0)]] | None = None
     """Numbers of latents to label; null: the most interesting ones."""
