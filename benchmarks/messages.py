@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -48,8 +49,11 @@ class Counts:
 
 
 @contextmanager
-def watched(names: dict[Any, str]) -> Iterator[list[Counted]]:
-    """List the messages of the `with` block; `names` are the groups' by their handles."""
+def watched(names: dict[Any, str], pause: float = 0.0) -> Iterator[list[Counted]]:
+    """List the messages of the `with` block; `names` are the groups' by their handles.
+
+    pause: seconds after each message, in which gloo's threads let go of what came in and went out.
+    """
     found: list[Counted] = []
     before = {kind: getattr(dist, kind) for kind in ("all_reduce", "all_gather", "broadcast")}
 
@@ -57,7 +61,9 @@ def watched(names: dict[Any, str]) -> Iterator[list[Counted]]:
         def call(*args: Any, group: Any = None, **kwargs: Any) -> Any:
             own: Tensor = args[1] if kind == "all_gather" else args[0]
             found.append((kind, names[group], own.nbytes))
-            return before[kind](*args, group=group, **kwargs)
+            done = before[kind](*args, group=group, **kwargs)
+            time.sleep(pause)
+            return done
 
         return call
 
@@ -99,7 +105,8 @@ def process(rank: int, runs: list[Run], folder: str) -> None:
 
 def gathered(sae: SAE, names: dict[Any, str]) -> tuple[list[Counted], int]:
     """Take all pieces of the final SAE as the first process does; gives the messages, and the memory at the most."""
-    with Counter() as counter, watched(names) as found:
+    # What gloo holds is not the formula's, and its threads are a moment behind.
+    with Counter() as counter, watched(names, pause=0.01) as found:
         for tensor in sae.state_dict().values():
             counter.watch(tensor)
         counter.begin()
