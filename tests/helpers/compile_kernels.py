@@ -71,7 +71,9 @@ def launches(width: int) -> Iterator[tuple[Any, dict[str, Any], int]]:
     for ordered, cut in ((False, False), (True, True)):
         yield sums.group_sums_kernel, {"ORDERED": ordered, "CUT": cut, **summed}, 4
     for tile in (16, 64, 128):
-        yield error.decode_error_kernel, {"TILE": tile, "COLUMNS": error.TILE_ENTRIES // tile}, error.WARPS
+        for zeros in (False, True):
+            sizes = {"ZEROS": zeros, "TILE": tile, "COLUMNS": error.TILE_ENTRIES // tile}
+            yield error.decode_error_kernel, sizes, error.WARPS
     yield above.pack_above_kernel, {"PIECE": PIECE_LATENTS}, 4
     columns = adam.columns_of(width)
     for unit in (False, True):

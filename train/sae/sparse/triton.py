@@ -113,6 +113,11 @@ class TritonBackend:
 
         return group_sums(weight_n, index_n, groups.ends, table_XD, groups.order_n, groups.pieces)
 
+    def totals(self, values_n: Tensor, groups: Groups) -> Tensor:
+        # The kernel of the sums adds the weights too, in a fixed order; its rows are a single 1 here.
+        one_11 = values_n.new_ones(1, 1)
+        return self.group_sums_and_totals(values_n, torch.zeros_like(groups.index_n), groups, one_11)[1]
+
     def dots(self, rows_n: Tensor, latents_n: Tensor, left_XD: Tensor, right_FD: Tensor) -> Tensor:
         from train.sae.sparse.kernels.dots import entry_dots
 
@@ -135,10 +140,13 @@ class TritonBackend:
         W_dec_FD: Tensor,
         base: Tensor,
         target_BD: Tensor,
+        *,
+        through_zeros: bool = False,
     ) -> tuple[Tensor, Tensor, Tensor]:
         from train.sae.sparse.kernels.error import decode_error
 
-        return decode_error(values_n, latents_n, row_ends, W_dec_FD, base, target_BD)
+        parts = (values_n, latents_n, row_ends, W_dec_FD, base, target_BD)
+        return decode_error(*parts, through_zeros=through_zeros)
 
     def row_norms(self, grad_FD: Tensor, rows_FD: Tensor | None) -> tuple[Tensor, Tensor]:
         from train.sae.sparse.kernels.norms import row_norms
