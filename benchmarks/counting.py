@@ -232,7 +232,8 @@ class StandIn(TritonBackend):
             entries = self.above
         else:
             entries = super().read(number)
-        with self.counter.kernel("selection", 0, PACKED_BYTES * entries):  # what the packing has written
+        packed = min(entries, int(self.dense_share * self.counter.z_entries))  # those that found room
+        with self.counter.kernel("selection", 0, PACKED_BYTES * packed):  # what the packing has written
             pass
         return entries
 
@@ -447,20 +448,23 @@ def trainer_of(
     )
 
 
-def count_step(shape: Shape) -> Count:
-    """Count a plain step, not the first, on the GPU's path, by shapes alone; ends with an error if it asks a value."""
+def count_step(shape: Shape, dense_share: float = TritonBackend.dense_share) -> Count:
+    """Count a plain step, not the first, on the GPU's path, by shapes alone; ends with an error if it asks a value.
+
+    But for the number of entries above a bound, which is that of the shape.
+    """
     counter = Counter(
         parameter_entries=shape.width * shape.d_model, z_entries=shape.batch * shape.width, candidates=shape.dead
     )
-    stand_in = StandIn(counter=counter, above=shape.l0 * shape.batch)
+    stand_in = StandIn(counter=counter, above=shape.l0 * shape.batch, dense_share=dense_share)
     with FakeTensorMode(), use_backend(stand_in), counter:
         return _second_step(shape, counter, torch.empty(shape.batch, shape.d_model))
 
 
-def count_real_step(shape: Shape) -> Count:
+def count_real_step(shape: Shape, dense_share: float = TritonBackend.dense_share) -> Count:
     """Count the same with real tensors and the stand-ins' results: for small shapes, without AuxK."""
     counter = Counter(parameter_entries=shape.width * shape.d_model, z_entries=shape.batch * shape.width)
-    with use_backend(StandIn(counter=counter)), counter:
+    with use_backend(StandIn(counter=counter, dense_share=dense_share)), counter:
         return _second_step(shape, counter, torch.randn(shape.batch, shape.d_model))
 
 

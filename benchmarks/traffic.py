@@ -13,17 +13,16 @@ from __future__ import annotations
 import argparse
 from collections import Counter as Tally
 
-from benchmarks.counting import Count, Shape, count_step, count_waits
+from benchmarks.counting import L0_PER_K, Count, Shape, count_step, count_waits
 from benchmarks.gpu.predictions import roofline_bytes
 from benchmarks.memory import CHOOSING, VARIANTS
 
 PARTS = ("products", "selection", "sparse products", "parameters", "z", "rest")
-L0_PER_K = 3  # of the variants that pay for activity, as in the other benchmarks
 
 
 def least_bytes(shape: Shape) -> float:
     """Compute the roofline's bytes for a shape."""
-    k = shape.k if shape.variant in CHOOSING else L0_PER_K * shape.k
+    k = shape.k if shape.variant in CHOOSING else shape.l0
     return roofline_bytes(shape.batch, shape.d_model, shape.width, k)
 
 
@@ -70,6 +69,8 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4096)
     parser.add_argument("--k", type=int, default=32)
     parser.add_argument("--dead", type=float, default=0.0, help="share of latents that may be dead")
+    parser.add_argument("--l0", type=int, help="latents active on a token of relu, jumprelu and gated: three times k")
+    parser.add_argument("--start", action="store_true", help="half of all latents instead, where relu and gated start")
     parser.add_argument("--list", action="store_true", help="the operations that move most")
     args = parser.parse_args()
     print(f"d={args.d_model}, B={args.batch:,}, k={args.k} (L0 {L0_PER_K * args.k} where k is not set), GB a step\n")
@@ -78,7 +79,8 @@ def main() -> None:
     for variant in args.variants:
         for width in args.widths:
             dead = round(args.dead * width) if variant in CHOOSING else 0
-            shape = Shape(variant, width, args.d_model, args.batch, args.k, dead=dead)
+            active = width // 2 if args.start else args.l0
+            shape = Shape(variant, width, args.d_model, args.batch, args.k, active, dead=dead)
             count = count_step(shape)
             print(row(shape, count), flush=True)
             if args.list:

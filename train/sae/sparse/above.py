@@ -3,7 +3,7 @@
 z comes in blocks of latents, which are read once each: what lies above is packed into memory with room for as many
 entries as are kept sparse at all. Then the host waits for their number. Either they are put in order, in tensors of
 exactly their size, or they are too many for sparse products to pay, and all of z is computed instead.
-Letters: B tokens in a batch, F latents, c latents of a block, P pieces of a row, n entries, s entries there is room for.
+Letters: B tokens in a batch, F latents, c latents of a block, P pieces of a row, n entries, s there is room for.
 """
 
 from __future__ import annotations
@@ -84,6 +84,7 @@ def select_above(
         pack(product.block(block.first, block.last, z_Bc), bound, block, packed)
     entries = read(packed.found)
     if entries <= room:
+        del memory, z_Bc
         return packed.in_order(entries)
     if len(blocks) == 1:
         return z_Bc
@@ -99,7 +100,7 @@ def pieces_of(block: Block) -> int:
 
 
 def blocks_of(firsts: range, width: int) -> list[Block]:
-    """Number the pieces of blocks of latents."""
+    """Describe blocks of latents by their pieces' numbers."""
     blocks: list[Block] = []
     first_piece = 0
     for first in firsts:

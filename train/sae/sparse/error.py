@@ -74,8 +74,8 @@ def squared_error(
     """Compute sum_b ||e_b||^2 and e = f W_dec + base - target, detached, of a backend with fused kernels.
 
     `base` is one row [E] or one for each token. Entries with f = 0 take no gradient, but with `through_zeros`; the
-    target takes none. The rows of W_dec that `latents_d` (each once) names come back too: their gradient is added to the one here, where another use
-    of W_dec would make a second of its size.
+    target takes none. The rows of W_dec that `latents_d` (each once) names come back too: their gradient is added to
+    the one here, where another use of W_dec would make a second of its size.
     """
     assert not target_BE.requires_grad
     parts = _SquaredError.apply(f_n, W_dec_FE, base, target_BE, support, latents_d, through_zeros)  # type: ignore[no-untyped-call]

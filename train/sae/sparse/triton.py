@@ -1,8 +1,9 @@
 """The sparse step on a GPU: sizes are known beforehand, so that the host need not wait for the device.
 
-What lies above a bound is the exception: its size is waited for, once. A choice of the largest holds exactly as many entries as were asked for; what is not positive among them is given the
-value 0 by the encoder, takes no gradient and does not count as fired. Exact, ties to the lowest index. The products are
-Triton's (kernels/), which is imported where it is first needed.
+What lies above a bound is the exception: its size is waited for, once a step. A choice of the largest holds exactly as
+many entries as were asked for; what is not positive among them is given the value 0 by the encoder, takes no gradient
+and does not count as fired. Exact, ties to the lowest index. The products are Triton's (kernels/), which is imported
+where it is first needed.
 Letters: B tokens in a batch, D model width, F latents, n entries, R lines of M values.
 """
 
