@@ -11,6 +11,7 @@ import torch
 
 from benchmarks.counting import Counter, Shape, count_real_step, count_step, trainer_of
 from benchmarks.memory import CHOOSING, VARIANTS, moments, parameters, peak_bytes, row, state_bytes
+from tests.helpers.slow import slow_unless
 
 # Of a plain step: sizes in which each of the moments of the formula is the highest.
 SHAPES = [
@@ -35,7 +36,7 @@ WITH_DEAD = [
 ]
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", slow_unless({"batchtopk", "relu"}.__contains__, VARIANTS))
 def test_the_formula_is_within_one_percent_of_a_counted_step(variant: str) -> None:
     for sizes in SHAPES + (WITH_DEAD if variant in CHOOSING else BOUND):
         shape = Shape(variant, **sizes)

@@ -18,6 +18,7 @@ from evaluate.lm_parts import LayersBelow, Unembedding
 from evaluate.score import SiteScore
 from evaluate.splice import Splice
 from harvest.hooks import replace
+from tests.helpers.slow import slow_unless
 from train.sae.variants.relu import ReLU
 
 IDS = torch.randint(1, 40, (4, 12), generator=torch.Generator().manual_seed(2))
@@ -61,7 +62,7 @@ def counted(module: nn.Module, name: str = "forward") -> Iterator[list[Tensor]]:
         handle.remove()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", slow_unless({"gpt2", "gemma2"}.__contains__, FAMILIES))
 @pytest.mark.parametrize("site", SITES)
 def test_losses_are_those_of_whole_forwards_to_the_bit(family: str, site: str) -> None:
     if family == "gpt_neox" and site.startswith("resid_mid"):

@@ -31,6 +31,7 @@ from harvest.run import harvest
 from tests.helpers.corpus import ROOT, config, contents, save_model, write_stories
 from tests.helpers.runs import composed
 from tests.helpers.s3 import Server
+from tests.helpers.slow import slow_unless
 from train.run import train
 
 SITES = "sites=[resid_post.1,attn_out.0]"
@@ -168,7 +169,10 @@ def test_readers_give_what_a_folder_s_give(model: Path, text: Path, anywhere: st
 
 
 @pytest.mark.parametrize("anywhere", SLOW_IN_A_BUCKET, indirect=True)
-@pytest.mark.parametrize("form", ["store.encoding=int8", "store.codec=zstd", "store.shards=true"])
+@pytest.mark.parametrize(
+    "form",
+    slow_unless({"store.shards=true"}.__contains__, ["store.encoding=int8", "store.codec=zstd", "store.shards=true"]),
+)
 def test_every_form_of_rows_is_the_same_bytes(
     model: Path, text: Path, anywhere: str, tmp_path: Path, form: str
 ) -> None:

@@ -34,6 +34,7 @@ from tests.helpers.families import (
     logits,
     tokens,
 )
+from tests.helpers.slow import slow_unless
 from tests.helpers.tiny_lm import write_tokenizer
 
 
@@ -229,7 +230,7 @@ def check_refused(name: str) -> Row:
     return Row(name, REFUSED, 0, 0.0)
 
 
-@pytest.mark.parametrize("name", COMMON)
+@pytest.mark.parametrize("name", slow_unless({"gemma2", "gpt_neox", "falcon", "gemma3 image"}.__contains__, COMMON))
 def test_the_identities_of_the_commonest(name: str) -> None:
     check(name)
 
@@ -280,7 +281,7 @@ def check_mlp_of_mlp_in(name: str) -> None:
 WITH_MLP_IN = [name for name, tiny in TINY.items() if tiny.form != REFUSED and tiny.mlp_in != "refused"]
 
 
-@pytest.mark.parametrize("name", COMMON)
+@pytest.mark.parametrize("name", slow_unless({"gemma2", "gpt_neox", "falcon", "gemma3 image"}.__contains__, COMMON))
 def test_the_mlp_of_mlp_in_is_mlp_out_to_the_bit(name: str) -> None:
     check_mlp_of_mlp_in(name)
 

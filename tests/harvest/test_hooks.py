@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from data.base.errors import UserError
 from data.base.sites import STREAM_KINDS
 from harvest.hooks import SITE_KINDS, Site, capture, locate, replace, run_to
+from tests.helpers.slow import slow_unless
 
 VOCABULARY, LAYERS, WIDTH = 61, 3, 32
 PARALLEL = {"phi", "gpt_neox", "cohere"}
@@ -90,10 +91,15 @@ def at(kind: str, layer: int) -> Site:
     return Site(kind, layer)
 
 
-EVERY = [(name, kind) for name in CONFIGS | INFERRED for kind in kinds_of(name)]
+# One architecture of each kind, of which `make test` says all; the rest are for `make test-slow`.
+KINDS = {"gpt2", "gemma2", "gpt_neox", "opt_post_norm", "qwen2"}
+NAMES = slow_unless(KINDS.__contains__, CONFIGS | INFERRED)
+EVERY = slow_unless(
+    lambda pair: pair[0] in KINDS, [(name, kind) for name in CONFIGS | INFERRED for kind in kinds_of(name)]
+)
 
 
-@pytest.mark.parametrize("name", CONFIGS | INFERRED)
+@pytest.mark.parametrize("name", NAMES)
 def test_the_stream_adds_up(name: str) -> None:
     model, ids = build(name), tokens()
     seen = run_to(model, [at(kind, layer) for kind in kinds_of(name) for layer in range(LAYERS)], ids)
@@ -111,7 +117,7 @@ def test_the_stream_adds_up(name: str) -> None:
             close(pre + attn, seen[f"resid_mid.{layer}"])
 
 
-@pytest.mark.parametrize("name", CONFIGS | INFERRED)
+@pytest.mark.parametrize("name", NAMES)
 def test_the_stream_is_the_model_s_own_hidden_states(name: str) -> None:
     model, ids = build(name), tokens()
     hidden = model(input_ids=ids, use_cache=False, output_hidden_states=True).hidden_states
@@ -122,7 +128,7 @@ def test_the_stream_is_the_model_s_own_hidden_states(name: str) -> None:
             assert torch.equal(seen[f"resid_post.{layer}"], hidden[layer + 1])
 
 
-@pytest.mark.parametrize("name", CONFIGS | INFERRED)
+@pytest.mark.parametrize("name", NAMES)
 def test_attention_and_mlp_are_not_confused(name: str) -> None:
     """With the MLP's weights at zero nothing is added by it, and only by it."""
     model = build(name, torch.float32)
@@ -167,7 +173,7 @@ def test_replace_is_given_what_capture_reads_and_its_tensor_is_used(name: str, k
     assert torch.equal(given[0], captured) and not after.any()
 
 
-@pytest.mark.parametrize("name", CONFIGS | INFERRED)
+@pytest.mark.parametrize("name", NAMES)
 def test_a_shift_acts_alike_wherever_it_enters_the_same_sum(name: str) -> None:
     """Adding d to what a block adds is adding d to the stream behind it: so each replacement reaches every reader."""
     model, ids = build(name), tokens()
@@ -235,6 +241,8 @@ def test_a_replacement_is_cast_to_the_model_s_dtype_and_must_keep_the_shape() ->
 def test_the_forward_stops_after_the_last_site_wanted(name: str) -> None:
     model, ids = build(name, torch.float32), tokens()
     clean = logits(model, ids)
+    wanted = [at("attn_out", 1), at("resid_pre", 0)]
+    run_to(model, wanted, ids)  # the proof of an architecture, made once a model, runs all of it
     ran: list[str] = []
     handles = [
         module.register_forward_pre_hook(lambda module, args, key=key: ran.append(key))
@@ -242,7 +250,7 @@ def test_the_forward_stops_after_the_last_site_wanted(name: str) -> None:
         if key.endswith((".0", ".1", ".2", "lm_head", "embed_out"))
     ]
     try:
-        seen = run_to(model, [at("attn_out", 1), at("resid_pre", 0)], ids)
+        seen = run_to(model, wanted, ids)
     finally:
         for handle in handles:
             handle.remove()

@@ -28,6 +28,7 @@ from tests.helpers.runs import (
     make_store,
     plan_of,
 )
+from tests.helpers.slow import slow_unless
 from train.resume import LAST
 from train.run import train
 from train.sae import SAE, StepOutput, load
@@ -59,7 +60,7 @@ BREAKS = {
 }
 
 
-@pytest.mark.parametrize("variant", BREAKS)
+@pytest.mark.parametrize("variant", slow_unless({"topk", "jumprelu"}.__contains__, BREAKS))
 def test_continued_equals_uninterrupted(
     short: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, noisy: None, variant: str
 ) -> None:

@@ -30,6 +30,7 @@ from tests.helpers.runs import (
     plan_of,
     short_run,
 )
+from tests.helpers.slow import slow_unless
 from train.config import TrainSettings
 from train.datamodule import ActivationData
 from train.messages import opening
@@ -63,7 +64,7 @@ def short(two_sites: Path, tmp_path: Path) -> Compose:
     return run
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", slow_unless({"batchtopk", "gated"}.__contains__, VARIANTS))
 def test_continued_equals_uninterrupted(
     short: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variant: str
 ) -> None:
