@@ -363,7 +363,8 @@ class SAE(nn.Module, ABC):
         In one pass over the rows of W_dec where the backend has a kernel for it; f = 0 has a gradient there only
         with `through_zeros`. Without `learns` what decodes is detached.
         """
-        W_dec_FE, beside, support = self.W_dec, self.beside_latents(xn_BD), codes.support
+        W_dec_FE: Tensor = self.W_dec
+        beside, support = self.beside_latents(xn_BD), codes.support
         if not learns:
             W_dec_FE, beside = W_dec_FE.detach(), beside.detach()
         if support is None or support.backend.fused is None or self.split.size > 1:

@@ -1,7 +1,8 @@
 """The seam between the maths of a sparse step and the machine that computes it.
 
-The CPU's backend finds selections of any size; Triton's makes every size known beforehand, so that the host never waits
-for the GPU. Both give the same numbers to rounding: the contract test holds each to the dense form.
+The CPU's backend finds selections of any size; Triton's makes their sizes known beforehand, so that the host need not
+wait for the GPU, but for what lies above a bound. Both give the same numbers to rounding: the contract test holds each
+to the dense form.
 Letters: B tokens in a batch, D model width, F latents, n entries, G groups of entries, X rows of a table.
 """
 
