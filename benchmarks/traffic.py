@@ -70,17 +70,16 @@ def main() -> None:
     parser.add_argument("--k", type=int, default=32)
     parser.add_argument("--dead", type=float, default=0.0, help="share of latents that may be dead")
     parser.add_argument("--l0", type=int, help="latents active on a token of relu, jumprelu and gated: three times k")
-    parser.add_argument("--start", action="store_true", help="half of all latents instead, where relu and gated start")
     parser.add_argument("--list", action="store_true", help="the operations that move most")
     args = parser.parse_args()
-    print(f"d={args.d_model}, B={args.batch:,}, k={args.k} (L0 {L0_PER_K * args.k} where k is not set), GB a step\n")
+    l0 = args.l0 or L0_PER_K * args.k
+    print(f"d={args.d_model}, B={args.batch:,}, k={args.k} (L0 {l0} where k is not set), GB a step\n")
     print("| variant | F | may be dead | operations | " + " | ".join(PARTS) + " | all | roofline | ratio |")
     print("| :-- " + "| --: " * (len(PARTS) + 6) + "|")
     for variant in args.variants:
         for width in args.widths:
             dead = round(args.dead * width) if variant in CHOOSING else 0
-            active = width // 2 if args.start else args.l0
-            shape = Shape(variant, width, args.d_model, args.batch, args.k, active, dead=dead)
+            shape = Shape(variant, width, args.d_model, args.batch, args.k, args.l0, dead=dead)
             count = count_step(shape)
             print(row(shape, count), flush=True)
             if args.list:

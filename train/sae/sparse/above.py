@@ -77,7 +77,7 @@ def select_above(
     bound = bound.to(product.xc_BD.dtype).contiguous()
     room = int(dense_share * product.rows * product.width)
     blocks = blocks_of(product.blocks(block_entries), product.width)
-    packed = _room_for(product, room, blocks[-1])
+    packed = room_for(room, blocks, product.xc_BD)
     memory = product.xc_BD.new_empty(product.rows * blocks[0].last)
     for block in blocks:
         z_Bc = memory[: product.rows * (block.last - block.first)].view(product.rows, -1)
@@ -109,13 +109,13 @@ def blocks_of(firsts: range, width: int) -> list[Block]:
     return blocks
 
 
-def _room_for(product: Product, entries: int, last: Block) -> Packed:
-    device = product.xc_BD.device
-    cells = (product.rows, last.first_piece + pieces_of(last))
+def room_for(entries: int, blocks: list[Block], like_BD: Tensor) -> Packed:
+    """Set memory aside for so many entries of as many rows, of these blocks."""
+    cells = (len(like_BD), blocks[-1].first_piece + pieces_of(blocks[-1]))
     return Packed(
-        torch.empty(entries, dtype=torch.int32, device=device),
-        product.xc_BD.new_empty(entries),
-        torch.zeros((), dtype=torch.int64, device=device),
-        torch.empty(cells, dtype=torch.int64, device=device),
-        torch.empty(cells, dtype=torch.int64, device=device),
+        like_BD.new_empty(entries, dtype=torch.int32),
+        like_BD.new_empty(entries),
+        like_BD.new_zeros((), dtype=torch.int64),
+        like_BD.new_empty(cells, dtype=torch.int64),
+        like_BD.new_empty(cells, dtype=torch.int64),
     )
