@@ -27,7 +27,7 @@ from train.optimizers import optimizer_from
 from train.sae import VARIANTS
 from train.sae.parts.groups import ALONE, RankGroup
 from train.sae.parts.split import WHOLE, LatentSplit
-from train.sae.sparse.above import PIECE_LATENTS, Block, Packed, pieces_of
+from train.sae.sparse.above import PIECE_LATENTS, Block, Packed
 from train.sae.sparse.adam import WHOLE_ROW, AdamStep
 from train.sae.sparse.backend import use_backend
 from train.sae.sparse.cpu import CPUBackend
@@ -222,7 +222,7 @@ class StandIn(TritonBackend):
             return super().select(product, selections)
 
     def pack_above(self, z_Bc: Tensor, bound: Tensor, block: Block, packed: Packed) -> None:
-        with self.counter.kernel("selection", extent(z_Bc) + extent(bound), 16 * len(z_Bc) * pieces_of(block)):
+        with self.counter.kernel("selection", extent(z_Bc) + extent(bound), 16 * len(z_Bc) * block.pieces):
             if not isinstance(z_Bc, FakeTensor):
                 _pack(z_Bc, bound, block, packed)
 
@@ -351,7 +351,7 @@ def _pack(z_Bc: Tensor, bound: Tensor, block: Block, packed: Packed) -> None:
     """Pack what lies above a bound, as the kernel does."""
     bound = bound[block.first : block.last] if bound.dim() else bound
     kept_Bc = z_Bc > bound
-    cells = slice(block.first_piece, block.first_piece + pieces_of(block))
+    cells = slice(block.first_piece, block.first_piece + block.pieces)
     counts_BP = torch.stack([part.sum(1) for part in torch.split(kept_Bc, PIECE_LATENTS, dim=1)], 1)
     found, entries = int(packed.found), int(counts_BP.sum())
     packed.counts_BP[:, cells] = counts_BP

@@ -56,6 +56,11 @@ class Block(NamedTuple):
     first_piece: int
     """The number of its first piece, of all pieces of a row."""
 
+    @property
+    def pieces(self) -> int:
+        """Return how many pieces its rows are cut into."""
+        return -(-(self.last - self.first) // PIECE_LATENTS)
+
 
 Pack = Callable[[Tensor, Tensor, Block, Packed], None]
 """Adds what lies above a bound, of a block of z."""
@@ -94,24 +99,19 @@ def select_above(
     return product.block(0, product.width)
 
 
-def pieces_of(block: Block) -> int:
-    """Count the pieces that a block's rows are cut into."""
-    return -(-(block.last - block.first) // PIECE_LATENTS)
-
-
 def blocks_of(firsts: range, width: int) -> list[Block]:
     """Describe blocks of latents by their pieces' numbers."""
     blocks: list[Block] = []
     first_piece = 0
     for first in firsts:
         blocks.append(Block(first, min(first + firsts.step, width), first_piece))
-        first_piece += pieces_of(blocks[-1])
+        first_piece += blocks[-1].pieces
     return blocks
 
 
 def room_for(entries: int, blocks: list[Block], like_BD: Tensor) -> Packed:
     """Set memory aside for so many entries of as many rows, of these blocks."""
-    cells = (len(like_BD), blocks[-1].first_piece + pieces_of(blocks[-1]))
+    cells = (len(like_BD), blocks[-1].first_piece + blocks[-1].pieces)
     return Packed(
         like_BD.new_empty(entries, dtype=torch.int32),
         like_BD.new_empty(entries),

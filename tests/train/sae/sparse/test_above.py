@@ -17,7 +17,7 @@ from torch import Tensor
 
 from tests.helpers.toy import activations, make
 from train.sae import SAE
-from train.sae.sparse.above import PIECE_LATENTS, Block, Packed, blocks_of, pieces_of, select_above
+from train.sae.sparse.above import PIECE_LATENTS, Block, Packed, blocks_of, select_above
 from train.sae.sparse.backend import use_backend
 from train.sae.sparse.cpu import CPUBackend, select
 from train.sae.sparse.product import Product
@@ -44,7 +44,7 @@ class Shuffled(TritonBackend):
     seed: int = 0
 
     def pack_above(self, z_Bc: Tensor, bound: Tensor, block: Block, packed: Packed) -> None:
-        pieces = pieces_of(block)
+        pieces = block.pieces
         order = torch.randperm(len(z_Bc) * pieces, generator=torch.Generator().manual_seed(self.seed))
         for row, piece in ((int(cell) // pieces, int(cell) % pieces) for cell in order):
             first, cell = piece * PIECE_LATENTS, block.first_piece + piece
@@ -115,7 +115,7 @@ def test_pieces_by_hand() -> None:
     """Blocks of 5,000, 5,000 and 2,000 latents: 3, 3 and 1 pieces of up to 2,048."""
     blocks = blocks_of(range(0, 12_000, 5000), 12_000)
     assert blocks == [Block(0, 5000, 0), Block(5000, 10_000, 3), Block(10_000, 12_000, 6)]
-    assert [pieces_of(block) for block in blocks] == [3, 3, 1]
+    assert [block.pieces for block in blocks] == [3, 3, 1]
 
 
 def test_the_order_by_hand() -> None:

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from train.sae.sparse.above import PIECE_LATENTS, Block, Packed, pieces_of
+from train.sae.sparse.above import PIECE_LATENTS, Block, Packed
 
 
 @triton.jit
@@ -49,7 +49,7 @@ def pack_above_kernel(
 def pack_above(z_Bc: Tensor, bound: Tensor, block: Block, packed: Packed) -> None:
     """Add the entries above the bound, one or one for each latent, of a block of z."""
     assert z_Bc.is_contiguous() and bound.is_contiguous() and z_Bc.dtype == bound.dtype
-    width, pieces = z_Bc.shape[1], pieces_of(block)
+    width, pieces = z_Bc.shape[1], block.pieces
     # Triton launches on the current device, which need not be the tensors'.
     with torch.cuda.device(z_Bc.get_device()):
         pack_above_kernel[(len(z_Bc) * pieces,)](
