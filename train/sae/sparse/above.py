@@ -85,7 +85,8 @@ def select_above(
     packed = room_for(room, blocks, product.xc_BD)
     memory = product.xc_BD.new_empty(product.rows * blocks[0].last)
     for block in blocks:
-        z_Bc = memory[: product.rows * (block.last - block.first)].view(product.rows, -1)
+        width = block.last - block.first
+        z_Bc = memory[: product.rows * width].view(product.rows, width)
         pack(product.block(block.first, block.last, z_Bc), bound, block, packed)
     entries = read(packed.found)
     if entries <= room:

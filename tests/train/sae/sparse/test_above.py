@@ -242,6 +242,7 @@ def test_a_step_of_no_entry_is_the_cpus(form: str) -> None:
     with use_backend(TritonBackend()):
         found, whole = stepped(sae, x)
         f = sae.encode(x)
+        assert sae.encode(x[:0]).shape == (0, sae.width)
     with use_backend(CPUBackend()):
         wanted, _ = stepped(sae, x)
     assert not whole and not bool(f.any())

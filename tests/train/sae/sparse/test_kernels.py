@@ -246,7 +246,19 @@ def test_a_loss_is_that_of_the_cpus_step(form: str, dead: int, held: int) -> Non
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="no GPU to wait for")
 @pytest.mark.parametrize("form", FORMS)
-def test_a_step_waits_for_no_device(form: str) -> None:
+def test_a_step_waits_for_no_device_but_for_how_many_are_above_a_bound(
+    form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read(backend: TritonBackend, number: Tensor) -> int:
+        mode = torch.cuda.get_sync_debug_mode()
+        torch.cuda.set_sync_debug_mode(0)
+        entries = int(number)
+        torch.cuda.set_sync_debug_mode(mode)
+        read_of.append(form)
+        return entries
+
+    read_of: list[str] = []
+    monkeypatch.setattr(TritonBackend, "read", read)
     sae, x = made(form).to(DEVICE), activations(64).to(DEVICE)
     context = TrainContext(torch.arange(sae.width, device=DEVICE) < 20, torch.arange(30, device=DEVICE))
     optimizer = torch.optim.Adam(sae.parameters(), lr=1e-3, fused=True)
@@ -261,6 +273,8 @@ def test_a_step_waits_for_no_device(form: str) -> None:
         optimizer.step()
         sae.after_step(step)
         assert step.fired_F.shape == (sae.width,)
+    one_a_step = 2 if FORMS[form][0] in ("relu", "gated", "jumprelu") else 0
+    assert len(read_of) == one_a_step
 
 
 def test_training_follows_the_cpus_curve() -> None:
