@@ -278,14 +278,18 @@ class SAE(nn.Module, ABC):
     @torch.no_grad()
     def encode_decode(self, x: Float[Tensor, "... D"]) -> tuple[Float[Tensor, "... F"], Float[Tensor, "... E"]]:
         """Compute f and x_hat of model-unit input; x_hat in the model units of its site, in the parameters' dtype."""
-        x_BD = self._rows(x)
-        xn_BD = self.norm.normalise(x_BD)
         # By way of codes, also where all of f is asked for: the decoder's product then touches the k active rows of
         # W_dec and not all F.
-        codes, f = self.encode_sparse(xn_BD)
-        x_hat_BE = self.norm_out.denormalise(self.decode_sparse(codes, f, xn_BD), x_BD)
+        codes, f, x_hat_BE = self.encode_decode_sparse(self._rows(x))
         leading = x.shape[:-1]
         return codes.dense(f).reshape(*leading, self.own_width), x_hat_BE.reshape(*leading, self.d_out)
+
+    @torch.no_grad()
+    def encode_decode_sparse(self, x_BD: Float[Tensor, "B D"]) -> tuple[Codes, Tensor, Float[Tensor, "B E"]]:
+        """Compute the same without making f a matrix: codes, their f, and x_hat in model units."""
+        xn_BD = self.norm.normalise(x_BD)
+        codes, f = self.encode_sparse(xn_BD)
+        return codes, f, self.norm_out.denormalise(self.decode_sparse(codes, f, xn_BD), x_BD)
 
     def forward(self, x: Float[Tensor, "... D"]) -> Float[Tensor, "... E"]:
         """Compute x_hat in model units; of a transcoder the prediction of its target, in the target's."""

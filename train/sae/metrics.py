@@ -14,6 +14,7 @@ from torch import Tensor
 from train.sae.base import SAE
 from train.sae.parts.groups import ALONE, RankGroup
 from train.sae.parts.sites import SiteNorms
+from train.sae.sparse.codes import Codes
 from train.sae.step import Batch
 
 ONE_L0 = 1.05  # SAEs whose L0 differ by less than this factor are compared as of one L0
@@ -99,6 +100,16 @@ class FiringSums:
         _add(self.tokens, torch.ones_like(l0_N), group_N)
         return l0_N
 
+    def add_codes(self, codes: Codes, f: Tensor) -> None:
+        """Add a batch of one group by its codes and their f, which need no matrix."""
+        if codes.support is None:
+            self.add(f)
+            return
+        fires_n = f > 0
+        self.fired_F.index_add_(0, codes.support.latents_n.to(self.fired_F.device), fires_n.long())
+        _add(self.l0, fires_n.sum(), None)
+        self.tokens += codes.shape[0]
+
     def mean_l0(self) -> float:
         """Give the mean L0 over the tokens of the set."""
         return int(self.l0.sum()) / int(self.tokens.sum())
@@ -137,12 +148,12 @@ def held_out(
         sae.eval()  # the inference form rounds no factors of the encoder's product
     for x_BD, target_BE in batches:
         for sae, error, firing in zip(saes, errors, firings, strict=True):
-            f_BF, x_hat_BE = sae.encode_decode(x_BD)
+            codes, f, x_hat_BE = sae.encode_decode_sparse(x_BD)
             x_BE = x_BD if target_BE is None else target_BE
             if isinstance(sae.norm, SiteNorms):
                 x_BE, x_hat_BE = sae.norm.weighed(x_BE), sae.norm.weighed(x_hat_BE)
             error.add(x_BE, x_hat_BE)
-            firing.add(f_BF)
+            firing.add_codes(codes, f)
     for sae, mode in zip(saes, modes, strict=True):
         sae.train(mode)
     found = []

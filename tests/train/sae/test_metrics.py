@@ -8,6 +8,8 @@ import torch
 from tests.helpers.toy import D, F, activations, make
 from train.sae import Batch
 from train.sae.metrics import FiringSums, ReconstructionSums, held_out
+from train.sae.sparse.backend import use_backend
+from train.sae.sparse.cpu import CPUBackend
 
 
 def test_errors_and_deviations_by_hand() -> None:
@@ -50,3 +52,20 @@ def test_validation_scores_the_inference_form() -> None:
     sae.train()
     held_out([sae], map(Batch, x.split(64)), torch.device("cpu"))
     assert sae.training
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0], ids=["all of z", "sparse"])
+@pytest.mark.parametrize("form", ["relu", "topk", "batchtopk"])
+def test_firings_of_codes_are_those_of_the_matrix(form: str, share: float) -> None:
+    sae, by_matrix, by_codes = make(form), FiringSums(F), FiringSums(F)
+    with use_backend(CPUBackend(dense_share=share)):
+        for seed in (1, 2):
+            f_BF, x_hat_BE = sae.encode_decode(activations(50, seed))
+            codes, f, x_hat = sae.encode_decode_sparse(activations(50, seed))
+            assert torch.equal(x_hat, x_hat_BE)
+            assert torch.equal(codes.dense(f), f_BF)
+            by_matrix.add(f_BF)
+            by_codes.add_codes(codes, f)
+    for name in ("tokens", "l0", "fired_F"):
+        assert torch.equal(getattr(by_codes, name), getattr(by_matrix, name))
+    assert int(by_codes.l0) > 0

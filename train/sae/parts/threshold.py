@@ -14,6 +14,8 @@ from train.sae.parts.ranks import ONE, Mesh, kth_largest
 from train.sae.sparse.cpu import select
 from train.sae.sparse.rules import TopOfBatch
 
+_PART_ENTRIES = 1 << 28  # of a matrix that is made several times over when a level is looked for
+
 
 def running_mean_(mean: Tensor, weight: Tensor, value: Tensor, decay: float) -> None:
     """Take `value`, where it is above 0, into the bias-corrected exponential mean of all values so far.
@@ -110,6 +112,14 @@ class L0Calibration:
     tokens: int
 
 
+def in_parts(
+    batches: Sequence[Float[Tensor, "_ D"]], width: int, entries: int = _PART_ENTRIES
+) -> list[Float[Tensor, "_ D"]]:
+    """Cut batches so that a matrix of their rows and `width` latents has at most so many entries, or one row."""
+    rows = max(1, entries // width)
+    return [part for batch_BD in batches for part in torch.split(batch_BD, rows)]
+
+
 @torch.no_grad()
 def find_level(
     margins: Callable[[Tensor], Float[Tensor, "B F"]],
@@ -120,9 +130,9 @@ def find_level(
 ) -> L0Calibration:
     """Find the level that `target` margins a row exceed on average over the batches; `at` is the level so far.
 
-    `margins` maps a batch to [B, F]; -inf stands for a latent that cannot fire. Two passes: each batch has more than
-    target * B margins at or above its own bound, so the least bound leaves more than are needed of all rows. Over a
-    `mesh` each process has its part of every batch's rows and of the latents, and all find the same.
+    `margins` maps a batch of any size to [B, F]; -inf stands for a latent that cannot fire. Two passes: each batch has
+    more than target * B margins at or above its own bound, so the least bound leaves more than are needed of all rows.
+    Over a `mesh` each process has its part of every batch's rows and of the latents, and all find the same.
     """
     bounds, active, tokens = [], 0, 0
     for margin_BF in map(margins, batches):

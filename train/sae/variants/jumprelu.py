@@ -16,7 +16,7 @@ from train.sae.base import SAE
 from train.sae.config import PenaltyConfig
 from train.sae.parts.groups import ALONE, RankGroup
 from train.sae.parts.ranks import kth_largest
-from train.sae.parts.threshold import L0Calibration, find_level
+from train.sae.parts.threshold import L0Calibration, find_level, in_parts
 from train.sae.sparse.codes import Codes
 from train.sae.sparse.rules import Above, Selection, TopOfBatch
 from train.sae.step import PLAIN, StepOutput, TrainContext
@@ -199,7 +199,7 @@ class JumpReLU(SAE):
         def relative(x_BD: Tensor) -> Tensor:
             return self.pre_activation(self.norm.normalise(x_BD)) / self.theta
 
-        found = find_level(relative, batches, self.config.target_l0, at=1.0, mesh=self.mesh(data))
+        found = find_level(relative, in_parts(batches, self.width), self.config.target_l0, at=1.0, mesh=self.mesh(data))
         self.theta.mul_(found.level).clamp_(min=self.eps * 1e-3)
         return found
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from train.sae.base import SAE
 from train.sae.config import SparsityConfig
 from train.sae.parts.groups import ALONE, RankGroup
-from train.sae.parts.threshold import L0Calibration, find_level
+from train.sae.parts.threshold import L0Calibration, find_level, in_parts
 from train.sae.sparse.codes import Codes
 from train.sae.step import StepOutput, TrainContext
 
@@ -44,7 +44,7 @@ class L1SAE(SAE):
         """Lower the bias of every z by what brings the mean L0 to `target_l0`."""
         if self.config.target_l0 is None:
             return None
-        normalised = [self.norm.normalise(x_BD) for x_BD in batches]
+        normalised = in_parts([self.norm.normalise(x_BD) for x_BD in batches], self.width)
         found = find_level(self.margins, normalised, self.config.target_l0, at=0.0, mesh=self.mesh(data))
         self.bias_F.sub_(found.level)
         return found

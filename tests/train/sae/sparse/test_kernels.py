@@ -246,25 +246,26 @@ def test_a_loss_is_that_of_the_cpus_step(form: str, dead: int, held: int) -> Non
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="no GPU to wait for")
 @pytest.mark.parametrize("form", FORMS)
-def test_a_step_waits_for_no_device_but_for_how_many_are_above_a_bound(
-    form: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def read(backend: TritonBackend, number: Tensor) -> int:
-        mode = torch.cuda.get_sync_debug_mode()
-        torch.cuda.set_sync_debug_mode(0)
-        entries = int(number)
-        torch.cuda.set_sync_debug_mode(mode)
-        read_of.append(form)
-        return entries
+def test_a_step_waits_for_no_device_but_for_how_many_are_above_a_bound(form: str) -> None:
+    entries: list[int] = []
 
-    read_of: list[str] = []
-    monkeypatch.setattr(TritonBackend, "read", read)
+    class Reading(TritonBackend):
+        """Lets this one wait by, and notes it."""
+
+        def read(self, number: Tensor) -> int:
+            mode = torch.cuda.get_sync_debug_mode()
+            torch.cuda.set_sync_debug_mode(0)
+            entries.append(int(number))
+            torch.cuda.set_sync_debug_mode(mode)
+            return entries[-1]
+
     sae, x = made(form).to(DEVICE), activations(64).to(DEVICE)
     context = TrainContext(torch.arange(sae.width, device=DEVICE) < 20, torch.arange(30, device=DEVICE))
     optimizer = torch.optim.Adam(sae.parameters(), lr=1e-3, fused=True)
     for mode in (0, 2):  # once to compile; then a wait is an error
         torch.cuda.set_sync_debug_mode(mode)
-        step = sae.loss(sae.norm.normalise(x), context)
+        with use_backend(Reading()):
+            step = sae.loss(sae.norm.normalise(x), context)
         optimizer.zero_grad()
         step.loss.backward()
         if sae.unit_rows:
@@ -273,8 +274,8 @@ def test_a_step_waits_for_no_device_but_for_how_many_are_above_a_bound(
         optimizer.step()
         sae.after_step(step)
         assert step.fired_F.shape == (sae.width,)
-    one_a_step = 2 if FORMS[form][0] in ("relu", "gated", "jumprelu") else 0
-    assert len(read_of) == one_a_step
+    one_a_step = 2 if FORMS[form][0] in ("relu", "gated", "jumprelu") else 0  # of two steps
+    assert len(entries) == one_a_step
 
 
 def test_training_follows_the_cpus_curve() -> None:

@@ -7,7 +7,7 @@ import torch
 
 from tests.helpers.toy import activations, make
 from train.sae import SAE
-from train.sae.parts.threshold import find_level
+from train.sae.parts.threshold import find_level, in_parts
 
 AIMED = ("relu at k", "gated at k", "jumprelu target")
 BATCHES = [activations(256, seed=seed) for seed in range(4)]
@@ -22,6 +22,17 @@ def test_a_level_worked_by_hand() -> None:
     batches = [torch.tensor([[5.0, 4.0, -1.0]]), torch.tensor([[3.0, 2.0, -torch.inf]])]
     found = find_level(lambda x_BD: x_BD, batches, 2, at=2.5)
     assert (found.before, found.l0, found.level, found.tokens) == (1.5, 2.0, 0.5, 2)
+
+
+def test_batches_in_parts_have_the_same_level() -> None:
+    """Parts of 1, 3 and 100 of the batch's 100 rows, of margins in which many are equal and a row cannot fire."""
+    batches = [(10 * torch.randn(100, 40, generator=torch.Generator().manual_seed(seed))).round() for seed in range(3)]
+    batches[1][5] = -torch.inf
+    whole = find_level(lambda x_BD: x_BD, batches, 3.3, at=0.0)
+    for entries, parts in ((1, 300), (40, 300), (130, 102), (1 << 28, 3)):
+        cut = in_parts(batches, 40, entries)
+        assert len(cut) == parts and torch.equal(torch.cat(cut), torch.cat(batches))
+        assert find_level(lambda x_BD: x_BD, cut, 3.3, at=0.0) == whole
 
 
 @pytest.mark.parametrize("form", AIMED)
