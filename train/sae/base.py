@@ -322,7 +322,7 @@ class SAE(nn.Module, ABC):
 
     def decode_sparse(self, codes: Codes, f: Tensor, xn_BD: Float[Tensor, "B D"]) -> Float[Tensor, "B E"]:
         """Compute x_hat' = f W_dec + b_dec of codes, and the skip's part; differentiable."""
-        return self.split.total(codes.decode(f, self.W_dec)[0]) + self.beside_latents(xn_BD)
+        return self.split.total(codes.decode(f, self.W_dec).squeeze(0)) + self.beside_latents(xn_BD)
 
     def beside_latents(self, xn_BD: Float[Tensor, "B D"]) -> Tensor:
         """Compute what is added to f W_dec: b_dec [E], or with a skip b_dec + (x' - centre) W_skip [B, E]."""

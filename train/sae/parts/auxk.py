@@ -118,17 +118,17 @@ def auxk_error(
     a = codes.values
     kept = _chosen(codes, k, alive_d, split, latents_d)
     if kept is not None:
-        a = torch.where(kept, a, 0.0)
+        a = a * kept  # and its gradient likewise: faster on a CPU than torch.where
     if relu:
         a = a.relu()
-    return (split.total(codes.decode(a, W_dead_dD)[0]) - residual_BD).square().sum() / len(residual_BD)
+    return (split.total(codes.decode(a, W_dead_dD).squeeze(0)) - residual_BD).square().sum() / len(residual_BD)
 
 
 @torch.no_grad()
 def _chosen(
     codes: Codes, k: int, alive_d: Tensor | None, split: LatentSplit, latents_d: Tensor | None
-) -> Bool[Tensor, ...] | None:
-    """Mark which values AuxK takes, of those of dead latents; None for all. The choice passes no gradient.
+) -> Tensor | None:
+    """Mark which values AuxK takes by 1 or True, of those of dead latents; None for all. The choice passes no gradient.
 
     All that it needs is of the size of z and is freed with it, before the reconstruction is made.
     """
@@ -144,4 +144,4 @@ def _chosen(
     if living is None:
         return kept
     # Living ones are among the largest where fewer are dead than k_aux.
-    return ~living if kept is None else kept & ~living
+    return ~living if kept is None else kept * ~living

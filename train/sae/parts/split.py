@@ -101,7 +101,7 @@ def _best_of_rows(z_Bd: Float[Tensor, "B d"], k: int) -> tuple[Float[Tensor, "B 
     if k >= z_Bd.shape[1]:
         return z_Bd, torch.arange(z_Bd.shape[1], device=z_Bd.device).expand_as(z_Bd)
     # topk says nothing of ties: it gets a row in which no others than the chosen ones are left.
-    chosen_Bd = torch.where(backend_for(z_Bd).mark_largest(z_Bd, k), z_Bd, -torch.inf)
+    chosen_Bd = torch.where(backend_for(z_Bd).mark_largest(z_Bd, k).bool(), z_Bd, -torch.inf)
     best = chosen_Bd.topk(k, dim=1)
     return best.values, best.indices
 

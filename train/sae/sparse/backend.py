@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Protocol, runtime_checkable
 
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from train.sae.sparse.adam import AdamStep
@@ -43,8 +43,8 @@ class Backend(Protocol):
     def top_of_rows(self, entries: Entries, k: int, rows: int) -> Int[Tensor, " m"]:
         """Find which entries are among the k largest of their row."""
 
-    def mark_largest(self, z_BM: Float[Tensor, "B M"], k: int) -> Bool[Tensor, "B M"]:
-        """Mark the k largest of each row, ties to the lowest index."""
+    def mark_largest(self, z_BM: Float[Tensor, "B M"], k: int) -> Shaped[Tensor, "B M"]:
+        """Mark the k largest of each row by 1 or True, ties to the lowest index."""
 
     def ends(self, index_n: Int[Tensor, " n"], groups: int) -> Int[Tensor, " ends"]:
         """Find where each group of an ascending index begins, and where the last one ends: [G + 1]."""

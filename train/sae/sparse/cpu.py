@@ -94,8 +94,10 @@ class CPUBackend:
         return top_of_rows(entries, k, rows).nonzero().squeeze(1)
 
     def mark_largest(self, z_BM: Tensor, k: int) -> Tensor:
-        kept = z_BM >= z_BM.topk(k, dim=1, sorted=False).values.amin(1, keepdim=True)
-        return kept if int(kept.sum()) == k * len(z_BM) else mark_largest(z_BM, k)  # ties are rare
+        # Ones and zeros in the dtype of z: made, counted and multiplied by in half the time of True and False.
+        kept_BM = torch.empty_like(z_BM)
+        torch.ge(z_BM, largest_of_lines(z_BM, k).amin(1, keepdim=True), out=kept_BM)
+        return kept_BM if bool((kept_BM.sum(1) == k).all()) else mark_largest(z_BM, k)  # ties are rare
 
     def ends(self, index_n: Tensor, groups: int) -> Tensor:
         ends = torch.zeros(groups + 1, dtype=torch.int64, device=index_n.device)
@@ -233,10 +235,29 @@ def scan_of(rule: Rule) -> Scan | None:
             return None
 
 
+def _numpy_has(values: Tensor) -> bool:
+    return values.device.type == "cpu" and values.dtype in (torch.float32, torch.float64)
+
+
+def largest_of_lines(values_RM: Float[Tensor, "R M"], count: int) -> Float[Tensor, "R count"]:
+    """List the `count` largest of each line, in no order; NaN is larger than any number."""
+    if not _numpy_has(values_RM):
+        return values_RM.topk(count, dim=1, sorted=False).values
+    # numpy selects with vector instructions, in a fourth of the time of torch's topk.
+    place = values_RM.shape[1] - count
+    parted_RM = values_RM.detach().clone()
+    parted_RM.numpy().partition(place, axis=1)
+    return parted_RM[:, place:]
+
+
 def _largest(values: Tensor, count: int) -> Tensor:
     """Find the `count`-th largest of a vector."""
-    # kthvalue counts from the smallest.
-    return values.kthvalue(values.numel() - count + 1).values
+    place = values.numel() - count
+    if not _numpy_has(values):
+        return values.kthvalue(place + 1).values  # counts from the smallest, and from 1
+    parted = values.detach().clone()
+    parted.numpy().partition(place)
+    return parted[place]
 
 
 class AboveScan(Scan):
@@ -283,19 +304,21 @@ class _LargestScan(Scan):
         most_BG = grouped.amax(1).view(rows, -1)
         bound = self.raise_bound(most_BG)
         reach_BG = most_BG >= bound
-        if self.positive:
+        # A bound above zero says it already.
+        to_ask = self.positive and not bool((bound > 0).all())
+        if to_ask:
             reach_BG &= most_BG > 0
         hit = reach_BG.view(-1).nonzero().squeeze(1)
         near = grouped.index_select(0, hit)
         of_row = hit.div(most_BG.shape[1], rounding_mode="floor")
-        kept = near >= (bound if not bound.dim() else bound[of_row])
-        if self.positive:
+        kept = near >= (bound if not bound.dim() else bound.index_select(0, of_row))
+        if to_ask:
             kept &= near > 0
         flat = kept.view(-1).nonzero().squeeze(1)
         which = flat.div(group, rounding_mode="floor")
-        rows_n = of_row[which]
-        latents_n = hit[which] * group + (flat - which * group) - rows_n * width + first
-        self.parts.append(Entries(rows_n, latents_n, near.view(-1)[flat]))
+        rows_n = of_row.index_select(0, which)
+        latents_n = hit.index_select(0, which) * group + (flat - which * group) - rows_n * width + first
+        self.parts.append(Entries(rows_n, latents_n, near.view(-1).index_select(0, flat)))
         self.bound = bound
 
 
@@ -322,7 +345,7 @@ class TopOfBatchScan(_LargestScan):
         if most_BG.numel() < self.count:
             lowest = most_BG.new_full((), 0 if self.positive else -torch.inf)
             return lowest if self.bound is None else self.bound
-        if self.bound is not None and int((most_BG >= self.bound).sum()) <= self.count:
+        if self.bound is not None and int((most_BG >= self.bound).count_nonzero()) <= self.count:
             return self.bound
         # `count` groups with a largest of at least this value hold `count` entries of at least it: it bounds the
         # answer from below.
@@ -369,7 +392,7 @@ class TopPerTokenScan(_LargestScan):
             self.most = most
             return most.new_full((len(most), 1), -torch.inf)
         # k groups whose largest is at least this value hold k entries of the token of at least it.
-        self.most = most.topk(self.k, dim=1, sorted=False).values
+        self.most = largest_of_lines(most, self.k)
         return self.most.amin(1, keepdim=True)
 
     def finish(self) -> Entries:
@@ -389,7 +412,7 @@ def top_of_rows(entries: Entries, k: int, rows: int) -> Tensor:
     padded = entries.values_n.new_full((rows, most), -torch.inf)
     place_n = torch.arange(len(entries.rows_n), device=entries.rows_n.device) - starts_B[entries.rows_n]
     padded[entries.rows_n, place_n] = entries.values_n
-    smallest_n = padded.topk(k, dim=1).values[:, -1][entries.rows_n]
+    smallest_n = largest_of_lines(padded, k).amin(1)[entries.rows_n]
     # All that are larger are in; of those equal to the smallest as many as there is room for, from the lowest latent
     # on.
     larger_n, equal_n = entries.values_n > smallest_n, entries.values_n == smallest_n

@@ -72,7 +72,8 @@ class Entries(NamedTuple):
 
     def where(self, kept_n: Tensor) -> Entries:
         """List the entries of a mask."""
-        return Entries(*(part[kept_n] for part in self))
+        index_m = kept_n.nonzero().squeeze(1)  # once for all three
+        return Entries(*(part.index_select(0, index_m) for part in self))
 
 
 def mark_largest(values_RM: Float[Tensor, "R M"], count: int) -> Bool[Tensor, "R M"]:

@@ -17,6 +17,7 @@ from train.sae.sparse.cpu import (
     Scan,
     TopOfBatchScan,
     TopPerTokenScan,
+    largest_of_lines,
     scan_of,
     select,
     top_of_rows,
@@ -190,3 +191,24 @@ def test_the_k_largest_of_given_entries() -> None:
     assert top_of_rows(entries, 2, 4).tolist() == [True, True, False, True, True, False, False]
     assert top_of_rows(entries, 4, 4).all()
     assert top_of_rows(Entries(rows[:0], rows[:0], values[:0]), 1, 3).tolist() == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_the_largest_of_lines_are_those_of_a_sort(dtype: torch.dtype) -> None:
+    values = torch.randn(7, 40, generator=torch.Generator().manual_seed(0)).to(dtype)
+    values[2, :5] = values[2, 5]
+    values[3, 1] = torch.inf
+    before = values.clone()
+    for count in (1, 9, 40):
+        found = largest_of_lines(values, count)
+        assert torch.equal(
+            found.sort(dim=1, descending=True).values, before.sort(dim=1, descending=True).values[:, :count]
+        )
+    assert torch.equal(values, before)
+
+
+def test_nan_is_among_the_largest_of_its_line() -> None:
+    values = torch.tensor([[1.0, torch.nan, 3.0, 2.0], [4.0, 1.0, 2.0, 3.0]])
+    found = largest_of_lines(values, 2)
+    assert found[0].isnan().sum() == 1 and found[0].nan_to_num(0).max() == 3
+    assert sorted(found[1].tolist()) == [3, 4]
