@@ -270,26 +270,31 @@ class StandIn(TritonBackend):
         self,
         values_n: Tensor,
         latents_n: Tensor,
-        row_ends: Tensor,
+        ends: Tensor,
         W_dec_FD: Tensor,
         base: Tensor,
         target_BD: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        # Of a token with more entries than a tile some rows are read again, which is not counted.
-        rows = len(values_n) * W_dec_FD.shape[1] * W_dec_FD.element_size()
-        read = rows + sum(map(extent, (values_n, latents_n, row_ends, base, target_BD)))
-        with self.counter.kernel("sparse products", read, extent(target_BD) + extent(values_n)):
-            error_BD = torch.empty_like(target_BD)
-            squares_B, dots_n = target_BD.new_empty(len(target_BD)), torch.empty_like(values_n)
+        prefixes: int,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        # Of a token with more entries than a tile some rows are read again, which is not counted; nor is what a program
+        # reads of the errors that it has just written.
+        rows, tokens = len(values_n) * W_dec_FD.shape[1] * W_dec_FD.element_size(), len(target_BD)
+        read = rows + sum(map(extent, (values_n, latents_n, ends, base, target_BD)))
+        with self.counter.kernel("sparse products", read, prefixes * extent(target_BD) + extent(values_n)):
+            errors_XD = target_BD.new_empty(tokens * prefixes, target_BD.shape[1])
+            squares_B, last_B = target_BD.new_empty(tokens), target_BD.new_empty(tokens)
+            dots_n = torch.empty_like(values_n)
             if not isinstance(W_dec_FD, FakeTensor):
                 cpu = CPUBackend()
-                error_BD = cpu.gather_sums(values_n, latents_n, row_ends, W_dec_FD) + base - target_BD
-                squares_B = error_BD.square().sum(1)
-                rows_n = torch.repeat_interleave(row_ends.diff())
-                dots_n = cpu.dots(rows_n, latents_n, error_BD, W_dec_FD)
-        for tensor in (error_BD, squares_B, dots_n):
+                bands_BPD = cpu.gather_sums(values_n, latents_n, ends, W_dec_FD).view(tokens, prefixes, -1)
+                errors_BPD = bands_BPD.cumsum(1) + (base - target_BD)[:, None]
+                squares_B, last_B = errors_BPD.square().sum((1, 2)), errors_BPD[:, -1].square().sum(1)
+                errors_XD = errors_BPD.flip(1).cumsum(1).flip(1).reshape(errors_XD.shape)
+                place_n = torch.repeat_interleave(ends.diff())
+                dots_n = cpu.dots(place_n, latents_n, errors_XD, W_dec_FD)
+        for tensor in (errors_XD, squares_B, last_B, dots_n):
             self.counter.watch(tensor)
-        return error_BD, squares_B, dots_n
+        return errors_XD, squares_B, last_B, dots_n
 
     def row_norms(self, grad_FD: Tensor, rows_FD: Tensor | None) -> tuple[Tensor, Tensor]:
         read = extent(grad_FD) + (0 if rows_FD is None else extent(rows_FD))

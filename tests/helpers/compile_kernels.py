@@ -68,7 +68,9 @@ def launches(width: int) -> Iterator[tuple[Any, dict[str, Any], int]]:
     for ordered, cut in ((False, False), (True, True)):
         yield sums.group_sums_kernel, {"ORDERED": ordered, "CUT": cut, **summed}, 4
     for tile in (16, 64, 128):
-        yield error.decode_error_kernel, {"TILE": tile, "COLUMNS": error.TILE_ENTRIES // tile}, error.WARPS
+        for prefixes in (1, 5):
+            sizes = {"PREFIXES": prefixes, "TILE": tile, "MORE": error.MORE, "COLUMNS": error.TILE_ENTRIES // tile}
+            yield error.decode_error_kernel, sizes, error.WARPS
     columns = adam.columns_of(width)
     for unit in (False, True):
         yield norms.row_norms_kernel, {"UNIT": unit, "COLUMNS": whole}, warps_for_row(whole)

@@ -108,14 +108,15 @@ class TritonBackend:
         self,
         values_n: Tensor,
         latents_n: Tensor,
-        row_ends: Tensor,
+        ends: Tensor,
         W_dec_FD: Tensor,
         base: Tensor,
         target_BD: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        prefixes: int,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         from train.sae.sparse.kernels.error import decode_error
 
-        return decode_error(values_n, latents_n, row_ends, W_dec_FD, base, target_BD)
+        return decode_error(values_n, latents_n, ends, W_dec_FD, base, target_BD, prefixes)
 
     def row_norms(self, grad_FD: Tensor, rows_FD: Tensor | None) -> tuple[Tensor, Tensor]:
         from train.sae.sparse.kernels.norms import row_norms
