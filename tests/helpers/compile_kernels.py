@@ -36,7 +36,7 @@ def type_of(argument: str, constants: dict[str, Any]) -> str:
     if argument in constants:
         return "constexpr"
     if argument in SETTINGS:
-        return "fp32"
+        return "*fp32" if argument == "rate" and constants["RATE_HERE"] else "fp32"
     return SCALARS.get(argument, "*i64" if argument in INTEGERS else "*fp32")
 
 
@@ -74,8 +74,10 @@ def launches(width: int) -> Iterator[tuple[Any, dict[str, Any], int]]:
     columns = adam.columns_of(width)
     for unit in (False, True):
         yield norms.row_norms_kernel, {"UNIT": unit, "COLUMNS": whole}, warps_for_row(whole)
-        forms = {"UNIT": unit, "CLIP": True, "DECOUPLED": False, "WHOLE": columns >= width, "COLUMNS": columns}
-        yield adam.adam_rows_kernel, forms, adam.warps_of(columns)
+        for here in (False, True):
+            forms = {"UNIT": unit, "CLIP": True, "DECOUPLED": False, "RATE_HERE": here}
+            forms |= {"WHOLE": columns >= width, "COLUMNS": columns}
+            yield adam.adam_rows_kernel, forms, adam.warps_of(columns)
 
 
 def every(folder: Path) -> dict[str, Any]:

@@ -69,6 +69,7 @@ class SAE(nn.Module, ABC):
     replicated: ClassVar[frozenset[str]] = frozenset({"b_dec", "W_skip"})  # parameters without a row for each latent
     needs_calibration: ClassVar[bool] = False
     uses_auxk: ClassVar[bool] = False
+    fixed_shapes: ClassVar[bool] = False  # whether a step on a GPU has the same sizes whatever its values are
 
     config: SAEConfig
     variance: Tensor

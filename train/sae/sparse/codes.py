@@ -50,7 +50,7 @@ class Support:
         return self.backend.order(self.latents_n, self.shape[1])
 
     def in_bands(self, bounds: Sequence[int]) -> tuple[Int[Tensor, " n"], Int[Tensor, " ends"]]:
-        """Number the entries by token and band, and find where those of each token and band begin.
+        """Give each entry the number of its token and band, and find where those of each begin.
 
         A band is what a prefix of the latents, up to one of the `bounds`, has more than the one before. Token and band
         together make one ascending index, so all prefixes are decoded by a single call.

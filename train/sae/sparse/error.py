@@ -1,6 +1,7 @@
 """The squared errors of sparse reconstructions, with their gradients, in one pass where the backend has a kernel.
 
-Letters: B tokens in a batch, E width of what is reconstructed, F latents, n entries, P prefixes of the latents, X = B P.
+Letters: B tokens in a batch, E width of what is reconstructed, F latents, n entries, P prefixes of the latents,
+X = B P.
 """
 
 from __future__ import annotations

@@ -57,6 +57,7 @@ class TopKBase(SAE):
     """
 
     uses_auxk = True
+    fixed_shapes = True
     config: AuxKConfig
 
     @property
