@@ -56,7 +56,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _keep(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
         if storage._cdata not in self.made and storage._cdata not in self.before:
-            self.before[storage._cdata] = (storage, storage.clone())
+            self.before[storage._cdata] = (storage, storage.clone())  # type: ignore[no-untyped-call]
 
 
 class RecordedGraph:

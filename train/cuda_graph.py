@@ -54,7 +54,7 @@ class Clock:
         self.step.fill_(other.step)
         self.gain.fill_(other.gain)
         for own, rate in zip(self.rates, other.rates, strict=True):
-            assert isinstance(own, Tensor)
+            assert isinstance(own, Tensor) and isinstance(rate, float)
             own.fill_(rate)
 
 
@@ -125,7 +125,7 @@ class CudaGraph:
 
     def warm_up(self, act: Callable[[], Figures]) -> Figures:
         # On a side stream, as torch asks for: what libraries set up at their first use belongs to the stream.
-        side, current = torch.cuda.Stream(), torch.cuda.current_stream()
+        side, current = torch.cuda.Stream(), torch.cuda.current_stream()  # type: ignore[no-untyped-call]
         side.wait_stream(current)
         with torch.cuda.stream(side):
             figures = act()

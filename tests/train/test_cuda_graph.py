@@ -12,6 +12,7 @@ from torch import Tensor
 from benchmarks.counting import StandIn
 from benchmarks.recorded_graph import RecordedGraph
 from data.base.errors import UserError
+from tests.helpers.slow import slow_unless
 from tests.helpers.toy import FORMS, activations
 from train.config import OptimizerSettings
 from train.cuda_graph import MOST, StepGraphs, check_capturable
@@ -81,7 +82,7 @@ def assert_same(one: Any, other: Any, place: str = "state") -> None:
         assert one == other, place
 
 
-@pytest.mark.parametrize("form", CAPTURED)
+@pytest.mark.parametrize("form", slow_unless({"matryoshka"}.__contains__, CAPTURED))
 def test_weights_moments_mean_and_figures_are_those_of_a_run_without_graphs(form: str, tmp_path: Path) -> None:
     plain, graphed = started(form, tmp_path), started(form, tmp_path)
     made: list[RecordedGraph] = []
@@ -94,9 +95,9 @@ def test_weights_moments_mean_and_figures_are_those_of_a_run_without_graphs(form
     assert len(made) > 1 and sum(graph.replays for graph in made) >= STEPS - 2 * len(made)
 
 
-@pytest.mark.parametrize("form", ["batchtopk"])
-@pytest.mark.parametrize("graphs_first", [False, True])
-def test_a_run_goes_on_from_a_checkpoint_with_graphs_or_without(form: str, graphs_first: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("graphs_first", slow_unless([True].__contains__, [False, True]))
+def test_a_run_goes_on_from_a_checkpoint_with_graphs_or_without(graphs_first: bool, tmp_path: Path) -> None:
+    form = "batchtopk"
     whole, first = started(form, tmp_path), started(form, tmp_path)
     take(whole)
     if graphs_first:

@@ -270,7 +270,7 @@ def test_a_step_waits_for_no_device(form: str) -> None:
 def test_training_follows_the_cpus_curve() -> None:
     curves = []
     for backend in (TritonBackend(), CPUBackend()):
-        sae = made("batchtopk")
+        sae = made("batchtopk").to(DEVICE if isinstance(backend, TritonBackend) else "cpu")
         with use_backend(backend):
             curves.append([float(step.loss.detach()) for step in train(sae, 4, batch=32)])
     assert curves[0] == pytest.approx(curves[1], rel=1e-4)
