@@ -43,13 +43,15 @@ class _SquaredError(torch.autograd.Function):
         support: Support,
         bounds: Sequence[int],
         latents_d: Tensor | None,
+        through_zeros: bool,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         assert support.backend.fused is not None
         place_n, ends = support.in_bands(bounds)
         # The gradient's dots are products with the errors themselves, so they are at hand before the backward: the rows
         # of W_dec are read once.
+        entries = (values_n, support.latents_n, ends)
         errors_XE, squares_B, last_B, dots_n = support.backend.fused.decode_error(
-            values_n, support.latents_n, ends, W_dec_FE, base, target_BE, len(bounds)
+            *entries, W_dec_FE, base, target_BE, len(bounds), through_zeros=through_zeros
         )
         ctx.save_for_backward(values_n, errors_XE, dots_n, place_n, latents_d)
         ctx.support, ctx.base_rows, ctx.prefixes = support, base.dim(), len(bounds)
@@ -77,7 +79,7 @@ class _SquaredError(torch.autograd.Function):
         if ctx.needs_input_grad[2]:
             all_BE = errors_XE[:: ctx.prefixes]  # those of every prefix, which all hold the base
             grad_base = scale * (all_BE.sum(0) if ctx.base_rows == 1 else all_BE)
-        return grad_values_n, grad_FE, grad_base, None, None, None, None
+        return grad_values_n, grad_FE, grad_base, None, None, None, None, None
 
 
 def squared_error(
@@ -89,15 +91,17 @@ def squared_error(
     *,
     bounds: Sequence[int] | None = None,
     latents_d: Int[Tensor, " d"] | None = None,
+    through_zeros: bool = False,
 ) -> SquaredError:
     """Compute the squared errors of the reconstructions by each prefix, of a backend with fused kernels.
 
     e_p = f[:, :bound_p] W_dec[:bound_p] + base - target; `bounds` increase and end with F (None: F alone). `base` is
-    one row [E] or one for each token. Entries with f = 0 take no gradient; the target takes none. The rows of W_dec
-    that `latents_d` (each once) names come back too: their gradient is added to the one here, where another use of
-    W_dec would make a second of its size.
+    one row [E] or one for each token. Entries with f = 0 take no gradient, but with `through_zeros`; the target takes
+    none. The rows of W_dec that `latents_d` (each once) names come back too: their gradient is added to the one here,
+    where another use of W_dec would make a second of its size.
     """
     assert not target_BE.requires_grad
     bounds = [support.shape[1]] if bounds is None else [*bounds]
-    found = _SquaredError.apply(f_n, W_dec_FE, base, target_BE, support, bounds, latents_d)  # type: ignore[no-untyped-call]
+    how = (support, bounds, latents_d, through_zeros)
+    found = _SquaredError.apply(f_n, W_dec_FE, base, target_BE, *how)  # type: ignore[no-untyped-call]
     return SquaredError(*found)

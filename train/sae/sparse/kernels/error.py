@@ -21,12 +21,15 @@ MORE = 16  # entries beyond them that it holds of a token: few tokens have any
 
 @triton.jit
 @no_type_check
-def _rows_of(values_n, latents_n, W_dec_FD, first, end, column, D, TILE: tl.constexpr):
-    """Read TILE entries: their numbers, values, and a piece of their rows; those of value 0 are not read."""
+def _rows_of(values_n, latents_n, W_dec_FD, first, end, column, D, ZEROS: tl.constexpr, TILE: tl.constexpr):
+    """Read TILE entries: their numbers, values, and a piece of their rows; those of value 0 only with ZEROS."""
     entry = first + tl.arange(0, TILE)
     value = tl.load(values_n + entry, mask=entry < end, other=0.0)
     latent = tl.load(latents_n + entry, mask=entry < end, other=0)
-    there = (value != 0)[:, None] & (column < D)[None, :]
+    read = entry < end
+    if not ZEROS:
+        read = value != 0
+    there = read[:, None] & (column < D)[None, :]
     return entry, value, tl.load(W_dec_FD + latent[:, None] * D + column[None, :], mask=there, other=0.0)
 
 
@@ -34,7 +37,7 @@ def _rows_of(values_n, latents_n, W_dec_FD, first, end, column, D, TILE: tl.cons
 @no_type_check
 def decode_error_kernel(
     values_n, latents_n, ends, W_dec_FD, base, base_stride, target_BD, errors_XD, squares_B, last_B, dots_n, D,
-    PREFIXES: tl.constexpr, TILE: tl.constexpr, MORE: tl.constexpr, COLUMNS: tl.constexpr,
+    PREFIXES: tl.constexpr, ZEROS: tl.constexpr, TILE: tl.constexpr, MORE: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Take one token, piece by piece of D: once all entries of a prefix are added, the piece of its error is complete.
 
@@ -54,12 +57,12 @@ def decode_error_kernel(
         error = tl.load(base + token * base_stride + column, mask=inside, other=0.0)
         error -= tl.load(target_BD + token * D + column, mask=inside, other=0.0)
         # The first tile's rows stay in registers for the dots; with no more entries than a tile these are all.
-        entry, value, rows = _rows_of(values_n, latents_n, W_dec_FD, start, last_end, column, D, TILE)
+        entry, value, rows = _rows_of(values_n, latents_n, W_dec_FD, start, last_end, column, D, ZEROS, TILE)
         begin = start
         for prefix in range(PREFIXES):
             end = tl.load(ends + token * PREFIXES + prefix + 1)
             for first in range(tl.maximum(start + TILE, begin), end, MORE):
-                _, more, others = _rows_of(values_n, latents_n, W_dec_FD, first, end, column, D, MORE)
+                _, more, others = _rows_of(values_n, latents_n, W_dec_FD, first, end, column, D, ZEROS, MORE)
                 error += tl.sum(more[:, None] * others, 0)
             own = (entry >= begin) & (entry < end)
             error += tl.sum(tl.where(own[:, None], value[:, None] * rows, 0.0), 0)
@@ -87,7 +90,7 @@ def decode_error_kernel(
                 more_dots = tl.zeros([MORE, COLUMNS], dtype=dtype)
                 for left in range(0, D, COLUMNS):
                     column = left + tl.arange(0, COLUMNS)
-                    _, _, others = _rows_of(values_n, latents_n, W_dec_FD, first, end, column, D, MORE)
+                    _, _, others = _rows_of(values_n, latents_n, W_dec_FD, first, end, column, D, ZEROS, MORE)
                     place = errors_XD + (token * PREFIXES + prefix) * D + column
                     more_dots += others * tl.load(place, mask=column < D, other=0.0)[None, :]
                 another = first + tl.arange(0, MORE)
@@ -108,14 +111,16 @@ def decode_error(
     W_dec_FD: Tensor,
     base: Tensor,
     target_BD: Tensor,
-    prefixes: int,
+    prefixes: int = 1,
+    *,
+    through_zeros: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Compute e_p = f[:, :bound_p] W_dec[:bound_p] + base - target of each prefix, and what its gradients need.
 
     `ends` says where the entries of each token and prefix begin, and where the last ones end: [X + 1]. Gives the sums
     over q >= p of e_q [X, D], a token's prefixes one after another; the tokens' sums over prefixes of ||e_p||^2 [B];
-    ||e_P||^2 alone [B]; the dot of each entry's row of W_dec with the sum of its first prefix [n], 0 for a value of 0.
-    `base` is one row [D] or one for each token [B, D].
+    ||e_P||^2 alone [B]; the dot of each entry's row of W_dec with the sum of its first prefix [n], 0 for a value of 0
+    but with `through_zeros`. `base` is one row [D] or one for each token [B, D].
     """
     assert latents_n.is_contiguous() and ends.is_contiguous()
     values_n, W_dec_FD, target_BD = values_n.contiguous(), W_dec_FD.contiguous(), target_BD.contiguous()
@@ -142,6 +147,7 @@ def decode_error(
             dots_n,
             width,
             PREFIXES=prefixes,
+            ZEROS=through_zeros,
             TILE=tile,
             MORE=MORE,
             COLUMNS=TILE_ENTRIES // tile,
