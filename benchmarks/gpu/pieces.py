@@ -265,7 +265,8 @@ def end_to_end(sizes: Sizes, folder: Path) -> Readings:
 
 def harvesting(sizes: Sizes, folder: Path) -> Readings:
     """Measure the harvest: share of the bare forward's speed, with one site and with five."""
-    said = run(sizes, "-m", "benchmarks.harvest", "--models", "embedded", "--rounds", str(sizes.rounds))
+    on = ("--models", "embedded", "--device", sizes.device)
+    said = run(sizes, "-m", "benchmarks.harvest", *on, "--rounds", str(sizes.rounds))
     lines = [line for line in said.splitlines() if line.strip()]
     return [{"name": "harvest beside the bare forward", "reading": " | ".join(lines[-4:])}]
 
