@@ -41,8 +41,7 @@ def decode_error_kernel(
 ):  # fmt: skip
     """Take one token, piece by piece of D: once all entries of a prefix are added, the piece of its error is complete.
 
-    Of each prefix the sum of its error and of those of all longer ones is left: that is what its entries' gradients are
-    products with, as an entry is in every prefix from its own on.
+    Of each prefix its error and those of all longer ones are left, added up: its entries are in all of these.
     """
     token = tl.program_id(0).to(tl.int64)
     start = tl.load(ends + token * PREFIXES)
