@@ -44,7 +44,7 @@ L0_PER_K = 3  # of the variants that pay for activity, as in the other benchmark
 _RESERVE = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "set_", "resize_"}
 _SAME = {"_unsafe_view", "lift_fresh"}  # a view by another name
 # Operations for whose result the host waits: a value, or a size that depends on values.
-_WAITS = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "bincount", "_unique2"}
+WAITS = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "bincount", "_unique2"}
 _PRODUCTS = {"mm", "addmm", "bmm", "baddbmm"}
 _PICK = {"index_select", "index", "gather", "embedding"}  # read what they pick, and not the whole table
 _PUT = {"index_add_", "index_add", "index_fill_", "index_copy_", "index_put_", "scatter_", "scatter_add_"}
@@ -155,7 +155,7 @@ class Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         part = "products" if name in _PRODUCTS else self.part
         if part is None:
             part = self._by_size({tensor.numel() for tensor in tensors})
-        return Operation(name, part, read, written, waits=name in _WAITS or masked)
+        return Operation(name, part, read, written, waits=name in WAITS or masked)
 
     def _by_size(self, entries: set[int]) -> str:
         if self.parameter_entries in entries:
@@ -207,7 +207,7 @@ def _mutated(func: Any, args: Any, kwargs: Any) -> list[Tensor]:
 
 @dataclass(frozen=True)
 class StandIn(TritonBackend):
-    """Triton's backend without Triton: the kernels' results come from the CPU's, or are shapes alone of fake tensors.
+    """Triton's backend without Triton: the kernels' results come from torch, or are shapes alone of fake tensors.
 
     Their traffic: each entry reads the rows it names and its own numbers; each row of a result is written once.
     """
@@ -251,7 +251,7 @@ class StandIn(TritonBackend):
             if isinstance(table_XD, FakeTensor):
                 sums = table_XD.new_empty(len(ends) - 1, table_XD.shape[1])
             else:
-                sums = CPUBackend().gather_sums(weight_n, index_n, ends, table_XD)
+                sums = _sums(weight_n, index_n, ends, table_XD)[0]
         self.counter.watch(sums)
         return sums
 
@@ -267,7 +267,8 @@ class StandIn(TritonBackend):
                 count = len(groups.ends) - 1
                 sums, totals = table_XD.new_empty(count, table_XD.shape[1]), table_XD.new_empty(count)
             else:
-                sums, totals = CPUBackend().group_sums_and_totals(weight_n, index_n, groups, table_XD)
+                sorted_n, order_n = weight_n[groups.order_n], index_n[groups.order_n]
+                sums, totals = _sums(sorted_n, order_n, groups.ends, table_XD)
         self.counter.watch(sums)
         self.counter.watch(totals)
         return sums, totals
@@ -279,7 +280,7 @@ class StandIn(TritonBackend):
             if isinstance(left_XD, FakeTensor):
                 dots = left_XD.new_empty(len(rows_n))
             else:
-                dots = CPUBackend().dots(rows_n, latents_n, left_XD, right_FD)
+                dots = (left_XD[rows_n] * right_FD[latents_n]).sum(1)
         self.counter.watch(dots)
         return dots
 
@@ -292,29 +293,32 @@ class StandIn(TritonBackend):
         self,
         values_n: Tensor,
         latents_n: Tensor,
-        row_ends: Tensor,
+        ends: Tensor,
         W_dec_FD: Tensor,
         base: Tensor,
         target_BD: Tensor,
+        prefixes: int = 1,
         *,
         through_zeros: bool = False,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        # Of a token with more entries than a tile some rows are read again, which is not counted.
-        rows = len(values_n) * W_dec_FD.shape[1] * W_dec_FD.element_size()
-        read = rows + sum(map(extent, (values_n, latents_n, row_ends, base, target_BD)))
-        with self.counter.kernel("sparse products", read, extent(target_BD) + extent(values_n)):
-            error_BD = torch.empty_like(target_BD)
-            squares_B, dots_n = target_BD.new_empty(len(target_BD)), torch.empty_like(values_n)
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        # Of a token with more entries than a tile some rows are read again, which is not counted; nor is what a program
+        # reads of the errors that it has just written.
+        rows, tokens = len(values_n) * W_dec_FD.shape[1] * W_dec_FD.element_size(), len(target_BD)
+        read = rows + sum(map(extent, (values_n, latents_n, ends, base, target_BD)))
+        with self.counter.kernel("sparse products", read, prefixes * extent(target_BD) + extent(values_n)):
+            errors_XD = target_BD.new_empty(tokens * prefixes, target_BD.shape[1])
+            squares_B, last_B = target_BD.new_empty(tokens), target_BD.new_empty(tokens)
+            dots_n = torch.empty_like(values_n)
             if not isinstance(W_dec_FD, FakeTensor):
-                cpu = CPUBackend()
-                error_BD = cpu.gather_sums(values_n, latents_n, row_ends, W_dec_FD) + base - target_BD
-                squares_B = error_BD.square().sum(1)
-                rows_n = torch.repeat_interleave(row_ends.diff())
-                dots_n = cpu.dots(rows_n, latents_n, error_BD, W_dec_FD)
+                bands_BPD = _sums(values_n, latents_n, ends, W_dec_FD)[0].view(tokens, prefixes, -1)
+                errors_BPD = bands_BPD.cumsum(1) + (base - target_BD)[:, None]
+                squares_B, last_B = errors_BPD.square().sum((1, 2)), errors_BPD[:, -1].square().sum(1)
+                errors_XD = errors_BPD.flip(1).cumsum(1).flip(1).reshape(errors_XD.shape)
+                dots_n = (errors_XD[_groups_of(ends, len(values_n))] * W_dec_FD[latents_n]).sum(1)
                 dots_n = dots_n if through_zeros else torch.where(values_n == 0, 0.0, dots_n)
-        for tensor in (error_BD, squares_B, dots_n):
+        for tensor in (errors_XD, squares_B, last_B, dots_n):
             self.counter.watch(tensor)
-        return error_BD, squares_B, dots_n
+        return errors_XD, squares_B, last_B, dots_n
 
     def row_norms(self, grad_FD: Tensor, rows_FD: Tensor | None) -> tuple[Tensor, Tensor]:
         read = extent(grad_FD) + (0 if rows_FD is None else extent(rows_FD))
@@ -344,7 +348,57 @@ class StandIn(TritonBackend):
         if dots_F is not None and weight_FD.shape[1] > WHOLE_ROW:
             again = extent(weight_FD)
         with self.counter.kernel("parameters", 4 * extent(weight_FD) + again, 3 * extent(weight_FD) + again):
-            pass  # the numbers of a step are not looked at
+            if not isinstance(weight_FD, FakeTensor):
+                _adam(grad_FD, weight_FD, mean_FD, square_FD, step, settings, dots_F, total)
+
+
+def _adam(
+    grad_FD: Tensor,
+    weight_FD: Tensor,
+    mean_FD: Tensor,
+    square_FD: Tensor,
+    step: Tensor,
+    settings: AdamStep,
+    dots_F: Tensor | None,
+    total: Tensor | None,
+) -> None:
+    """Take the kernel's step by torch's own operations."""
+    if dots_F is not None:
+        grad_FD = grad_FD - dots_F[:, None] * weight_FD
+    if total is not None:
+        assert settings.clip is not None
+        grad_FD = grad_FD * (settings.clip / (total.sqrt() + 1e-6)).clamp(max=1)
+    fused = torch._fused_adamw_ if settings.decoupled else torch._fused_adam_
+    fused(
+        [weight_FD],
+        [grad_FD],
+        [mean_FD],
+        [square_FD],
+        [],
+        [step],
+        lr=settings.rate,
+        beta1=settings.decay_1,
+        beta2=settings.decay_2,
+        weight_decay=settings.weight_decay,
+        eps=settings.eps,
+        amsgrad=False,
+        maximize=False,
+    )
+    if dots_F is not None:
+        weight_FD.div_(torch.linalg.vector_norm(weight_FD, dim=1, keepdim=True).clamp_min_(1e-12))
+
+
+def _groups_of(ends: Tensor, entries: int) -> Tensor:
+    """Give the group of each entry, of those that `ends` bounds."""
+    return torch.searchsorted(ends[1:], torch.arange(entries, dtype=ends.dtype), right=True)
+
+
+def _sums(weight_n: Tensor, index_n: Tensor, ends: Tensor, table_XD: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum weight * table[index], and weight, over groups of entries in order; asks for no value, as the kernel does."""
+    group_n = _groups_of(ends, len(weight_n))
+    rows_nD = torch.where(weight_n[:, None] != 0, weight_n[:, None] * table_XD[index_n], 0.0)
+    sums_GD = table_XD.new_zeros(len(ends) - 1, table_XD.shape[1]).index_add_(0, group_n, rows_nD)
+    return sums_GD, table_XD.new_zeros(len(ends) - 1).index_add_(0, group_n, weight_n)
 
 
 def _pack(z_Bc: Tensor, bound: Tensor, block: Block, packed: Packed) -> None:

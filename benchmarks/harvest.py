@@ -94,12 +94,15 @@ TRIALS = {"gpt2": gpt2, "embedded": embedded}
 
 def bare(trial: Trial) -> Method:
     """Return a method: the forward to the last site."""
-    ids, site = torch.from_numpy(trial.text(trial.units).contexts).long(), [Site.parse(trial.sites[0])]
+    device, site = trial.model.device, [Site.parse(trial.sites[0])]
+    ids = torch.from_numpy(trial.text(trial.units).contexts).long().to(device)
 
     def run() -> float:
         began = time.perf_counter()
         for first in range(0, len(ids), trial.lm_batch):
             run_to(trial.model, site, ids[first : first + trial.lm_batch])
+        if device.type == "cuda":
+            torch.cuda.synchronize()
         return time.perf_counter() - began
 
     return run
@@ -233,6 +236,7 @@ def run(trial: Trial, root: Path, dtype: str, rounds: int, python: str | None) -
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--models", nargs="+", choices=TRIALS, default=list(TRIALS))
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--dtype", choices=ITEMSIZE, default="float32")
     parser.add_argument("--peer-python", help="an interpreter that has sae-lens")
@@ -241,7 +245,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     keep_freed_memory()
     options.folder.mkdir(parents=True, exist_ok=True)
     for name in options.models:
-        run(TRIALS[name](), options.folder, options.dtype, options.rounds, options.peer_python)
+        trial = TRIALS[name]()
+        trial.model.to(options.device)
+        run(trial, options.folder, options.dtype, options.rounds, options.peer_python)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@
 Counted without a device, by shapes alone, on the GPU's path (benchmarks/counting.py). What a kernel of torch's or of
 cuBLAS reserves for itself is not in it, nor are the CUDA context (about 0.5 GB) and what the allocator cannot use.
 Letters: B tokens in a batch, D model width, F latents, n = k B entries (of the variants with a bound L0 B), d latents
-that may be dead, P prefixes.
+that may be dead.
 """
 
 from __future__ import annotations
@@ -89,10 +89,7 @@ def moments(shape: Shape, matmul: str = "float32", weight: int = 4) -> dict[str,
     }
     if matmul == "bf16":  # both factors of the block's product once more, at two bytes
         found["product"] = 3 * rows + z + rows // 2 + 2 * block * shape.d_model
-    if shape.variant == "matryoshka":
-        found["prefixes"] = (5 * PREFIXES + 2) * rows + 24 * n
-        found["gradients"] += (PREFIXES - 1) * rows
-    return with_auxk(shape, found, matrix) if shape.dead else found
+    return with_auxk(shape, found) if shape.dead else found
 
 
 def comes_whole(shape: Shape) -> bool:
@@ -124,23 +121,18 @@ def bound_moments(shape: Shape, matmul: str, matrix: int) -> dict[str, int]:
     return found
 
 
-def with_auxk(shape: Shape, found: dict[str, int], matrix: int) -> dict[str, int]:
-    """Add AuxK's part to the moments of a step without it; d is filled up to a multiple of 64.
-
-    `matrix` is the bytes of one of the two weight matrices.
-    """
+def with_auxk(shape: Shape, found: dict[str, int]) -> dict[str, int]:
+    """Add AuxK's part to the moments of a step without it; d is filled up to a multiple of 64."""
     batch, rows, k_aux = shape.batch, 4 * shape.batch * shape.d_model, auxk_size(shape.d_model)
     dead = min(shape.width, math.ceil(shape.dead / 64) * 64)
     z, entries = 4 * batch * dead, 24 * shape.k * batch
     few = dead <= TritonBackend().dense_dead * k_aux
     held = z if few else 24 * k_aux * batch
-    # The rows of W_dec are picked. Where a reconstruction has several prefixes, their gradient is spread over a second
-    # matrix and added to the first; else it is added where it belongs.
-    second = matrix if shape.variant == "matryoshka" else 4 * dead * shape.d_model
-    later = {name: found[name] + second + held for name in ("gradients", "prefixes") if name in found}
+    # The rows of W_dec are picked, and their gradient is added where it belongs.
+    later = {"gradients": found["gradients"] + 4 * dead * shape.d_model + held}
     if few:
-        prefixes = PREFIXES if shape.variant == "matryoshka" else 1
-        auxk = 15 * batch * dead + 4 * dead * shape.d_model + (2 * prefixes + 4) * rows + entries
+        prefixes = PREFIXES if shape.variant == "matryoshka" else 1  # of each an error
+        auxk = 15 * batch * dead + 4 * dead * shape.d_model + (prefixes + 5) * rows + entries
         return found | later | {"AuxK": auxk}
     return found | later | {"AuxK's choice": z + choice_bytes(batch * dead, batch, k_aux) + 3 * rows + entries}
 

@@ -140,6 +140,8 @@ class TrainerSettings(Settings):
     """Processes that hold one dictionary together, each a part of its latents; they read the same rows."""
     deterministic: Flag | Literal["warn"] = False
     """Refuse operations that have no deterministic form; warn: only say so."""
+    cuda_graph: Flag = False
+    """Capture a step of TopK, BatchTopK or Matryoshka as a CUDA graph, one launch a step; no card has confirmed it."""
     precision: Text = "32-true"
     """Always 32-true: weights and reconstructions stay in float32."""
 

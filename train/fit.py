@@ -22,6 +22,7 @@ from data.base.errors import UserError
 from train.callbacks import LastCheckpoint, Progress
 from train.closing import ranked_lines
 from train.config import TrainSettings
+from train.cuda_graph import check_capturable
 from train.datamodule import ActivationData
 from train.lit import MultiSAEModule, OwnReduction, Passes
 from train.loggers import CsvLogger, WandbRun
@@ -157,6 +158,9 @@ def _members(
     for run in runs:
         try:
             member = make_member(run, mesh)
+            if run.settings.trainer.cuda_graph:
+                check_capturable(member.sae, member.optimizer, device, mesh.size)
+                member.use_graphs()
             if mesh.latents.size > 1:
                 # Now and not as the fit begins: what its processes tell each other must lie where their messages do.
                 member.to(device)

@@ -118,6 +118,10 @@ class MultiSAEModule(LightningModule):
             member.begin(self.device)
         return [member.optimizer for member in self.members]
 
+    def on_train_end(self) -> None:
+        for member in self.members:
+            member.drop_graphs()  # Lightning moves the module to the CPU next
+
     def training_step(self, batch: Tensor, batch_idx: int) -> None:
         # Decoded once for all members; the copies that a step makes of it are its own.
         decoded = self.model_units(batch)

@@ -6,7 +6,7 @@ Letters: B tokens in a batch, D model width, F latents.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from data.base.errors import UserError
+from train.cuda_graph import Clock, CudaGraph, Figures, Graph, StepGraphs, StepInputs
 from train.optimizers import OptimizerFactory
 from train.sae import SAE, DeadLatents, StartRows, StepOutput, TrainContext
 from train.sae.parts.auxk import raise_biases
@@ -29,23 +30,11 @@ if TYPE_CHECKING:
 State = dict[str, Any]
 
 
-def random_state(device: torch.device) -> dict[str, Tensor]:
-    """Return the state of torch's generators that a step on `device` may draw from."""
-    cuda = {"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {}
-    return {"cpu": torch.get_rng_state(), **cuda}
-
-
-def set_random_state(state: dict[str, Tensor], device: torch.device) -> None:
-    """Put back what `random_state` gave; a generator it does not hold stays as it is."""
-    torch.set_rng_state(state["cpu"])
-    if device.type == "cuda" and "cuda" in state:
-        torch.cuda.set_rng_state(state["cuda"], device)
-
-
 class SAETrainer(nn.Module):
     """An SAE with its optimizer, schedules, clip, counters, loggers and folder.
 
-    Nothing of it is shared with the others of its pass: the random state too is its own, as if it were trained alone.
+    Nothing of it is shared with the others of its pass: the random state too is its own, as if it were trained alone;
+    its start draws from it, a step draws nothing.
     `step` counts its steps done; `failure` is the sentence it was stopped with. Counters move in `training_step` only.
     `ema` is the decay of the mean of the weights that is saved, None for the weights themselves; `rate` a factor on the
     optimizer's learning rates; `data` the processes that have other rows of each batch; `fingerprint` that of the
@@ -96,7 +85,8 @@ class SAETrainer(nn.Module):
         self.validation: dict[str, float] = {}
         self.seed = seed
         torch.manual_seed(seed)
-        self.rng = random_state(torch.device("cpu"))
+        self.rng = {"cpu": torch.get_rng_state()}
+        self.graphs: StepGraphs | None = None
         self._moments: State | None = None
         self._asked_of: Tensor | None = None  # the list for which `_anyone` holds
         self._anyone = False
@@ -109,22 +99,59 @@ class SAETrainer(nn.Module):
 
         On a GPU nothing waits for the device but the steps that are logged.
         """
-        # Each SAE draws from a state of its own, put in before its step and taken out after it: beside others it gets
-        # the numbers it would get alone.
-        set_random_state(self.rng, x_BD.device)
-        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
-            group["lr"] = rate * self.schedule.lr(self.step)
-        context = TrainContext(sparsity_scale=self.schedule.sparsity(self.step), data=self.data)
-        if target_BE is not None:
-            context = replace(context, target_BE=self.sae.norm_out.normalise(target_BE))
+        may_die_d = None
         if self.sae.uses_auxk:
             tokens = len(x_BD) * self.data.size
             # The list may be made anew after half the window at the latest, so that it never holds many that live.
             may_die_d = self.dead.may_die(self.dead_after, tokens, self.dead_after // (2 * tokens))
+        clock = self._clock()
+        inputs = StepInputs(x_BD, target_BE, may_die_d, clock)
+        if self.graphs is None:
+            figures = self._take_step(inputs)
+        else:
+            figures = self.graphs(inputs, self.sae.W_dec, self.optimizer)
+            self._set_rates(clock)  # a checkpoint has numbers, not the graph's tensors
+        self.step += 1
+        # Only here is the device waited for. A loss that is not finite is noted on the device in each step, and seen
+        # here.
+        if self.step % self.log_every == 0 or self.step == self.schedule.total:
+            self.check_finite()
+            self.figures_logged = self._read(figures)
+            self.log("train", self.figures_logged)
+
+    def use_graphs(self, make: Callable[[], Graph] = CudaGraph) -> None:
+        """Take the coming steps by CUDA graphs, where `check_capturable` allows it; `make` makes an empty one."""
+        self.graphs = StepGraphs(self._take_step, make)
+
+    def drop_graphs(self) -> None:
+        """Forget what was captured, as parameters or moments will lie somewhere else."""
+        if self.graphs is not None:
+            self.graphs.drop()
+
+    def _clock(self) -> Clock:
+        rates = [rate * self.schedule.lr(self.step) for rate in self.rates]
+        gain = 1.0 if self.average is None else self.average.gain(self.step + 1)
+        return Clock(self.step, rates, gain, self.schedule.sparsity(self.step))
+
+    def _set_rates(self, clock: Clock) -> None:
+        for group, rate in zip(self.optimizer.param_groups, clock.rates, strict=True):
+            group["lr"] = rate
+
+    def _take_step(self, inputs: StepInputs) -> Figures:
+        """Do all of a step that happens on the device; returns what may be logged of it.
+
+        It may be captured: what differs from step to step comes in by `inputs`, and no random number is drawn.
+        """
+        clock = inputs.clock
+        self._set_rates(clock)
+        context = TrainContext(sparsity_scale=clock.sparsity_scale, data=self.data)
+        if inputs.target_BE is not None:
+            context = replace(context, target_BE=self.sae.norm_out.normalise(inputs.target_BE))
+        if self.sae.uses_auxk:
             dead_F = self.dead.mask(self.dead_after)
-            if self._anyone_dead(dead_F, may_die_d):
-                context = replace(context, dead_F=dead_F, may_die_d=may_die_d)
-        step = self.sae.loss(self.sae.norm.normalise(x_BD), context)
+            if self._anyone_dead(dead_F, inputs.may_die_d):
+                context = replace(context, dead_F=dead_F, may_die_d=inputs.may_die_d)
+        step = self.sae.loss(self.sae.norm.normalise(inputs.x_BD), context)
         step.loss.backward()  # type: ignore[no-untyped-call]
         # After backward and before the projection and the clip, which then work on the gradient of the whole batch, as
         # on one device.
@@ -134,17 +161,10 @@ class SAETrainer(nn.Module):
         self.sae.after_step(step)
         if self.sae.config.dead_raise:
             self._raise_dead()
-        self._count(step)
-        self.step += 1
+        self._count(step, clock.step)
         if self.average is not None:
-            self.average.update(self.sae, self.step)
-        # Only here is the device waited for. A loss that is not finite is noted on the device in each step, and seen
-        # here.
-        if self.step % self.log_every == 0 or self.step == self.schedule.total:
-            self.check_finite()
-            self.figures_logged = self._figures(step)
-            self.log("train", self.figures_logged)
-        self.rng = random_state(x_BD.device)
+            self.average.update(self.sae, clock.gain)
+        return {"loss": step.loss.detach(), **step.figures}
 
     def _raise_dead(self) -> None:
         sae = self.sae
@@ -166,7 +186,7 @@ class SAETrainer(nn.Module):
         return self._anyone
 
     @torch.no_grad()
-    def _count(self, step: StepOutput) -> None:
+    def _count(self, step: StepOutput, number: int | Tensor) -> None:
         fired_F = step.fired_F
         if self.data.size > 1:
             # A latent is alive if it fired on any rank's part of the batch.
@@ -178,7 +198,7 @@ class SAETrainer(nn.Module):
         self.dead.update(fired_F, step.tokens * self.data.size)
         # Without a branch: the first bad step stays, and the host does not wait for it.
         bad = (self.bad_step < 0) & ~torch.isfinite(step.loss.detach())
-        self.bad_step = torch.where(bad, self.step, self.bad_step)
+        self.bad_step.masked_fill_(bad, number)
 
     def _average_gradients(self) -> None:
         if self.data.size > 1:
@@ -186,9 +206,8 @@ class SAETrainer(nn.Module):
                 assert parameter.grad is not None
                 self.data.sum_(parameter.grad).div_(self.data.size)
 
-    def _figures(self, step: StepOutput) -> dict[str, float]:
-        """Collect what is logged of the step just done; reads values from the device."""
-        figures = {"loss": step.loss.detach(), **step.figures}
+    def _read(self, figures: Figures) -> dict[str, float]:
+        """Read what is logged of the step just done from the device."""
         # Of the whole batch, over all ranks.
         values = {name: float(self.data.mean(value)) for name, value in figures.items()}
         values["dead"] = self.dead_count()
@@ -241,6 +260,7 @@ class SAETrainer(nn.Module):
         self.failure = why
         # Adam's moments are two thirds of what an SAE holds between steps; the others of the pass may need it.
         self.optimizer.state.clear()
+        self.drop_graphs()
         self.finalize("failed")
 
     def finalize(self, status: str) -> None:
@@ -260,9 +280,9 @@ class SAETrainer(nn.Module):
     ) -> None:
         """Start from data in model units and the moments of all of it, a transcoder from those of its target too, a
         crosscoder from those of each site."""
-        set_random_state(self.rng, torch.device("cpu"))
+        torch.set_rng_state(self.rng["cpu"])
         self.sae.initialise(sample_ND, mean_sq_norm=mean_sq_norm, variance=variance, seed=self.seed, target=target)
-        self.rng = random_state(torch.device("cpu"))
+        self.rng = {"cpu": torch.get_rng_state()}
 
     def state(self) -> State:
         """Return all that the next step depends on, beside the batch."""
@@ -290,7 +310,7 @@ class SAETrainer(nn.Module):
             self.dead.load_state_dict(state["dead"])
             if self.average is not None:
                 self.average.load_state_dict(state["average"])
-            set_random_state(self.rng, torch.device("cpu"))
+            torch.set_rng_state(self.rng["cpu"])
             moments = state["optimizer"]["state"]
             has_moments = "betas" in self.optimizer.param_groups[0]  # Adam's; plain SGD has none
             if has_moments and set(moments) != set(range(len(list(self.sae.parameters())))):
@@ -310,6 +330,4 @@ class SAETrainer(nn.Module):
             # since.
             self.optimizer.load_state_dict(self._moments)
             self._moments = None
-        if device.type == "cuda" and "cuda" not in self.rng:
-            torch.cuda.manual_seed(self.seed)
-            self.rng["cuda"] = torch.cuda.get_rng_state(device)
+        self.drop_graphs()

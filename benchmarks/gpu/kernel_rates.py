@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -76,13 +77,15 @@ def sums(args: argparse.Namespace, repeats: int) -> dict[str, Any]:
     return {"name": name, "reading": took[0], "expected": expected, "of_even": took[0] / took[1]}
 
 
-def errors(args: argparse.Namespace, repeats: int) -> dict[str, Any]:
-    """Time the reconstruction's error with its loss and dots."""
+def errors(args: argparse.Namespace, repeats: int, prefixes: int = 1) -> dict[str, Any]:
+    """Time the reconstructions' errors with their losses and dots."""
     support, values = support_of(args, False), torch.rand(args.batch * args.k, device=args.device)
     W_dec_FD, target_BD, base_D = _rows(args, args.width), _rows(args, args.batch), _rows(args, 1)[0]
-    ms = timed(lambda: squared_error(values, W_dec_FD, base_D, target_BD, support), args.device, repeats)
-    expected = 4 * args.d_model * (args.batch * args.k + 2 * args.batch) / MEMORY_BYTES * 1e3
-    return {"name": f"error, loss and dots, F={args.width:,}, ms", "reading": ms, "expected": expected}
+    bounds = [-(-args.width * prefix // prefixes) for prefix in range(1, prefixes + 1)]
+    ms = timed(lambda: squared_error(values, W_dec_FD, base_D, target_BD, support, bounds=bounds), args.device, repeats)
+    expected = 4 * args.d_model * (args.batch * args.k + (1 + prefixes) * args.batch) / MEMORY_BYTES * 1e3
+    of = "" if prefixes == 1 else f" of {prefixes} prefixes"
+    return {"name": f"error, loss and dots{of}, F={args.width:,}, ms", "reading": ms, "expected": expected}
 
 
 def packing(args: argparse.Namespace, repeats: int) -> dict[str, Any]:
@@ -121,7 +124,7 @@ def main() -> None:
         os.environ["TRITON_INTERPRET"] = "1"  # before the kernels are imported
         repeats = 1  # nothing that is timed there says anything of a card
     with use_backend(TritonBackend()):
-        for measure in (updates, sums, errors, packing):
+        for measure in (updates, sums, errors, partial(errors, prefixes=5), packing):
             print(json.dumps(measure(args, repeats)), flush=True)
 
 

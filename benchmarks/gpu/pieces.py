@@ -169,6 +169,17 @@ def kernel_rates(sizes: Sizes, folder: Path) -> Readings:
     return found
 
 
+def graphs(sizes: Sizes, folder: Path) -> Readings:
+    """Take steps by CUDA graphs and without: how far the weights are apart, and the milliseconds of each."""
+    found: Readings = []
+    shape = ("--width", str(sizes.widths[0]), "--d-model", str(sizes.d_model), "--batch", str(sizes.batches[0]))
+    k = ("--k", str(sizes.k), "--steps", str(sizes.steps + 2))
+    for variant in ("topk", "batchtopk", "matryoshka"):
+        said = run(sizes, "-m", "benchmarks.gpu.graphs", "--device", sizes.device, "--variant", variant, *shape, *k)
+        found += [json.loads(line) for line in said.splitlines() if line.startswith("{")]
+    return found
+
+
 def step_cells(sizes: Sizes, out: Path, width: int, names: tuple[str, ...], *more: str) -> list[dict[str, Any]]:
     """Return cells of `benchmarks.step` at one width: {"spec", "rows"} each."""
     precision = "tf32" if sizes.device == "cuda" else "float32"
@@ -254,7 +265,8 @@ def end_to_end(sizes: Sizes, folder: Path) -> Readings:
 
 def harvesting(sizes: Sizes, folder: Path) -> Readings:
     """Measure the harvest: share of the bare forward's speed, with one site and with five."""
-    said = run(sizes, "-m", "benchmarks.harvest", "--models", "embedded", "--rounds", str(sizes.rounds))
+    on = ("--models", "embedded", "--device", sizes.device)
+    said = run(sizes, "-m", "benchmarks.harvest", *on, "--rounds", str(sizes.rounds))
     lines = [line for line in said.splitlines() if line.strip()]
     return [{"name": "harvest beside the bare forward", "reading": " | ".join(lines[-4:])}]
 
@@ -264,6 +276,7 @@ PIECES: dict[str, Callable[[Sizes, Path], Readings]] = {
     "variants": variants,
     "ceilings": ceilings,
     "kernel_rates": kernel_rates,
+    "graphs": graphs,
     "steps": steps,
     "million": million,
     "end_to_end": end_to_end,

@@ -6,10 +6,14 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
 
-from benchmarks.counting import Counter, Shape, count_step, count_waits, trainer_of
+from benchmarks.counting import Counter, Shape, StandIn, count_step, count_waits, trainer_of
 from benchmarks.gpu.predictions import roofline_bytes
-from benchmarks.memory import CHOOSING, VARIANTS
+from benchmarks.memory import CHOOSING
+from benchmarks.memory import VARIANTS as NAMES
 from benchmarks.traffic import least_bytes, listed, ratio, row
+from train.sae import VARIANTS
+from train.sae.sparse.backend import use_backend
+from train.sae.sparse.cpu import CPUBackend
 
 
 def moved(counter: Counter) -> list[tuple[str, int, int]]:
@@ -64,7 +68,7 @@ def test_waits_are_seen() -> None:
     assert waits == ["_local_scalar_dense", "index", "nonzero", "_local_scalar_dense"]
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", NAMES)
 def test_the_host_waits_only_where_something_is_logged_or_looked_up(variant: str) -> None:
     waits = count_waits(variant)
     # What lies above a bound is read once a step: how many entries there are.
@@ -109,3 +113,19 @@ def test_a_wide_step_of_a_bound_reads_one_number_and_moves_at_most_so_many_times
     count = count_step(Shape(variant, width=262_144))
     assert 1 < ratio(Shape(variant, width=262_144), count) < most
     assert count.waits == ["_local_scalar_dense"]
+
+
+@pytest.mark.parametrize("variant", ["topk", "matryoshka"])
+def test_the_stand_in_for_the_errors_kernel_takes_the_cpus_step(variant: str) -> None:
+    """What is counted is a step of the right numbers: its loss and gradients are those of the CPU's own."""
+    sae = VARIANTS[variant](8, 64, k=4)
+    x_BD = torch.randn(16, 8, generator=torch.Generator().manual_seed(0))
+    found = []
+    for backend in (StandIn(), CPUBackend()):
+        sae.zero_grad()
+        with use_backend(backend):
+            step = sae.loss(x_BD)
+            step.loss.backward()
+        found.append([step.loss.detach(), step.metrics["nmse"], *(p.grad for p in sae.parameters())])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)

@@ -39,7 +39,7 @@ def type_of(argument: str, constants: dict[str, Any]) -> str:
     if argument in constants:
         return "constexpr"
     if argument in SETTINGS:
-        return "fp32"
+        return "*fp32" if argument == "rate" and constants["RATE_HERE"] else "fp32"
     return SCALARS.get(argument, "*i64" if argument in INTEGERS else "*fp32")
 
 
@@ -71,15 +71,17 @@ def launches(width: int) -> Iterator[tuple[Any, dict[str, Any], int]]:
     for ordered, cut in ((False, False), (True, True)):
         yield sums.group_sums_kernel, {"ORDERED": ordered, "CUT": cut, **summed}, 4
     for tile in (16, 64, 128):
-        for zeros in (False, True):
-            sizes = {"ZEROS": zeros, "TILE": tile, "COLUMNS": error.TILE_ENTRIES // tile}
-            yield error.decode_error_kernel, sizes, error.WARPS
+        for prefixes, zeros in ((1, False), (1, True), (5, False)):
+            sizes = {"PREFIXES": prefixes, "ZEROS": zeros, "TILE": tile, "MORE": error.MORE}
+            yield error.decode_error_kernel, sizes | {"COLUMNS": error.TILE_ENTRIES // tile}, error.WARPS
     yield above.pack_above_kernel, {"PIECE": PIECE_LATENTS}, 4
     columns = adam.columns_of(width)
     for unit in (False, True):
         yield norms.row_norms_kernel, {"UNIT": unit, "COLUMNS": whole}, warps_for_row(whole)
-        forms = {"UNIT": unit, "CLIP": True, "DECOUPLED": False, "WHOLE": columns >= width, "COLUMNS": columns}
-        yield adam.adam_rows_kernel, forms, adam.warps_of(columns)
+        for here in (False, True):
+            forms = {"UNIT": unit, "CLIP": True, "DECOUPLED": False, "RATE_HERE": here}
+            forms |= {"WHOLE": columns >= width, "COLUMNS": columns}
+            yield adam.adam_rows_kernel, forms, adam.warps_of(columns)
 
 
 def every(folder: Path) -> dict[str, Any]:

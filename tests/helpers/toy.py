@@ -65,7 +65,8 @@ def train_step(sae: SAE, optimizer: torch.optim.Optimizer, x_BD: Tensor, dead_F:
 
 def train(sae: SAE, steps: int, *, lr: float = 3e-3, batch: int = 128) -> list[StepOutput]:
     optimizer = torch.optim.Adam(sae.parameters(), lr=lr)
-    return [train_step(sae, optimizer, activations(batch, seed=1000 + i)) for i in range(steps)]
+    batches = (activations(batch, seed=1000 + i).to(sae.b_dec.device) for i in range(steps))
+    return [train_step(sae, optimizer, x_BD) for x_BD in batches]
 
 
 def f_of(step: StepOutput) -> Tensor:

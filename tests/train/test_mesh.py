@@ -50,7 +50,7 @@ def trainer_of(split: LatentSplit) -> SAETrainer:
     member.optimizer.step()
     member.dead.since_F.copy_(latents)
     assert member.average is not None
-    member.average.update(sae, 1)
+    member.average.update(sae, member.average.gain(1))
     member.step = 7
     return member
 

@@ -70,6 +70,7 @@ class SAE(nn.Module, ABC):
     replicated: ClassVar[frozenset[str]] = frozenset({"b_dec", "W_skip"})  # parameters without a row for each latent
     needs_calibration: ClassVar[bool] = False
     uses_auxk: ClassVar[bool] = False
+    fixed_shapes: ClassVar[bool] = False  # whether a step on a GPU has the same sizes whatever its values are
 
     config: SAEConfig
     variance: Tensor
@@ -374,8 +375,8 @@ class SAE(nn.Module, ABC):
         if support is None or support.backend.fused is None or self.split.size > 1:
             xn_hat_BE = self.split.total(codes.decode(f, W_dec_FE)[0]) + beside
             return self.nmse(xn_hat_BE, target_BE), xn_hat_BE.detach()
-        total, error_BE, _ = squared_error(f, W_dec_FE, beside, target_BE, support, through_zeros=through_zeros)
-        return self.nmse_of(total, len(xn_BD)), error_BE + target_BE
+        found = squared_error(f, W_dec_FE, beside, target_BE, support, through_zeros=through_zeros)
+        return self.nmse_of(found.total, len(xn_BD)), found.error_BE + target_BE
 
     def mesh(self, data: RankGroup) -> Mesh:
         """Return the processes that have a batch and this dictionary together."""

@@ -19,7 +19,7 @@ from train.sae.sparse.adam import AdamStep
 from train.sae.sparse.backend import FusedKernels
 
 MATRICES = ("W_enc_FD", "W_dec")
-_UNLIKE = ("amsgrad", "maximize", "capturable", "differentiable")  # forms of Adam that the kernel does not know
+_UNLIKE = ("amsgrad", "maximize", "differentiable")  # forms of Adam that the kernel does not know
 
 
 def is_fused_adam(optimizer: Optimizer) -> bool:
@@ -87,7 +87,7 @@ def _adam_of(optimizer: Optimizer, weight: nn.Parameter, clip: float | None) -> 
         state["exp_avg_sq"] = torch.zeros_like(weight)
     decay_1, decay_2 = group["betas"]
     settings = AdamStep(
-        rate=float(group["lr"]),
+        rate=group["lr"] if isinstance(group["lr"], Tensor) else float(group["lr"]),
         decay_1=float(decay_1),
         decay_2=float(decay_2),
         eps=float(group["eps"]),

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from train.sae.base import SAE
@@ -68,12 +68,15 @@ class WeightEMA(nn.Module):
         for name, parameter in sae.named_parameters():
             self.register_buffer(name, torch.zeros_like(parameter, requires_grad=False))
 
-    @torch.no_grad()
-    def update(self, sae: SAE, steps: int) -> None:
-        """Take in the parameters after so many steps, 1 or more."""
+    def gain(self, steps: int) -> float:
+        """Compute what the mean moves by after so many steps, 1 or more."""
         # m_n = m_(n-1) + gain (w_n - m_(n-1)) is the formula above by recursion: 1 at the first step, 1 - decay in the
         # long run.
-        gain = (1 - self.decay) / (1 - self.decay**steps)
+        return (1 - self.decay) / (1 - self.decay**steps)
+
+    @torch.no_grad()
+    def update(self, sae: SAE, gain: float | Tensor) -> None:
+        """Take in the parameters after a step, by its `gain`."""
         for mean, parameter in zip(self.buffers(), sae.parameters(), strict=True):
             mean.lerp_(parameter, gain)
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from torch import Tensor
+
 WHOLE_ROW = 4096  # entries of a row that one program can hold of gradient, weight and moments
 
 
@@ -11,8 +13,8 @@ WHOLE_ROW = 4096  # entries of a row that one program can hold of gradient, weig
 class AdamStep:
     """Kingma and Ba 1412.6980; decoupled decay by Loshchilov and Hutter 1711.05101."""
 
-    rate: float
-    """Learning rate of this step."""
+    rate: float | Tensor
+    """Learning rate of this step; a scalar on the device where the step is captured."""
     decay_1: float
     """Of the mean of the gradient."""
     decay_2: float

@@ -102,15 +102,20 @@ class FusedKernels(Protocol):
         self,
         values_n: Float[Tensor, " n"],
         latents_n: Int[Tensor, " n"],
-        row_ends: Int[Tensor, " ends"],
+        ends: Int[Tensor, " ends"],
         W_dec_FD: Float[Tensor, "F D"],
         base: Tensor,
         target_BD: Float[Tensor, "B D"],
+        prefixes: int = 1,
         *,
         through_zeros: bool = False,
-    ) -> tuple[Float[Tensor, "B D"], Float[Tensor, " B"], Float[Tensor, " n"]]:
-        """Compute e = f W_dec + base - target, the tokens' ||e||^2, and e_b . W_dec_j of the entries that are not 0,
-        or with `through_zeros` of all."""
+    ) -> tuple[Float[Tensor, "X D"], Float[Tensor, " B"], Float[Tensor, " B"], Float[Tensor, " n"]]:
+        """Compute e_p = f W_dec + base - target by the entries of each prefix, which `ends` bounds.
+
+        Gives the sums of e_p and all later ones, the tokens' squared norms over prefixes and of the last one, and the
+        entries' dots with the sum of their first prefix, of those that are not 0,
+        or with `through_zeros` of all.
+        """
 
     def row_norms(
         self, grad_FD: Float[Tensor, "F D"], rows_FD: Float[Tensor, "F D"] | None

@@ -49,6 +49,20 @@ class Support:
         """Order the entries latent by latent."""
         return self.backend.order(self.latents_n, self.shape[1])
 
+    def in_bands(self, bounds: Sequence[int]) -> tuple[Int[Tensor, " n"], Int[Tensor, " ends"]]:
+        """Give each entry the number of its token and band, and find where those of each begin.
+
+        A band is what a prefix of the latents, up to one of the `bounds`, has more than the one before. Token and band
+        together make one ascending index, so all prefixes are decoded by a single call.
+        """
+        if len(bounds) == 1:
+            return self.rows_n, self.row_ends
+        part_n = torch.zeros_like(self.latents_n)
+        for bound in bounds[:-1]:
+            part_n += self.latents_n >= bound
+        place_n = self.rows_n * len(bounds) + part_n
+        return place_n, self.backend.ends(place_n, self.shape[0] * len(bounds))
+
     def row_sums(self, values_n: Float[Tensor, " n"], of_FD: Float[Tensor, "F D"]) -> Float[Tensor, "B D"]:
         """Compute f @ of, f the matrix with these values at these places."""
         return self.backend.gather_sums(values_n, self.latents_n, self.row_ends, of_FD)
@@ -126,19 +140,16 @@ class Decode(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, values_n: Tensor, W_dec_FD: Tensor, support: Support, bounds: Sequence[int]) -> Tensor:
-        rows, prefixes, backend = support.shape[0], len(bounds), support.backend
-        # Which prefix's band each entry is in. Token and band together make one ascending index, so all prefixes are
-        # decoded by a single call.
-        part_n = torch.zeros_like(support.latents_n)
-        for bound in bounds[:-1]:
-            part_n += support.latents_n >= bound
-        ends = support.row_ends if prefixes == 1 else backend.ends(support.rows_n * prefixes + part_n, rows * prefixes)
-        parts_BPD = backend.gather_sums(values_n, support.latents_n, ends, W_dec_FD).view(rows, prefixes, -1)
+        rows, prefixes = support.shape[0], len(bounds)
+        place_n, ends = support.in_bands(bounds)
+        parts_BPD = support.backend.gather_sums(values_n, support.latents_n, ends, W_dec_FD).view(rows, prefixes, -1)
         x_hat_PBD = parts_BPD.transpose(0, 1).contiguous()
         for p in range(1, prefixes):  # no cumsum: torch refuses it on a GPU where it is asked to be deterministic
             x_hat_PBD[p] += x_hat_PBD[p - 1]
         # The row of the stacked gradients [P * B, D] that each entry reads in the backward.
-        ctx.save_for_backward(values_n, W_dec_FD, part_n * rows + support.rows_n)
+        if prefixes > 1:
+            place_n = (place_n - support.rows_n * prefixes) * rows + support.rows_n
+        ctx.save_for_backward(values_n, W_dec_FD, place_n)
         ctx.support = support
         return x_hat_PBD
 

@@ -1,11 +1,13 @@
-"""The squared error of a sparse reconstruction, with its gradients, in one pass where the backend has a kernel.
+"""The squared errors of sparse reconstructions, with their gradients, in one pass where the backend has a kernel.
 
-Letters: B tokens in a batch, E width of what is reconstructed, F latents, n entries.
+Letters: B tokens in a batch, E width of what is reconstructed, F latents, n entries, P prefixes of the latents,
+X = B P.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -15,8 +17,21 @@ from torch.autograd.function import once_differentiable
 from train.sae.sparse.codes import Support
 
 
+class SquaredError(NamedTuple):
+    """What comes of the reconstructions by each prefix."""
+
+    total: Float[Tensor, ""]
+    """The sum over prefixes and tokens of ||e_bp||^2, differentiable."""
+    last_B: Float[Tensor, " B"]
+    """||e_b||^2 of the last prefix, detached."""
+    error_BE: Float[Tensor, "B E"]
+    """e of the last prefix, detached."""
+    rows_dE: Float[Tensor, "d E"] | None
+    """The rows of W_dec that were asked for."""
+
+
 class _SquaredError(torch.autograd.Function):
-    """sum_b ||e_b||^2 with e = f W_dec + base - target, e itself, which passes no gradient, and rows of W_dec."""
+    """sum_bp ||e_bp||^2 with e_p = f[:, :bound_p] W_dec[:bound_p] + base - target, what `SquaredError` names beside."""
 
     @staticmethod
     def forward(
@@ -26,39 +41,45 @@ class _SquaredError(torch.autograd.Function):
         base: Tensor,
         target_BE: Tensor,
         support: Support,
+        bounds: Sequence[int],
         latents_d: Tensor | None,
         through_zeros: bool,
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         assert support.backend.fused is not None
-        # The gradient's dots are products with the error itself, so they are at hand before the backward: the rows of
-        # W_dec are read once.
-        error_BE, squares_B, dots_n = support.backend.fused.decode_error(
-            values_n, support.latents_n, support.row_ends, W_dec_FE, base, target_BE, through_zeros=through_zeros
+        place_n, ends = support.in_bands(bounds)
+        # The gradient's dots are products with the errors themselves, so they are at hand before the backward: the rows
+        # of W_dec are read once.
+        entries = (values_n, support.latents_n, ends)
+        errors_XE, squares_B, last_B, dots_n = support.backend.fused.decode_error(
+            *entries, W_dec_FE, base, target_BE, len(bounds), through_zeros=through_zeros
         )
-        ctx.save_for_backward(values_n, error_BE, dots_n, latents_d)
-        ctx.support, ctx.base_rows = support, base.dim()
-        ctx.mark_non_differentiable(error_BE)
+        ctx.save_for_backward(values_n, errors_XE, dots_n, place_n, latents_d)
+        ctx.support, ctx.base_rows, ctx.prefixes = support, base.dim(), len(bounds)
+        error_BE = errors_XE if len(bounds) == 1 else errors_XE[len(bounds) - 1 :: len(bounds)].clone()
+        ctx.mark_non_differentiable(error_BE, last_B)
         # What no term uses has no gradient: None then, and not a matrix of zeros.
         ctx.set_materialize_grads(False)
-        return squares_B.sum(), error_BE, None if latents_d is None else W_dec_FE.index_select(0, latents_d)
+        rows_dE = None if latents_d is None else W_dec_FE.index_select(0, latents_d)
+        return squares_B.sum(), last_B, error_BE, rows_dE
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor, _: None, grad_dE: Tensor | None) -> tuple[Tensor | None, ...]:
-        values_n, error_BE, dots_n, latents_d = ctx.saved_tensors
+    def backward(ctx: Any, grad: Tensor, _: None, __: None, grad_dE: Tensor | None) -> tuple[Tensor | None, ...]:
+        values_n, errors_XE, dots_n, place_n, latents_d = ctx.saved_tensors
         support: Support = ctx.support
-        # d||e||^2 = 2 e de; de/df_bj = W_dec_j, de/dW_dec_j = f_bj, de/dbase = 1.
+        # d||e||^2 = 2 e de; de/df_bj = W_dec_j, de/dW_dec_j = f_bj, de/dbase = 1, of each prefix that holds j.
         scale = 2 * grad
         grad_values_n = grad_FE = grad_base = None
         if ctx.needs_input_grad[0]:
             grad_values_n = scale * dots_n
         if ctx.needs_input_grad[1]:
-            grad_FE = support.latent_sums(scale * values_n, error_BE)
+            grad_FE = support.latent_sums_from(scale * values_n, place_n, errors_XE)
             if grad_dE is not None:
                 grad_FE.index_add_(0, latents_d, grad_dE)
         if ctx.needs_input_grad[2]:
-            grad_base = scale * (error_BE.sum(0) if ctx.base_rows == 1 else error_BE)
-        return grad_values_n, grad_FE, grad_base, None, None, None, None
+            all_BE = errors_XE[:: ctx.prefixes]  # those of every prefix, which all hold the base
+            grad_base = scale * (all_BE.sum(0) if ctx.base_rows == 1 else all_BE)
+        return grad_values_n, grad_FE, grad_base, None, None, None, None, None
 
 
 def squared_error(
@@ -67,17 +88,20 @@ def squared_error(
     base: Tensor,
     target_BE: Float[Tensor, "B E"],
     support: Support,
-    latents_d: Int[Tensor, " d"] | None = None,
     *,
+    bounds: Sequence[int] | None = None,
+    latents_d: Int[Tensor, " d"] | None = None,
     through_zeros: bool = False,
-) -> tuple[Float[Tensor, ""], Float[Tensor, "B E"], Float[Tensor, "d E"] | None]:
-    """Compute sum_b ||e_b||^2 and e = f W_dec + base - target, detached, of a backend with fused kernels.
+) -> SquaredError:
+    """Compute the squared errors of the reconstructions by each prefix, of a backend with fused kernels.
 
-    `base` is one row [E] or one for each token. Entries with f = 0 take no gradient, but with `through_zeros`; the
-    target takes none. The rows of W_dec that `latents_d` (each once) names come back too: their gradient is added to
-    the one here, where another use of W_dec would make a second of its size.
+    e_p = f[:, :bound_p] W_dec[:bound_p] + base - target; `bounds` increase and end with F (None: F alone). `base` is
+    one row [E] or one for each token. Entries with f = 0 take no gradient, but with `through_zeros`; the target takes
+    none. The rows of W_dec that `latents_d` (each once) names come back too: their gradient is added to the one here,
+    where another use of W_dec would make a second of its size.
     """
     assert not target_BE.requires_grad
-    parts = _SquaredError.apply(f_n, W_dec_FE, base, target_BE, support, latents_d, through_zeros)  # type: ignore[no-untyped-call]
-    total, error_BE, rows_dE = parts
-    return total, error_BE, rows_dE
+    bounds = [support.shape[1]] if bounds is None else [*bounds]
+    how = (support, bounds, latents_d, through_zeros)
+    found = _SquaredError.apply(f_n, W_dec_FE, base, target_BE, *how)  # type: ignore[no-untyped-call]
+    return SquaredError(*found)

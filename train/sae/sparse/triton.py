@@ -137,16 +137,17 @@ class TritonBackend:
         self,
         values_n: Tensor,
         latents_n: Tensor,
-        row_ends: Tensor,
+        ends: Tensor,
         W_dec_FD: Tensor,
         base: Tensor,
         target_BD: Tensor,
+        prefixes: int = 1,
         *,
         through_zeros: bool = False,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         from train.sae.sparse.kernels.error import decode_error
 
-        parts = (values_n, latents_n, row_ends, W_dec_FD, base, target_BD)
+        parts = (values_n, latents_n, ends, W_dec_FD, base, target_BD, prefixes)
         return decode_error(*parts, through_zeros=through_zeros)
 
     def row_norms(self, grad_FD: Tensor, rows_FD: Tensor | None) -> tuple[Tensor, Tensor]:

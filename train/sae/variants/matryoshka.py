@@ -15,7 +15,7 @@ from train.sae.parts.dense import largest_of_the_batch
 from train.sae.sparse.codes import Codes
 from train.sae.step import PLAIN, TrainContext
 from train.sae.variants.batchtopk import BatchTopKBase, BatchTopKConfig
-from train.sae.variants.topk_base import Candidates, Reconstructed
+from train.sae.variants.topk_base import Reconstructed
 
 
 class MatryoshkaConfig(BatchTopKConfig):
@@ -61,14 +61,14 @@ class Matryoshka(BatchTopKBase):
             loss = loss + (xn_hat_BD - target_BE).square().sum(1).mean() / self.variance
         return loss + self.dense_auxk(z_BF, (target_BE - xn_hat_BD).detach(), context)
 
-    def reconstruct(
-        self,
-        codes: Codes,
-        xn_BD: Float[Tensor, "B D"],
-        target_BE: Float[Tensor, "B E"],
-        candidates: Candidates | None = None,
+    @property
+    def prefix_sizes(self) -> list[int]:
+        return [self.split.own(m) for m in self.config.sizes]
+
+    def reconstruct_plainly(
+        self, codes: Codes, xn_BD: Float[Tensor, "B D"], target_BE: Float[Tensor, "B E"]
     ) -> Reconstructed:
-        own = [self.split.own(m) for m in self.config.sizes]
-        xn_hat_PBD = self.split.total(codes.decode(codes.values, self.W_dec, own)) + self.beside_latents(xn_BD)
+        decoded_PBD = codes.decode(codes.values, self.W_dec, self.prefix_sizes)
+        xn_hat_PBD = self.split.total(decoded_PBD) + self.beside_latents(xn_BD)
         nmse_P = (xn_hat_PBD - target_BE).square().sum((1, 2)) / (len(xn_BD) * self.variance)
         return Reconstructed(nmse_P.sum(), nmse_P[-1], xn_hat_PBD[-1])

@@ -57,6 +57,7 @@ class TopKBase(SAE):
     """
 
     uses_auxk = True
+    fixed_shapes = True
     config: AuxKConfig
 
     @property
@@ -99,21 +100,32 @@ class TopKBase(SAE):
         target_BE: Float[Tensor, "B E"],
         candidates: Candidates | None = None,
     ) -> Reconstructed:
-        """Reconstruct by codes, whose values are f; their NMSE is the term.
+        """Reconstruct by codes, whose values are f; the sum over prefixes of their NMSE is the term.
 
         In one pass over the rows of W_dec that they name, where the backend has a kernel for it.
         """
-        f = codes.values
         support = codes.support
         if support is None or support.backend.fused is None or self.split.size > 1:
-            xn_hat_BE = self.decode_sparse(codes, f, xn_BD)
-            nmse = self.nmse(xn_hat_BE, target_BE)
-            return Reconstructed(nmse, nmse, xn_hat_BE)
+            return self.reconstruct_plainly(codes, xn_BD, target_BE)
         latents_d = None if candidates is None else candidates.latents_d
-        base = self.beside_latents(xn_BD)
-        total, error_BE, W_aside_dE = squared_error(f, self.W_dec, base, target_BE, support, latents_d)
-        nmse = self.nmse_of(total, len(xn_BD))
-        return Reconstructed(nmse, nmse, error_BE + target_BE, W_aside_dE)
+        base, bounds = self.beside_latents(xn_BD), self.prefix_sizes
+        found = squared_error(codes.values, self.W_dec, base, target_BE, support, bounds=bounds, latents_d=latents_d)
+        term = self.nmse_of(found.total, len(xn_BD))
+        nmse = term if len(bounds) == 1 else self.nmse_of(found.last_B.sum(), len(xn_BD))
+        return Reconstructed(term, nmse, found.error_BE + target_BE, found.rows_dE)
+
+    @property
+    def prefix_sizes(self) -> list[int]:
+        """Return how many of the latents here each of the prefixes that reconstruct by themselves has: all in one."""
+        return [self.own_width]
+
+    def reconstruct_plainly(
+        self, codes: Codes, xn_BD: Float[Tensor, "B D"], target_BE: Float[Tensor, "B E"]
+    ) -> Reconstructed:
+        """Do the same by torch's own operations and the backend's products, differentiably."""
+        xn_hat_BE = self.decode_sparse(codes, codes.values, xn_BD)
+        nmse = self.nmse(xn_hat_BE, target_BE)
+        return Reconstructed(nmse, nmse, xn_hat_BE)
 
     def auxk(
         self,

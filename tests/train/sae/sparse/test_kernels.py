@@ -105,8 +105,13 @@ def test_sums_of_a_frequent_latent_are_cut_in_pieces_and_change_nothing(tokens: 
 @pytest.mark.parametrize("width", [1, 5, 300])
 @pytest.mark.parametrize("rows", [1, 9], ids=["one base", "a base for each token"])
 @pytest.mark.parametrize("zeros", [False, True])
-def test_an_error_with_its_gradients_is_that_of_the_dense_formula(width: int, rows: int, zeros: bool) -> None:
-    """Tokens with no entry, with one, and with many more than a tile of 16; values of 0 with a gradient or without."""
+@pytest.mark.parametrize("bounds", [None, [1, 60], [2, 3, 17, 40, 60]], ids=["all", "2 prefixes", "5 prefixes"])
+def test_an_error_with_its_gradients_is_that_of_the_dense_formula(
+    width: int, rows: int, bounds: list[int] | None, zeros: bool
+) -> None:
+    """Tokens with no entry, with one, and with many more than a tile of 16; bands without an entry and with more than a
+    tile of them; values of 0 with a gradient or without.
+    """
     kept = torch.rand(9, 60, generator=torch.Generator().manual_seed(1)) < 0.1
     kept[2], kept[3], kept[4, 1:] = False, True, False
     kept[4, 0] = True
@@ -116,12 +121,15 @@ def test_an_error_with_its_gradients_is_that_of_the_dense_formula(width: int, ro
     values[::5] = 0
     W, target, base = draw(60, width, seed=3), draw(9, width, seed=4), draw(rows, width, seed=5)
     parts = [part.requires_grad_() for part in (values, W, base[0] if rows == 1 else base)]
-    total, error, _ = squared_error(*parts, target, support, through_zeros=zeros)  # type: ignore[arg-type]
-    wanted_error = support.dense(parts[0]) @ parts[1] + parts[2] - target
-    torch.testing.assert_close(error, wanted_error.detach(), rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(total, wanted_error.square().sum(), rtol=1e-12, atol=1e-12)
-    found = torch.autograd.grad(total.sin(), parts)
-    wanted = list(torch.autograd.grad(wanted_error.square().sum().sin(), parts))
+    result = squared_error(*parts, target, support, bounds=bounds, through_zeros=zeros)  # type: ignore[misc]
+    f = support.dense(parts[0])
+    errors = [f[:, :bound] @ parts[1][:bound] + parts[2] - target for bound in bounds or [60]]
+    wanted_total = torch.stack([error.square().sum() for error in errors]).sum()
+    torch.testing.assert_close(result.error_BE, errors[-1].detach(), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(result.total, wanted_total, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(result.last_B, errors[-1].detach().square().sum(1), rtol=1e-12, atol=1e-12)
+    found = torch.autograd.grad(result.total.sin(), parts)
+    wanted = list(torch.autograd.grad(wanted_total.sin(), parts))
     if not zeros:
         wanted[0] = torch.where(values == 0, 0.0, wanted[0])
     for one, other in zip(found, wanted, strict=True):
@@ -135,9 +143,9 @@ def test_the_row_of_an_entry_of_value_0_is_not_read() -> None:
     W[1] = torch.nan
     support = Support(rows_n.contiguous(), latents_n.contiguous(), (1, 2))
     values = torch.tensor([2.0, 0.0], dtype=torch.float64, device=DEVICE)
-    total, error, _ = squared_error(values, W, torch.zeros_like(W[0]), target, support)
-    torch.testing.assert_close(error, 2 * W[:1] - target)
-    torch.testing.assert_close(total, error.square().sum())
+    result = squared_error(values, W, torch.zeros_like(W[0]), target, support)
+    torch.testing.assert_close(result.error_BE, 2 * W[:1] - target)
+    torch.testing.assert_close(result.total, result.error_BE.square().sum())
 
 
 @pytest.mark.parametrize("width", [1, 5, 300])
@@ -281,7 +289,7 @@ def test_a_step_waits_for_no_device_but_for_how_many_are_above_a_bound(form: str
 def test_training_follows_the_cpus_curve() -> None:
     curves = []
     for backend in (TritonBackend(), CPUBackend()):
-        sae = made("batchtopk")
+        sae = made("batchtopk").to(DEVICE if isinstance(backend, TritonBackend) else "cpu")
         with use_backend(backend):
             curves.append([float(step.loss.detach()) for step in train(sae, 4, batch=32)])
     assert curves[0] == pytest.approx(curves[1], rel=1e-4)

@@ -36,13 +36,18 @@ def _correction(steps, gain):
 @no_type_check
 def adam_rows_kernel(
     grad_FD, weight_FD, mean_FD, square_FD, dots_F, total, step, rate, gain_1, gain_2, eps, decay, clip, D,
-    UNIT: tl.constexpr, CLIP: tl.constexpr, DECOUPLED: tl.constexpr, WHOLE: tl.constexpr, COLUMNS: tl.constexpr,
+    UNIT: tl.constexpr, CLIP: tl.constexpr, DECOUPLED: tl.constexpr, RATE_HERE: tl.constexpr, WHOLE: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Move one row. Of `decay` 1 - decay is given as gain; the clip's norm is the root of `total`."""
+    """Move one row. Of a decay 1 - decay is given as gain; the clip's norm is the root of `total`.
+
+    With RATE_HERE the rate is read from the device.
+    """
     row = tl.program_id(0).to(tl.int64)
     dtype = weight_FD.dtype.element_ty
     steps = tl.load(step).to(tl.float64)
-    first_rate = (rate / _correction(steps, gain_1)).to(dtype)
+    this_rate = tl.load(rate).to(tl.float32) if RATE_HERE else rate
+    first_rate = (this_rate / _correction(steps, gain_1)).to(dtype)
     second_root = tl.sqrt(_correction(steps, gain_2)).to(dtype)
     factor = _clip_factor(total, clip).to(dtype) if CLIP else 1.0
     dot = tl.load(dots_F + row) if UNIT else 0.0
@@ -56,7 +61,7 @@ def adam_rows_kernel(
             grad -= dot * weight
         grad *= factor
         if DECOUPLED:
-            weight -= rate * decay * weight
+            weight -= this_rate * decay * weight
         else:
             grad += decay * weight
         mean = tl.load(mean_FD + place, mask=there, other=0.0)
@@ -136,6 +141,7 @@ def adam_rows_(
             UNIT=dots_F is not None,
             CLIP=total is not None,
             DECOUPLED=settings.decoupled,
+            RATE_HERE=isinstance(settings.rate, Tensor),
             WHOLE=columns >= width,
             COLUMNS=columns,
             num_warps=warps_of(columns),
