@@ -3,7 +3,7 @@
 lr = c (64 / D)^(1/2) (1000 / steps)^(1/3) (batch / 1024)^(1/4) (8 D / F)^p, c and p of the variant. Adam moves each of
 a latent's D weights by about lr a step, so its direction by lr sqrt(D). JumpReLU's falls as 64 / D up to D = 192: at
 higher rates its thresholds leave the wanted L0. c and the powers are fitted to the sites they are compared on, one seed
-each; those of batch and F on one site (D = 64), with batches of 256 to 4,096 and 2 to 32 times D latents. The steps
+each; those of batch and F on one site (D = 64), with batches of 256 to 4,096 and up to 32 D latents. The steps
 were 215 to 3,648. At the papers' sizes it gives 4e-4 for BatchTopK (D = 768; theirs is 3e-4), 4.5e-4 for Gated
 (2560; 3e-4) and 1.1e-4 for JumpReLU (3584; 7e-5). `python -m benchmarks.rates` searches a site.
 """
@@ -32,9 +32,9 @@ STEEP_TO = {"jumprelu": 192}  # the width up to which a variant's rate falls as 
 
 
 BATCH, LEAST_BATCH, MOST_BATCH = 1024, 256, 4096  # tokens; where c was measured, and how far the power was
-EXPANSION, LEAST_EXPANSION = 8, 2  # latents for each of D; wider ones go on falling, as Gao et al. (2406.04093) have it
+EXPANSION = 8  # latents for each of D where c was measured; with more it falls, as in Gao et al. (2406.04093)
 
-BY_EXPANSION = {  # p
+BY_EXPANSION = {  # p; with fewer latents one site wanted more and one less, so they get the rate of 8 D
     "relu": 1 / 4,
     "topk": 1 / 2,
     "batchtopk": 3 / 8,
@@ -48,14 +48,14 @@ def learning_rate(variant: str, d_in: int, steps: int, *, batch: int = BATCH, ex
     """Compute the rule's rate, to three figures; `batch` in tokens over all ranks, `expansion` F / D.
 
     Outside of what was measured it is that of the nearest: D = 64, 400 steps (more would cost latents), 256 and 4,096
-    tokens, 2 times D latents.
+    tokens, 8 D latents.
     """
     width = max(LEAST_WIDTH, d_in)
     steep = min(width, STEEP_TO.get(variant, LEAST_WIDTH))
     by_width = LEAST_WIDTH / steep * math.sqrt(steep / width)
     by_steps = (1000 / max(LEAST_STEPS, steps)) ** (1 / 3)
     by_batch = (min(max(LEAST_BATCH, batch), MOST_BATCH) / BATCH) ** (1 / 4)
-    by_expansion = (EXPANSION / max(LEAST_EXPANSION, expansion)) ** BY_EXPANSION[variant]
+    by_expansion = (EXPANSION / max(EXPANSION, expansion)) ** BY_EXPANSION[variant]
     return float(f"{AT_64[variant] * by_width * by_steps * by_batch * by_expansion:.3g}")
 
 
