@@ -32,6 +32,7 @@ from train.sae.sparse.backend import use_backend
 from train.sae.sparse.cpu import CPUBackend
 from train.sae.sparse.groups import Groups
 from train.sae.sparse.product import Product
+from train.sae.sparse.row_norms import RowNorms
 from train.sae.sparse.rules import Entries, Selection
 from train.sae.sparse.triton import TritonBackend
 from train.sae_trainer import SAETrainer
@@ -236,11 +237,18 @@ class StandIn(TritonBackend):
     def group_sums_and_totals(
         self, weight_n: Tensor, index_n: Tensor, groups: Groups, table_XD: Tensor
     ) -> tuple[Tensor, Tensor]:
+        return self._sums_and_totals(weight_n, index_n, groups, table_XD, (0, 0))
+
+    def _sums_and_totals(
+        self, weight_n: Tensor, index_n: Tensor, groups: Groups, table_XD: Tensor, beside: tuple[int, int]
+    ) -> tuple[Tensor, Tensor]:
+        """Count the sums, and what the same kernel reads and writes `beside` them."""
         if groups.pieces is not None:  # at most; a piece of a long group is written and read
             parts = 2 * len(groups.pieces.groups_P) * table_XD.shape[1] * table_XD.element_size()
             with self.counter.kernel("sparse products", parts // 2, parts // 2):
                 pass
-        with self.counter.kernel("sparse products", *_sums_traffic(weight_n, index_n, groups, table_XD)):
+        read, written = _sums_traffic(weight_n, index_n, groups, table_XD)
+        with self.counter.kernel("sparse products", read + beside[0], written + beside[1]):
             if isinstance(table_XD, FakeTensor):
                 count = len(groups.ends) - 1
                 sums, totals = table_XD.new_empty(count, table_XD.shape[1]), table_XD.new_empty(count)
@@ -249,6 +257,19 @@ class StandIn(TritonBackend):
         self.counter.watch(sums)
         self.counter.watch(totals)
         return sums, totals
+
+    def gradient_rows(
+        self, weight_n: Tensor, index_n: Tensor, groups: Groups, table_XD: Tensor, unit_FD: Tensor | None
+    ) -> tuple[Tensor, Tensor, RowNorms]:
+        norms = 2 * (len(groups.ends) - 1) * table_XD.element_size()
+        beside = (0 if unit_FD is None else extent(unit_FD), norms)
+        sums, totals = self._sums_and_totals(weight_n, index_n, groups, table_XD, beside)
+        self.counter.paused = True
+        dots_F, squares_F = _row_norms(sums, unit_FD)
+        self.counter.paused = False
+        self.counter.watch(dots_F)
+        self.counter.watch(squares_F)
+        return sums, totals, RowNorms(squares_F, None if unit_FD is None else dots_F)
 
     def dots(self, rows_n: Tensor, latents_n: Tensor, left_XD: Tensor, right_FD: Tensor) -> Tensor:
         rows = 2 * len(rows_n) * left_XD.shape[1] * left_XD.element_size()
@@ -294,11 +315,7 @@ class StandIn(TritonBackend):
     def row_norms(self, grad_FD: Tensor, rows_FD: Tensor | None) -> tuple[Tensor, Tensor]:
         read = extent(grad_FD) + (0 if rows_FD is None else extent(rows_FD))
         with self.counter.kernel("parameters", read, 2 * len(grad_FD) * grad_FD.element_size()):
-            rest_FD, dots_F = grad_FD, grad_FD.new_empty(len(grad_FD))
-            if rows_FD is not None:
-                dots_F = (grad_FD * rows_FD).sum(1)
-                rest_FD = grad_FD - dots_F[:, None] * rows_FD
-            squares_F = rest_FD.square().sum(1)
+            dots_F, squares_F = _row_norms(grad_FD, rows_FD)
         self.counter.watch(dots_F)
         self.counter.watch(squares_F)
         return dots_F, squares_F
@@ -320,6 +337,14 @@ class StandIn(TritonBackend):
             again = extent(weight_FD)
         with self.counter.kernel("parameters", 4 * extent(weight_FD) + again, 3 * extent(weight_FD) + again):
             pass  # the numbers of a step are not looked at
+
+
+def _row_norms(grad_FD: Tensor, rows_FD: Tensor | None) -> tuple[Tensor, Tensor]:
+    rest_FD, dots_F = grad_FD, grad_FD.new_empty(len(grad_FD))
+    if rows_FD is not None:
+        dots_F = (grad_FD * rows_FD).sum(1)
+        rest_FD = grad_FD - dots_F[:, None] * rows_FD
+    return dots_F, rest_FD.square().sum(1)
 
 
 def _sums_traffic(weight_n: Tensor, index_n: Tensor, groups: Groups, table_XD: Tensor) -> tuple[int, int]:

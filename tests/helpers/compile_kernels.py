@@ -22,7 +22,7 @@ from triton.compiler import ASTSource
 
 from train.sae.sparse.groups import PIECE_ENTRIES
 from train.sae.sparse.kernels import adam, dots, error, norms, project, sums
-from train.sae.sparse.kernels.launch import ENTRIES, columns_of_rows, warps_for_row
+from train.sae.sparse.kernels.launch import ENTRIES, columns_of_rows, tile_of_rows, warps_for_row, warps_of_tile
 
 WIDTHS = (768, 2304, 4096, 12_288)
 ARCHITECTURES = (80, 90)  # A100, H100
@@ -67,6 +67,9 @@ def launches(width: int) -> Iterator[tuple[Any, dict[str, Any], int]]:
     yield sums.piece_sums_kernel, {"ORDERED": True, "PIECE": PIECE_ENTRIES, **summed}, 4
     for ordered, cut in ((False, False), (True, True)):
         yield sums.group_sums_kernel, {"ORDERED": ordered, "CUT": cut, **summed}, 4
+    tile, rows = tile_of_rows(whole), {"TILE": tile_of_rows(whole), "COLUMNS": whole}
+    for cut, unit in ((True, False), (True, True)):
+        yield sums.gradient_rows_kernel, {"CUT": cut, "UNIT": unit, **rows}, warps_of_tile(tile * whole)
     for tile in (16, 64, 128):
         yield error.decode_error_kernel, {"TILE": tile, "COLUMNS": error.TILE_ENTRIES // tile}, error.WARPS
     columns = adam.columns_of(width)

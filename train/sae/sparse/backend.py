@@ -19,6 +19,7 @@ from train.sae.sparse.adam import AdamStep
 from train.sae.sparse.cpu import CPUBackend
 from train.sae.sparse.groups import Groups
 from train.sae.sparse.product import Product
+from train.sae.sparse.row_norms import RowNorms
 from train.sae.sparse.rules import Entries, Selection
 from train.sae.sparse.triton import TritonBackend
 
@@ -104,6 +105,16 @@ class FusedKernels(Protocol):
         target_BD: Float[Tensor, "B D"],
     ) -> tuple[Float[Tensor, "B D"], Float[Tensor, " B"], Float[Tensor, " n"]]:
         """Compute e = f W_dec + base - target, the tokens' ||e||^2, and e_b . W_dec_j of the entries above 0."""
+
+    def gradient_rows(
+        self,
+        weight_n: Float[Tensor, " n"],
+        index_n: Int[Tensor, " n"],
+        groups: Groups,
+        table_XD: Float[Tensor, "X D"],
+        unit_FD: Float[Tensor, "F D"] | None,
+    ) -> tuple[Float[Tensor, "F D"], Float[Tensor, " F"], RowNorms]:
+        """Sum weight * table[index], and weight, over each of the groups, and say of the rows what `row_norms` does."""
 
     def row_norms(
         self, grad_FD: Float[Tensor, "F D"], rows_FD: Float[Tensor, "F D"] | None

@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from train.sae.sparse.backend import Backend, backend_for
 from train.sae.sparse.groups import Groups
+from train.sae.sparse.row_norms import leave
 from train.sae.sparse.rules import Entries
 
 
@@ -68,6 +69,24 @@ class Support:
     ) -> tuple[Float[Tensor, "F D"], Float[Tensor, " F"]]:
         """Compute f^T @ of, and the sum of each latent's values."""
         return self.backend.group_sums_and_totals(values_n, self.rows_n, self.by_latent, of_BD)
+
+    def latent_gradient(
+        self,
+        values_n: Float[Tensor, " n"],
+        of_BD: Float[Tensor, "B D"],
+        unit_FD: Float[Tensor, "F D"] | None = None,
+    ) -> tuple[Float[Tensor, "F D"], Float[Tensor, " F"]]:
+        """Compute the same as a gradient; where the kernel knows the norms of its rows it leaves them for the update.
+
+        `unit_FD` are the weights that it is the gradient of, where their rows are unit.
+        """
+        if self.backend.fused is None:
+            return self.latent_sums_and_totals(values_n, of_BD)
+        grad_FD, totals_F, norms = self.backend.fused.gradient_rows(
+            values_n, self.rows_n, self.by_latent, of_BD, unit_FD
+        )
+        leave(grad_FD, norms)
+        return grad_FD, totals_F
 
     def products(self, left_BD: Float[Tensor, "B D"], right_FD: Float[Tensor, "F D"]) -> Float[Tensor, " n"]:
         """Compute left @ right^T at these places only."""

@@ -34,7 +34,7 @@ class _SquaredError(torch.autograd.Function):
         error_BE, squares_B, dots_n = support.backend.fused.decode_error(
             values_n, support.latents_n, support.row_ends, W_dec_FE, base, target_BE
         )
-        ctx.save_for_backward(values_n, error_BE, dots_n, latents_d)
+        ctx.save_for_backward(values_n, error_BE, dots_n, latents_d, W_dec_FE)
         ctx.support, ctx.base_rows = support, base.dim()
         ctx.mark_non_differentiable(error_BE)
         # What no term uses has no gradient: None then, and not a matrix of zeros.
@@ -44,7 +44,7 @@ class _SquaredError(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, _: None, grad_dE: Tensor | None) -> tuple[Tensor | None, ...]:
-        values_n, error_BE, dots_n, latents_d = ctx.saved_tensors
+        values_n, error_BE, dots_n, latents_d, W_dec_FE = ctx.saved_tensors
         support: Support = ctx.support
         # d||e||^2 = 2 e de; de/df_bj = W_dec_j, de/dW_dec_j = f_bj, de/dbase = 1.
         scale = 2 * grad
@@ -52,7 +52,8 @@ class _SquaredError(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             grad_values_n = scale * dots_n
         if ctx.needs_input_grad[1]:
-            grad_FE = support.latent_sums(scale * values_n, error_BE)
+            # Where this is all of the gradient, the update need not read it to know its norm.
+            grad_FE, _ = support.latent_gradient(scale * values_n, error_BE, W_dec_FE)
             if grad_dE is not None:
                 grad_FE.index_add_(0, latents_d, grad_dE)
         if ctx.needs_input_grad[2]:

@@ -18,6 +18,7 @@ from torch import Tensor
 from train.sae.sparse.adam import AdamStep
 from train.sae.sparse.groups import Groups, cut_groups
 from train.sae.sparse.product import Product
+from train.sae.sparse.row_norms import RowNorms
 from train.sae.sparse.rules import Above, Entries, Everything, Selection, TopOfBatch, TopPerToken, joined, mark_largest
 
 _GROUP = 32  # neighbours of which only the largest takes part in the first choice
@@ -89,6 +90,13 @@ class TritonBackend:
         from train.sae.sparse.kernels.sums import group_sums
 
         return group_sums(weight_n, index_n, groups.ends, table_XD, groups.order_n, groups.pieces)
+
+    def gradient_rows(
+        self, weight_n: Tensor, index_n: Tensor, groups: Groups, table_XD: Tensor, unit_FD: Tensor | None
+    ) -> tuple[Tensor, Tensor, RowNorms]:
+        from train.sae.sparse.kernels.sums import gradient_rows
+
+        return gradient_rows(weight_n, index_n, groups, table_XD, unit_FD)
 
     def dots(self, rows_n: Tensor, latents_n: Tensor, left_XD: Tensor, right_FD: Tensor) -> Tensor:
         from train.sae.sparse.kernels.dots import entry_dots
