@@ -1,4 +1,4 @@
-"""What the kernel that made a gradient says of its rows, for the update that follows. Letters: F latents, D model width.
+"""What the kernel that made a gradient says of its rows, for the update that follows. Letters: F latents, D width.
 
 A clip needs the norm of all gradients before the first weight moves. The kernel has each row in registers, so that a
 pass over the gradient can be spared; but between kernel and update lies autograd, which knows nothing of such numbers.
