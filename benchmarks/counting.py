@@ -27,6 +27,7 @@ from train.optimizers import optimizer_from
 from train.sae import VARIANTS
 from train.sae.parts.groups import ALONE, RankGroup
 from train.sae.parts.split import WHOLE, LatentSplit
+from train.sae.sparse.above import PIECE_LATENTS, Block, Packed
 from train.sae.sparse.adam import WHOLE_ROW, AdamStep
 from train.sae.sparse.backend import use_backend
 from train.sae.sparse.cpu import CPUBackend
@@ -38,6 +39,8 @@ from train.sae.sparse.triton import TritonBackend
 from train.sae_trainer import SAETrainer
 from train.schedules import Schedule
 
+L0_PER_K = 3  # of the variants that pay for activity, as in the other benchmarks
+
 # Operations that reserve memory and run nothing.
 _RESERVE = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "set_", "resize_"}
 _SAME = {"_unsafe_view", "lift_fresh"}  # a view by another name
@@ -48,6 +51,7 @@ _PICK = {"index_select", "index", "gather", "embedding"}  # read what they pick,
 _PUT = {"index_add_", "index_add", "index_fill_", "index_copy_", "index_put_", "scatter_", "scatter_add_"}
 _OVERWRITE = {"fill_", "zero_", "copy_"}  # do not read what they write to
 # Passes over the input of what a GPU does in several: radix selection and radix sort take 8 bits a pass.
+PACKED_BYTES = 8  # of an entry above a bound, before it is in order: its latent in 32 bits and its value
 _PASSES = {"topk": 5, "sort": 4, "kthvalue": 5}
 
 
@@ -211,10 +215,28 @@ class StandIn(TritonBackend):
 
     counter: Counter = field(default_factory=Counter)
     """What counts."""
+    above: int = 0
+    """Entries above a bound, of fake tensors, of which nothing else tells how many there are."""
 
     def select(self, product: Product, selections: Sequence[Selection]) -> list[Entries | Tensor]:
         with self.counter.within("selection"):
             return super().select(product, selections)
+
+    def pack_above(self, z_Bc: Tensor, bound: Tensor, block: Block, packed: Packed) -> None:
+        with self.counter.kernel("selection", extent(z_Bc) + extent(bound), 16 * len(z_Bc) * block.pieces):
+            if not isinstance(z_Bc, FakeTensor):
+                _pack(z_Bc, bound, block, packed)
+
+    def read(self, number: Tensor) -> int:
+        if isinstance(number, FakeTensor):
+            self.counter.operations.append(Operation("_local_scalar_dense", "selection", 8, 0, waits=True))
+            entries = self.above
+        else:
+            entries = super().read(number)
+        packed = min(entries, int(self.dense_share * self.counter.z_entries))  # those that found room
+        with self.counter.kernel("selection", 0, PACKED_BYTES * packed):  # what the packing has written
+            pass
+        return entries
 
     def order(self, index_n: Tensor, groups: int) -> Groups:
         with self.counter.within("sparse products"):
@@ -295,6 +317,8 @@ class StandIn(TritonBackend):
         W_dec_FD: Tensor,
         base: Tensor,
         target_BD: Tensor,
+        *,
+        through_zeros: bool = False,
     ) -> tuple[Tensor, Tensor, Tensor]:
         # Of a token with more entries than a tile some rows are read again, which is not counted.
         rows = len(values_n) * W_dec_FD.shape[1] * W_dec_FD.element_size()
@@ -308,6 +332,7 @@ class StandIn(TritonBackend):
                 squares_B = error_BD.square().sum(1)
                 rows_n = torch.repeat_interleave(row_ends.diff())
                 dots_n = cpu.dots(rows_n, latents_n, error_BD, W_dec_FD)
+                dots_n = dots_n if through_zeros else torch.where(values_n == 0, 0.0, dots_n)
         for tensor in (error_BD, squares_B, dots_n):
             self.counter.watch(tensor)
         return error_BD, squares_B, dots_n
@@ -347,6 +372,21 @@ def _row_norms(grad_FD: Tensor, rows_FD: Tensor | None) -> tuple[Tensor, Tensor]
     return dots_F, rest_FD.square().sum(1)
 
 
+def _pack(z_Bc: Tensor, bound: Tensor, block: Block, packed: Packed) -> None:
+    """Pack what lies above a bound, as the kernel does."""
+    bound = bound[block.first : block.last] if bound.dim() else bound
+    kept_Bc = z_Bc > bound
+    cells = slice(block.first_piece, block.first_piece + block.pieces)
+    counts_BP = torch.stack([part.sum(1) for part in torch.split(kept_Bc, PIECE_LATENTS, dim=1)], 1)
+    found, entries = int(packed.found), int(counts_BP.sum())
+    packed.counts_BP[:, cells] = counts_BP
+    packed.starts_BP[:, cells] = found + (counts_BP.view(-1).cumsum(0) - counts_BP.view(-1)).view_as(counts_BP)
+    packed.found.add_(entries)
+    if found + entries <= len(packed.values_s):
+        packed.values_s[found : found + entries] = z_Bc[kept_Bc]
+        packed.latents_s[found : found + entries] = block.first + kept_Bc.nonzero()[:, 1].int()
+
+
 def _sums_traffic(weight_n: Tensor, index_n: Tensor, groups: Groups, table_XD: Tensor) -> tuple[int, int]:
     """Count the bytes that sums over groups read and write: a row of the table for each entry."""
     row = table_XD.shape[1] * table_XD.element_size()
@@ -370,10 +410,17 @@ class Shape:
     """B."""
     k: int = 32
     """Latents a token of the variants that choose."""
+    active: int | None = None
+    """Latents active on a token of the variants with a bound; None for three times k."""
     dead: int = 0
     """Latents among which AuxK chooses, d."""
     ema: bool = False
     """Whether a mean of the weights is held."""
+
+    @property
+    def l0(self) -> int:
+        """Return how many latents are active on a token of the variants with a bound."""
+        return L0_PER_K * self.k if self.active is None else self.active
 
 
 @dataclass(frozen=True)
@@ -405,7 +452,7 @@ def sae_settings(shape: Shape) -> dict[str, Any]:
     """Return the settings of the SAE that a shape names, in the form that conf/sae trains."""
     if shape.variant in ("topk", "batchtopk", "matryoshka"):
         return {"k": shape.k}
-    return {"sparsity": 1.0, "target_l0": 3 * shape.k}
+    return {"sparsity": 1.0, "target_l0": L0_PER_K * shape.k}
 
 
 def trainer_of(
@@ -426,19 +473,23 @@ def trainer_of(
     )
 
 
-def count_step(shape: Shape) -> Count:
-    """Count a plain step, not the first, on the GPU's path, by shapes alone; ends with an error if it asks a value."""
+def count_step(shape: Shape, dense_share: float = TritonBackend.dense_share) -> Count:
+    """Count a plain step, not the first, on the GPU's path, by shapes alone; ends with an error if it asks a value.
+
+    But for the number of entries above a bound, which is that of the shape.
+    """
     counter = Counter(
         parameter_entries=shape.width * shape.d_model, z_entries=shape.batch * shape.width, candidates=shape.dead
     )
-    with FakeTensorMode(), use_backend(StandIn(counter=counter)), counter:
+    stand_in = StandIn(counter=counter, above=shape.l0 * shape.batch, dense_share=dense_share)
+    with FakeTensorMode(), use_backend(stand_in), counter:
         return _second_step(shape, counter, torch.empty(shape.batch, shape.d_model))
 
 
-def count_real_step(shape: Shape) -> Count:
+def count_real_step(shape: Shape, dense_share: float = TritonBackend.dense_share) -> Count:
     """Count the same with real tensors and the stand-ins' results: for small shapes, without AuxK."""
     counter = Counter(parameter_entries=shape.width * shape.d_model, z_entries=shape.batch * shape.width)
-    with use_backend(StandIn(counter=counter)), counter:
+    with use_backend(StandIn(counter=counter, dense_share=dense_share)), counter:
         return _second_step(shape, counter, torch.randn(shape.batch, shape.d_model))
 
 

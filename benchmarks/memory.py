@@ -5,7 +5,8 @@
 
 Counted without a device, by shapes alone, on the GPU's path (benchmarks/counting.py). What a kernel of torch's or of
 cuBLAS reserves for itself is not in it, nor are the CUDA context (about 0.5 GB) and what the allocator cannot use.
-Letters: B tokens in a batch, D model width, F latents, n = k B entries, d latents that may be dead, P prefixes.
+Letters: B tokens in a batch, D model width, F latents, n = k B entries (of the variants with a bound L0 B), d latents
+that may be dead, P prefixes.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import math
 
 from benchmarks.counting import Shape, count_step
 from train.sae.parts.auxk import auxk_size
+from train.sae.sparse.above import PIECE_LATENTS
 from train.sae.sparse.triton import TritonBackend
 
 VARIANTS = ("topk", "batchtopk", "matryoshka", "relu", "jumprelu", "gated")
@@ -31,6 +33,13 @@ NEAR = 8 + 4 + LOOKED_AT  # an entry of a chosen group: its place and value too
 BY_LATENT = 20  # bytes a latent: where its entries and its pieces end, the sum of its gradients
 # What lives beside the state where the loss of a variant with a bound has most: z and its kin, a mask of it, [F, D].
 DENSE = {"relu": (3.0, 3), "jumprelu": (5.25, 1), "gated": (7.25, 1)}
+# The same where what is above the bound is sparse: bytes an entry, and [F, D]; then at the gradients bytes an entry and
+# a latent, and [F, D].
+LOSS = {"relu": (44, 0), "jumprelu": (60, 1), "gated": (69, 0)}
+GRADIENTS = {"relu": (36, 16, 3), "jumprelu": (32, 24, 2), "gated": (32, 32, 2)}
+PACKED = 8  # bytes of an entry above a bound before it is in order, for as many as there is room for
+ORDERING = 44  # bytes of an entry while it is put in order
+CELL = 16  # bytes of a piece of a row: where its entries are packed, and how many
 
 
 def parameters(shape: Shape) -> int:
@@ -70,9 +79,7 @@ def moments(shape: Shape, matmul: str = "float32", weight: int = 4) -> dict[str,
     """
     matrix, batch, rows = weight * shape.width * shape.d_model, shape.batch, 4 * shape.batch * shape.d_model
     if shape.variant not in CHOOSING:
-        of_z, of_matrix = DENSE[shape.variant]
-        z = 4 * batch * shape.width
-        return {"loss": round(of_z * z) + of_matrix * matrix + 3 * rows, "gradients": 2 * matrix + 2 * z + 4 * rows}
+        return bound_moments(shape, matmul, matrix)
     block, n = block_of(shape), shape.k * batch
     z = 4 * batch * block
     lines, count = (batch, shape.k) if shape.variant == "topk" else (1, n)
@@ -86,6 +93,35 @@ def moments(shape: Shape, matmul: str = "float32", weight: int = 4) -> dict[str,
         found["prefixes"] = (5 * PREFIXES + 2) * rows + 24 * n
         found["gradients"] += (PREFIXES - 1) * rows
     return with_auxk(shape, found, matrix) if shape.dead else found
+
+
+def comes_whole(shape: Shape) -> bool:
+    """Return whether all of z is given back to a variant with a bound, as so much of it is above."""
+    return shape.l0 > TritonBackend().dense_share * shape.width
+
+
+def bound_moments(shape: Shape, matmul: str, matrix: int) -> dict[str, int]:
+    """Compute the bytes beside the state of a variant with a bound; `matrix` is those of one of the weight matrices."""
+    batch, rows = shape.batch, 4 * shape.batch * shape.d_model
+    if comes_whole(shape):
+        of_z, of_matrix = DENSE[shape.variant]
+        z = 4 * batch * shape.width
+        return {"loss": round(of_z * z) + of_matrix * matrix + 3 * rows, "gradients": 2 * matrix + 2 * z + 4 * rows}
+    block, n = block_of(shape), shape.l0 * batch
+    cells = batch * math.ceil(shape.width / PIECE_LATENTS)
+    z, packed = 4 * batch * block, PACKED * int(TritonBackend().dense_share * batch * shape.width) + CELL * cells
+    inputs = (2 if shape.variant == "relu" else 3) * rows  # ReLU's encoder reads the normalised batch itself
+    of_entry, of_matrix = LOSS[shape.variant]
+    entry, latent, matrices = GRADIENTS[shape.variant]
+    found = {
+        "choice": inputs + z + packed,
+        "order": inputs + packed + ORDERING * n + CELL * cells,
+        "loss": 3 * rows + of_entry * n + of_matrix * matrix,
+        "gradients": 3 * rows + entry * n + latent * shape.width + matrices * matrix,
+    }
+    if matmul == "bf16":
+        found["product"] = found["choice"] + rows // 2 + 2 * block * shape.d_model
+    return found
 
 
 def with_auxk(shape: Shape, found: dict[str, int], matrix: int) -> dict[str, int]:
@@ -145,6 +181,8 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4096)
     parser.add_argument("--k", type=int, default=32)
     parser.add_argument("--dead", nargs="+", type=float, default=[0.0], help="shares of latents that may be dead")
+    parser.add_argument("--l0", type=int, help="latents active on a token of relu, jumprelu and gated: three times k")
+    parser.add_argument("--start", action="store_true", help="half of all latents instead, where relu and gated start")
     parser.add_argument("--ema", action="store_true")
     args = parser.parse_args()
     print(f"d={args.d_model}, B={args.batch:,}, k={args.k}; GB (1e9 bytes), with Adam's moments in float32\n")
@@ -154,7 +192,8 @@ def main() -> None:
         for width in args.widths:
             for share in args.dead if variant in CHOOSING else [0.0]:
                 dead = round(share * width)
-                shape = Shape(variant, width, args.d_model, args.batch, args.k, dead=dead, ema=args.ema)
+                active = width // 2 if args.start else args.l0
+                shape = Shape(variant, width, args.d_model, args.batch, args.k, active, dead=dead, ema=args.ema)
                 print(row(shape), flush=True)
 
 

@@ -28,6 +28,8 @@ from transformer_lens import HookedTransformer, HookedTransformerConfig
 from transformer_lens.pretrained.weight_conversions import convert_gpt2_weights
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from benchmarks.contestants.contexts import Contexts
+
 
 def hooked(folder: str) -> Any:
     """Return a local GPT-2 as a HookedTransformer: its own loader takes names of the hub only."""
@@ -61,22 +63,8 @@ def hooked(folder: str) -> Any:
     return hooked_model.eval()
 
 
-class Tokens:
-    """Given contexts in the place of sae_lens' store of activations."""
-
-    def __init__(self, ids: Tensor, batch: int) -> None:
-        self.ids, self.store_batch_size_prompts, self.context_size, self.at = ids, batch, ids.shape[1], 0
-
-    def get_batch_tokens(self, size: int) -> Tensor:
-        self.at += size
-        return self.ids[self.at - size : self.at]
-
-    def reset_input_dataset(self) -> None:
-        self.at = 0
-
-
 def saelens(folder: str, model: Any, ids: Tensor, batch: int, special: list[int] | bool) -> dict[str, float]:
-    store: Any = Tokens(ids, batch)
+    store: Any = Contexts(ids, batch)
     batches = -(-len(ids) // batch)
     asked = EvalConfig(
         batch_size_prompts=batch,

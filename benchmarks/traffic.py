@@ -13,17 +13,16 @@ from __future__ import annotations
 import argparse
 from collections import Counter as Tally
 
-from benchmarks.counting import Count, Shape, count_step, count_waits
+from benchmarks.counting import L0_PER_K, Count, Shape, count_step, count_waits
 from benchmarks.gpu.predictions import roofline_bytes
 from benchmarks.memory import CHOOSING, VARIANTS
 
 PARTS = ("products", "selection", "sparse products", "parameters", "z", "rest")
-L0_PER_K = 3  # of the variants that pay for activity, as in the other benchmarks
 
 
 def least_bytes(shape: Shape) -> float:
     """Compute the roofline's bytes for a shape."""
-    k = shape.k if shape.variant in CHOOSING else L0_PER_K * shape.k
+    k = shape.k if shape.variant in CHOOSING else shape.l0
     return roofline_bytes(shape.batch, shape.d_model, shape.width, k)
 
 
@@ -70,15 +69,17 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4096)
     parser.add_argument("--k", type=int, default=32)
     parser.add_argument("--dead", type=float, default=0.0, help="share of latents that may be dead")
+    parser.add_argument("--l0", type=int, help="latents active on a token of relu, jumprelu and gated: three times k")
     parser.add_argument("--list", action="store_true", help="the operations that move most")
     args = parser.parse_args()
-    print(f"d={args.d_model}, B={args.batch:,}, k={args.k} (L0 {L0_PER_K * args.k} where k is not set), GB a step\n")
+    l0 = args.l0 or L0_PER_K * args.k
+    print(f"d={args.d_model}, B={args.batch:,}, k={args.k} (L0 {l0} where k is not set), GB a step\n")
     print("| variant | F | may be dead | operations | " + " | ".join(PARTS) + " | all | roofline | ratio |")
     print("| :-- " + "| --: " * (len(PARTS) + 6) + "|")
     for variant in args.variants:
         for width in args.widths:
             dead = round(args.dead * width) if variant in CHOOSING else 0
-            shape = Shape(variant, width, args.d_model, args.batch, args.k, dead=dead)
+            shape = Shape(variant, width, args.d_model, args.batch, args.k, args.l0, dead=dead)
             count = count_step(shape)
             print(row(shape, count), flush=True)
             if args.list:

@@ -21,6 +21,7 @@ from benchmarks.gpu.pieces import timed
 from benchmarks.gpu.predictions import MEMORY_BYTES
 from train.sae import VARIANTS
 from train.sae.parts.update import update
+from train.sae.sparse.above import blocks_of, room_for
 from train.sae.sparse.backend import Backend, use_backend
 from train.sae.sparse.codes import Support
 from train.sae.sparse.cpu import CPUBackend
@@ -84,6 +85,25 @@ def errors(args: argparse.Namespace, repeats: int) -> dict[str, Any]:
     return {"name": f"error, loss and dots, F={args.width:,}, ms", "reading": ms, "expected": expected}
 
 
+def packing(args: argparse.Namespace, repeats: int) -> dict[str, Any]:
+    """Time the packing of what lies above a bound, of which 3 k entries a token are, of a block of z."""
+    backend = TritonBackend()
+    width = min(args.width, backend.block_entries // args.batch)
+    z_BF = torch.randn(args.batch, width, device=args.device)
+    share = min(0.5, 3 * args.k / args.width)
+    bound = torch.special.ndtri(torch.tensor(1 - share, device=args.device))
+    (block,) = blocks_of(range(0, width, width), width)
+    packed = room_for(z_BF.numel(), [block], z_BF)
+
+    def act() -> None:
+        packed.found.zero_()
+        backend.pack_above(z_BF, bound, block, packed)
+
+    ms = timed(act, args.device, repeats)
+    expected = 4 * z_BF.numel() / MEMORY_BYTES * 1e3
+    return {"name": f"packing above a bound, F={width:,} of {args.width:,}, ms", "reading": ms, "expected": expected}
+
+
 def _rows(args: argparse.Namespace, rows: int) -> Tensor:
     return torch.randn(rows, args.d_model, device=args.device)
 
@@ -101,7 +121,7 @@ def main() -> None:
         os.environ["TRITON_INTERPRET"] = "1"  # before the kernels are imported
         repeats = 1  # nothing that is timed there says anything of a card
     with use_backend(TritonBackend()):
-        for measure in (updates, sums, errors):
+        for measure in (updates, sums, errors, packing):
             print(json.dumps(measure(args, repeats)), flush=True)
 
 

@@ -21,25 +21,10 @@ from sae_bench.evals.core.main import multiple_evals, run_evals
 from sae_bench.sae_bench_utils.general_utils import load_and_format_sae
 from sae_lens import SAE
 from safetensors.torch import load_file
-from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-
-class Contexts:
-    """Contexts that are given, in the place of SAELens' store of activations, which tokenises text of the hub."""
-
-    def __init__(self, ids_BT: Tensor, batch: int) -> None:
-        self.ids_BT, self.store_batch_size_prompts, self.context_size, self.at = ids_BT, batch, ids_BT.shape[1], 0
-
-    def get_batch_tokens(self, size: int) -> Tensor:
-        """Return the next contexts."""
-        self.at += size
-        return self.ids_BT[self.at - size : self.at]
-
-    def reset_input_dataset(self) -> None:
-        """Begin again with the first."""
-        self.at = 0
+from benchmarks.contestants.contexts import Contexts
 
 
 def load_model(job: dict[str, Any]) -> Any:

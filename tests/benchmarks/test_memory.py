@@ -20,6 +20,15 @@ SHAPES = [
     {"width": 4096, "d_model": 256, "batch": 512, "k": 200},  # every group of 32 latents may hold one of the largest
     {"width": 49_152, "d_model": 64, "batch": 8192, "k": 8},  # z in four blocks
 ]
+# Of a variant with a bound, whose entries are sparse or all of z.
+BOUND = [
+    {"width": 12_288, "d_model": 96, "batch": 4096},
+    {"width": 30_001, "d_model": 256, "batch": 1000, "k": 100},
+    {"width": 262_144, "d_model": 64, "batch": 4096, "k": 1500},  # so many entries that ordering them needs most
+    {"width": 262_144, "d_model": 64, "batch": 4096, "k": 2500},
+    {"width": 1_048_576, "d_model": 256, "batch": 512},
+    {"width": 12_288, "d_model": 96, "batch": 1024, "active": 6144},  # half of all, as where a run of ReLU starts
+]
 WITH_DEAD = [
     {"width": 4096, "d_model": 128, "batch": 512, "dead": 1001},
     {"width": 65_536, "d_model": 64, "batch": 64, "dead": 2000},
@@ -29,7 +38,7 @@ WITH_DEAD = [
 
 @pytest.mark.parametrize("variant", slow_unless({"batchtopk", "relu"}.__contains__, VARIANTS))
 def test_the_formula_is_within_one_percent_of_a_counted_step(variant: str) -> None:
-    for sizes in SHAPES + (WITH_DEAD if variant in CHOOSING else []):
+    for sizes in SHAPES + (WITH_DEAD if variant in CHOOSING else BOUND):
         shape = Shape(variant, **sizes)
         count = count_step(shape)
         assert state_bytes(shape) == pytest.approx(count.state, rel=0.01), sizes
@@ -75,13 +84,32 @@ def test_the_counter_sees_what_torch_allocates(variant: str, tmp_path: Path) -> 
 
 @pytest.mark.parametrize("variant", ["batchtopk", "jumprelu"])
 def test_shapes_alone_count_what_values_do(variant: str) -> None:
-    shape = Shape(variant, width=512, d_model=32, batch=64, k=4)
+    shape = Shape(variant, width=512, d_model=32, batch=64, k=4, active=256)  # JumpReLU: half, so all of z
     by_shapes, by_values = count_step(shape), count_real_step(shape)
     assert by_shapes.peak == by_values.peak and by_shapes.state == by_values.state
     # Clipping takes a list of tensors at a time where they have values, and one at a time where they have none.
     assert sum(by_shapes.moved.values()) == pytest.approx(sum(by_values.moved.values()), abs=100)
     for part in ("products", "selection", "sparse products", "z"):
         assert by_shapes.moved.get(part) == by_values.moved.get(part)
+
+
+@pytest.mark.parametrize("variant", ["relu", "jumprelu", "gated"])
+def test_shapes_alone_count_what_values_do_of_sparse_entries(variant: str) -> None:
+    shape = Shape(variant, width=1024, d_model=32, batch=256)
+    by_values = count_real_step(shape, dense_share=1.0)
+    (packed,) = [operation for operation in by_values.operations if operation.name == "kernel" and not operation.read]
+    by_shapes = count_step(replace(shape, active=round(packed.written / 8 / shape.batch)), dense_share=1.0)
+    assert by_shapes.peak == pytest.approx(by_values.peak, rel=0.01)
+    for part in ("products", "selection", "sparse products", "parameters"):
+        assert by_shapes.moved[part] == pytest.approx(by_values.moved[part], rel=0.01)
+
+
+@pytest.mark.parametrize("variant", ["relu", "jumprelu", "gated"])
+def test_a_million_latents_fit_where_few_are_active(variant: str) -> None:
+    """96 of a token. Where half are active all of z comes, and they do not fit."""
+    shape = Shape(variant, width=1_048_576)
+    assert peak_bytes(shape) < 30e9
+    assert peak_bytes(replace(shape, active=shape.width // 2)) > 80e9
 
 
 def test_memory_that_is_freed_is_not_counted() -> None:

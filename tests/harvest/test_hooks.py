@@ -241,6 +241,8 @@ def test_a_replacement_is_cast_to_the_model_s_dtype_and_must_keep_the_shape() ->
 def test_the_forward_stops_after_the_last_site_wanted(name: str) -> None:
     model, ids = build(name, torch.float32), tokens()
     clean = logits(model, ids)
+    wanted = [at("attn_out", 1), at("resid_pre", 0)]
+    run_to(model, wanted, ids)  # the proof of an architecture, made once a model, runs all of it
     ran: list[str] = []
     handles = [
         module.register_forward_pre_hook(lambda module, args, key=key: ran.append(key))
@@ -248,7 +250,7 @@ def test_the_forward_stops_after_the_last_site_wanted(name: str) -> None:
         if key.endswith((".0", ".1", ".2", "lm_head", "embed_out"))
     ]
     try:
-        seen = run_to(model, [at("attn_out", 1), at("resid_pre", 0)], ids)
+        seen = run_to(model, wanted, ids)
     finally:
         for handle in handles:
             handle.remove()

@@ -20,14 +20,17 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
+from train.sae.sparse.above import PIECE_LATENTS
 from train.sae.sparse.groups import PIECE_ENTRIES
-from train.sae.sparse.kernels import adam, dots, error, norms, project, sums
+from train.sae.sparse.kernels import above, adam, dots, error, norms, project, sums
 from train.sae.sparse.kernels.launch import ENTRIES, columns_of_rows, tile_of_rows, warps_for_row, warps_of_tile
 
 WIDTHS = (768, 2304, 4096, 12_288)
 ARCHITECTURES = (80, 90)  # A100, H100
 INTEGERS = {"index_n", "order_n", "ends", "rows_n", "latents_n", "row_ends", "piece_ends", "groups_P"}
-SCALARS = {"n": "i64", "groups": "i64", "D": "i32", "base_stride": "i32"}
+INTEGERS |= {"found", "starts_BP", "counts_BP"}
+SCALARS = {"n": "i64", "groups": "i64", "D": "i32", "base_stride": "i32", "latents_s": "*i32", "bound_stride": "i32"}
+SCALARS |= dict.fromkeys(("room", "first", "width", "pieces", "first_piece", "all_pieces"), "i64")
 SETTINGS = ("rate", "gain_1", "gain_2", "eps", "decay", "clip")
 
 
@@ -71,7 +74,10 @@ def launches(width: int) -> Iterator[tuple[Any, dict[str, Any], int]]:
     for cut, unit in ((True, False), (True, True)):
         yield sums.gradient_rows_kernel, {"CUT": cut, "UNIT": unit, **rows}, warps_of_tile(tile * whole)
     for tile in (16, 64, 128):
-        yield error.decode_error_kernel, {"TILE": tile, "COLUMNS": error.TILE_ENTRIES // tile}, error.WARPS
+        for zeros in (False, True):
+            sizes = {"ZEROS": zeros, "TILE": tile, "COLUMNS": error.TILE_ENTRIES // tile}
+            yield error.decode_error_kernel, sizes, error.WARPS
+    yield above.pack_above_kernel, {"PIECE": PIECE_LATENTS}, 4
     columns = adam.columns_of(width)
     for unit in (False, True):
         yield norms.row_norms_kernel, {"UNIT": unit, "COLUMNS": whole}, warps_for_row(whole)

@@ -28,6 +28,7 @@ from train.sae.parts.threshold import L0Calibration
 from train.sae.parts.unit_rows import renormalise_
 from train.sae.sparse.codes import Codes
 from train.sae.sparse.encode import encode
+from train.sae.sparse.error import squared_error
 from train.sae.sparse.rules import Selection
 from train.sae.step import PLAIN, StepOutput, TrainContext
 
@@ -346,6 +347,31 @@ class SAE(nn.Module, ABC):
         return self.mesh(data).sum_((f.detach() > 0).sum()) / (codes.shape[0] * data.size)
 
     # Terms of losses
+
+    def reconstruct_sparse(
+        self,
+        codes: Codes,
+        f: Tensor,
+        xn_BD: Float[Tensor, "B D"],
+        target_BE: Float[Tensor, "B E"],
+        *,
+        learns: bool = True,
+        through_zeros: bool = False,
+    ) -> tuple[Float[Tensor, ""], Float[Tensor, "B E"]]:
+        """Compute the NMSE of x_hat' = f W_dec + b_dec (and a skip's part), and x_hat' detached.
+
+        In one pass over the rows of W_dec where the backend has a kernel for it; f = 0 has a gradient there only
+        with `through_zeros`. Without `learns` what decodes is detached.
+        """
+        W_dec_FE: Tensor = self.W_dec
+        beside, support = self.beside_latents(xn_BD), codes.support
+        if not learns:
+            W_dec_FE, beside = W_dec_FE.detach(), beside.detach()
+        if support is None or support.backend.fused is None or self.split.size > 1:
+            xn_hat_BE = self.split.total(codes.decode(f, W_dec_FE)[0]) + beside
+            return self.nmse(xn_hat_BE, target_BE), xn_hat_BE.detach()
+        total, error_BE, _ = squared_error(f, W_dec_FE, beside, target_BE, support, through_zeros=through_zeros)
+        return self.nmse_of(total, len(xn_BD)), error_BE + target_BE
 
     def mesh(self, data: RankGroup) -> Mesh:
         """Return the processes that have a batch and this dictionary together."""

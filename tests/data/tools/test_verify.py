@@ -119,10 +119,10 @@ def test_a_thousand_of_a_thousand_planted_damages_are_reported(store: Store) -> 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["complete.json", "zarr.json", "train/zarr.json", "train/resid_post.1/zarr.json"])
-def test_every_bit_of_a_record(store: Store, name: str) -> None:
+def test_bits_all_over_a_record(store: Store, name: str) -> None:
     path = store.path / name
     whole = path.read_bytes()
-    for bit in range(8 * len(whole)):
+    for bit in range(0, 8 * len(whole), 11):  # each bit of a byte in turn, all over the file
         content = bytearray(whole)
         content[bit // 8] ^= 1 << bit % 8
         path.write_bytes(content)

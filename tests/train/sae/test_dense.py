@@ -33,7 +33,11 @@ BACKENDS = [
                 pytest.mark.skipif(NO_TRITON, reason="triton is not installed: pip install triton"),
             ],
         )
-        for name, backend in {"triton": TritonBackend(), "triton, dead selected": TritonBackend(dense_dead=0)}.items()
+        for name, backend in {
+            "triton": TritonBackend(dense_share=1.0),
+            "triton, dead selected": TritonBackend(dense_dead=0, dense_share=1.0),
+            "triton, z whole": TritonBackend(dense_share=0.0),
+        }.items()
     ),
 ]
 

@@ -1,7 +1,8 @@
 """The seam between the maths of a sparse step and the machine that computes it.
 
-The CPU's backend finds selections of any size; Triton's makes every size known beforehand, so that the host never waits
-for the GPU. Both give the same numbers to rounding: the contract test holds each to the dense form.
+The CPU's backend finds selections of any size; Triton's makes their sizes known beforehand, so that the host need not
+wait for the GPU, but for what lies above a bound. Both give the same numbers to rounding: the contract test holds each
+to the dense form.
 Letters: B tokens in a batch, D model width, F latents, n entries, G groups of entries, X rows of a table.
 """
 
@@ -71,6 +72,9 @@ class Backend(Protocol):
     ) -> tuple[Float[Tensor, "G D"], Float[Tensor, " G"]]:
         """Sum weight * table[index], and weight, over each of the groups."""
 
+    def totals(self, values_n: Float[Tensor, " n"], groups: Groups) -> Float[Tensor, " G"]:
+        """Sum the values of each group."""
+
     def dots(
         self,
         rows_n: Int[Tensor, " n"],
@@ -103,8 +107,11 @@ class FusedKernels(Protocol):
         W_dec_FD: Float[Tensor, "F D"],
         base: Tensor,
         target_BD: Float[Tensor, "B D"],
+        *,
+        through_zeros: bool = False,
     ) -> tuple[Float[Tensor, "B D"], Float[Tensor, " B"], Float[Tensor, " n"]]:
-        """Compute e = f W_dec + base - target, the tokens' ||e||^2, and e_b . W_dec_j of the entries above 0."""
+        """Compute e = f W_dec + base - target, the tokens' ||e||^2, and e_b . W_dec_j of the entries that are not 0,
+        or with `through_zeros` of all."""
 
     def gradient_rows(
         self,

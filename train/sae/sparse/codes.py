@@ -88,6 +88,10 @@ class Support:
         leave(grad_FD, norms)
         return grad_FD, totals_F
 
+    def totals(self, values_n: Float[Tensor, " n"]) -> Float[Tensor, " F"]:
+        """Sum each latent's values."""
+        return self.backend.totals(values_n, self.by_latent)
+
     def products(self, left_BD: Float[Tensor, "B D"], right_FD: Float[Tensor, "F D"]) -> Float[Tensor, " n"]:
         """Compute left @ right^T at these places only."""
         return self.backend.dots(self.rows_n, self.latents_n, left_BD, right_FD)
@@ -99,6 +103,37 @@ class Support:
     def fired(self, values_n: Float[Tensor, " n"]) -> Bool[Tensor, " F"]:
         """Find the latents with a value above zero on any token."""
         return self.backend.fired(values_n, self.latents_n, self.shape[1])
+
+
+class _Totals(torch.autograd.Function):
+    """Each latent's sum of values, and the gradient beside each entry.
+
+    torch's own forms of it and of `_Beside` add on a GPU in whatever order they come to it.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, values_n: Tensor, support: Support) -> Tensor:
+        ctx.support = support
+        return support.totals(values_n)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_F: Tensor) -> tuple[Tensor, None]:
+        return grad_F.index_select(0, ctx.support.latents_n), None
+
+
+class _Beside(torch.autograd.Function):
+    """A vector over latents beside each entry; its gradient is each latent's sum."""
+
+    @staticmethod
+    def forward(ctx: Any, of_F: Tensor, support: Support) -> Tensor:
+        ctx.support = support
+        return of_F.index_select(0, support.latents_n)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_n: Tensor) -> tuple[Tensor, None]:
+        return ctx.support.totals(grad_n), None
 
 
 class Decode(torch.autograd.Function):
@@ -161,7 +196,10 @@ class Codes:
 
     def at(self, of_F: Shaped[Tensor, " F"]) -> Tensor:
         """Give a vector over latents, for use beside z."""
-        return of_F if self.support is None else of_F.index_select(0, self.support.latents_n)
+        if self.support is None:
+            return of_F
+        beside_n: Tensor = _Beside.apply(of_F, self.support)  # type: ignore[no-untyped-call]
+        return beside_n
 
     def decode(
         self, f: Tensor, W_dec_FD: Float[Tensor, "F D"], bounds: Sequence[int] | None = None
@@ -203,7 +241,8 @@ class Codes:
         """Sum f over tokens."""
         if self.support is None:
             return f.sum(0)
-        return f.new_zeros(self.shape[1]).index_add(0, self.support.latents_n, f)
+        totals_F: Tensor = _Totals.apply(f, self.support)  # type: ignore[no-untyped-call]
+        return totals_F
 
     def dense(self, f: Tensor) -> Float[Tensor, "B F"]:
         """Give f as a matrix."""

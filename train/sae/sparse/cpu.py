@@ -121,8 +121,10 @@ class CPUBackend:
     def group_sums_and_totals(
         self, weight_n: Tensor, index_n: Tensor, groups: Groups, table_XD: Tensor
     ) -> tuple[Tensor, Tensor]:
-        totals_G = weight_n.new_zeros(len(groups.ends) - 1).index_add_(0, groups.index_n, weight_n)
-        return self.group_sums(weight_n, index_n, groups, table_XD), totals_G
+        return self.group_sums(weight_n, index_n, groups, table_XD), self.totals(weight_n, groups)
+
+    def totals(self, values_n: Tensor, groups: Groups) -> Tensor:
+        return values_n.new_zeros(len(groups.ends) - 1).index_add_(0, groups.index_n, values_n)
 
     def dots(self, rows_n: Tensor, latents_n: Tensor, left_XD: Tensor, right_FD: Tensor) -> Tensor:
         if not len(rows_n):

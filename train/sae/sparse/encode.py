@@ -103,7 +103,7 @@ def encode(
     None of bias and b_dec stand for zero. z is never whole in memory, but for `Everything` and where `Above` keeps so
     many entries that dense products are faster: then all of it comes back. Differentiable; a choice passes no gradient.
     `matmul` bf16 rounds the product's factors to bfloat16, and nothing else. On a GPU a choice of the largest has the
-    size asked for, filled up with zeros, and `Above` gets all of z.
+    size asked for, filled up with zeros, and the host waits once for how many entries are above a bound.
     """
     backend = backend_for(xn_BD)
     # The choice passes no gradient, and autograd must not keep z, which is the largest thing of a step.

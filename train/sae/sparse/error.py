@@ -27,12 +27,13 @@ class _SquaredError(torch.autograd.Function):
         target_BE: Tensor,
         support: Support,
         latents_d: Tensor | None,
+        through_zeros: bool,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         assert support.backend.fused is not None
         # The gradient's dots are products with the error itself, so they are at hand before the backward: the rows of
         # W_dec are read once.
         error_BE, squares_B, dots_n = support.backend.fused.decode_error(
-            values_n, support.latents_n, support.row_ends, W_dec_FE, base, target_BE
+            values_n, support.latents_n, support.row_ends, W_dec_FE, base, target_BE, through_zeros=through_zeros
         )
         ctx.save_for_backward(values_n, error_BE, dots_n, latents_d, W_dec_FE)
         ctx.support, ctx.base_rows = support, base.dim()
@@ -58,7 +59,7 @@ class _SquaredError(torch.autograd.Function):
                 grad_FE.index_add_(0, latents_d, grad_dE)
         if ctx.needs_input_grad[2]:
             grad_base = scale * (error_BE.sum(0) if ctx.base_rows == 1 else error_BE)
-        return grad_values_n, grad_FE, grad_base, None, None, None
+        return grad_values_n, grad_FE, grad_base, None, None, None, None
 
 
 def squared_error(
@@ -68,13 +69,16 @@ def squared_error(
     target_BE: Float[Tensor, "B E"],
     support: Support,
     latents_d: Int[Tensor, " d"] | None = None,
+    *,
+    through_zeros: bool = False,
 ) -> tuple[Float[Tensor, ""], Float[Tensor, "B E"], Float[Tensor, "d E"] | None]:
     """Compute sum_b ||e_b||^2 and e = f W_dec + base - target, detached, of a backend with fused kernels.
 
-    `base` is one row [E] or one for each token. Entries with f = 0 take no gradient; the target takes none. The rows of
-    W_dec that `latents_d` (each once) names come back too: their gradient is added to the one here, where another use
-    of W_dec would make a second of its size.
+    `base` is one row [E] or one for each token. Entries with f = 0 take no gradient, but with `through_zeros`; the
+    target takes none. The rows of W_dec that `latents_d` (each once) names come back too: their gradient is added to
+    the one here, where another use of W_dec would make a second of its size.
     """
     assert not target_BE.requires_grad
-    total, error_BE, rows_dE = _SquaredError.apply(f_n, W_dec_FE, base, target_BE, support, latents_d)  # type: ignore[no-untyped-call]
+    parts = _SquaredError.apply(f_n, W_dec_FE, base, target_BE, support, latents_d, through_zeros)  # type: ignore[no-untyped-call]
+    total, error_BE, rows_dE = parts
     return total, error_BE, rows_dE

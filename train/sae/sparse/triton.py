@@ -1,8 +1,9 @@
-"""The sparse step on a GPU: every size is known beforehand, so that the host never waits for the device.
+"""The sparse step on a GPU: sizes are known beforehand, so that the host need not wait for the device.
 
-A choice of the largest holds exactly as many entries as were asked for; what is not positive among them is given the
-value 0 by the encoder, takes no gradient and does not count as fired. Exact, ties to the lowest index. The products are
-Triton's (kernels/), which is imported where it is first needed.
+What lies above a bound is the exception: its size is waited for, once a step. A choice of the largest holds exactly as
+many entries as were asked for; what is not positive among them is given the value 0 by the encoder, takes no gradient
+and does not count as fired. Exact, ties to the lowest index. The products are Triton's (kernels/), which is imported
+where it is first needed.
 Letters: B tokens in a batch, D model width, F latents, n entries, R lines of M values.
 """
 
@@ -15,6 +16,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from train.sae.sparse.above import Block, Packed, select_above
 from train.sae.sparse.adam import AdamStep
 from train.sae.sparse.groups import Groups, cut_groups
 from train.sae.sparse.product import Product
@@ -30,6 +32,9 @@ class TritonBackend:
 
     block_entries: int = 1 << 28
     """Entries of z in memory at a time."""
+    dense_share: float = 1 / 32
+    """Share of entries above a bound over which all of z is given back: the dense products should then be faster, by
+    estimate. There is room for so many entries while z passes by, 8 bytes each."""
     dense_dead: int = 128
     """Multiples of k_aux up to which AuxK takes all of the dead latents' z; set for memory, not yet measured."""
 
@@ -48,12 +53,21 @@ class TritonBackend:
             z_Bd = product.of(latents_d)
             if isinstance(rule, Everything):
                 return z_Bd
-            assert not isinstance(rule, Above), "what lies above a bound has no size known beforehand"
+            assert not isinstance(rule, Above), "what lies above a bound is looked for among all latents"
             if selection.excluded_d is not None:
                 z_Bd.masked_fill_(selection.excluded_d, -torch.inf)
             return choose(rule, [0], lambda first, last: z_Bd, len(latents_d))
-        if isinstance(rule, Above | Everything):  # of no size known beforehand: all of z
+        if isinstance(rule, Everything):
             return product.block(0, product.width)
+        if isinstance(rule, Above):
+            return select_above(
+                product,
+                rule.bound,
+                block_entries=self.block_entries,
+                dense_share=self.dense_share,
+                pack=self.pack_above,
+                read=self.read,
+            )
         firsts = product.blocks(self.block_entries)
         memory = product.xc_BD.new_empty(product.rows * firsts.step)
 
@@ -61,6 +75,16 @@ class TritonBackend:
             return product.block(first, last, memory[: product.rows * (last - first)].view(product.rows, -1))
 
         return choose(rule, firsts, z_of, product.width)
+
+    def pack_above(self, z_Bc: Tensor, bound: Tensor, block: Block, packed: Packed) -> None:
+        """Pack what lies above a bound, of a block of z."""
+        from train.sae.sparse.kernels.above import pack_above
+
+        pack_above(z_Bc, bound, block, packed)
+
+    def read(self, number: Tensor) -> int:
+        """Wait for a number of the device's."""
+        return int(number)
 
     def top_of_rows(self, entries: Entries, k: int, rows: int) -> Tensor:
         return largest(entries.values_n.view(rows, -1), k)  # equally many of each row
@@ -98,6 +122,11 @@ class TritonBackend:
 
         return gradient_rows(weight_n, index_n, groups, table_XD, unit_FD)
 
+    def totals(self, values_n: Tensor, groups: Groups) -> Tensor:
+        # The kernel of the sums adds the weights too, in a fixed order; its rows are a single 1 here.
+        one_11 = values_n.new_ones(1, 1)
+        return self.group_sums_and_totals(values_n, torch.zeros_like(groups.index_n), groups, one_11)[1]
+
     def dots(self, rows_n: Tensor, latents_n: Tensor, left_XD: Tensor, right_FD: Tensor) -> Tensor:
         from train.sae.sparse.kernels.dots import entry_dots
 
@@ -120,10 +149,13 @@ class TritonBackend:
         W_dec_FD: Tensor,
         base: Tensor,
         target_BD: Tensor,
+        *,
+        through_zeros: bool = False,
     ) -> tuple[Tensor, Tensor, Tensor]:
         from train.sae.sparse.kernels.error import decode_error
 
-        return decode_error(values_n, latents_n, row_ends, W_dec_FD, base, target_BD)
+        parts = (values_n, latents_n, row_ends, W_dec_FD, base, target_BD)
+        return decode_error(*parts, through_zeros=through_zeros)
 
     def row_norms(self, grad_FD: Tensor, rows_FD: Tensor | None) -> tuple[Tensor, Tensor]:
         from train.sae.sparse.kernels.norms import row_norms

@@ -71,7 +71,7 @@ class BatchTopKBase(TopKBase):
         return torch.where(z_BF > self.threshold, z_BF, 0.0)
 
     def encode_sparse(self, xn_BD: Float[Tensor, "B D"]) -> tuple[Codes, Tensor]:
-        # A GPU gives back all of z here, so the comparison is made again on what came.
+        # Where much of z is above, all of it comes back: so the comparison is made again on what came.
         (codes,) = self.select(xn_BD, self.bias_F, [Selection(Above(self.threshold))])
         return codes, torch.where(codes.values > self.threshold, codes.values, 0.0)
 

@@ -76,11 +76,9 @@ class Gated(L1SAE):
     def loss(self, xn_BD: Float[Tensor, "B D"], context: TrainContext = PLAIN) -> StepOutput:
         codes, gate, f = self._gate_and_f(xn_BD)
         target_BE = context.target_of(xn_BD)
-        xn_hat_BD = self.decode_sparse(codes, f, xn_BD)
-        nmse = self.nmse(xn_hat_BD, target_BE)
+        nmse, xn_hat_BD = self.reconstruct_sparse(codes, f, xn_BD, target_BE)
         sparsity = self.l1_term(self.split.total(self.l1(gate, len(xn_BD))), context)
-        by_gate_BD = self.split.total(codes.decode(gate, self.W_dec.detach())[0]) + self.beside_latents(xn_BD).detach()
-        auxiliary = self.nmse(by_gate_BD, target_BE)
+        auxiliary, _ = self.reconstruct_sparse(codes, gate, xn_BD, target_BE, learns=False)
         metrics = {
             "nmse": nmse.detach(),
             "l0": self.mean_l0(codes, f, context),
@@ -88,4 +86,4 @@ class Gated(L1SAE):
             "auxiliary": auxiliary.detach(),
         }
         loss = nmse + sparsity + auxiliary
-        return self.step_output(context, loss=loss, metrics=metrics, codes=codes.of(f), xn_hat_BD=xn_hat_BD.detach())
+        return self.step_output(context, loss=loss, metrics=metrics, codes=codes.of(f), xn_hat_BD=xn_hat_BD)

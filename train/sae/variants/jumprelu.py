@@ -171,15 +171,15 @@ class JumpReLU(SAE):
         (codes,) = self.select(xn_BD, self.bias_F, [Selection(Above(self.theta.detach() - eps))])
         theta = codes.at(self.theta)
         f: Tensor = _Jump.apply(codes.values, theta, eps)  # type: ignore[no-untyped-call]
-        xn_hat_BD = self.decode_sparse(codes, f, xn_BD)
-        nmse = self.nmse(xn_hat_BD, context.target_of(xn_BD))
+        # f = 0 below theta, where theta's pseudo-derivative still needs f's.
+        nmse, xn_hat_BD = self.reconstruct_sparse(codes, f, xn_BD, context.target_of(xn_BD), through_zeros=True)
         l0: Tensor = _MeanL0.apply(codes.values, theta, eps, tokens)  # type: ignore[no-untyped-call]
         l0 = self.split.total(l0)
         if self.config.target_l0 is not None:
             l0 = context.data.mean(l0)  # the penalty is not linear in it: it is of the batch over all ranks
         sparsity = context.sparsity_scale * self.config.sparsity * self._penalty(l0)
         metrics = {"nmse": nmse.detach(), "l0": l0.detach(), "sparsity": sparsity.detach()}
-        return StepOutput(nmse + sparsity, metrics, codes.of(f), xn_hat_BD.detach())
+        return StepOutput(nmse + sparsity, metrics, codes.of(f), xn_hat_BD)
 
     def _penalty(self, l0: Float[Tensor, ""]) -> Float[Tensor, ""]:
         """Compute what `sparsity` multiplies: the mean L0, or the squared distance from its target."""

@@ -61,8 +61,7 @@ class ReLU(L1SAE):
 
     def loss(self, xn_BD: Float[Tensor, "B D"], context: TrainContext = PLAIN) -> StepOutput:
         codes, f = self.encode_sparse(xn_BD)
-        xn_hat_BD = self.decode_sparse(codes, f, xn_BD)
-        nmse = self.nmse(xn_hat_BD, context.target_of(xn_BD))
+        nmse, xn_hat_BD = self.reconstruct_sparse(codes, f, xn_BD, context.target_of(xn_BD))
         if self.config.form == "april":
             # sum_j f_j ||W_dec_j|| summed over tokens first: the norms are then multiplied once and not for each entry.
             l1 = codes.totals(f) @ self.row_norms_F / (len(xn_BD) * self.variance.sqrt())
@@ -70,6 +69,4 @@ class ReLU(L1SAE):
             l1 = self.l1(f, len(xn_BD))
         sparsity = self.l1_term(self.split.total(l1), context)
         metrics = {"nmse": nmse.detach(), "l0": self.mean_l0(codes, f, context), "sparsity": sparsity.detach()}
-        return self.step_output(
-            context, loss=nmse + sparsity, metrics=metrics, codes=codes.of(f), xn_hat_BD=xn_hat_BD.detach()
-        )
+        return self.step_output(context, loss=nmse + sparsity, metrics=metrics, codes=codes.of(f), xn_hat_BD=xn_hat_BD)

@@ -42,6 +42,7 @@ RULES: dict[str, Rule] = {
     "batchtopk": TopOfBatch(3 * B),
     "more than are positive": TopOfBatch(F * B * 3 // 4),
     "above": Above(torch.tensor(1.5, dtype=torch.float64, device=DEVICE)),
+    "above, z whole": Above(torch.tensor(1.5, dtype=torch.float64, device=DEVICE)),
 }
 
 
@@ -152,8 +153,9 @@ def test_an_update_after_a_backward_is_the_cpus(form: str) -> None:
 
 @pytest.mark.parametrize("width", [1, 5, 300])
 @pytest.mark.parametrize("rows", [1, 9], ids=["one base", "a base for each token"])
-def test_an_error_with_its_gradients_is_that_of_the_dense_formula(width: int, rows: int) -> None:
-    """Tokens with no entry, with one, and with many more than a tile of 16; values of 0 take no gradient."""
+@pytest.mark.parametrize("zeros", [False, True])
+def test_an_error_with_its_gradients_is_that_of_the_dense_formula(width: int, rows: int, zeros: bool) -> None:
+    """Tokens with no entry, with one, and with many more than a tile of 16; values of 0 with a gradient or without."""
     kept = torch.rand(9, 60, generator=torch.Generator().manual_seed(1)) < 0.1
     kept[2], kept[3], kept[4, 1:] = False, True, False
     kept[4, 0] = True
@@ -163,13 +165,14 @@ def test_an_error_with_its_gradients_is_that_of_the_dense_formula(width: int, ro
     values[::5] = 0
     W, target, base = draw(60, width, seed=3), draw(9, width, seed=4), draw(rows, width, seed=5)
     parts = [part.requires_grad_() for part in (values, W, base[0] if rows == 1 else base)]
-    total, error, _ = squared_error(*parts, target, support)  # type: ignore[arg-type]
+    total, error, _ = squared_error(*parts, target, support, through_zeros=zeros)  # type: ignore[arg-type]
     wanted_error = support.dense(parts[0]) @ parts[1] + parts[2] - target
     torch.testing.assert_close(error, wanted_error.detach(), rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(total, wanted_error.square().sum(), rtol=1e-12, atol=1e-12)
     found = torch.autograd.grad(total.sin(), parts)
     wanted = list(torch.autograd.grad(wanted_error.square().sum().sin(), parts))
-    wanted[0] = torch.where(values == 0, 0.0, wanted[0])
+    if not zeros:
+        wanted[0] = torch.where(values == 0, 0.0, wanted[0])
     for one, other in zip(found, wanted, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
 
@@ -203,15 +206,16 @@ def test_values_and_every_gradient_are_those_of_the_dense_formula(name: str, asi
     selections = [Selection(RULES[name])]
     if aside is not None:
         selections.append(Selection(TopPerToken(2, positive=False) if aside == "selected" else Everything(), AMONG))
-    with use_backend(TritonBackend(block_entries=block)):
+    with use_backend(TritonBackend(block_entries=block, dense_share=1.0 if name == "above" else 0.0)):
         codes, *others = encode(x, W_enc, bias, b_dec, selections)
-    f = codes.values if name != "above" else torch.where(codes.values > 1.5, codes.values, 0.0)
+    assert (codes.support is None) == (name == "above, z whole")
+    f = codes.values if not name.startswith("above") else torch.where(codes.values > 1.5, codes.values, 0.0)
     bounds = [10, 11, 60, F]
     loss = (codes.decode(f, W_dec, bounds).sin() ** 2).sum() + codes.totals(f).square().sum()
     z = (x - b_dec) @ W_enc.t() + bias
     if name == "topk":
         kept = torch.zeros_like(z, dtype=torch.bool).scatter_(1, z.topk(3, dim=1).indices, True)
-    elif name == "above":
+    elif name.startswith("above"):
         kept = z > 1.5
     else:
         kept = z >= z.flatten().topk(len(codes.values)).values[-1]
@@ -234,7 +238,7 @@ def test_values_and_every_gradient_are_those_of_the_dense_formula(name: str, asi
 @pytest.mark.parametrize("held", [0, 128])
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_loss_and_every_gradient_equal_the_float64_reference(case: Case, held: int) -> None:
-    """The dead of `DEAD` among all latents, their z held or selected."""
+    """The dead of `DEAD` among all latents, their z held or selected; what is above a bound sparse."""
     if not case.uses_dead and held:
         return
     sae, x = perturbed(case, True), tokens()
@@ -242,9 +246,9 @@ def test_loss_and_every_gradient_equal_the_float64_reference(case: Case, held: i
     options = case.options | ({"dead": DEAD} if case.uses_dead else {})
     loss, grads = case.compute(x.numpy(), parameters, 2.5, True, **options)
     context = TrainContext(torch.from_numpy(DEAD).to(DEVICE), torch.arange(sae.width, device=DEVICE))
-    with use_backend(TritonBackend(dense_dead=held)):
+    with use_backend(TritonBackend(dense_dead=held, dense_share=1.0)):
         step = sae.to(DEVICE).loss(x.to(DEVICE), context)
-        assert case.name in ("relu", "gated", "jumprelu") or step.codes.support is not None
+        assert step.codes.support is not None
         step.loss.backward()
     assert step.loss.item() == pytest.approx(loss, rel=1e-12)
     found = {name: p.grad.cpu().numpy() for name, p in sae.named_parameters() if p.grad is not None}

@@ -18,12 +18,15 @@ WARPS = 8  # so that these are 16 a thread
 
 @triton.jit
 @no_type_check
-def _rows_of(values_n, latents_n, W_dec_FD, first, end, column, D, TILE: tl.constexpr):
-    """Read TILE entries: their numbers, values, and a piece of their rows; those of value 0 are not read."""
+def _rows_of(values_n, latents_n, W_dec_FD, first, end, column, D, ZEROS: tl.constexpr, TILE: tl.constexpr):
+    """Read TILE entries: their numbers, values, and a piece of their rows; those of value 0 only with ZEROS."""
     entry = first + tl.arange(0, TILE)
     value = tl.load(values_n + entry, mask=entry < end, other=0.0)
     latent = tl.load(latents_n + entry, mask=entry < end, other=0)
-    there = (value != 0)[:, None] & (column < D)[None, :]
+    read = entry < end
+    if not ZEROS:
+        read = value != 0
+    there = read[:, None] & (column < D)[None, :]
     return entry, value, tl.load(W_dec_FD + latent[:, None] * D + column[None, :], mask=there, other=0.0)
 
 
@@ -31,7 +34,7 @@ def _rows_of(values_n, latents_n, W_dec_FD, first, end, column, D, TILE: tl.cons
 @no_type_check
 def decode_error_kernel(
     values_n, latents_n, row_ends, W_dec_FD, base, base_stride, target_BD, error_BD, squares_B, dots_n, D,
-    TILE: tl.constexpr, COLUMNS: tl.constexpr,
+    ZEROS: tl.constexpr, TILE: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Take one token, piece by piece of D: once all of its entries are added, the piece of its error is complete."""
     token = tl.program_id(0).to(tl.int64)
@@ -47,9 +50,9 @@ def decode_error_kernel(
         error -= tl.load(target_BD + token * D + column, mask=inside, other=0.0)
         # The first tile's rows stay in registers for the dots; with no more entries than a tile these are all.
         for first in range(start + TILE, end, TILE):
-            _, value, rows = _rows_of(values_n, latents_n, W_dec_FD, first, end, column, D, TILE)
+            _, value, rows = _rows_of(values_n, latents_n, W_dec_FD, first, end, column, D, ZEROS, TILE)
             error += tl.sum(value[:, None] * rows, 0)
-        _, value, rows = _rows_of(values_n, latents_n, W_dec_FD, start, end, column, D, TILE)
+        _, value, rows = _rows_of(values_n, latents_n, W_dec_FD, start, end, column, D, ZEROS, TILE)
         error += tl.sum(value[:, None] * rows, 0)
         dots += rows * error[None, :]
         square += error * error
@@ -63,7 +66,7 @@ def decode_error_kernel(
             dots = tl.zeros([TILE, COLUMNS], dtype=dtype)
             for left in range(0, D, COLUMNS):
                 column = left + tl.arange(0, COLUMNS)
-                entry, _, rows = _rows_of(values_n, latents_n, W_dec_FD, first, end, column, D, TILE)
+                entry, _, rows = _rows_of(values_n, latents_n, W_dec_FD, first, end, column, D, ZEROS, TILE)
                 error = tl.load(error_BD + token * D + column, mask=column < D, other=0.0)
                 dots += rows * error[None, :]
             entry = first + tl.arange(0, TILE)
@@ -77,11 +80,18 @@ def tile_of(entries: int, tokens: int) -> int:
 
 
 def decode_error(
-    values_n: Tensor, latents_n: Tensor, row_ends: Tensor, W_dec_FD: Tensor, base: Tensor, target_BD: Tensor
+    values_n: Tensor,
+    latents_n: Tensor,
+    row_ends: Tensor,
+    W_dec_FD: Tensor,
+    base: Tensor,
+    target_BD: Tensor,
+    *,
+    through_zeros: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute e = f W_dec + base - target [B, D], the tokens' ||e||^2 [B], and e_b . W_dec_j of each entry [n].
 
-    An entry of value 0 has the dot 0. `base` is one row [D] or one for each token [B, D].
+    An entry of value 0 has the dot 0, but with `through_zeros`. `base` is one row [D] or one for each token [B, D].
     """
     assert latents_n.is_contiguous() and row_ends.is_contiguous()
     values_n, W_dec_FD, target_BD = values_n.contiguous(), W_dec_FD.contiguous(), target_BD.contiguous()
@@ -104,6 +114,7 @@ def decode_error(
             squares_B,
             dots_n,
             width,
+            ZEROS=through_zeros,
             TILE=tile,
             COLUMNS=TILE_ENTRIES // tile,
             num_warps=WARPS,
