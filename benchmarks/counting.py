@@ -8,6 +8,7 @@ Letters: B tokens in a batch, D model width, F latents, n entries, d latents tha
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -30,6 +31,7 @@ from train.sae.parts.split import WHOLE, LatentSplit
 from train.sae.sparse.above import PIECE_LATENTS, Block, Packed
 from train.sae.sparse.adam import WHOLE_ROW, AdamStep
 from train.sae.sparse.backend import use_backend
+from train.sae.sparse.candidates import TOKENS, Tiles, tiles_of
 from train.sae.sparse.cpu import CPUBackend
 from train.sae.sparse.groups import Groups
 from train.sae.sparse.product import Product
@@ -226,6 +228,35 @@ class StandIn(TritonBackend):
         with self.counter.kernel("selection", extent(z_Bc) + extent(bound), 16 * len(z_Bc) * block.pieces):
             if not isinstance(z_Bc, FakeTensor):
                 _pack(z_Bc, bound, block, packed)
+
+    def product_above(self, product: Product, bounds_B: Tensor, slots: int) -> Tiles:
+        # Its factors once each, as any product is counted: tiles read them more often, from the cache. A fourth of the
+        # slots are filled, which are four times as many as are expected.
+        shape = tiles_of(product.rows, product.width)
+        tiles = math.prod(shape)
+        bias = 0 if product.bias_F is None else extent(product.bias_F)
+        read = extent(product.xc_BD) + extent(product.W_enc_FD) + bias + extent(bounds_B)
+        with self.counter.kernel("products", read, tiles * (4 * TOKENS + PACKED_BYTES * (slots // 4))):
+            values_S, ends_RTB = bounds_B.new_empty(*shape, slots), bounds_B.new_empty(*shape, TOKENS).int()
+            found = Tiles(values_S, values_S.int(), ends_RTB)
+        for tensor in found:
+            self.counter.watch(tensor)
+        return found
+
+    def order_entries(self, tiles: Tiles, starts_B: Tensor, limits_B: Tensor, room: int) -> tuple[Tensor, Tensor]:
+        # All places are filled with nothing first, and most of them are needed.
+        moved = PACKED_BYTES * room
+        read = extent(tiles.ends_RTB) + extent(starts_B) + extent(limits_B) + moved
+        with self.counter.kernel("selection", read, PACKED_BYTES * room + moved):
+            values_n, latents_n = tiles.values_S.new_empty(room), tiles.latents_S.new_empty(room)
+        self.counter.watch(values_n)
+        self.counter.watch(latents_n)
+        return values_n, latents_n
+
+    def holds(self, condition: Tensor) -> bool:
+        assert isinstance(condition, FakeTensor), "of a choice among candidates only shapes are counted"
+        self.counter.operations.append(Operation("_local_scalar_dense", "selection", 1, 0, waits=True))
+        return True
 
     def read(self, number: Tensor) -> int:
         if isinstance(number, FakeTensor):
@@ -473,15 +504,19 @@ def trainer_of(
     )
 
 
-def count_step(shape: Shape, dense_share: float = TritonBackend.dense_share) -> Count:
+def count_step(
+    shape: Shape, dense_share: float = TritonBackend.dense_share, candidates_from: int | None = None
+) -> Count:
     """Count a plain step, not the first, on the GPU's path, by shapes alone; ends with an error if it asks a value.
 
-    But for the number of entries above a bound, which is that of the shape.
+    But for the number of entries above a bound, which is that of the shape, and for whether candidates held a choice.
     """
     counter = Counter(
         parameter_entries=shape.width * shape.d_model, z_entries=shape.batch * shape.width, candidates=shape.dead
     )
-    stand_in = StandIn(counter=counter, above=shape.l0 * shape.batch, dense_share=dense_share)
+    stand_in = StandIn(
+        counter=counter, above=shape.l0 * shape.batch, dense_share=dense_share, candidates_from=candidates_from
+    )
     with FakeTensorMode(), use_backend(stand_in), counter:
         return _second_step(shape, counter, torch.empty(shape.batch, shape.d_model))
 

@@ -53,8 +53,9 @@ class _SquaredError(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             grad_values_n = scale * dots_n
         if ctx.needs_input_grad[1]:
-            # Where this is all of the gradient, the update need not read it to know its norm.
-            grad_FE = support.latent_gradient(scale * values_n, error_BE, W_dec_FE)[0]
+            # Where this is all of the gradient, the update need not read it to know its norm; W_dec's rows are unit.
+            unit_FE = W_dec_FE if grad_dE is None else None
+            grad_FE = support.latent_gradient(scale * values_n, error_BE, unit_FE)[0]
             if grad_dE is not None:
                 grad_FE.index_add_(0, latents_d, grad_dE)
         if ctx.needs_input_grad[2]:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from train.sae.sparse.above import Block, Packed, select_above
 from train.sae.sparse.adam import AdamStep
+from train.sae.sparse.candidates import Tiles, can_sample, find_candidates
 from train.sae.sparse.groups import Groups, cut_groups
 from train.sae.sparse.product import Product
 from train.sae.sparse.row_norms import RowNorms
@@ -37,6 +38,10 @@ class TritonBackend:
     estimate. There is room for so many entries while z passes by, 8 bytes each."""
     dense_dead: int = 128
     """Multiples of k_aux up to which AuxK takes all of the dead latents' z; set for memory, not yet measured."""
+
+    candidates_from: int | None = None
+    """Entries of z from which on a choice of the largest writes what may be chosen, and never z; None: always z.
+    The host then waits once for each choice, so that no CUDA graph can hold the step."""
 
     @property
     def fixed_sizes(self) -> bool:
@@ -68,6 +73,13 @@ class TritonBackend:
                 pack=self.pack_above,
                 read=self.read,
             )
+        if self.takes_candidates(rule, product.rows, product.width):
+            found = find_candidates(product, rule, self)
+            place_n = _places(rule, found.values_n, product.rows)
+            rows_n, latents_n = found.rows(place_n), found.latents_n.index_select(0, place_n).long()
+            # Waited for once all of it is on its way.
+            if self.holds(found.certain):
+                return Entries(rows_n, latents_n, found.values_n.index_select(0, place_n))
         firsts = product.blocks(self.block_entries)
         memory = product.xc_BD.new_empty(product.rows * firsts.step)
 
@@ -75,6 +87,28 @@ class TritonBackend:
             return product.block(first, last, memory[: product.rows * (last - first)].view(product.rows, -1))
 
         return choose(rule, firsts, z_of, product.width)
+
+    def takes_candidates(self, rule: TopOfBatch | TopPerToken, rows: int, width: int) -> bool:
+        """Say whether z of this size is not written for a choice, which the host then waits for."""
+        if self.candidates_from is None or rows * width < self.candidates_from:
+            return False
+        return can_sample(rule, rows, width)
+
+    def product_above(self, product: Product, bounds_B: Tensor, slots: int) -> Tiles:
+        """Compute z, and keep what is not below the bound of its token, in tiles of so many slots each."""
+        from train.sae.sparse.kernels.candidates import product_above
+
+        return product_above(product, bounds_B, slots)
+
+    def order_entries(self, tiles: Tiles, starts_B: Tensor, limits_B: Tensor, room: int) -> tuple[Tensor, Tensor]:
+        """Bring each token's values and latents to where they begin, up to a limit, of so many places in all."""
+        from train.sae.sparse.kernels.candidates import order_entries
+
+        return order_entries(tiles, starts_B, limits_B, room)
+
+    def holds(self, condition: Tensor) -> bool:
+        """Wait for what the device says of a condition."""
+        return bool(condition)
 
     def pack_above(self, z_Bc: Tensor, bound: Tensor, block: Block, packed: Packed) -> None:
         """Pack what lies above a bound, of a block of z."""
