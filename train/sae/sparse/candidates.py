@@ -12,7 +12,7 @@ tile, n entries, L lines of M values.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -56,6 +56,7 @@ class Candidates(NamedTuple):
         return torch.searchsorted(self.starts_B, place_n, right=True) - 1
 
 
+@runtime_checkable
 class Kernels(Protocol):
     """What computes them."""
 
