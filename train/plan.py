@@ -79,6 +79,11 @@ class DataPlan:
     joined: tuple[StoredSite, ...] = ()  # of a crosscoder, whose `site` names them all and whose `store` is the first's
 
     @property
+    def site_width(self) -> int:
+        """Return the width that `expansion` multiplies: the site's, or the widest one's of a crosscoder."""
+        return max(self.site_widths or [self.d_in])
+
+    @property
     def site_widths(self) -> list[int] | None:
         """Return the widths of a crosscoder's sites, None for one site."""
         return [site.width for site in self.joined] or None

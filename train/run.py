@@ -241,7 +241,11 @@ def prepare(
     # and its target is a site.
     settled = {"outliers": plan.outliers.times if plan.outliers else None, "target": plan.target}
     settings = settings.model_copy(update=settled)
-    settings = with_rate(settings, plan.d_in, plan.steps)
+    # The width that the rate is for: `lr_at_width` brings it from there to the run's own.
+    latents = settings.lr_at_width or latents_of(settings.sae, plan.site_width, job.overrides)
+    settings = with_rate(
+        settings, plan.d_in, plan.steps, batch=plan.batch * plan.world, expansion=latents / plan.site_width
+    )
     step = step_to_resume(folder, settings, plan)
     if step is None:
         print(f"{folder} holds this SAE already: nothing to do")
@@ -308,6 +312,37 @@ def start(sae: SAE, folder: Path) -> None:
     sae.load_state_dict(state)
 
 
+def latents_of(sae: Mapping[str, Any], site_width: int, overrides: Sequence[str] = ()) -> int:
+    """Count the latents that the group `sae` asks for at a site; `width` goes before `expansion`.
+
+    Raises UserError where both or neither are given, or the product is no whole number.
+    """
+    width, expansion = sae.get("width"), sae.get("expansion")
+    if width is not None and _given(overrides, "sae.expansion"):
+        raise UserError(
+            f"sae.width={width} and sae.expansion={expansion} both say how many latents: give one of them, and "
+            "sae.width=null where a preset gives the width"
+        )
+    if width is None and expansion is None:
+        raise UserError(
+            "sae.width and sae.expansion are both null: give one of them, the latents or latents/site width"
+        )
+    size = SizeSettings.of({"width": width, "expansion": expansion}, "sae")
+    # The width goes before the expansion, which conf/sae gives a default: a width on the command line is enough.
+    if size.width is not None:
+        return size.width
+    assert size.expansion is not None, "one of the two is given"
+    latents = size.expansion * site_width
+    if latents != int(latents):
+        raise UserError(f"sae.expansion={expansion} times the width {site_width} is not a whole number of latents")
+    return int(latents)
+
+
+def _given(overrides: Sequence[str], setting: str) -> bool:
+    """Find whether a setting was given on the command line, and not as null."""
+    return any(item.lstrip("+").split("=")[0] == setting for item in overrides if not item.endswith("=null"))
+
+
 def build(
     settings: Mapping[str, Any],
     d_in: int,
@@ -323,32 +358,14 @@ def build(
 
     arguments = by_name(settings, "sae", "variant", VARIANT_ALIASES)
     name = arguments.pop("variant", None)
-    width = arguments.pop("width", None)
-    expansion = arguments.pop("expansion", None)
+    for size in ("width", "expansion"):
+        arguments.pop(size, None)
     if not isinstance(name, str) or name not in VARIANTS:
         raise UserError(f"sae.variant={name} is not a variant of this project: choose sae={'|'.join(VARIANTS)}")
     variant = VARIANTS[name]
-    given = {item.lstrip("+").split("=")[0] for item in overrides if not item.endswith("=null")}
-    if d_out is not None and "sae.apply_b_dec_to_input" not in given:
+    if d_out is not None and not _given(overrides, "sae.apply_b_dec_to_input"):
         arguments["apply_b_dec_to_input"] = False  # a variant's own default is for SAEs
-    if "sae.expansion" in given and width is not None:
-        raise UserError(
-            f"sae.width={width} and sae.expansion={expansion} both say how many latents: give one of them, and "
-            "sae.width=null where a preset gives the width"
-        )
-    if width is None and expansion is None:
-        raise UserError(
-            "sae.width and sae.expansion are both null: give one of them, the latents or latents/site width"
-        )
-    size = SizeSettings.of({"width": width, "expansion": expansion}, "sae")
-    # The width goes before the expansion, which conf/sae gives a default: a width on the command line is enough.
-    latents: float | None = size.width
-    if latents is None:
-        assert size.expansion is not None, "one of the two is given"
-        of_site = d_in if site_widths is None else max(site_widths)
-        latents = size.expansion * of_site
-        if latents != int(latents):
-            raise UserError(f"sae.expansion={expansion} times the width {of_site} is not a whole number of latents")
+    latents = latents_of(settings, d_in if site_widths is None else max(site_widths), overrides)
     config = variant.Config.of({"width": latents, **arguments}, "sae")
     form: dict[str, Any] = {"d_out": d_out, "site_widths": site_widths}
     if split is not None:

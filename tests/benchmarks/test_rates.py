@@ -57,7 +57,8 @@ def test_a_search_with_a_target_is_of_transcoders(tmp_path: Path) -> None:
     add_target(make_store(tmp_path / "cache", composed("out=x")))
     asked = [*SMALL, f"cache={tmp_path / 'cache'}", "site=resid_post.3", f"target={TARGET}", "sae.k=2", "sae.skip=true"]
     found = rates.search(tmp_path / "saes", ["topk"], [1.0, 2.0], asked)
-    assert [trial.rate for trial in found] == [learning_rate("topk", 16, 20), 2 * learning_rate("topk", 16, 20)]
+    rate = learning_rate("topk", 16, 20, batch=128, expansion=2)
+    assert [trial.rate for trial in found] == [rate, 2 * rate]
     for trial in found:
         config = load_config(tmp_path / "saes" / f"topk-{trial.rate}")
         assert config["target"] == TARGET and config["settings"]["skip"]
