@@ -8,6 +8,7 @@ Letters: B tokens in a batch, D model width, F latents, n entries, d latents tha
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -30,9 +31,11 @@ from train.sae.parts.split import WHOLE, LatentSplit
 from train.sae.sparse.above import PIECE_LATENTS, Block, Packed
 from train.sae.sparse.adam import WHOLE_ROW, AdamStep
 from train.sae.sparse.backend import use_backend
+from train.sae.sparse.candidates import TOKENS, Tiles, tiles_of
 from train.sae.sparse.cpu import CPUBackend
 from train.sae.sparse.groups import Groups
 from train.sae.sparse.product import Product
+from train.sae.sparse.row_norms import RowNorms
 from train.sae.sparse.rules import Entries, Selection
 from train.sae.sparse.triton import TritonBackend
 from train.sae_trainer import SAETrainer
@@ -226,6 +229,35 @@ class StandIn(TritonBackend):
             if not isinstance(z_Bc, FakeTensor):
                 _pack(z_Bc, bound, block, packed)
 
+    def product_above(self, product: Product, bounds_B: Tensor, slots: int) -> Tiles:
+        # Its factors once each, as any product is counted: tiles read them more often, from the cache. A fourth of the
+        # slots are filled, which are four times as many as are expected.
+        shape = tiles_of(product.rows, product.width)
+        tiles = math.prod(shape)
+        bias = 0 if product.bias_F is None else extent(product.bias_F)
+        read = extent(product.xc_BD) + extent(product.W_enc_FD) + bias + extent(bounds_B)
+        with self.counter.kernel("products", read, tiles * (4 * TOKENS + PACKED_BYTES * (slots // 4))):
+            values_S, ends_RTB = bounds_B.new_empty(*shape, slots), bounds_B.new_empty(*shape, TOKENS).int()
+            found = Tiles(values_S, values_S.int(), ends_RTB)
+        for tensor in found:
+            self.counter.watch(tensor)
+        return found
+
+    def order_entries(self, tiles: Tiles, starts_B: Tensor, limits_B: Tensor, room: int) -> tuple[Tensor, Tensor]:
+        # All places are filled with nothing first, and most of them are needed.
+        moved = PACKED_BYTES * room
+        read = extent(tiles.ends_RTB) + extent(starts_B) + extent(limits_B) + moved
+        with self.counter.kernel("selection", read, PACKED_BYTES * room + moved):
+            values_n, latents_n = tiles.values_S.new_empty(room), tiles.latents_S.new_empty(room)
+        self.counter.watch(values_n)
+        self.counter.watch(latents_n)
+        return values_n, latents_n
+
+    def holds(self, condition: Tensor) -> bool:
+        assert isinstance(condition, FakeTensor), "of a choice among candidates only shapes are counted"
+        self.counter.operations.append(Operation("_local_scalar_dense", "selection", 1, 0, waits=True))
+        return True
+
     def read(self, number: Tensor) -> int:
         if isinstance(number, FakeTensor):
             self.counter.operations.append(Operation("_local_scalar_dense", "selection", 8, 0, waits=True))
@@ -258,11 +290,18 @@ class StandIn(TritonBackend):
     def group_sums_and_totals(
         self, weight_n: Tensor, index_n: Tensor, groups: Groups, table_XD: Tensor
     ) -> tuple[Tensor, Tensor]:
+        return self._sums_and_totals(weight_n, index_n, groups, table_XD, (0, 0))
+
+    def _sums_and_totals(
+        self, weight_n: Tensor, index_n: Tensor, groups: Groups, table_XD: Tensor, beside: tuple[int, int]
+    ) -> tuple[Tensor, Tensor]:
+        """Count the sums, and what the same kernel reads and writes `beside` them."""
         if groups.pieces is not None:  # at most; a piece of a long group is written and read
             parts = 2 * len(groups.pieces.groups_P) * table_XD.shape[1] * table_XD.element_size()
             with self.counter.kernel("sparse products", parts // 2, parts // 2):
                 pass
-        with self.counter.kernel("sparse products", *_sums_traffic(weight_n, index_n, groups, table_XD)):
+        read, written = _sums_traffic(weight_n, index_n, groups, table_XD)
+        with self.counter.kernel("sparse products", read + beside[0], written + beside[1]):
             if isinstance(table_XD, FakeTensor):
                 count = len(groups.ends) - 1
                 sums, totals = table_XD.new_empty(count, table_XD.shape[1]), table_XD.new_empty(count)
@@ -272,6 +311,19 @@ class StandIn(TritonBackend):
         self.counter.watch(sums)
         self.counter.watch(totals)
         return sums, totals
+
+    def gradient_rows(
+        self, weight_n: Tensor, index_n: Tensor, groups: Groups, table_XD: Tensor, unit_FD: Tensor | None
+    ) -> tuple[Tensor, Tensor, RowNorms]:
+        norms = 2 * (len(groups.ends) - 1) * table_XD.element_size()
+        beside = (0 if unit_FD is None else extent(unit_FD), norms)
+        sums, totals = self._sums_and_totals(weight_n, index_n, groups, table_XD, beside)
+        self.counter.paused = True
+        dots_F, squares_F = _row_norms(sums, unit_FD)
+        self.counter.paused = False
+        self.counter.watch(dots_F)
+        self.counter.watch(squares_F)
+        return sums, totals, RowNorms(squares_F, None if unit_FD is None else dots_F)
 
     def dots(self, rows_n: Tensor, latents_n: Tensor, left_XD: Tensor, right_FD: Tensor) -> Tensor:
         rows = 2 * len(rows_n) * left_XD.shape[1] * left_XD.element_size()
@@ -323,11 +375,7 @@ class StandIn(TritonBackend):
     def row_norms(self, grad_FD: Tensor, rows_FD: Tensor | None) -> tuple[Tensor, Tensor]:
         read = extent(grad_FD) + (0 if rows_FD is None else extent(rows_FD))
         with self.counter.kernel("parameters", read, 2 * len(grad_FD) * grad_FD.element_size()):
-            rest_FD, dots_F = grad_FD, grad_FD.new_empty(len(grad_FD))
-            if rows_FD is not None:
-                dots_F = (grad_FD * rows_FD).sum(1)
-                rest_FD = grad_FD - dots_F[:, None] * rows_FD
-            squares_F = rest_FD.square().sum(1)
+            dots_F, squares_F = _row_norms(grad_FD, rows_FD)
         self.counter.watch(dots_F)
         self.counter.watch(squares_F)
         return dots_F, squares_F
@@ -399,6 +447,14 @@ def _sums(weight_n: Tensor, index_n: Tensor, ends: Tensor, table_XD: Tensor) -> 
     rows_nD = torch.where(weight_n[:, None] != 0, weight_n[:, None] * table_XD[index_n], 0.0)
     sums_GD = table_XD.new_zeros(len(ends) - 1, table_XD.shape[1]).index_add_(0, group_n, rows_nD)
     return sums_GD, table_XD.new_zeros(len(ends) - 1).index_add_(0, group_n, weight_n)
+
+
+def _row_norms(grad_FD: Tensor, rows_FD: Tensor | None) -> tuple[Tensor, Tensor]:
+    rest_FD, dots_F = grad_FD, grad_FD.new_empty(len(grad_FD))
+    if rows_FD is not None:
+        dots_F = (grad_FD * rows_FD).sum(1)
+        rest_FD = grad_FD - dots_F[:, None] * rows_FD
+    return dots_F, rest_FD.square().sum(1)
 
 
 def _pack(z_Bc: Tensor, bound: Tensor, block: Block, packed: Packed) -> None:
@@ -502,15 +558,19 @@ def trainer_of(
     )
 
 
-def count_step(shape: Shape, dense_share: float = TritonBackend.dense_share) -> Count:
+def count_step(
+    shape: Shape, dense_share: float = TritonBackend.dense_share, candidates_from: int | None = None
+) -> Count:
     """Count a plain step, not the first, on the GPU's path, by shapes alone; ends with an error if it asks a value.
 
-    But for the number of entries above a bound, which is that of the shape.
+    But for the number of entries above a bound, which is that of the shape, and for whether candidates held a choice.
     """
     counter = Counter(
         parameter_entries=shape.width * shape.d_model, z_entries=shape.batch * shape.width, candidates=shape.dead
     )
-    stand_in = StandIn(counter=counter, above=shape.l0 * shape.batch, dense_share=dense_share)
+    stand_in = StandIn(
+        counter=counter, above=shape.l0 * shape.batch, dense_share=dense_share, candidates_from=candidates_from
+    )
     with FakeTensorMode(), use_backend(stand_in), counter:
         return _second_step(shape, counter, torch.empty(shape.batch, shape.d_model))
 

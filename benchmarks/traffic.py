@@ -70,6 +70,9 @@ def main() -> None:
     parser.add_argument("--k", type=int, default=32)
     parser.add_argument("--dead", type=float, default=0.0, help="share of latents that may be dead")
     parser.add_argument("--l0", type=int, help="latents active on a token of relu, jumprelu and gated: three times k")
+    parser.add_argument(
+        "--candidates", action="store_true", help="z is never written: a choice is made among candidates"
+    )
     parser.add_argument("--list", action="store_true", help="the operations that move most")
     args = parser.parse_args()
     l0 = args.l0 or L0_PER_K * args.k
@@ -80,7 +83,7 @@ def main() -> None:
         for width in args.widths:
             dead = round(args.dead * width) if variant in CHOOSING else 0
             shape = Shape(variant, width, args.d_model, args.batch, args.k, args.l0, dead=dead)
-            count = count_step(shape)
+            count = count_step(shape, candidates_from=0 if args.candidates else None)
             print(row(shape, count), flush=True)
             if args.list:
                 print(listed(count))

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu.pieces import timed
-from benchmarks.gpu.predictions import MEMORY_BYTES
+from benchmarks.gpu.predictions import MEMORY_BYTES, TF32_FLOPS
 from train.sae import VARIANTS
 from train.sae.parts.update import update
 from train.sae.sparse.above import blocks_of, room_for
@@ -27,6 +27,8 @@ from train.sae.sparse.backend import Backend, use_backend
 from train.sae.sparse.codes import Support
 from train.sae.sparse.cpu import CPUBackend
 from train.sae.sparse.error import squared_error
+from train.sae.sparse.product import Product
+from train.sae.sparse.rules import Selection, TopOfBatch
 from train.sae.sparse.triton import TritonBackend
 
 
@@ -107,6 +109,18 @@ def packing(args: argparse.Namespace, repeats: int) -> dict[str, Any]:
     return {"name": f"packing above a bound, F={width:,} of {args.width:,}, ms", "reading": ms, "expected": expected}
 
 
+def choices(args: argparse.Namespace, repeats: int) -> dict[str, Any]:
+    """Time BatchTopK's choice without z beside the one from z, each with its product."""
+    product = Product(_rows(args, args.batch), _rows(args, args.width), None)
+    selection = Selection(TopOfBatch(args.k * args.batch))
+    took = []
+    for backend in (TritonBackend(candidates_from=0), TritonBackend()):
+        took.append(timed(lambda backend=backend: backend.select(product, [selection]), args.device, repeats))  # type: ignore[misc]
+    expected = 2e3 * args.batch * args.d_model * args.width / TF32_FLOPS
+    name = f"product and choice without z, F={args.width:,}, ms"
+    return {"name": name, "reading": took[0], "expected": expected, "of_choice_from_z": took[0] / took[1]}
+
+
 def _rows(args: argparse.Namespace, rows: int) -> Tensor:
     return torch.randn(rows, args.d_model, device=args.device)
 
@@ -124,7 +138,7 @@ def main() -> None:
         os.environ["TRITON_INTERPRET"] = "1"  # before the kernels are imported
         repeats = 1  # nothing that is timed there says anything of a card
     with use_backend(TritonBackend()):
-        for measure in (updates, sums, errors, partial(errors, prefixes=5), packing):
+        for measure in (updates, sums, errors, partial(errors, prefixes=5), packing, choices):
             print(json.dumps(measure(args, repeats)), flush=True)
 
 

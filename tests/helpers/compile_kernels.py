@@ -21,16 +21,19 @@ from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
 from train.sae.sparse.above import PIECE_LATENTS
+from train.sae.sparse.candidates import LATENTS, TOKENS
 from train.sae.sparse.groups import PIECE_ENTRIES
-from train.sae.sparse.kernels import above, adam, dots, error, norms, project, sums
-from train.sae.sparse.kernels.launch import ENTRIES, columns_of_rows, warps_for_row
+from train.sae.sparse.kernels import above, adam, candidates, dots, error, norms, project, sums
+from train.sae.sparse.kernels.launch import ENTRIES, columns_of_rows, tile_of_rows, warps_for_row, warps_of_tile
 
 WIDTHS = (768, 2304, 4096, 12_288)
 ARCHITECTURES = (80, 90)  # A100, H100
 INTEGERS = {"index_n", "order_n", "ends", "rows_n", "latents_n", "row_ends", "piece_ends", "groups_P"}
-INTEGERS |= {"found", "starts_BP", "counts_BP"}
+INTEGERS |= {"found", "starts_BP", "counts_BP", "starts_B", "limits_B"}
 SCALARS = {"n": "i64", "groups": "i64", "D": "i32", "base_stride": "i32", "latents_s": "*i32", "bound_stride": "i32"}
 SCALARS |= dict.fromkeys(("room", "first", "width", "pieces", "first_piece", "all_pieces"), "i64")
+SCALARS |= dict.fromkeys(("latents_S", "ends_RTB", "out_latents_n"), "*i32")
+SCALARS |= dict.fromkeys(("B", "F", "T", "slots"), "i32")
 SETTINGS = ("rate", "gain_1", "gain_2", "eps", "decay", "clip")
 
 
@@ -70,11 +73,19 @@ def launches(width: int) -> Iterator[tuple[Any, dict[str, Any], int]]:
     yield sums.piece_sums_kernel, {"ORDERED": True, "PIECE": PIECE_ENTRIES, **summed}, 4
     for ordered, cut in ((False, False), (True, True)):
         yield sums.group_sums_kernel, {"ORDERED": ordered, "CUT": cut, **summed}, 4
+    tile, rows = tile_of_rows(whole), {"TILE": tile_of_rows(whole), "COLUMNS": whole}
+    for cut, unit in ((True, False), (True, True)):
+        yield sums.gradient_rows_kernel, {"CUT": cut, "UNIT": unit, **rows}, warps_of_tile(tile * whole)
     for tile in (16, 64, 128):
         for prefixes, zeros in ((1, False), (1, True), (5, False)):
             sizes = {"PREFIXES": prefixes, "ZEROS": zeros, "TILE": tile, "MORE": error.MORE}
             yield error.decode_error_kernel, sizes | {"COLUMNS": error.TILE_ENTRIES // tile}, error.WARPS
     yield above.pack_above_kernel, {"PIECE": PIECE_LATENTS}, 4
+    tiles = {"TOKENS": TOKENS, "LATENTS": LATENTS, "DEPTH": candidates.DEPTH}
+    for rounded, precision in ((False, "ieee"), (False, "tf32"), (True, "ieee")):
+        forms = {"BIAS": True, "ROUND": rounded, "PRECISION": precision, **tiles}
+        yield candidates.product_above_kernel, forms, candidates.WARPS
+    yield candidates.order_entries_kernel, {"TOKENS": TOKENS, "TILES": candidates.TILES}, 4
     columns = adam.columns_of(width)
     for unit in (False, True):
         yield norms.row_norms_kernel, {"UNIT": unit, "COLUMNS": whole}, warps_for_row(whole)

@@ -1,7 +1,8 @@
 """The same update as `update`, with each number of the two matrices read and written once: for a backend with kernels.
 
 In the plain order projection, norm, clip, Adam and renormalisation each pass over the matrices: 104 bytes an entry in
-float32, where 68 will do: the gradient's norm, of which the clip depends, then everything else in one go.
+float32, where 56 will do, and 4 an entry of W_dec for the gradient's norm, on which the clip depends and which the
+kernel that makes the gradient knows; where AuxK adds to a gradient, the norm is a pass of its own.
 Letters: F latents.
 """
 
@@ -17,6 +18,7 @@ from torch.optim import Adam, AdamW, Optimizer
 from train.sae.base import SAE
 from train.sae.sparse.adam import AdamStep
 from train.sae.sparse.backend import FusedKernels
+from train.sae.sparse.row_norms import RowNorms, take
 
 MATRICES = ("W_enc_FD", "W_dec")
 _UNLIKE = ("amsgrad", "maximize", "differentiable")  # forms of Adam that the kernel does not know
@@ -41,8 +43,12 @@ def fused_update(sae: SAE, optimizer: Optimizer, clip: float | None, kernels: Fu
         if rows is None and clip is None:
             dots[name] = None
             continue
-        dots_F, squares[name] = kernels.row_norms(weight.grad, rows)
-        dots[name] = None if rows is None else dots_F
+        # The kernel that made the gradient has said so much of its rows, unless more was added to it.
+        norms = take(weight.grad, unit=rows is not None)
+        if norms is None:
+            dots_F, squares_F = kernels.row_norms(weight.grad, rows)
+            norms = RowNorms(squares_F, None if rows is None else dots_F)
+        dots[name], squares[name] = norms.dots_F, norms.squares_F
     total = None if clip is None else _total(sae, squares)
     for name in MATRICES:
         weight = sae.get_parameter(name)

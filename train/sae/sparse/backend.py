@@ -20,6 +20,7 @@ from train.sae.sparse.adam import AdamStep
 from train.sae.sparse.cpu import CPUBackend
 from train.sae.sparse.groups import Groups
 from train.sae.sparse.product import Product
+from train.sae.sparse.row_norms import RowNorms
 from train.sae.sparse.rules import Entries, Selection
 from train.sae.sparse.triton import TritonBackend
 
@@ -116,6 +117,16 @@ class FusedKernels(Protocol):
         entries' dots with the sum of their first prefix, of those that are not 0,
         or with `through_zeros` of all.
         """
+
+    def gradient_rows(
+        self,
+        weight_n: Float[Tensor, " n"],
+        index_n: Int[Tensor, " n"],
+        groups: Groups,
+        table_XD: Float[Tensor, "X D"],
+        unit_FD: Float[Tensor, "F D"] | None,
+    ) -> tuple[Float[Tensor, "F D"], Float[Tensor, " F"], RowNorms]:
+        """Sum weight * table[index], and weight, over each of the groups, and say of the rows what `row_norms` does."""
 
     def row_norms(
         self, grad_FD: Float[Tensor, "F D"], rows_FD: Float[Tensor, "F D"] | None

@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from train.sae.sparse.backend import Backend, backend_for
 from train.sae.sparse.groups import Groups
+from train.sae.sparse.row_norms import leave
 from train.sae.sparse.rules import Entries
 
 
@@ -82,6 +83,25 @@ class Support:
     ) -> tuple[Float[Tensor, "F D"], Float[Tensor, " F"]]:
         """Compute f^T @ of, and the sum of each latent's values."""
         return self.backend.group_sums_and_totals(values_n, self.rows_n, self.by_latent, of_BD)
+
+    def latent_gradient(
+        self,
+        values_n: Float[Tensor, " n"],
+        of_XD: Float[Tensor, "X D"],
+        unit_FD: Float[Tensor, "F D"] | None = None,
+        index_n: Int[Tensor, " n"] | None = None,
+    ) -> tuple[Float[Tensor, "F D"], Float[Tensor, " F"]]:
+        """Compute the same as a gradient; where the kernel knows the norms of its rows it leaves them for the update.
+
+        `unit_FD` are the weights that it is the gradient of, where their rows are unit; `index_n` the rows of `of_XD`
+        that the entries read, by default their tokens'.
+        """
+        index_n = self.rows_n if index_n is None else index_n
+        if self.backend.fused is None:
+            return self.backend.group_sums_and_totals(values_n, index_n, self.by_latent, of_XD)
+        grad_FD, totals_F, norms = self.backend.fused.gradient_rows(values_n, index_n, self.by_latent, of_XD, unit_FD)
+        leave(grad_FD, norms)
+        return grad_FD, totals_F
 
     def totals(self, values_n: Float[Tensor, " n"]) -> Float[Tensor, " F"]:
         """Sum each latent's values."""

@@ -82,7 +82,7 @@ def _weight_gradient(grad: Tensor, support: Support | None, xc_BD: Tensor) -> tu
     """Compute grad^T @ xc and the latents' sums of grad."""
     if support is None:
         return grad.t() @ xc_BD, grad.sum(0)
-    return support.latent_sums_and_totals(grad, xc_BD)
+    return support.latent_gradient(grad, xc_BD)
 
 
 def _input_gradient(grad: Tensor, support: Support | None, W_FD: Tensor) -> Tensor:

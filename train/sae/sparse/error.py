@@ -53,7 +53,7 @@ class _SquaredError(torch.autograd.Function):
         errors_XE, squares_B, last_B, dots_n = support.backend.fused.decode_error(
             *entries, W_dec_FE, base, target_BE, len(bounds), through_zeros=through_zeros
         )
-        ctx.save_for_backward(values_n, errors_XE, dots_n, place_n, latents_d)
+        ctx.save_for_backward(values_n, errors_XE, dots_n, place_n, latents_d, W_dec_FE)
         ctx.support, ctx.base_rows, ctx.prefixes = support, base.dim(), len(bounds)
         error_BE = errors_XE if len(bounds) == 1 else errors_XE[len(bounds) - 1 :: len(bounds)].clone()
         ctx.mark_non_differentiable(error_BE, last_B)
@@ -65,7 +65,7 @@ class _SquaredError(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, _: None, __: None, grad_dE: Tensor | None) -> tuple[Tensor | None, ...]:
-        values_n, errors_XE, dots_n, place_n, latents_d = ctx.saved_tensors
+        values_n, errors_XE, dots_n, place_n, latents_d, W_dec_FE = ctx.saved_tensors
         support: Support = ctx.support
         # d||e||^2 = 2 e de; de/df_bj = W_dec_j, de/dW_dec_j = f_bj, de/dbase = 1, of each prefix that holds j.
         scale = 2 * grad
@@ -73,7 +73,9 @@ class _SquaredError(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             grad_values_n = scale * dots_n
         if ctx.needs_input_grad[1]:
-            grad_FE = support.latent_sums_from(scale * values_n, place_n, errors_XE)
+            # Where this is all of the gradient, the update need not read it to know its norm; W_dec's rows are unit.
+            unit_FE = W_dec_FE if grad_dE is None else None
+            grad_FE = support.latent_gradient(scale * values_n, errors_XE, unit_FE, place_n)[0]
             if grad_dE is not None:
                 grad_FE.index_add_(0, latents_d, grad_dE)
         if ctx.needs_input_grad[2]:

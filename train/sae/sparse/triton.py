@@ -18,8 +18,10 @@ from torch import Tensor
 
 from train.sae.sparse.above import Block, Packed, select_above
 from train.sae.sparse.adam import AdamStep
+from train.sae.sparse.candidates import Tiles, can_sample, find_candidates
 from train.sae.sparse.groups import Groups, cut_groups
 from train.sae.sparse.product import Product
+from train.sae.sparse.row_norms import RowNorms
 from train.sae.sparse.rules import Above, Entries, Everything, Selection, TopOfBatch, TopPerToken, joined, mark_largest
 
 _GROUP = 32  # neighbours of which only the largest takes part in the first choice
@@ -36,6 +38,10 @@ class TritonBackend:
     estimate. There is room for so many entries while z passes by, 8 bytes each."""
     dense_dead: int = 128
     """Multiples of k_aux up to which AuxK takes all of the dead latents' z; set for memory, not yet measured."""
+
+    candidates_from: int | None = None
+    """Entries of z from which on a choice of the largest writes what may be chosen, and never z; None: always z.
+    The host then waits once for each choice, so that no CUDA graph can hold the step."""
 
     @property
     def fixed_sizes(self) -> bool:
@@ -67,6 +73,13 @@ class TritonBackend:
                 pack=self.pack_above,
                 read=self.read,
             )
+        if self.takes_candidates(rule, product.rows, product.width):
+            found = find_candidates(product, rule, self)
+            place_n = _places(rule, found.values_n, product.rows)
+            rows_n, latents_n = found.rows(place_n), found.latents_n.index_select(0, place_n).long()
+            # Waited for once all of it is on its way.
+            if self.holds(found.certain):
+                return Entries(rows_n, latents_n, found.values_n.index_select(0, place_n))
         firsts = product.blocks(self.block_entries)
         memory = product.xc_BD.new_empty(product.rows * firsts.step)
 
@@ -74,6 +87,28 @@ class TritonBackend:
             return product.block(first, last, memory[: product.rows * (last - first)].view(product.rows, -1))
 
         return choose(rule, firsts, z_of, product.width)
+
+    def takes_candidates(self, rule: TopOfBatch | TopPerToken, rows: int, width: int) -> bool:
+        """Say whether z of this size is not written for a choice, which the host then waits for."""
+        if self.candidates_from is None or rows * width < self.candidates_from:
+            return False
+        return can_sample(rule, rows, width)
+
+    def product_above(self, product: Product, bounds_B: Tensor, slots: int) -> Tiles:
+        """Compute z, and keep what is not below the bound of its token, in tiles of so many slots each."""
+        from train.sae.sparse.kernels.candidates import product_above
+
+        return product_above(product, bounds_B, slots)
+
+    def order_entries(self, tiles: Tiles, starts_B: Tensor, limits_B: Tensor, room: int) -> tuple[Tensor, Tensor]:
+        """Bring each token's values and latents to where they begin, up to a limit, of so many places in all."""
+        from train.sae.sparse.kernels.candidates import order_entries
+
+        return order_entries(tiles, starts_B, limits_B, room)
+
+    def holds(self, condition: Tensor) -> bool:
+        """Wait for what the device says of a condition."""
+        return bool(condition)
 
     def pack_above(self, z_Bc: Tensor, bound: Tensor, block: Block, packed: Packed) -> None:
         """Pack what lies above a bound, of a block of z."""
@@ -113,6 +148,13 @@ class TritonBackend:
         from train.sae.sparse.kernels.sums import group_sums
 
         return group_sums(weight_n, index_n, groups.ends, table_XD, groups.order_n, groups.pieces)
+
+    def gradient_rows(
+        self, weight_n: Tensor, index_n: Tensor, groups: Groups, table_XD: Tensor, unit_FD: Tensor | None
+    ) -> tuple[Tensor, Tensor, RowNorms]:
+        from train.sae.sparse.kernels.sums import gradient_rows
+
+        return gradient_rows(weight_n, index_n, groups, table_XD, unit_FD)
 
     def totals(self, values_n: Tensor, groups: Groups) -> Tensor:
         # The kernel of the sums adds the weights too, in a fixed order; its rows are a single 1 here.

@@ -17,13 +17,16 @@ from tests.helpers.cases import CASES, DEAD, Case, as_formula, perturbed, tokens
 from tests.helpers.toy import FORMS, activations, make, train
 from train.sae import SAE, TrainContext
 from train.sae.parts.unit_rows import project_gradient_
+from train.sae.parts.update import update
 from train.sae.sparse.backend import use_backend
 from train.sae.sparse.codes import Support
 from train.sae.sparse.cpu import CPUBackend
 from train.sae.sparse.encode import encode
 from train.sae.sparse.error import squared_error
+from train.sae.sparse.row_norms import take
 from train.sae.sparse.rules import Above, Everything, Rule, Selection, TopOfBatch, TopPerToken
 from train.sae.sparse.triton import TritonBackend
+from train.sae.step import PLAIN
 
 pytestmark = [
     pytest.mark.slow,
@@ -100,6 +103,52 @@ def test_sums_of_a_frequent_latent_are_cut_in_pieces_and_change_nothing(tokens: 
     torch.testing.assert_close(totals, f.sum(0), rtol=1e-12, atol=1e-12)
     assert torch.equal(sums, support.latent_sums(values, x))
     assert (support.by_latent.pieces is not None) == (len(rows_n) > 64)
+
+
+@pytest.mark.parametrize("width", [1, 5, 300])
+def test_a_gradient_comes_with_the_norms_of_its_rows(width: int) -> None:
+    """Latents on all tokens, on some and on none; rows whose gradient is nearly all along them, which goes."""
+    kept = torch.rand(200, 6, generator=torch.Generator().manual_seed(1)) < torch.tensor([2, 0.9, 0.5, 0.1, 0, 2])
+    rows_n, latents_n = kept.to(DEVICE).nonzero().unbind(1)
+    support, values, x = Support(rows_n, latents_n, (200, 6)), draw(len(rows_n), seed=2), draw(200, width, seed=3)
+    wanted = support.dense(values).t() @ x
+    unit = torch.nn.functional.normalize(draw(6, width, seed=4))
+    unit[0] = torch.nn.functional.normalize(wanted[0] + 1e-6 * unit[0], dim=0)
+    for rows_FD in (None, unit):
+        grad, totals = support.latent_gradient(values, x, rows_FD)
+        torch.testing.assert_close(grad, wanted, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(totals, support.dense(values).sum(0), rtol=1e-12, atol=1e-12)
+        norms = take(grad, unit=rows_FD is not None)
+        assert norms is not None
+        if rows_FD is None:
+            torch.testing.assert_close(norms.squares_F, wanted.square().sum(1), rtol=1e-12, atol=1e-12)
+            continue
+        dots = (wanted * rows_FD).sum(1)
+        assert norms.dots_F is not None
+        torch.testing.assert_close(norms.dots_F, dots, rtol=1e-12, atol=1e-12)
+        left = (wanted - dots[:, None] * rows_FD).square().sum(1)
+        torch.testing.assert_close(norms.squares_F, left, rtol=1e-6, atol=1e-24)
+
+
+@pytest.mark.parametrize("form", ["topk", "topk multi", "matryoshka"])
+def test_an_update_after_a_backward_is_the_cpus(form: str) -> None:
+    """Whether the norms came with the gradients, with one of the two, or with none, as where AuxK adds to both."""
+    for dead in (0, 9):
+        weights_after = []
+        for backend in (TritonBackend(), CPUBackend()):
+            sae = made(form).double().to(DEVICE)
+            optimizer = torch.optim.Adam(sae.parameters(), lr=2.0**-7, betas=(0.875, 0.75), eps=2.0**-30, fused=True)
+            dead_F = torch.arange(sae.width, device=DEVICE) < dead
+            listed = torch.arange(16, device=DEVICE) if backend.fixed_sizes else None
+            with use_backend(backend):
+                for seed in range(2):
+                    step = sae.loss(draw(6, sae.d_in, seed=seed), TrainContext(dead_F, listed) if dead else PLAIN)
+                    step.loss.backward()  # type: ignore[no-untyped-call]
+                    update(sae, optimizer, 1e-3)
+                    optimizer.zero_grad()
+            weights_after.append([parameter.detach() for parameter in sae.parameters()])
+        for one, other in zip(*weights_after, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-11)
 
 
 @pytest.mark.parametrize("width", [1, 5, 300])
