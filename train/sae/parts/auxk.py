@@ -118,7 +118,8 @@ def auxk_error(
     a = codes.values
     kept = _chosen(codes, k, alive_d, split, latents_d)
     if kept is not None:
-        a = a * kept  # and its gradient likewise: faster on a CPU than torch.where
+        # Ones multiply z and its gradient, which is faster on a CPU; z of what is no candidate is -inf, and no factor.
+        a = torch.where(kept, a, 0.0) if kept.dtype == torch.bool else a * kept
     if relu:
         a = a.relu()
     return (split.total(codes.decode(a, W_dead_dD).squeeze(0)) - residual_BD).square().sum() / len(residual_BD)
@@ -144,4 +145,4 @@ def _chosen(
     if living is None:
         return kept
     # Living ones are among the largest where fewer are dead than k_aux.
-    return ~living if kept is None else kept * ~living
+    return ~living if kept is None else kept.bool() & ~living
