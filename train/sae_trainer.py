@@ -30,11 +30,23 @@ if TYPE_CHECKING:
 State = dict[str, Any]
 
 
+def random_state(device: torch.device) -> dict[str, Tensor]:
+    """Return the state of torch's generators that a step on `device` may draw from."""
+    cuda = {"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {}
+    return {"cpu": torch.get_rng_state(), **cuda}
+
+
+def set_random_state(state: dict[str, Tensor], device: torch.device) -> None:
+    """Put back what `random_state` gave; a generator it does not hold stays as it is."""
+    torch.set_rng_state(state["cpu"])
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], device)
+
+
 class SAETrainer(nn.Module):
     """An SAE with its optimizer, schedules, clip, counters, loggers and folder.
 
-    Nothing of it is shared with the others of its pass: the random state too is its own, as if it were trained alone;
-    its start draws from it, a step draws nothing.
+    Nothing of it is shared with the others of its pass: the random state too is its own, as if it were trained alone.
     `step` counts its steps done; `failure` is the sentence it was stopped with. Counters move in `training_step` only.
     `ema` is the decay of the mean of the weights that is saved, None for the weights themselves; `rate` a factor on the
     optimizer's learning rates; `data` the processes that have other rows of each batch; `fingerprint` that of the
@@ -85,7 +97,7 @@ class SAETrainer(nn.Module):
         self.validation: dict[str, float] = {}
         self.seed = seed
         torch.manual_seed(seed)
-        self.rng = {"cpu": torch.get_rng_state()}
+        self.rng = random_state(torch.device("cpu"))
         self.graphs: StepGraphs | None = None
         self._moments: State | None = None
         self._asked_of: Tensor | None = None  # the list for which `_anyone` holds
@@ -107,7 +119,11 @@ class SAETrainer(nn.Module):
         clock = self._clock()
         inputs = StepInputs(x_BD, target_BE, may_die_d, clock)
         if self.graphs is None:
+            # Each SAE draws from a state of its own, put in before its step and taken out after it: beside others it
+            # gets the numbers it would get alone. The variants that can be captured draw none.
+            set_random_state(self.rng, x_BD.device)
             figures = self._take_step(inputs)
+            self.rng = random_state(x_BD.device)
         else:
             figures = self.graphs(inputs, self.sae.W_dec, self.optimizer)
             self._set_rates(clock)  # a checkpoint has numbers, not the graph's tensors
@@ -140,7 +156,7 @@ class SAETrainer(nn.Module):
     def _take_step(self, inputs: StepInputs) -> Figures:
         """Do all of a step that happens on the device; returns what may be logged of it.
 
-        It may be captured: what differs from step to step comes in by `inputs`, and no random number is drawn.
+        It may be captured: what differs from step to step comes in by `inputs`.
         """
         clock = inputs.clock
         self._set_rates(clock)
@@ -280,9 +296,9 @@ class SAETrainer(nn.Module):
     ) -> None:
         """Start from data in model units and the moments of all of it, a transcoder from those of its target too, a
         crosscoder from those of each site."""
-        torch.set_rng_state(self.rng["cpu"])
+        set_random_state(self.rng, torch.device("cpu"))
         self.sae.initialise(sample_ND, mean_sq_norm=mean_sq_norm, variance=variance, seed=self.seed, target=target)
-        self.rng = {"cpu": torch.get_rng_state()}
+        self.rng = random_state(torch.device("cpu"))
 
     def state(self) -> State:
         """Return all that the next step depends on, beside the batch."""
@@ -310,7 +326,7 @@ class SAETrainer(nn.Module):
             self.dead.load_state_dict(state["dead"])
             if self.average is not None:
                 self.average.load_state_dict(state["average"])
-            torch.set_rng_state(self.rng["cpu"])
+            set_random_state(self.rng, torch.device("cpu"))
             moments = state["optimizer"]["state"]
             has_moments = "betas" in self.optimizer.param_groups[0]  # Adam's; plain SGD has none
             if has_moments and set(moments) != set(range(len(list(self.sae.parameters())))):
@@ -330,4 +346,7 @@ class SAETrainer(nn.Module):
             # since.
             self.optimizer.load_state_dict(self._moments)
             self._moments = None
+        if device.type == "cuda" and "cuda" not in self.rng:
+            torch.cuda.manual_seed(self.seed)
+            self.rng["cuda"] = torch.cuda.get_rng_state(device)
         self.drop_graphs()

@@ -84,7 +84,7 @@ def launches(width: int) -> Iterator[tuple[Any, dict[str, Any], int]]:
     tiles = {"TOKENS": TOKENS, "LATENTS": LATENTS, "DEPTH": candidates.DEPTH}
     for rounded, precision in ((False, "ieee"), (False, "tf32"), (True, "ieee")):
         forms = {"BIAS": True, "ROUND": rounded, "PRECISION": precision, **tiles}
-        yield candidates.product_above_kernel, forms, candidates.WARPS
+        yield candidates.product_above_kernel, forms, candidates.PRODUCT_WARPS
     yield candidates.order_entries_kernel, {"TOKENS": TOKENS, "TILES": candidates.TILES}, 4
     columns = adam.columns_of(width)
     for unit in (False, True):

@@ -155,12 +155,12 @@ def test_graphs_are_few(tmp_path: Path) -> None:
 
 
 def test_a_step_draws_no_random_number(tmp_path: Path) -> None:
-    """So its state is neither saved nor restored in a step, which a graph could not do."""
+    """A graph could neither save nor restore the generators' state."""
     for form in FORMS:
         trainer = started(form, tmp_path)
-        before = torch.get_rng_state()
+        before = trainer.rng["cpu"]
         trainer.training_step(batch(0))
-        assert torch.equal(torch.get_rng_state(), before), form
+        assert torch.equal(trainer.rng["cpu"], before), form
 
 
 def test_a_step_that_asks_the_device_for_a_value_cannot_be_captured(tmp_path: Path) -> None:

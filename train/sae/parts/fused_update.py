@@ -18,7 +18,7 @@ from torch.optim import Adam, AdamW, Optimizer
 from train.sae.base import SAE
 from train.sae.sparse.adam import AdamStep
 from train.sae.sparse.backend import FusedKernels
-from train.sae.sparse.row_norms import RowNorms, take
+from train.sae.sparse.row_norms import RowNorms, take_norms
 
 MATRICES = ("W_enc_FD", "W_dec")
 _UNLIKE = ("amsgrad", "maximize", "differentiable")  # forms of Adam that the kernel does not know
@@ -44,7 +44,7 @@ def fused_update(sae: SAE, optimizer: Optimizer, clip: float | None, kernels: Fu
             dots[name] = None
             continue
         # The kernel that made the gradient has said so much of its rows, unless more was added to it.
-        norms = take(weight.grad, unit=rows is not None)
+        norms = take_norms(weight.grad, unit=rows is not None)
         if norms is None:
             dots_F, squares_F = kernels.row_norms(weight.grad, rows)
             norms = RowNorms(squares_F, None if rows is None else dots_F)

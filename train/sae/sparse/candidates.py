@@ -40,7 +40,7 @@ class Tiles(NamedTuple):
     """How many entries of a tile there are up to each of its tokens, those without a slot counted too: int32."""
 
 
-class Candidates(NamedTuple):
+class Shortlist(NamedTuple):
     """What may be chosen, by token and then latent, and whether the choice may be made of it."""
 
     values_n: Tensor
@@ -105,7 +105,7 @@ def lower_bound(values_LM: Tensor, count: int) -> Tensor:
     return most.topk(count, dim=1, sorted=False).values.amin(1)
 
 
-def find_candidates(product: Product, rule: TopOfBatch | TopPerToken, kernels: Kernels) -> Candidates:
+def find_candidates(product: Product, rule: TopOfBatch | TopPerToken, kernels: Kernels) -> Shortlist:
     """Find what a rule may choose. The host waits for nothing."""
     rows, width, device = product.rows, product.width, product.xc_BD.device
     sample_Bs = product.of(torch.arange(0, width, SAMPLED, device=device))
@@ -131,4 +131,4 @@ def find_candidates(product: Product, rule: TopOfBatch | TopPerToken, kernels: K
         enough = ((counts_B >= chosen // rows) & (counts_B <= each)).all()
     values_n, latents_n = kernels.order_entries(tiles, starts_B, limits_B, room)
     fits = tiles.ends_RTB[:, :, -1].amax() <= slots
-    return Candidates(values_n, latents_n, starts_B, enough & fits & ~values_n.isnan().any())
+    return Shortlist(values_n, latents_n, starts_B, enough & fits & ~values_n.isnan().any())

@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from train.sae.sparse.backend import Backend, backend_for
 from train.sae.sparse.groups import Groups
-from train.sae.sparse.row_norms import leave
+from train.sae.sparse.row_norms import leave_norms
 from train.sae.sparse.rules import Entries
 
 
@@ -100,7 +100,7 @@ class Support:
         if self.backend.fused is None:
             return self.backend.group_sums_and_totals(values_n, index_n, self.by_latent, of_XD)
         grad_FD, totals_F, norms = self.backend.fused.gradient_rows(values_n, index_n, self.by_latent, of_XD, unit_FD)
-        leave(grad_FD, norms)
+        leave_norms(grad_FD, norms)
         return grad_FD, totals_F
 
     def totals(self, values_n: Float[Tensor, " n"]) -> Float[Tensor, " F"]:

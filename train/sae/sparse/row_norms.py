@@ -25,12 +25,12 @@ class RowNorms(NamedTuple):
 _left: WeakKeyDictionary[UntypedStorage, tuple[int, RowNorms]] = WeakKeyDictionary()
 
 
-def leave(grad_FD: Tensor, norms: RowNorms) -> None:
+def leave_norms(grad_FD: Tensor, norms: RowNorms) -> None:
     """Leave the norms of a gradient that has just been made."""
     _left[grad_FD.untyped_storage()] = (grad_FD._version, norms)
 
 
-def take(grad_FD: Tensor, *, unit: bool) -> RowNorms | None:
+def take_norms(grad_FD: Tensor, *, unit: bool) -> RowNorms | None:
     """Take what was left of a gradient, with unit rows or free ones; None where anything was added to it since."""
     # torch counts the changes of a tensor in place, those of one that shares its memory too; a sum has other memory.
     version, norms = _left.pop(grad_FD.untyped_storage(), (-1, None))

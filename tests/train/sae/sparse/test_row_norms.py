@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from train.sae.sparse.row_norms import RowNorms, leave, take
+from train.sae.sparse.row_norms import RowNorms, leave_norms, take_norms
 
 NORMS = RowNorms(torch.tensor([2.0]), None)
 
@@ -21,7 +21,7 @@ def gradient(*, added: bool) -> Tensor:
         @staticmethod
         def backward(ctx: object, grad: Tensor) -> Tensor:
             made = torch.ones(1, 2)
-            leave(made, NORMS)
+            leave_norms(made, NORMS)
             return made
 
     weight = torch.nn.Parameter(torch.zeros(1, 2))
@@ -33,21 +33,21 @@ def gradient(*, added: bool) -> Tensor:
 
 def test_norms_go_with_the_gradient_through_autograd_and_are_taken_once() -> None:
     grad = gradient(added=False)
-    assert take(grad, unit=False) is NORMS
-    assert take(grad, unit=False) is None
+    assert take_norms(grad, unit=False) is NORMS
+    assert take_norms(grad, unit=False) is None
 
 
 def test_norms_of_a_gradient_that_more_was_added_to_are_forgotten() -> None:
-    assert take(gradient(added=True), unit=False) is None
+    assert take_norms(gradient(added=True), unit=False) is None
     grad = gradient(added=False)
     grad.div_(2)
-    assert take(grad, unit=False) is None
+    assert take_norms(grad, unit=False) is None
 
 
 def test_norms_of_free_rows_say_nothing_of_unit_ones() -> None:
-    assert take(gradient(added=False), unit=True) is None
+    assert take_norms(gradient(added=False), unit=True) is None
 
 
 def test_another_gradient_in_the_same_memory_has_no_norms() -> None:
-    leave(torch.ones(1000), NORMS)  # which is freed at once
-    assert all(take(torch.ones(1000), unit=False) is None for _ in range(3))
+    leave_norms(torch.ones(1000), NORMS)  # which is freed at once
+    assert all(take_norms(torch.ones(1000), unit=False) is None for _ in range(3))

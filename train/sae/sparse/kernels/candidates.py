@@ -20,7 +20,7 @@ from train.sae.sparse.candidates import LATENTS, TOKENS, Tiles, tiles_of
 from train.sae.sparse.product import Product
 
 DEPTH = 32  # entries of D that are multiplied at a time
-WARPS = 8  # so that the positions of a tile's entries fit into registers beside them
+PRODUCT_WARPS = 8  # so that the positions of a tile's entries fit into registers beside them
 TILES = 256  # whose entries of a token are brought into order together
 
 
@@ -107,7 +107,7 @@ def product_above(product: Product, bounds_B: Tensor, slots: int) -> Tiles:
             x_BD, W_FD, W_FD if bias_F is None else bias_F, bounds_B, values_S, latents_S, ends_RTB,
             product.rows, product.width, W_FD.shape[1], slots,
             BIAS=bias_F is not None, ROUND=rounded, PRECISION="ieee" if exact else "tf32",
-            TOKENS=TOKENS, LATENTS=LATENTS, DEPTH=DEPTH, num_warps=WARPS,
+            TOKENS=TOKENS, LATENTS=LATENTS, DEPTH=DEPTH, num_warps=PRODUCT_WARPS,
         )  # fmt: skip
     return Tiles(values_S, latents_S, ends_RTB)
 
