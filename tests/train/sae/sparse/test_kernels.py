@@ -23,7 +23,7 @@ from train.sae.sparse.codes import Support
 from train.sae.sparse.cpu import CPUBackend
 from train.sae.sparse.encode import encode
 from train.sae.sparse.error import squared_error
-from train.sae.sparse.row_norms import take
+from train.sae.sparse.row_norms import take_norms
 from train.sae.sparse.rules import Above, Everything, Rule, Selection, TopOfBatch, TopPerToken
 from train.sae.sparse.triton import TritonBackend
 from train.sae.step import PLAIN
@@ -118,7 +118,7 @@ def test_a_gradient_comes_with_the_norms_of_its_rows(width: int) -> None:
         grad, totals = support.latent_gradient(values, x, rows_FD)
         torch.testing.assert_close(grad, wanted, rtol=1e-12, atol=1e-12)
         torch.testing.assert_close(totals, support.dense(values).sum(0), rtol=1e-12, atol=1e-12)
-        norms = take(grad, unit=rows_FD is not None)
+        norms = take_norms(grad, unit=rows_FD is not None)
         assert norms is not None
         if rows_FD is None:
             torch.testing.assert_close(norms.squares_F, wanted.square().sum(1), rtol=1e-12, atol=1e-12)
