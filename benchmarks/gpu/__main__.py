@@ -80,6 +80,8 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     if not args.tiny and not torch.cuda.is_available():
         parser.error("no CUDA device is here: add --tiny to try the proof itself on a CPU")
+    if args.out.suffix != ".json":  # the readings' folder has its name without the ending
+        parser.error(f"--out {args.out} is to be a file that ends in .json, such as outputs/gpu-proof.json")
     held = prove(args.pieces, Sizes.tiny() if args.tiny else Sizes(), args.out.resolve())
     print(f"\n{held['machine']}\n\n{table(held)}")
     if any("failed" in piece for name, piece in held.items() if name != "machine"):

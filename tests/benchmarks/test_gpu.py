@@ -32,6 +32,13 @@ def test_a_table_shows_readings_beside_what_was_expected() -> None:
     assert table(held).splitlines()[2:] == ["| a | x | 2 | 4 | of_floor 1.5 |"]
 
 
+def test_readings_go_to_a_json_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--tiny", "--out", str(tmp_path / "readings")])
+    assert "is to be a file that ends in .json" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.slow
 def test_every_piece_runs_on_a_cpu_and_is_not_run_twice(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "proof.json"
