@@ -23,7 +23,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from benchmarks.counting import Counter, Shape, trainer_of
+from benchmarks.counter import Counter
+from benchmarks.counting import Shape, trainer_of
 from benchmarks.memory import CHOOSING, VARIANTS
 from benchmarks.scale import Message, Run, collectives, gathering, gathering_bytes
 from train.sae import SAE

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from benchmarks.counting import WAITS
+from benchmarks.counter import WAITS
 from train.cuda_graph import Figures
 
 Operation = tuple[Any, ...]  # what is called, its arguments, and what it gave

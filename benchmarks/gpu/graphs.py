@@ -16,9 +16,10 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-from benchmarks.counting import Shape, StandIn, trainer_of
+from benchmarks.counting import Shape, trainer_of
 from benchmarks.gpu.pieces import timed
 from benchmarks.recorded_graph import RecordedGraph
+from benchmarks.stand_in import StandIn
 from train.cuda_graph import CudaGraph
 from train.sae.sparse.backend import use_backend
 from train.sae_trainer import SAETrainer

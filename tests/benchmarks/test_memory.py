@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.counting import Counter, Shape, count_real_step, count_step, trainer_of
+from benchmarks.counter import Counter
+from benchmarks.counting import Shape, count_real_step, count_step, trainer_of
 from benchmarks.memory import CHOOSING, VARIANTS, moments, parameters, peak_bytes, row, state_bytes
 from tests.helpers.slow import slow_unless
 

@@ -6,10 +6,12 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
 
-from benchmarks.counting import Counter, Shape, StandIn, count_step, count_waits, trainer_of
+from benchmarks.counter import Counter
+from benchmarks.counting import Shape, count_step, count_waits, trainer_of
 from benchmarks.gpu.predictions import roofline_bytes
 from benchmarks.memory import CHOOSING
 from benchmarks.memory import VARIANTS as NAMES
+from benchmarks.stand_in import StandIn
 from benchmarks.traffic import least_bytes, listed, ratio, row
 from train.sae import VARIANTS
 from train.sae.sparse.backend import use_backend

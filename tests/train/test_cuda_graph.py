@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.counting import StandIn
 from benchmarks.recorded_graph import RecordedGraph
+from benchmarks.stand_in import StandIn
 from data.base.errors import UserError
 from tests.helpers.slow import slow_unless
 from tests.helpers.toy import FORMS, activations
