@@ -70,14 +70,11 @@ def piece_sums_kernel(
 
 @triton.jit
 @no_type_check
-def group_sums_kernel(
-    weight_n, index_n, order_n, ends, piece_ends, table_XD, parts_PD, weights_P, out_GD, weights_G, D,
+def _sum_group(
+    weight_n, index_n, order_n, ends, piece_ends, table_XD, parts_PD, weights_P, group, column, D,
     ORDERED: tl.constexpr, CUT: tl.constexpr, TILE: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Sum one group: its pieces where it is long, else its entries."""
-    # 64 bits: group * D goes beyond 2^31 for a wide SAE's decoder.
-    group = tl.program_id(0).to(tl.int64)
-    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    """Sum one group over a piece of D, and its weights: its pieces where it is long, else its entries."""
     start = tl.load(ends + group)
     end = tl.load(ends + group + 1)
     if CUT:
@@ -90,6 +87,23 @@ def group_sums_kernel(
         for piece in range(first_piece, last_piece):
             total += tl.load(parts_PD + piece * D + column, mask=column < D, other=0.0)
             weight += tl.load(weights_P + piece)
+    return total, weight
+
+
+@triton.jit
+@no_type_check
+def group_sums_kernel(
+    weight_n, index_n, order_n, ends, piece_ends, table_XD, parts_PD, weights_P, out_GD, weights_G, D,
+    ORDERED: tl.constexpr, CUT: tl.constexpr, TILE: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Sum one group."""
+    # 64 bits: group * D goes beyond 2^31 for a wide SAE's decoder.
+    group = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    total, weight = _sum_group(
+        weight_n, index_n, order_n, ends, piece_ends, table_XD, parts_PD, weights_P, group, column, D,
+        ORDERED, CUT, TILE, COLUMNS,
+    )  # fmt: skip
     tl.store(out_GD + group * D + column, total, mask=column < D)
     if tl.program_id(1) == 0:
         tl.store(weights_G + group, weight)
@@ -105,18 +119,10 @@ def gradient_rows_kernel(
     """Sum one group as `group_sums_kernel` does, a whole row at once, and sum its squares while it is in registers."""
     group = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, COLUMNS)
-    start = tl.load(ends + group)
-    end = tl.load(ends + group + 1)
-    if CUT:
-        first_piece = tl.load(piece_ends + group)
-        last_piece = tl.load(piece_ends + group + 1)
-        if last_piece > first_piece:
-            end = start  # its entries are in the pieces
-    total, weight = _sum_entries(weight_n, index_n, order_n, table_XD, start, end, column, D, True, TILE, COLUMNS)
-    if CUT:
-        for piece in range(first_piece, last_piece):
-            total += tl.load(parts_PD + piece * D + column, mask=column < D, other=0.0)
-            weight += tl.load(weights_P + piece)
+    total, weight = _sum_group(
+        weight_n, index_n, order_n, ends, piece_ends, table_XD, parts_PD, weights_P, group, column, D,
+        True, CUT, TILE, COLUMNS,
+    )  # fmt: skip
     tl.store(out_GD + group * D + column, total, mask=column < D)
     tl.store(weights_G + group, weight)
     if UNIT:
