@@ -39,6 +39,8 @@ class Clock:
     """What the mean of the weights moves by; 1 where there is none."""
     sparsity_scale: float
     """Share of the sparsity coefficient, which no variant that can be captured reads."""
+    settled: float = 1.0
+    """How far the time is over in which a coefficient follows its target slowly; likewise."""
 
     def on(self, weight: Tensor) -> Clock:
         """Give the same numbers as tensors beside `weight`."""
@@ -46,7 +48,7 @@ class Clock:
         precise = torch.float64 if weight.device.type == "cpu" else torch.float32
         rates = [torch.tensor(rate, dtype=precise, device=weight.device) for rate in self.rates]
         gain = torch.tensor(self.gain, dtype=weight.dtype, device=weight.device)
-        return Clock(torch.tensor(self.step, device=weight.device), rates, gain, self.sparsity_scale)
+        return Clock(torch.tensor(self.step, device=weight.device), rates, gain, self.sparsity_scale, self.settled)
 
     def set_to(self, other: Clock) -> None:
         """Fill its tensors with the plain numbers of another one; the host waits for nothing."""

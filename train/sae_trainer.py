@@ -147,7 +147,7 @@ class SAETrainer(nn.Module):
     def _clock(self) -> Clock:
         rates = [rate * self.schedule.lr(self.step) for rate in self.rates]
         gain = 1.0 if self.average is None else self.average.gain(self.step + 1)
-        return Clock(self.step, rates, gain, self.schedule.sparsity(self.step))
+        return Clock(self.step, rates, gain, self.schedule.sparsity(self.step), self.schedule.settled(self.step))
 
     def _set_rates(self, clock: Clock) -> None:
         for group, rate in zip(self.optimizer.param_groups, clock.rates, strict=True):
@@ -160,7 +160,7 @@ class SAETrainer(nn.Module):
         """
         clock = inputs.clock
         self._set_rates(clock)
-        context = TrainContext(sparsity_scale=clock.sparsity_scale, data=self.data)
+        context = TrainContext(sparsity_scale=clock.sparsity_scale, settled=clock.settled, data=self.data)
         if inputs.target_BE is not None:
             context = replace(context, target_BE=self.sae.norm_out.normalise(inputs.target_BE))
         if self.sae.uses_auxk:

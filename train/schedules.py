@@ -11,6 +11,9 @@ def ramp(step: int, steps: int) -> float:
     return min(1.0, (step + 1) / steps) if steps else 1.0
 
 
+_SETTLING = 175  # steps; of shorter runs at most half: measured, benchmarks/RESULTS.md
+
+
 @dataclass(frozen=True)
 class Schedule:
     """A run of `total` optimizer steps; warm-ups and decay are counted in steps."""
@@ -36,3 +39,7 @@ class Schedule:
     def sparsity(self, step: int) -> float:
         """Return the factor on the sparsity penalty."""
         return ramp(step, self.sparsity_warmup)
+
+    def settled(self, step: int) -> float:
+        """Return how far the time is over, from 0 to 1, in which a coefficient follows a wanted L0 slowly."""
+        return max(0.0, ramp(step - self.sparsity_warmup, min(_SETTLING, self.total // 2)))

@@ -22,6 +22,14 @@ def test_without_warm_ups_every_step_is_full() -> None:
     assert {schedule.lr(step) for step in range(10)} == {schedule.sparsity(step) for step in range(10)} == {1.0}
 
 
+def test_a_coefficient_settles_over_175_steps_after_its_warm_up_or_half_of_the_run() -> None:
+    long, short = Schedule.of_shares(1000, 0, 0, 0.1), Schedule.of_shares(10, 0, 0, 0.2)
+    assert [long.settled(step) for step in (0, 99, 100, 186, 274, 999)] == pytest.approx(
+        [0, 0, 1 / 175, 87 / 175, 1, 1]
+    )
+    assert [short.settled(step) for step in range(8)] == pytest.approx([0, 0, 0.2, 0.4, 0.6, 0.8, 1, 1])
+
+
 def test_shares_become_steps() -> None:
     assert Schedule.of_shares(200, 0.05, 0.2, 0.1) == Schedule(200, 10, 40, 20)
 

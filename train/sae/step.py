@@ -35,6 +35,8 @@ class TrainContext:
     """Latents, ascending, outside of which `dead_F` marks none: with it no device is waited for to find the dead."""
     sparsity_scale: float = 1.0
     """Share of the sparsity coefficient in the warm-up, from 0 to 1; only variants with a coefficient use it."""
+    settled: float = 1.0
+    """How far the time is over, from 0 to 1, in which a coefficient follows a wanted L0 slowly."""
     data: RankGroup = ALONE
     """Processes, each with as many tokens, that have one batch together."""
     target_BE: Float[Tensor, "B E"] | None = None
@@ -72,6 +74,8 @@ class StepOutput:
     """The sparsity coefficient of this step, of the variants with an L1."""
     warmed_up: bool = True
     """Whether the coefficient's warm-up is over."""
+    settled: float = 1.0
+    """How far the time is over, from 0 to 1, in which a coefficient follows a wanted L0 slowly."""
 
     @property
     def tokens(self) -> int:

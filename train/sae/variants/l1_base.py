@@ -16,16 +16,20 @@ from train.sae.parts.threshold import L0Calibration, find_level, in_parts
 from train.sae.sparse.codes import Codes
 from train.sae.step import StepOutput, TrainContext
 
-_RATE = 0.05  # of the coefficient's logarithm a step, at an L0 e times too large or more
+# Of the coefficient's logarithm a step, at an L0 e times too large or more: at first, and once it has settled.
+_FIRST_RATE, _RATE = 0.0025, 0.1
 
 
 class L1SAE(SAE):
     """A loss with `sparsity` * `sparsity_factor` * an L1.
 
     With `target_l0` the coefficient starts at `sparsity` and follows the mean L0 of the training batches: once it is
-    warmed up, each step multiplies the factor by exp(0.05 * log(L0 / target_l0)), the logarithm held within +-1, so
+    warmed up, each step multiplies the factor by exp(rate * log(L0 / target_l0)), the logarithm held within +-1, so
     that L0 settles about the target, and `calibrate_l0` removes what is left after training. Not in the papers; it
-    spares a search where variants are compared at equal L0.
+    spares a search where variants are compared at equal L0. The rate rises from 0.0025 to 0.1, by the same factor each
+    step, over the first 175 steps (at most half of the run). L0 begins far above the target, as it does with a
+    coefficient that stays the same, and features form before it comes down: at 0.1 from the start Gated's NMSE on
+    a synthetic dictionary is half as large again.
     Without `target_l0` the factor stays 1.
     """
 
@@ -64,7 +68,9 @@ class L1SAE(SAE):
 
     def step_output(self, context: TrainContext, **fields: Any) -> StepOutput:
         """Give a step's report with the coefficient in it."""
-        return StepOutput(coefficient=self.coefficient(context), warmed_up=context.warmed_up, **fields)
+        return StepOutput(
+            coefficient=self.coefficient(context), warmed_up=context.warmed_up, settled=context.settled, **fields
+        )
 
     @torch.no_grad()
     def after_step(self, step: StepOutput) -> None:
@@ -72,4 +78,5 @@ class L1SAE(SAE):
         if self.config.target_l0 is None or not step.warmed_up:
             return
         error = (step.metrics["l0"] / self.config.target_l0).clamp_min(1e-3).log().clamp(-1, 1)
-        self.sparsity_factor.mul_((_RATE * error).exp())
+        rate = _FIRST_RATE * (_RATE / _FIRST_RATE) ** step.settled
+        self.sparsity_factor.mul_((rate * error).exp())

@@ -1,4 +1,4 @@
-"""python -m pytest tests/train/sae/test_penalty.py: a coefficient that follows the wanted L0."""
+"""python -m pytest tests/train/sae/variants/test_l1_base.py: a coefficient that follows the wanted L0."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from tests.helpers.toy import activations, make
 from train.sae import SAE, VARIANTS, StepOutput, TrainContext
 
 
-def step_at(sae: SAE, l0: float, sparsity_scale: float = 1.0) -> StepOutput:
+def step_at(sae: SAE, l0: float, sparsity_scale: float = 1.0, settled: float = 1.0) -> StepOutput:
     """A training step's report of a mean L0."""
     xn = sae.norm.normalise(activations(8))
-    step = sae.loss(xn, TrainContext(sparsity_scale=sparsity_scale))
+    step = sae.loss(xn, TrainContext(sparsity_scale=sparsity_scale, settled=settled))
     return replace(step, metrics=step.metrics | {"l0": torch.tensor(l0)})
 
 
@@ -24,11 +24,18 @@ def step_at(sae: SAE, l0: float, sparsity_scale: float = 1.0) -> StepOutput:
 def test_the_factor_moves_by_the_logarithm_of_the_ratio(form: str) -> None:
     sae = make(form)
     sae.after_step(step_at(sae, 15.0))
-    assert float(sae.sparsity_factor) == pytest.approx(math.exp(0.05 * math.log(1.5)))
+    assert float(sae.sparsity_factor) == pytest.approx(math.exp(0.1 * math.log(1.5)))
     sae.after_step(step_at(sae, 10 / 1.5))
     assert float(sae.sparsity_factor) == pytest.approx(1.0)
     sae.after_step(step_at(sae, 0.0))
-    assert float(sae.sparsity_factor) == pytest.approx(math.exp(-0.05))
+    assert float(sae.sparsity_factor) == pytest.approx(math.exp(-0.1))
+
+
+@pytest.mark.parametrize(("settled", "rate"), [(0.0, 0.0025), (0.5, math.sqrt(0.0025 * 0.1)), (1.0, 0.1)])
+def test_it_follows_slowly_at_first(settled: float, rate: float) -> None:
+    sae = make("gated at k")
+    sae.after_step(step_at(sae, 15.0, settled=settled))
+    assert float(sae.sparsity_factor) == pytest.approx(math.exp(rate * math.log(1.5)))
 
 
 def test_it_waits_for_the_warm_up() -> None:
