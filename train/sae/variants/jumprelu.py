@@ -24,6 +24,7 @@ from train.sae.step import PLAIN, StepOutput, TrainContext
 _WEIGHT = 0.001  # of E[L0], where `sparsity` is None
 _WEIGHT_OF_TARGET = {"log": 3.0, "square": 0.3}  # likewise of each target form
 _THRESHOLD = 0.001  # the first, where `initial_threshold` is None
+_THETA_RATE, _THETA_RATE_TO = 0.3, 192  # theta's share of the learning rate, where it is None, and the D it holds to
 _START = 2  # times target_l0: the mean L0 that target_form=log begins at
 _START_ROWS = 1024  # tokens it is measured on
 
@@ -40,8 +41,8 @@ class JumpReLUConfig(PenaltyConfig):
     initial_threshold: Real | None = Field(None, gt=0)
     """Where each threshold starts, in the same units; null: 0.001 (the paper's), and where `target_form` log aims at a
     `target_l0` the one that gives twice that L0."""
-    theta_rate: Real = Field(0.3, gt=0)
-    """Theta's share of the learning rate; the paper's is 1."""
+    theta_rate: Real | None = Field(None, gt=0)
+    """Theta's share of the learning rate; null: 0.3, times D / 192 above D = 192. The paper's is 1."""
     apply_b_dec_to_input: Flag = True
     """Whether the encoder reads x' - b_dec; the paper's does not. Without it each step of W_enc along the mean moves
     every z of a latent at once, which kills latents where the mean is large."""
@@ -124,7 +125,8 @@ class JumpReLU(SAE):
 
     Few z of a batch lie within eps of theta, so its gradient is sparse, and Adam's step where there is one is several
     times the rate. At the whole rate that noise kills latents (76 of 512 for 42 on a synthetic dictionary, with a
-    NMSE 10% higher), so theta takes `theta_rate` of it.
+    NMSE 10% higher), so theta takes `theta_rate` of it. Thresholds are in the unit sqrt(D), and the learning rate falls
+    with D: at a share that stays the same, the wanted L0 is out of their reach in a short run where D is large.
     """
 
     name = "jumprelu"
@@ -138,7 +140,10 @@ class JumpReLU(SAE):
 
     @property
     def rate_shares(self) -> Mapping[str, float]:
-        return {} if self.config.theta_rate == 1 else {"theta": self.config.theta_rate}
+        share = self.config.theta_rate
+        if share is None:
+            share = _THETA_RATE * max(1.0, self.d_in / _THETA_RATE_TO)
+        return {} if share == 1 else {"theta": share}
 
     def _first_theta(self) -> Float[Tensor, ""]:
         share = self.config.initial_threshold

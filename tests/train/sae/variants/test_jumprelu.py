@@ -70,6 +70,12 @@ def test_an_unknown_target_is_refused() -> None:
         targeted(target_form="cube")
 
 
+@pytest.mark.parametrize(("d_in", "share"), [(16, 0.3), (192, 0.3), (576, 0.9), (640, 1.0)])
+def test_theta_s_share_of_the_rate_rises_with_the_width_above_192(d_in: int, share: float) -> None:
+    sae = VARIANTS["jumprelu"](d_in, 32, target_l0=4)
+    assert sae.rate_shares == pytest.approx({} if share == 1 else {"theta": share})
+
+
 @pytest.mark.parametrize("share", [1.0, 0.3])
 def test_theta_takes_its_share_of_the_rate(share: float) -> None:
     """Adam's first step is the rate for every entry whose gradient is not zero."""
