@@ -39,8 +39,8 @@ class Clock:
     """What the mean of the weights moves by; 1 where there is none."""
     sparsity_scale: float
     """Share of the sparsity coefficient, which no variant that can be captured reads."""
-    settled: float = 1.0
-    """How far the time is over in which a coefficient follows its target slowly; likewise."""
+    settled: float
+    """How much of the slow start is over of a coefficient that follows a wanted L0; likewise."""
 
     def on(self, weight: Tensor) -> Clock:
         """Give the same numbers as tensors beside `weight`."""

@@ -11,7 +11,7 @@ def ramp(step: int, steps: int) -> float:
     return min(1.0, (step + 1) / steps) if steps else 1.0
 
 
-_SETTLING = 175  # steps; of shorter runs at most half: measured, benchmarks/RESULTS.md
+_SLOW_START = 175  # steps, at most half of the run; measured, see benchmarks/RESULTS.md
 
 
 @dataclass(frozen=True)
@@ -41,5 +41,5 @@ class Schedule:
         return ramp(step, self.sparsity_warmup)
 
     def settled(self, step: int) -> float:
-        """Return how far the time is over, from 0 to 1, in which a coefficient follows a wanted L0 slowly."""
-        return max(0.0, ramp(step - self.sparsity_warmup, min(_SETTLING, self.total // 2)))
+        """Return how much of the slow start is over, from 0 to 1, of a coefficient that follows a wanted L0."""
+        return max(0.0, ramp(step - self.sparsity_warmup, min(_SLOW_START, self.total // 2)))

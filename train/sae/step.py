@@ -36,7 +36,7 @@ class TrainContext:
     sparsity_scale: float = 1.0
     """Share of the sparsity coefficient in the warm-up, from 0 to 1; only variants with a coefficient use it."""
     settled: float = 1.0
-    """How far the time is over, from 0 to 1, in which a coefficient follows a wanted L0 slowly."""
+    """How much of the slow start is over, from 0 to 1, of a coefficient that follows a wanted L0."""
     data: RankGroup = ALONE
     """Processes, each with as many tokens, that have one batch together."""
     target_BE: Float[Tensor, "B E"] | None = None
@@ -75,7 +75,7 @@ class StepOutput:
     warmed_up: bool = True
     """Whether the coefficient's warm-up is over."""
     settled: float = 1.0
-    """How far the time is over, from 0 to 1, in which a coefficient follows a wanted L0 slowly."""
+    """How much of the slow start is over, from 0 to 1, of a coefficient that follows a wanted L0."""
 
     @property
     def tokens(self) -> int:

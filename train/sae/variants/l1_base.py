@@ -28,8 +28,8 @@ class L1SAE(SAE):
     that L0 settles about the target, and `calibrate_l0` removes what is left after training. Not in the papers; it
     spares a search where variants are compared at equal L0. The rate rises from 0.0025 to 0.1, by the same factor each
     step, over the first 175 steps (at most half of the run). L0 begins far above the target, as it does with a
-    coefficient that stays the same, and features form before it comes down: at 0.1 from the start Gated's NMSE on
-    a synthetic dictionary is half as large again.
+    coefficient that stays the same, and features form before it comes down: at 0.05 all along Gated's NMSE on a
+    synthetic dictionary was half as large again (benchmarks/RESULTS.md).
     Without `target_l0` the factor stays 1.
     """
 
